@@ -1,0 +1,24 @@
+"""exitkit: early exits for pretrained classifiers, with the saved compute made real."""
+
+from exitkit._torchvision import make_torchvision_importable as _make_torchvision_importable
+
+_make_torchvision_importable()
+
+from exitkit.attach import attach  # noqa: E402
+from exitkit.errors import ExitkitError  # noqa: E402
+from exitkit.inspect import inspect  # noqa: E402
+from exitkit.methods import PBEE, SDN, ZTW, Method  # noqa: E402
+from exitkit.model import MultiExitModel, MultiExitOutput, detach  # noqa: E402
+
+__all__ = [
+    "PBEE",
+    "SDN",
+    "ZTW",
+    "ExitkitError",
+    "Method",
+    "MultiExitModel",
+    "MultiExitOutput",
+    "attach",
+    "detach",
+    "inspect",
+]

@@ -1,0 +1,70 @@
+"""Criteria: how sure an exit is. A sample leaves at the first exit whose score is strictly above τ.
+
+Confidence, certainty and margin lie in [0, 1], so that τ > 1 gives the original model; patience counts exits.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from exitkit.errors import unknown_name
+
+Criterion = Literal["confidence", "entropy", "margin", "patience"]
+
+
+def confidence(log_probs: Tensor) -> Tensor:
+    """Probability of the most likely class (Zero Time Waste, equation 3): (..., C) → (...)."""
+    return log_probs.amax(-1).exp()
+
+
+def entropy(log_probs: Tensor) -> Tensor:
+    """Certainty 1 − H / ln C, so that higher is surer: (..., C) → (...).
+
+    Leaving at an entropy below h nats (BranchyNet, DeeBERT) is τ = 1 − h / ln C.
+    """
+    probabilities = log_probs.exp()
+    nats = -torch.where(probabilities > 0, probabilities * log_probs, 0).sum(-1)
+    return 1 - nats / math.log(max(log_probs.shape[-1], 2))
+
+
+def margin(log_probs: Tensor) -> Tensor:
+    """Probability of the first class minus that of the second: (..., C) → (...)."""
+    best = log_probs.topk(2, dim=-1).values.exp()
+    return best[..., 0] - best[..., 1]
+
+
+def patience(log_probs: Tensor) -> Tensor:
+    """How many exits in a row, this one included, gave the same answer: (N, M+1, C) → (N, M+1).
+
+    Leaving above τ = t means that t exits before this one agreed with it (Zhou et al. 2020; Zero Time Waste, section 4).
+    """
+    answers = log_probs.argmax(-1)
+    counts = torch.ones_like(answers)
+    for exit_ in range(1, answers.shape[1]):
+        agrees = answers[:, exit_] == answers[:, exit_ - 1]
+        counts[:, exit_] = torch.where(agrees, counts[:, exit_ - 1] + 1, 1)
+    return counts.to(log_probs.dtype)
+
+
+CRITERIA: dict[str, Callable[[Tensor], Tensor]] = {
+    "confidence": confidence,
+    "entropy": entropy,
+    "margin": margin,
+    "patience": patience,
+}
+
+
+def scores(log_probs: Tensor, criterion: str) -> Tensor:
+    """Scores (N, M+1) of every exit from normalised log-probabilities (N, M+1, C).
+
+    Raises:
+        ExitkitError: unknown criterion.
+    """
+    if criterion not in CRITERIA:
+        raise unknown_name("criterion", criterion, CRITERIA)
+    return CRITERIA[criterion](log_probs)

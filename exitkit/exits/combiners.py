@@ -1,0 +1,50 @@
+"""Combiners: one answer from the predictions of several exits (Zero Time Waste, equations 2 and 4)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+_SMALL_PRIOR = 0.01
+
+
+class GeometricEnsemble(nn.Module):
+    """q = (1/Z) · b · Π_j p_j^(w_j), one weight per member and one prior per class, both positive (equation 2).
+
+    Log-probabilities (B, members, C) → log q (B, C). Positive by construction: w and b are stored as logarithms.
+    """
+
+    def __init__(self, members: int, num_classes: int) -> None:
+        super().__init__()
+        self.log_weights = nn.Parameter(torch.full((members,), -math.log(members)))
+        self.log_prior = nn.Parameter(torch.zeros(num_classes))
+
+    def forward(self, log_probs: Tensor) -> Tensor:
+        product = torch.einsum("bmc,m->bc", log_probs, self.log_weights.exp())
+        return F.log_softmax(product + self.log_prior, dim=-1)
+
+
+class AdditiveEnsemble(nn.Module):
+    """q = (1/Z) · (Σ_j w_j p_j + b), one weight per member and one prior per class, both positive (equation 4).
+
+    Log-probabilities (B, members, C) → log q (B, C).
+    """
+
+    def __init__(self, members: int, num_classes: int) -> None:
+        super().__init__()
+        self.log_weights = nn.Parameter(torch.full((members,), -math.log(members)))
+        self.log_prior = nn.Parameter(torch.full((num_classes,), math.log(_SMALL_PRIOR)))
+
+    def forward(self, log_probs: Tensor) -> Tensor:
+        mixture = torch.einsum("bmc,m->bc", log_probs.exp(), self.log_weights.exp()) + self.log_prior.exp()
+        return mixture.log() - mixture.sum(-1, keepdim=True).log()
+
+
+Combiner = GeometricEnsemble | AdditiveEnsemble
+COMBINERS: dict[str, type[GeometricEnsemble] | type[AdditiveEnsemble]] = {
+    "geometric": GeometricEnsemble,
+    "additive": AdditiveEnsemble,
+}

@@ -1,0 +1,20 @@
+"""Links: what an internal classifier takes over from the one before it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class CascadeLink(nn.Module):
+    """The previous exit's logits, detached and layer-normalised, beside the features (Zero Time Waste, equation 1).
+
+    (B, D) and (B, C) → (B, D + C). The gradient stops here: a later exit must not bend an earlier one (appendix C.3).
+    """
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(num_classes)
+
+    def forward(self, vector: Tensor, previous: Tensor) -> Tensor:
+        return torch.cat([vector, self.norm(previous.detach())], dim=1)

@@ -1,0 +1,52 @@
+"""From a feature to a vector: SDN pooling for maps, the backbone's own read-out for tokens."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+POOLED = 4
+
+
+class SDNPool(nn.Module):
+    """γ · average pooling + (1 − γ) · max pooling to 4 × 4, with γ learned (Zero Time Waste, appendix A.1).
+
+    Maps (B, C, H, W) smaller than 4 in a dimension keep their size in it.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.tensor(0.5))
+
+    def forward(self, maps: Tensor) -> Tensor:
+        size = pooled_size(maps.shape[-2], maps.shape[-1])
+        average = F.adaptive_avg_pool2d(maps, size)
+        return self.gamma * average + (1 - self.gamma) * F.adaptive_max_pool2d(maps, size)
+
+
+def pooled_size(height: int, width: int) -> tuple[int, int]:
+    """Height and width after :class:`SDNPool`."""
+    return min(height, POOLED), min(width, POOLED)
+
+
+class TokenPool(nn.Module):
+    """(B, T, D) → (B, D): the first (class) token, the mean of all but ``skip``, or the mean under a mask (B, T)."""
+
+    def __init__(self, kind: Literal["first", "mean", "masked_mean"], skip: int = 0) -> None:
+        super().__init__()
+        self.kind = kind
+        self.skip = skip
+
+    def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
+        if self.kind == "first":
+            return tokens[:, 0]
+        if self.kind == "masked_mean" and mask is not None:
+            weights = mask.to(tokens.dtype).unsqueeze(-1)
+            return (tokens * weights).sum(1) / weights.sum(1).clamp(min=1)
+        return tokens[:, self.skip :].mean(1)
+
+    def extra_repr(self) -> str:
+        return f"{self.kind!r}, skip={self.skip}"

@@ -1,0 +1,168 @@
+"""The multi-exit model: the user's backbone, untouched, and the exits that read it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from exitkit.errors import ExitkitError
+from exitkit.exits.combiners import COMBINERS
+from exitkit.exits.heads import InternalClassifier
+from exitkit.methods import Method
+from exitkit.surgery.boundaries import Anatomy, Boundary, find_boundaries
+from exitkit.surgery.calls import Example
+from exitkit.surgery.capture import capture, logits_of
+from exitkit.surgery.lower import Stage, lower
+from exitkit.surgery.macs import count_macs
+from exitkit.surgery.taps import Tap, tapped
+
+
+@dataclass(frozen=True)
+class MultiExitOutput:
+    """What every exit says.
+
+    Attributes:
+        logits: one tensor (B, C) per exit, after the method's ensemble; the backbone's own is last.
+        features: the activations at the boundaries, batch first.
+        heads: the internal classifiers' own logits (B, C), before any ensemble; the backbone's own is last.
+    """
+
+    logits: tuple[Tensor, ...]
+    features: tuple[Tensor, ...]
+    heads: tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class Exit:
+    """One exit and its price.
+
+    Attributes:
+        name: the boundary it reads; the last exit is the backbone's own classifier, ``"backbone"``.
+        macs: MACs per sample to answer here: the backbone up to the boundary, and every head, link and combiner so far.
+        macs_fraction: ``macs`` as a share of the unmodified backbone.
+    """
+
+    name: str
+    macs: int
+    macs_fraction: float
+
+
+class MultiExitModel(nn.Module):
+    """A backbone with exits; made by :func:`exitkit.attach`.
+
+    Exits are counted 0 … M−1; exit M is the backbone's own classifier. Calling the model runs the user's own modules,
+    so dropout, autocast, hooks and gradient settings of the backbone keep their meaning. A backbone without any
+    trainable parameter runs without gradients.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        classifiers: Sequence[InternalClassifier],
+        masks: Sequence[int | str | None],
+        boundaries: Sequence[Boundary],
+        taps: Sequence[Tap],
+        anatomy: Anatomy,
+        method: Method,
+        num_classes: int,
+        example: Example,
+    ) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.classifiers = nn.ModuleList(classifiers)
+        self.combiners = _combiners(method, len(classifiers), num_classes)
+        self.boundaries = tuple(boundaries)
+        self.taps = tuple(taps)
+        self.masks = tuple(masks)
+        self.anatomy = anatomy
+        self.method = method
+        self.num_classes = num_classes
+        self.example = example
+        reference = next(parameter for parameter in backbone.parameters() if parameter.is_floating_point())
+        self.classifiers.to(reference.device, reference.dtype)
+        self.combiners.to(reference.device, reference.dtype)
+        self.exits = self._price()
+
+    def forward(self, *args: Any, **kwargs: Any) -> MultiExitOutput:
+        """Run every exit. Takes what the backbone takes."""
+        trains = any(parameter.requires_grad for parameter in self.backbone.parameters())
+        with tapped(self.backbone, self.taps) as read, torch.set_grad_enabled(torch.is_grad_enabled() and trains):
+            final = logits_of(self.backbone(*args, **kwargs))
+        features = [self._found(slot, feature) for slot, feature in enumerate(read)]
+        heads: list[Tensor] = []
+        for classifier, feature, mask in zip(self.classifiers, features, self.masks, strict=True):
+            read_mask = args[mask] if isinstance(mask, int) else kwargs.get(mask) if mask is not None else None
+            heads.append(classifier(feature, heads[-1] if heads else None, read_mask))
+        heads.append(final)
+        return MultiExitOutput(self.combine(heads), tuple(features), tuple(heads))
+
+    def combine(self, heads: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """Each exit's answer from its own and all earlier heads' logits (B, C): the method's ensemble, if it has one."""
+        if not self.combiners:
+            return tuple(heads)
+        log_probs = torch.stack([F.log_softmax(logits, dim=-1) for logits in heads], dim=1)
+        combined = [combiner(log_probs[:, : m + 1]) for m, combiner in enumerate(self.combiners)]
+        return (*combined, *heads[len(combined) :])
+
+    def added_parameters(self) -> list[nn.Parameter]:
+        """The parameters that exitkit added: heads, links and combiners."""
+        return [*self.classifiers.parameters(), *self.combiners.parameters()]
+
+    def lower(self) -> tuple[Stage, ...]:
+        """The inference view: the backbone captured anew and split at the exits, its parameters shared."""
+        captured = capture(self.backbone, self.example.spec.batch(self.example.tensors))
+        found = {boundary.name: boundary for boundary in find_boundaries(captured).boundaries}
+        return lower(captured, [found[boundary.name] for boundary in self.boundaries])
+
+    def __repr__(self) -> str:
+        places = ", ".join(f"{exit_.name} {exit_.macs_fraction:.0%}" for exit_ in self.exits)
+        return f"MultiExitModel({type(self.backbone).__name__}, method={self.method.name!r}, exits: {places})"
+
+    def _found(self, slot: int, feature: Tensor | None) -> Tensor:
+        if feature is None:
+            raise ExitkitError(
+                f"module {self.boundaries[slot].name!r} was not called in this forward, so exit {slot} has no feature; "
+                "the backbone took another path than when it was attached"
+            )
+        return feature
+
+    def _price(self) -> tuple[Exit, ...]:
+        spent, exits = 0, []
+        reference = next(self.classifiers.parameters())
+        logits = reference.new_zeros(1, self.num_classes)
+        for m, boundary in enumerate(self.boundaries):
+            feature = reference.new_zeros(1, *boundary.shape)
+            previous = logits if m else None
+            spent += count_macs(lambda x, m=m, previous=previous: self.classifiers[m](x, previous), feature)
+            spent += self._combiner_macs(m, logits)
+            exits.append(self._exit(boundary.name, boundary.macs + spent))
+        spent += self._combiner_macs(len(self.boundaries), logits)
+        return (*exits, self._exit("backbone", self.anatomy.macs + spent))
+
+    def _combiner_macs(self, m: int, logits: Tensor) -> int:
+        if m >= len(self.combiners):
+            return 0
+        return count_macs(self.combiners[m], logits.new_zeros(1, m + 1, self.num_classes))
+
+    def _exit(self, name: str, macs: int) -> Exit:
+        return Exit(name, macs, macs / max(self.anatomy.macs, 1))
+
+
+def detach(model: MultiExitModel) -> nn.Module:
+    """The user's own model, as it was before :func:`exitkit.attach`."""
+    if not isinstance(model, MultiExitModel):
+        raise ExitkitError(f"detach takes what exitkit.attach returned, not {type(model).__name__}")
+    return model.backbone
+
+
+def _combiners(method: Method, exits: int, num_classes: int) -> nn.ModuleList:
+    """One combiner per internal classifier, and one for the backbone where the method asks for it."""
+    if method.ensemble == "none":
+        return nn.ModuleList()
+    count = exits + int(method.ensemble_final)
+    return nn.ModuleList(COMBINERS[method.ensemble](m + 1, num_classes) for m in range(count))

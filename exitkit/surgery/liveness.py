@@ -1,0 +1,110 @@
+"""What is alive where: the data flow of a captured graph, node by node, in execution order."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+from torch.fx import GraphModule, Node
+
+_SHAPE_ONLY = frozenset(
+    "sym_size size sym_numel sym_stride zeros_like ones_like full_like empty_like rand_like randn_like new_zeros "
+    "new_ones new_full new_empty".split()
+)
+"""Operations that read their argument's shape and never its data."""
+
+_PRODUCTS = frozenset(
+    "conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d convolution linear addmm mm matmul bmm "
+    "baddbmm einsum lstm gru bilinear".split()
+)
+
+
+def op_name(node: Node) -> str:
+    """``conv2d`` for ``torch.ops.aten.conv2d.default``; the plain name for any other callable."""
+    schema = getattr(node.target, "_schema", None)
+    if schema is not None:
+        return str(schema.name).rpartition("::")[2].rstrip("_") or str(schema.name)
+    return getattr(node.target, "__name__", str(node.target))
+
+
+def value_of(node: Node) -> Tensor | None:
+    """The fake tensor that stands for a node's result, or None when it is no single tensor."""
+    value = node.meta.get("val")
+    return value if isinstance(value, Tensor) else None
+
+
+@dataclass(frozen=True)
+class Flow:
+    """Positions, lifetimes and dependencies of a graph's nodes.
+
+    ``data``: depends on a user input's data; ``weights``: depends on a parameter; ``activations``: both, and
+    floating point. ``weighted``: products of an activation or input with a parameter, in order of execution.
+    """
+
+    order: dict[Node, int]
+    last_use: dict[Node, int]
+    activations: frozenset[Node]
+    weighted: tuple[Node, ...]
+    live_activations: tuple[int, ...]
+    """At each position, how many activations were produced up to there and are used after it."""
+
+    def live(self, position: int) -> Iterator[Node]:
+        """Every non-parameter value produced up to ``position`` and used after it, in execution order."""
+        for node, index in self.order.items():
+            if index <= position < self.last_use[node] and node.op != "get_attr":
+                yield node
+
+
+def analyse(graph: GraphModule) -> Flow:
+    """One pass over ``graph`` for everything the cuts need."""
+    parameters = {name for name, _ in graph.named_parameters(remove_duplicate=False)}
+    order = {node: index for index, node in enumerate(graph.graph.nodes)}
+    data: set[Node] = set()
+    weights: set[Node] = set()
+    weighted: list[Node] = []
+    for node in order:
+        if node.op == "placeholder":
+            data.add(node)
+        elif node.op == "get_attr" and str(node.target) in parameters:
+            weights.add(node)
+        elif node.op == "call_function" and op_name(node) not in _SHAPE_ONLY:
+            sources = node.all_input_nodes
+            if any(source in data for source in sources):
+                data.add(node)
+            if any(source in weights for source in sources):
+                weights.add(node)
+            if _is_weighted(node, data, weights):
+                weighted.append(node)
+    activations = frozenset(node for node in data & weights if _is_floating(node))
+    last_use = {node: max((order[user] for user in node.users), default=order[node]) for node in order}
+    return Flow(order, last_use, activations, tuple(weighted), _count_live(order, last_use, activations))
+
+
+def _is_weighted(node: Node, data: set[Node], weights: set[Node]) -> bool:
+    sources = node.all_input_nodes
+    has_weight = any(source in weights and source not in data for source in sources)
+    return op_name(node) in _PRODUCTS and has_weight and any(source in data for source in sources)
+
+
+def _is_floating(node: Node) -> bool:
+    value = node.meta.get("val")
+    values = value if isinstance(value, tuple | list) else [value]
+    return any(isinstance(item, Tensor) and item.is_floating_point() for item in values)
+
+
+def _count_live(order: dict[Node, int], last_use: dict[Node, int], activations: frozenset[Node]) -> tuple[int, ...]:
+    change = [0] * (len(order) + 1)
+    for node in activations:
+        change[order[node]] += 1
+        change[last_use[node]] -= 1
+    counts, total = [], 0
+    for delta in change[:-1]:
+        total += delta
+        counts.append(total)
+    return tuple(counts)
+
+
+def submodule(root: nn.Module, path: str) -> nn.Module:
+    """``root.get_submodule(path)``, where the empty path is the root itself."""
+    return root.get_submodule(path) if path else root

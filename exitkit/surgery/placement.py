@@ -1,0 +1,91 @@
+"""Placement: which boundaries get an exit."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from exitkit.errors import ExitkitError, unknown_name
+from exitkit.surgery.boundaries import Anatomy, Boundary
+
+PLACEMENTS = ("dense-sparse", "sparse-dense")
+
+
+def place(
+    anatomy: Anatomy,
+    every: int | None = None,
+    at: Sequence[str] | None = None,
+    at_cost: Sequence[float] | None = None,
+    placement: str | None = None,
+) -> tuple[Boundary, ...]:
+    """The boundaries chosen by exactly one of the four arguments, in execution order; all blocks by default.
+
+    Raises:
+        ExitkitError: several arguments at once, a value out of range, or an unknown boundary name.
+    """
+    given = {"every": every, "at": at, "at_cost": at_cost, "placement": placement}
+    named = [name for name, value in given.items() if value is not None]
+    if len(named) > 1:
+        raise ExitkitError(f"{' and '.join(named)} were given together; exits are placed by one of {', '.join(given)}")
+    if at is not None:
+        return _at(anatomy, at)
+    if at_cost is not None:
+        return _at_cost(anatomy, at_cost)
+    if placement is not None:
+        return _patterned(anatomy, placement)
+    return _every(anatomy, 1 if every is None else every)
+
+
+def _every(anatomy: Anatomy, every: int) -> tuple[Boundary, ...]:
+    inner = anatomy.blocks[:-1]
+    if isinstance(every, bool) or not isinstance(every, int) or not 1 <= every <= len(inner):
+        raise ExitkitError(
+            f"every={every!r} is out of range: the backbone has {len(anatomy.blocks)} blocks and an exit never follows "
+            f"the last one, so every is 1 to {len(inner)}; exitkit.inspect(model) lists them"
+        )
+    return inner[every - 1 :: every]
+
+
+def _at(anatomy: Anatomy, names: Sequence[str]) -> tuple[Boundary, ...]:
+    if isinstance(names, str):
+        raise ExitkitError(f"at={names!r} is a string; give a list of boundary names: at=[{names!r}]")
+    by_name = {alias: boundary for boundary in anatomy.boundaries for alias in (*boundary.aliases, boundary.name)}
+    for name in names:
+        if name not in by_name:
+            raise unknown_name("at", name, by_name, "exitkit.inspect(model) lists the boundaries")
+    chosen = {by_name[name].position: by_name[name] for name in names}
+    if not chosen:
+        raise ExitkitError("at=[] names no boundary; give at least one, exitkit.inspect(model) lists them")
+    return tuple(chosen[position] for position in sorted(chosen))
+
+
+def _at_cost(anatomy: Anatomy, shares: Sequence[float]) -> tuple[Boundary, ...]:
+    """The block nearest to each share of the backbone's MACs; two shares never take the same block."""
+    candidates = list(anatomy.blocks[:-1])
+    chosen: list[Boundary] = []
+    for share in shares:
+        if not 0 < share < 1:
+            raise ExitkitError(f"at_cost holds {share!r}; each is a share of the backbone's MACs, between 0 and 1")
+        free = [boundary for boundary in candidates if boundary not in chosen]
+        if not free:
+            raise ExitkitError(f"at_cost has {len(shares)} shares, but only {len(candidates)} blocks can have an exit")
+        chosen.append(min(free, key=lambda boundary: abs(boundary.share - share)))
+    if not chosen:
+        raise ExitkitError("at_cost=[] places no exit; give at least one share, such as at_cost=[0.25, 0.5]")
+    return tuple(sorted(chosen, key=lambda boundary: boundary.position))
+
+
+def _patterned(anatomy: Anatomy, placement: str) -> tuple[Boundary, ...]:
+    """Kubaty et al., placement ablation: on 16 blocks, 1-7 and 11, or 1, 4 and 8-14 (counted from 0)."""
+    if placement not in PLACEMENTS:
+        raise unknown_name("placement", placement, PLACEMENTS)
+    blocks = anatomy.blocks
+    count = len(blocks)
+    half, quarter = count // 2, max(1, count // 4)
+    if placement == "dense-sparse":
+        indices = {*range(1, half), *range(half - 1 + quarter, count - 1, quarter)}
+    else:
+        indices = {1, *range(quarter, half, quarter), *range(half, count - 1)}
+    chosen = tuple(blocks[index] for index in sorted(indices) if 0 < index < count - 1)
+    if not chosen:
+        raise ExitkitError(f"placement={placement!r} needs at least 3 blocks; the backbone has {count}. Use every=1")
+    return chosen

@@ -1,0 +1,131 @@
+"""The check that the two views of a model agree: stages joined again against the user's own modules."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from exitkit.errors import ExitkitError
+from exitkit.surgery.boundaries import Boundary
+from exitkit.surgery.calls import Example
+from exitkit.surgery.capture import Capture, evaluation_mode, logits_of
+from exitkit.surgery.lower import Stage, run_stages
+from exitkit.surgery.taps import Tap, submodule, tensor_leaves
+
+_OTHER_BATCH = 3
+_MORE_TOKENS = 3
+# Kernels may be chosen by batch size or be non-deterministic anywhere but on CPU in float32.
+_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-8, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+
+
+def verify(captured: Capture, boundaries: Sequence[Boundary], stages: Sequence[Stage]) -> tuple[Tap, ...]:
+    """Run both views at two batch sizes (for text, also at two lengths) and return where each feature is read.
+
+    Raises:
+        ExitkitError: a feature or the logits differ; the message names the module.
+    """
+    other = captured.example.with_batch(_OTHER_BATCH)
+    if captured.example.text and not isinstance(_length(captured), int):
+        other = other.longer(_MORE_TOKENS)
+    with evaluation_mode(captured.backbone), torch.no_grad(), _exact_attention():
+        taps = _compare(captured, boundaries, stages, captured.example)
+        if _compare(captured, boundaries, stages, other) != taps:
+            raise ExitkitError(
+                f"{type(captured.backbone).__name__} returns its features in another order at another batch size; "
+                "exits cannot be attached to it"
+            )
+    return taps
+
+
+@contextmanager
+def _exact_attention() -> Iterator[None]:
+    """Without ``nn.MultiheadAttention``'s inference fast path, a fused kernel that rounds differently (1e-6)."""
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(enabled)
+
+
+def _length(captured: Capture) -> int | torch.SymInt:
+    placeholder = next(node for node in captured.graph.graph.nodes if node.op == "placeholder")
+    size: int | torch.SymInt = placeholder.meta["val"].shape[1]
+    return size
+
+
+def _compare(
+    captured: Capture, boundaries: Sequence[Boundary], stages: Sequence[Stage], example: Example
+) -> tuple[Tap, ...]:
+    placeholders = [node.name for node in captured.graph.graph.nodes if node.op == "placeholder"]
+    try:
+        # Copies, because a stage may write into its input, as the backbone itself may.
+        staged = run_stages(stages, placeholders, [tensor.clone() for tensor in example.tensors])
+    except Exception as error:
+        raise ExitkitError(
+            f"the stages of {type(captured.backbone).__name__} do not run at batch size {len(example.tensors[0])} "
+            f"({type(error).__name__}: {error}), so its forward fixes a size; make that size depend on x.shape"
+        ) from error
+    outputs, logits = _outputs_at(captured, boundaries, example)
+    taps = tuple(
+        _tap(boundary, leaves, versions, feature)
+        for boundary, (leaves, versions), feature in zip(boundaries, outputs, staged[:-1], strict=True)
+    )
+    if not _same(staged[-1], logits):
+        _refuse("the logits", logits, staged[-1])
+    return taps
+
+
+def _outputs_at(
+    captured: Capture, boundaries: Sequence[Boundary], example: Example
+) -> tuple[list[tuple[list[Tensor], list[bool]]], Tensor]:
+    """Copies of what each boundary's module call returned, whether it was written into later, and the logits."""
+    found: dict[str, list[tuple[Tensor, int, Tensor]]] = {}
+    counts: dict[str, int] = {}
+    handles = []
+    for path in {boundary.call.path for boundary in boundaries}:
+
+        def hook(module: object, args: object, output: object, path: str = path) -> None:
+            index = counts[path] = counts.get(path, -1) + 1
+            for boundary in boundaries:
+                if (boundary.call.path, boundary.call.index) == (path, index):
+                    leaves = tensor_leaves(output)
+                    found[boundary.name] = [(leaf, leaf._version, leaf.clone()) for leaf in leaves]
+
+        handles.append(submodule(captured.backbone, path).register_forward_hook(hook))
+    try:
+        args, kwargs = captured.spec.call(tuple(tensor.clone() for tensor in example.tensors))
+        logits = logits_of(captured.backbone(*args, **kwargs))
+    finally:
+        for handle in handles:
+            handle.remove()
+    missing = [boundary.name for boundary in boundaries if boundary.name not in found]
+    if missing:
+        raise ExitkitError(f"module {missing[0]!r} was not called when the backbone ran, so no feature can be read there")
+    reads = [found[boundary.name] for boundary in boundaries]
+    return [([copy for _, _, copy in read], [leaf._version != old for leaf, old, _ in read]) for read in reads], logits
+
+
+def _tap(boundary: Boundary, leaves: list[Tensor], written: list[bool], feature: Tensor) -> Tap:
+    for leaf, tensor in enumerate(leaves):
+        if tensor.shape == feature.shape and _same(tensor, feature):
+            return Tap(boundary.call.path, boundary.call.index, leaf, written[leaf])
+    near = next((tensor for tensor in leaves if tensor.shape == feature.shape), None)
+    return _refuse(f"the output of module {boundary.name!r}", near, feature)
+
+
+def _refuse(what: str, eager: Tensor | None, staged: Tensor) -> Tap:
+    gap = "has another shape" if eager is None else f"differs by up to {(eager - staged).abs().max().item():.2e}"
+    raise ExitkitError(
+        f"surgery refused: {what} {gap} between the captured graph and the model itself, so its exits would be wrong. "
+        "The forward there depends on something the capture cannot see (random numbers in eval mode, Python state)"
+    )
+
+
+def _same(first: Tensor, second: Tensor) -> bool:
+    exact = first.device.type == "cpu" and first.dtype == torch.float32
+    tolerance = 0.0 if exact else _TOLERANCE.get(first.dtype, 1e-2)
+    return torch.allclose(first, second, rtol=tolerance, atol=tolerance, equal_nan=True)
