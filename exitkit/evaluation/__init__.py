@@ -1,0 +1,8 @@
+"""Evaluation: from every exit's predictions to accuracy against cost."""
+
+from exitkit.evaluation.collect import collect
+from exitkit.evaluation.curve import BudgetPoint, BudgetTable, Curve
+from exitkit.evaluation.outputs import ExitOutputs
+from exitkit.evaluation.plots import plot_curves, plot_hindsight
+
+__all__ = ["BudgetPoint", "BudgetTable", "Curve", "ExitOutputs", "collect", "plot_curves", "plot_hindsight"]

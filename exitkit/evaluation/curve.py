@@ -1,0 +1,118 @@
+"""Accuracy against cost, exactly: one point for every threshold at which anything changes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from exitkit.errors import ExitkitError
+
+Array = NDArray[np.float64]
+BUDGETS = (0.25, 0.5, 0.75, 1.0)
+
+
+class BudgetPoint(NamedTuple):
+    """A threshold, and the accuracy and average cost (share of the backbone) it gives."""
+
+    threshold: float
+    accuracy: float
+    cost: float
+
+
+@dataclass(frozen=True, eq=False)
+class Curve:
+    """Accuracy and average cost at every distinct threshold, in ascending order.
+
+    Attributes:
+        thresholds: (T,) values of τ. At the first everybody leaves at exit 0; at the last (and above) nobody leaves.
+        accuracy: (T,) accuracy over all samples at each τ.
+        cost: (T,) average MACs per sample at each τ, as a share of the unmodified backbone; never falls with τ.
+    """
+
+    thresholds: Array
+    accuracy: Array
+    cost: Array
+
+    @classmethod
+    def of(cls, scores: NDArray[np.floating], correct: NDArray[np.bool_], costs: Array) -> Curve:
+        """The curve from scores (N, M) of the exits, correctness (N, M+1) and costs (M+1,) of exits and backbone.
+
+        A sample passes exit m exactly when τ reaches the running maximum of its scores up to m, so each of the N·M
+        running maxima is one event that moves one sample one exit further; sorted, their sums are the curve.
+        """
+        samples, exits = scores.shape
+        events = np.maximum.accumulate(scores.astype(np.float64), axis=1).ravel()
+        order = np.argsort(events, kind="stable")
+        events = events[order]
+        last_of_value = np.append(np.flatnonzero(np.diff(events)), len(events) - 1)
+        gained = np.diff(correct.astype(np.int64), axis=1).ravel()[order]
+        spent = np.broadcast_to(np.diff(costs), (samples, exits)).ravel()[order]
+        lowest = events[0]
+        return cls(
+            np.concatenate([[0.0 if lowest > 0 else np.nextafter(lowest, -np.inf)], events[last_of_value]]),
+            np.concatenate([[correct[:, 0].mean()], (correct[:, 0].sum() + gained.cumsum()[last_of_value]) / samples]),
+            np.concatenate([[costs[0]], costs[0] + spent.cumsum()[last_of_value] / samples]),
+        )
+
+    def at_budget(self, budget: float) -> BudgetPoint:
+        """The highest threshold whose average cost stays under ``budget`` (a share of the backbone).
+
+        Raises:
+            ExitkitError: a budget that even leaving at exit 0 does not stay under.
+        """
+        below = int(np.searchsorted(self.cost, budget, side="left")) - 1
+        if not budget > 0 or below < 0:
+            raise ExitkitError(
+                f"budget={budget!r} cannot be kept: it is a share of the backbone's cost, and leaving at the first exit "
+                f"already costs {self.cost[0]:.3f}"
+            )
+        return self._point(below)
+
+    def at_threshold(self, threshold: float) -> BudgetPoint:
+        """Accuracy and cost at any τ."""
+        index = max(int(np.searchsorted(self.thresholds, threshold, side="right")) - 1, 0)
+        return self._point(index)._replace(threshold=threshold)
+
+    def best(self) -> BudgetPoint:
+        """The highest accuracy over all thresholds, at its lowest cost."""
+        return self._point(int(self.accuracy.argmax()))
+
+    def no_limit(self) -> BudgetPoint:
+        """Nobody leaves: what any τ above every score gives."""
+        return self._point(len(self.thresholds) - 1)
+
+    def budget_table(self) -> BudgetTable:
+        """The rows of the papers' tables: 25, 50, 75 and 100% of the unmodified backbone, and two readings of Max."""
+        rows: dict[str, BudgetPoint | None] = {
+            f"{budget:.0%}": self.at_budget(budget) if self.cost[0] < budget else None for budget in BUDGETS
+        }
+        return BudgetTable(rows | {"Max (no limit)": self.no_limit(), "Max (best τ)": self.best()})
+
+    def plot(self, path: str | Path) -> None:
+        """Write the picture of accuracy against cost to ``path`` (png, svg or pdf)."""
+        from exitkit.evaluation.plots import plot_curves
+
+        plot_curves({"early exits": self}, path)
+
+    def _point(self, index: int) -> BudgetPoint:
+        return BudgetPoint(float(self.thresholds[index]), float(self.accuracy[index]), float(self.cost[index]))
+
+
+@dataclass(frozen=True)
+class BudgetTable:
+    """Rows by name; None where even the first exit is over the budget. Prints as a small text table."""
+
+    rows: dict[str, BudgetPoint | None]
+
+    def __str__(self) -> str:
+        lines = [f"{'budget':<15}{'accuracy':>9}{'cost':>9}{'τ':>9}"]
+        for name, point in self.rows.items():
+            if point is None:
+                lines.append(f"{name:<15}{'-':>9}{'-':>9}{'-':>9}")
+            else:
+                lines.append(f"{name:<15}{point.accuracy:>9.2%}{point.cost:>9.1%}{point.threshold:>9.4f}")
+        return "\n".join(lines)

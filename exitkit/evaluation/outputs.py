@@ -1,0 +1,162 @@
+"""``ExitOutputs``: what every exit said about every sample. All of evaluation starts here."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.nn import functional as F
+
+from exitkit.batches import check_labels
+from exitkit.criteria import scores
+from exitkit.errors import ExitkitError
+from exitkit.evaluation.curve import Curve
+from exitkit.files import replacing
+
+_FORMAT = "exitkit-outputs-1"
+
+
+@dataclass(frozen=True, eq=False)
+class ExitOutputs:
+    """Predictions of M exits and the backbone (exit M) on N samples.
+
+    Attributes:
+        log_probs: (N, M+1, C), float32; logits or log-probabilities are given, normalised ones are kept.
+        labels: (N,) int64, or None when there are none (then nothing that needs accuracy is available).
+        macs: (M+1,) float64: MACs per sample to answer at each exit, earlier heads included.
+        backbone_macs: MACs per sample of the unmodified backbone; costs are shares of it.
+        criterion: the score used unless another is asked for.
+
+    Raises:
+        ExitkitError: shapes that do not fit together, NaN, labels out of range, or costs that fall.
+    """
+
+    log_probs: Tensor
+    labels: Tensor | None
+    macs: Tensor
+    backbone_macs: float
+    criterion: str = "confidence"
+
+    def __post_init__(self) -> None:
+        log_probs = _check_log_probs(torch.as_tensor(self.log_probs))
+        object.__setattr__(self, "log_probs", F.log_softmax(log_probs.float(), dim=-1))
+        macs = torch.as_tensor(self.macs, dtype=torch.float64)
+        if macs.shape != log_probs.shape[1:2] or bool((macs.diff() < 0).any()) or bool((macs <= 0).any()):
+            raise ExitkitError(
+                f"macs={macs.tolist()} must hold one positive cost per exit, {log_probs.shape[1]} of them, none below the "
+                "one before it"
+            )
+        object.__setattr__(self, "macs", macs)
+        if not self.backbone_macs > 0:
+            raise ExitkitError(f"backbone_macs={self.backbone_macs!r} must be positive: MACs of the unmodified backbone")
+        if self.labels is not None:
+            object.__setattr__(self, "labels", check_labels(self.labels, log_probs.shape[2], log_probs.shape[0]))
+
+    @property
+    def costs(self) -> NDArray[np.float64]:
+        """(M+1,): cost to answer at each exit, as a share of the unmodified backbone."""
+        costs: NDArray[np.float64] = self.macs.numpy() / self.backbone_macs
+        return costs
+
+    @property
+    def correct(self) -> Tensor:
+        """(N, M+1) bool: which exits are right about which samples."""
+        if self.labels is None:
+            raise ExitkitError(
+                "labels=None: accuracy needs labels. To measure agreement with the full model instead, build "
+                "ExitOutputs with labels=log_probs[:, -1].argmax(-1)"
+            )
+        return self.log_probs.argmax(-1) == self.labels[:, None]
+
+    def accuracy(self) -> NDArray[np.float64]:
+        """(M+1,): accuracy of each exit over all samples; the backbone's is last."""
+        accuracy: NDArray[np.float64] = self.correct.double().mean(0).numpy()
+        return accuracy
+
+    def scores(self, criterion: str | None = None) -> Tensor:
+        """(N, M+1): how sure each exit is; a sample leaves at the first exit whose score is strictly above τ."""
+        return scores(self.log_probs, criterion or self.criterion)
+
+    def exits_at(self, threshold: float, criterion: str | None = None) -> NDArray[np.int64]:
+        """(N,): the exit at which each sample leaves; M where no exit before it is sure enough."""
+        sure = self.scores(criterion)[:, :-1] > threshold
+        exits: NDArray[np.int64] = torch.where(sure.any(1), sure.int().argmax(1), sure.shape[1]).numpy()
+        return exits
+
+    def exit_rates(self, threshold: float, criterion: str | None = None) -> NDArray[np.float64]:
+        """(M+1,): share of the samples that leave at each exit."""
+        exits = self.exits_at(threshold, criterion)
+        return np.bincount(exits, minlength=len(self.macs)) / len(exits)
+
+    def curve(self, criterion: str | None = None) -> Curve:
+        """Accuracy and average cost at every distinct threshold."""
+        return Curve.of(self.scores(criterion)[:, :-1].numpy(), self.correct.numpy(), self.costs)
+
+    def hindsight_improvability(self) -> NDArray[np.float64]:
+        """(M+1,): share of each exit's mistakes that some earlier exit had right (Zero Time Waste, section 4.2).
+
+        The paper's formula prints an intersection over earlier exits; its text, and this, take the union ("any of the
+        previous ICs"). 0 for the first exit and for an exit without mistakes.
+        """
+        right = self.correct
+        known_before = torch.cat([torch.zeros_like(right[:, :1]), right.cummax(1).values[:, :-1]], 1)
+        mistakes = (~right).sum(0)
+        improvable = (~right & known_before).sum(0)
+        share: NDArray[np.float64] = (improvable.double() / mistakes.clamp(min=1)).numpy()
+        return share
+
+    def save(self, path: str | Path) -> None:
+        """Write to a safetensors file; an existing one is replaced only by a complete one."""
+        tensors = {"log_probs": self.log_probs.contiguous(), "macs": self.macs}
+        if self.labels is not None:
+            tensors["labels"] = self.labels
+        header = {"format": _FORMAT, "backbone_macs": json.dumps(self.backbone_macs), "criterion": self.criterion}
+        with replacing(path) as temporary:
+            save_file(tensors, temporary, metadata=header)
+
+    @classmethod
+    def load(cls, path: str | Path) -> ExitOutputs:
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            ExitkitError: no such file, a damaged one, or one that exitkit did not write.
+        """
+        try:
+            with safe_open(str(path), framework="pt") as file:
+                header: dict[str, Any] = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no iterator
+        except (OSError, SafetensorError) as error:
+            raise ExitkitError(f"path={str(path)!r} cannot be read as saved outputs: {error}") from error
+        if header.get("format") != _FORMAT:
+            raise ExitkitError(f"path={str(path)!r} is no file of saved outputs; write one with outputs.save(path)")
+        return cls(
+            tensors["log_probs"],
+            tensors.get("labels"),
+            tensors["macs"],
+            float(json.loads(header["backbone_macs"])),
+            header["criterion"],
+        )
+
+
+def _check_log_probs(log_probs: Tensor) -> Tensor:
+    if log_probs.dim() != 3 or not log_probs.is_floating_point() or 0 in log_probs.shape:
+        raise ExitkitError(
+            f"log_probs has dtype {log_probs.dtype} and shape {tuple(log_probs.shape)}; expected floating point of shape "
+            "(samples, exits + 1, classes), none of them 0"
+        )
+    broken = log_probs.isnan().any(-1) | (log_probs == float("inf")).any(-1)
+    if bool(broken.any()):
+        exit_ = int(broken.any(0).int().argmax())
+        raise ExitkitError(
+            f"log_probs holds NaN or +inf: exit {exit_} on {int(broken[:, exit_].sum())} of {len(log_probs)} samples. The "
+            "model overflowed there; check its inputs (normalised?) and run in float32"
+        )
+    return log_probs

@@ -1,0 +1,55 @@
+"""Pictures of the evaluation, with matplotlib."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from exitkit.evaluation.curve import Array, Curve
+from exitkit.files import replacing
+
+
+def plot_curves(curves: Mapping[str, Curve], path: str | Path) -> None:
+    """Accuracy against average cost for each method; the unmodified backbone is the dashed line.
+
+    The backbone's accuracy is read where nobody leaves, so methods that combine its answer show their own.
+    """
+    figure, axes = _figure("average cost (share of the backbone's MACs)", "accuracy")
+    for name, curve in curves.items():
+        axes.step(curve.cost, curve.accuracy, where="post", label=name, linewidth=1.8)
+    backbone = next(iter(curves.values())).no_limit()
+    axes.axhline(backbone.accuracy, color="0.4", linestyle="--", linewidth=1, label="backbone")
+    axes.axvline(1.0, color="0.8", linewidth=1, zorder=0)
+    axes.set_xlim(left=0)
+    axes.legend(frameon=False)
+    _write(figure, path)
+
+
+def plot_hindsight(improvability: Mapping[str, Array], path: str | Path) -> None:
+    """Hindsight improvability of each exit, per method (Zero Time Waste, figure 2)."""
+    figure, axes = _figure("exit", "hindsight improvability")
+    for name, values in improvability.items():
+        axes.plot(range(len(values)), values, marker="o", markersize=3, label=name)
+    axes.set_ylim(0, 1)
+    axes.legend(frameon=False)
+    _write(figure, path)
+
+
+def _figure(xlabel: str, ylabel: str) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.add_subplot()
+    axes.set_xlabel(xlabel)
+    axes.set_ylabel(ylabel)
+    axes.grid(color="0.92")
+    axes.set_axisbelow(True)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    return figure, axes
+
+
+def _write(figure: Figure, path: str | Path) -> None:
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=150)
