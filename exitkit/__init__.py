@@ -4,21 +4,30 @@ from exitkit._torchvision import make_torchvision_importable as _make_torchvisio
 
 _make_torchvision_importable()
 
+from exitkit import evaluation, models, training  # noqa: E402
 from exitkit.attach import attach  # noqa: E402
 from exitkit.errors import ExitkitError  # noqa: E402
+from exitkit.evaluation import ExitOutputs, collect  # noqa: E402
 from exitkit.inspect import inspect  # noqa: E402
 from exitkit.methods import PBEE, SDN, ZTW, Method  # noqa: E402
 from exitkit.model import MultiExitModel, MultiExitOutput, detach  # noqa: E402
+from exitkit.training import Trainer  # noqa: E402
 
 __all__ = [
     "PBEE",
     "SDN",
     "ZTW",
+    "ExitOutputs",
     "ExitkitError",
     "Method",
     "MultiExitModel",
     "MultiExitOutput",
+    "Trainer",
     "attach",
+    "collect",
     "detach",
+    "evaluation",
     "inspect",
+    "models",
+    "training",
 ]

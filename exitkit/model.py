@@ -90,16 +90,20 @@ class MultiExitModel(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> MultiExitOutput:
         """Run every exit. Takes what the backbone takes."""
+        features, heads = self.run_heads(*args, **kwargs)
+        return MultiExitOutput(self.combine(heads), features, heads)
+
+    def run_heads(self, *args: Any, **kwargs: Any) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """The features at the boundaries and every head's logits (the backbone's last), without the ensemble."""
         trains = any(parameter.requires_grad for parameter in self.backbone.parameters())
         with tapped(self.backbone, self.taps) as read, torch.set_grad_enabled(torch.is_grad_enabled() and trains):
             final = logits_of(self.backbone(*args, **kwargs))
-        features = [self._found(slot, feature) for slot, feature in enumerate(read)]
+        features = tuple(self._found(slot, feature) for slot, feature in enumerate(read))
         heads: list[Tensor] = []
         for classifier, feature, mask in zip(self.classifiers, features, self.masks, strict=True):
             read_mask = args[mask] if isinstance(mask, int) else kwargs.get(mask) if mask is not None else None
             heads.append(classifier(feature, heads[-1] if heads else None, read_mask))
-        heads.append(final)
-        return MultiExitOutput(self.combine(heads), tuple(features), tuple(heads))
+        return features, (*heads, final)
 
     def combine(self, heads: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Each exit's answer from its own and all earlier heads' logits (B, C): the method's ensemble, if it has one."""

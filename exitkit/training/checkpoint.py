@@ -1,0 +1,47 @@
+"""Checkpoints: everything a killed run needs, replaced whole or not at all."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from exitkit.errors import ExitkitError
+from exitkit.files import replacing
+
+_FORMAT = "exitkit-checkpoint-1"
+NAME = "checkpoint.pt"
+
+
+def save_checkpoint(directory: Path, settings: dict[str, Any], state: dict[str, Any]) -> None:
+    """Write ``state`` to the run directory; the previous checkpoint stays until the new one is complete."""
+    with replacing(directory / NAME) as temporary:
+        torch.save({"format": _FORMAT, "settings": settings, **state}, temporary)
+
+
+def load_checkpoint(directory: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
+    """The run directory's checkpoint, or None when there is none yet. Loaded without unpickling code.
+
+    Raises:
+        ExitkitError: a damaged file, a foreign one, or one made with other settings.
+    """
+    path = directory / NAME
+    if not path.exists():
+        return None
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, OSError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
+        raise ExitkitError(
+            f"checkpoint {str(path)!r} is damaged or no checkpoint ({type(error).__name__}); delete it to start again"
+        ) from error
+    if not isinstance(state, dict) or state.get("format") != _FORMAT:
+        raise ExitkitError(f"checkpoint {str(path)!r} was not written by exitkit.Trainer; use another output_dir")
+    for name, value in settings.items():
+        if state["settings"].get(name) != value:
+            raise ExitkitError(
+                f"checkpoint {str(path)!r} was made with {name}={state['settings'].get(name)!r}, this run has {value!r}; "
+                "use the same settings to continue, another output_dir, or resume='never' to start again"
+            )
+    return state

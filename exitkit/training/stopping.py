@@ -1,0 +1,38 @@
+"""Early stopping with one counter per exit."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass
+class EarlyStopping:
+    """Stop when no exit improved for ``patience`` evaluations (Kubaty et al., appendix A).
+
+    ``patience`` None never stops. An exit's counter is reset by a strictly better accuracy.
+    """
+
+    patience: int | None
+    best: list[float] = field(default_factory=list)
+    waited: list[int] = field(default_factory=list)
+
+    def update(self, accuracy: Sequence[float]) -> bool:
+        """Record an evaluation; whether any exit improved."""
+        if not self.best:
+            self.best, self.waited = [-1.0] * len(accuracy), [0] * len(accuracy)
+        improved = [new > old for new, old in zip(accuracy, self.best, strict=True)]
+        self.best = [max(new, old) for new, old in zip(accuracy, self.best, strict=True)]
+        self.waited = [0 if better else waited + 1 for better, waited in zip(improved, self.waited, strict=True)]
+        return any(improved)
+
+    @property
+    def stop(self) -> bool:
+        return self.patience is not None and bool(self.waited) and min(self.waited) >= self.patience
+
+    def state(self) -> dict[str, Any]:
+        return {"best": self.best, "waited": self.waited}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self.best, self.waited = list(state["best"]), list(state["waited"])
