@@ -1,0 +1,79 @@
+"""Shared fixtures: small real backbones, tiny data, and the real CIFAR-10 data and weights where they are present."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import exitkit
+
+DATA = Path(os.environ.get("EXITKIT_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """Folder with the real CIFAR-10 images and pretrained weights; tests that need it are skipped without it."""
+    if not (DATA / "weights" / "cifar10_resnet20.safetensors").exists():
+        pytest.skip(f"no real data in {DATA}; set EXITKIT_DATA to the folder that holds cifar10/ and weights/")
+    return DATA
+
+
+class TinyNet(nn.Module):
+    """Four residual blocks on 1×8×8 images, with BatchNorm and dropout, so that training mode would show."""
+
+    def __init__(self, num_classes: int = 3) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(1, 8, 3, padding=1)
+        self.blocks = nn.Sequential(*(TinyBlock(8) for _ in range(4)))
+        self.dropout = nn.Dropout(0.5)
+        self.linear = nn.Linear(8, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.linear(self.dropout(self.blocks(self.stem(x)).mean((2, 3))))
+        return out
+
+
+class TinyBlock(nn.Module):
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, channels, 3, padding=1)
+        self.norm = nn.BatchNorm2d(channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.conv2(torch.relu(self.norm(self.conv1(x))))
+
+
+@pytest.fixture
+def tiny_net() -> TinyNet:
+    return TinyNet()
+
+
+@pytest.fixture
+def tiny_ee(tiny_net: TinyNet) -> exitkit.MultiExitModel:
+    """ZTW on the tiny net: exits after blocks.0, blocks.1 and blocks.2."""
+    return exitkit.attach(tiny_net, torch.randn(2, 1, 8, 8), every=1, method="ztw")
+
+
+@pytest.fixture
+def loader() -> Callable[..., DataLoader[tuple[Tensor, ...]]]:
+    """``loader(n, batch)``: n separable 1×8×8 images of three classes."""
+
+    def make(samples: int = 96, batch: int = 16, shuffle: bool = False, seed: int = 0) -> DataLoader[tuple[Tensor, ...]]:
+        generator = torch.Generator().manual_seed(seed)
+        labels = torch.arange(samples) % 3
+        images = torch.randn(samples, 1, 8, 8, generator=generator) + labels.view(-1, 1, 1, 1) - 1
+        return DataLoader(TensorDataset(images, labels), batch_size=batch, shuffle=shuffle)
+
+    return make
