@@ -45,7 +45,8 @@ def check_labels(labels: Any, num_classes: int, batch: int) -> Tensor:
         raise ExitkitError(
             f"labels run from {low} to {high}, but the model has {num_classes} classes: labels are 0 to {num_classes - 1}"
         )
-    return labels.long()
+    classes: Tensor = labels.long()
+    return classes
 
 
 def checked(loader: Iterable[Any], name: str) -> Iterable[Any]:

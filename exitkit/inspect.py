@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,7 +33,9 @@ class Inspection:
 
     def table(self) -> Table:
         """The blocks as a Rich table."""
-        table = Table(title=f"{self.model}: {len(self.blocks)} blocks", caption=self._caption(), caption_justify="left")
+        table = Table(
+            title=f"{self.model}: {len(self.blocks)} blocks", caption=self._caption(), caption_justify="left"
+        )
         for heading, justify in (("#", "right"), ("boundary", "left"), ("type", "left"), ("feature", "left")):
             table.add_column(heading, justify="right" if justify == "right" else "left", overflow="fold")
         for heading in ("MMACs so far", "share"):
@@ -49,7 +52,7 @@ class Inspection:
         return f"backbone: {_giga(self.anatomy.macs)}{cross}. {others} more clean cuts can be named with at=."
 
     def __str__(self) -> str:
-        console = Console(width=110, record=True, file=_Nowhere())
+        console = Console(width=110, record=True, file=io.StringIO())
         console.print(self.table())
         return console.export_text()
 
@@ -66,7 +69,9 @@ def inspect(model: nn.Module, example_inputs: Any = None, *, show: bool = True) 
         ExitkitError: the model cannot be captured or has no boundary.
     """
     captured = capture(model, example_inputs)
-    inspection = Inspection(type(model).__name__, find_boundaries(captured), ptflops_macs(captured.graph, captured.example))
+    inspection = Inspection(
+        type(model).__name__, find_boundaries(captured), ptflops_macs(captured.graph, captured.example)
+    )
     if show:
         Console().print(inspection.table())
     return inspection
@@ -74,12 +79,3 @@ def inspect(model: nn.Module, example_inputs: Any = None, *, show: bool = True) 
 
 def _giga(macs: int) -> str:
     return f"{macs / 1e9:.2f} GMACs" if macs >= 1e8 else f"{macs / 1e6:.2f} MMACs"
-
-
-class _Nowhere:
-    """A file that swallows what a recording console also writes out."""
-
-    def write(self, text: str) -> int:
-        return len(text)
-
-    def flush(self) -> None: ...

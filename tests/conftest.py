@@ -70,7 +70,9 @@ def tiny_ee(tiny_net: TinyNet) -> exitkit.MultiExitModel:
 def loader() -> Callable[..., DataLoader[tuple[Tensor, ...]]]:
     """``loader(n, batch)``: n separable 1×8×8 images of three classes."""
 
-    def make(samples: int = 96, batch: int = 16, shuffle: bool = False, seed: int = 0) -> DataLoader[tuple[Tensor, ...]]:
+    def make(
+        samples: int = 96, batch: int = 16, shuffle: bool = False, seed: int = 0
+    ) -> DataLoader[tuple[Tensor, ...]]:
         generator = torch.Generator().manual_seed(seed)
         labels = torch.arange(samples) % 3
         images = torch.randn(samples, 1, 8, 8, generator=generator) + labels.view(-1, 1, 1, 1) - 1

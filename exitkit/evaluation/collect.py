@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
 from exitkit.batches import check_labels, checked, move, split_batch
@@ -26,7 +27,8 @@ def collect(model: MultiExitModel, loader: Iterable[Any]) -> ExitOutputs:
         ExitkitError: an empty loader, labels out of range, labels in some batches only, or NaN in the outputs.
     """
     device = next(model.parameters()).device
-    log_probs, labels = [], []
+    log_probs: list[Tensor] = []
+    labels: list[Tensor] = []
     with evaluation_mode(model), torch.inference_mode():
         for batch in checked(loader, "loader"):
             inputs, batch_labels = split_batch(batch)

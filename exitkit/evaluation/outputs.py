@@ -56,7 +56,9 @@ class ExitOutputs:
             )
         object.__setattr__(self, "macs", macs)
         if not self.backbone_macs > 0:
-            raise ExitkitError(f"backbone_macs={self.backbone_macs!r} must be positive: MACs of the unmodified backbone")
+            raise ExitkitError(
+                f"backbone_macs={self.backbone_macs!r} must be positive: MACs of the unmodified backbone"
+            )
         if self.labels is not None:
             object.__setattr__(self, "labels", check_labels(self.labels, log_probs.shape[2], log_probs.shape[0]))
 

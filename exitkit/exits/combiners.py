@@ -43,7 +43,6 @@ class AdditiveEnsemble(nn.Module):
         return mixture.log() - mixture.sum(-1, keepdim=True).log()
 
 
-Combiner = GeometricEnsemble | AdditiveEnsemble
 COMBINERS: dict[str, type[GeometricEnsemble] | type[AdditiveEnsemble]] = {
     "geometric": GeometricEnsemble,
     "additive": AdditiveEnsemble,

@@ -58,7 +58,9 @@ class InternalClassifier(nn.Module):
         vector: Tensor = self.body(feature, mask) if isinstance(self.body, TokenBody) else self.body(feature)
         if self.link is not None:
             if previous is None:
-                raise ExitkitError("this exit has a cascade link and needs previous=, the logits of the exit before it")
+                raise ExitkitError(
+                    "this exit has a cascade link and needs previous=, the logits of the exit before it"
+                )
             vector = self.link(vector, previous)
         logits: Tensor = self.linear(vector)
         return logits

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import pairwise
 
 from torch import nn
 from torch.fx import Node
@@ -131,7 +132,9 @@ def _clean_cuts(flow: Flow, calls: dict[ModuleCall, list[int]]) -> dict[Node, li
     """The activation of each clean cut, in execution order, with the calls that end there, outermost first."""
     nodes = list(flow.order)
     weighted = [flow.order[node] for node in flow.weighted]
-    batch = next(value.shape[0] for node in nodes if node.op == "placeholder" and (value := value_of(node)) is not None)
+    batch = next(
+        value.shape[0] for node in nodes if node.op == "placeholder" and (value := value_of(node)) is not None
+    )
     cuts: dict[Node, list[ModuleCall]] = defaultdict(list)
     for call, positions in calls.items():
         end = positions[-1]
@@ -169,9 +172,7 @@ def _blocks(
 
 
 def _in_list(backbone: nn.Module, path: str) -> bool:
-    return isinstance(
-        submodule(backbone, path.rpartition(".")[0]), nn.Sequential | nn.ModuleList | nn.ModuleDict
-    )
+    return isinstance(submodule(backbone, path.rpartition(".")[0]), nn.Sequential | nn.ModuleList | nn.ModuleDict)
 
 
 def _encloses(calls: dict[ModuleCall, list[int]], outer: ModuleCall, inner: ModuleCall) -> bool:
@@ -183,7 +184,7 @@ def _before_weighted_layers(flow: Flow, cuts: dict[Node, list[ModuleCall]]) -> s
     """Without a list of blocks (VGG, AlexNet): the last cut before each weighted layer but the first."""
     weighted = [flow.order[node] for node in flow.weighted]
     chosen = set()
-    for previous, following in zip(weighted, weighted[1:], strict=False):
+    for previous, following in pairwise(weighted):
         between = [ending for node, ending in cuts.items() if previous <= flow.order[node] < following]
         if between:
             chosen.add(between[-1][0])

@@ -50,7 +50,7 @@ class CallSpec:
     def tensors(self, batch: Any) -> tuple[Tensor, ...]:
         """The tensors of ``batch`` in this spec's order; the same keys must be present."""
         args, kwargs = as_call(batch)
-        given: dict[int | str, Any] = {**dict(enumerate(args)), **kwargs}
+        given: dict[int | str, Any] = dict([*enumerate(args), *kwargs.items()])
         found = {key for key, value in given.items() if isinstance(value, Tensor)}
         if found != set(self.keys):
             raise ExitkitError(
@@ -68,7 +68,6 @@ class CallSpec:
             else:
                 kwargs[key] = tensor
         return tuple(args), kwargs
-
 
     def batch(self, tensors: tuple[Tensor, ...]) -> Any:
         """A batch that :func:`as_call` turns into this call."""

@@ -100,7 +100,8 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 def _run(wrapped: LogitsOf, example: Example) -> Tensor:
     try:
-        return wrapped(*example.tensors)
+        logits: Tensor = wrapped(*example.tensors)
+        return logits
     except ExitkitError:
         raise
     except Exception as error:  # whatever the user's forward raises on the example

@@ -55,7 +55,7 @@ def _image_size(model: nn.Module) -> tuple[int, int, int] | None:
         channels, height, width = cfg["input_size"]
         patches = getattr(getattr(model, "patch_embed", None), "img_size", None)
         return (_channels(model) or channels, *(patches or (height, width)))
-    if module.startswith("torchvision.models") or module.startswith("exitkit.models"):
+    if module.startswith(("torchvision.models", "exitkit.models")):
         # Inception v3's auxiliary head fixes 299; everything else in torchvision takes 224 or says image_size.
         side = getattr(model, "image_size", 299 if type(model).__name__ == "Inception3" else 224)
         return _channels(model) or 3, side, side

@@ -78,7 +78,7 @@ class _Piece:
         self.reads: list[Node] = [] if feature is None else [feature]
         pending = [source for node in nodes for source in node.all_input_nodes]
         for node in pending:
-            if node in self.made and node.op != "placeholder" or node.op == "get_attr" or node in self.reads:
+            if (node in self.made and node.op != "placeholder") or node.op == "get_attr" or node in self.reads:
                 continue
             if self.is_recomputed(node):
                 pending.extend(node.all_input_nodes if self.dimension(node) is None else [])
@@ -97,7 +97,9 @@ class _Piece:
         if not _is_integer(node) or node.op != "call_function":
             return False
         sources = node.all_input_nodes
-        return self.dimension(node) is not None or bool(sources) and all(self.is_recomputed(item) for item in sources)
+        return self.dimension(node) is not None or (
+            bool(sources) and all(self.is_recomputed(item) for item in sources)
+        )
 
 
 def _build(root: GraphModule, piece: _Piece, outputs: list[Node], live: tuple[str, ...]) -> Stage:

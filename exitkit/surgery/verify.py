@@ -12,8 +12,9 @@ from exitkit.errors import ExitkitError
 from exitkit.surgery.boundaries import Boundary
 from exitkit.surgery.calls import Example
 from exitkit.surgery.capture import Capture, evaluation_mode, logits_of
+from exitkit.surgery.liveness import submodule
 from exitkit.surgery.lower import Stage, run_stages
-from exitkit.surgery.taps import Tap, submodule, tensor_leaves
+from exitkit.surgery.taps import Tap, tensor_leaves
 
 _OTHER_BATCH = 3
 _MORE_TOKENS = 3
@@ -104,7 +105,9 @@ def _outputs_at(
             handle.remove()
     missing = [boundary.name for boundary in boundaries if boundary.name not in found]
     if missing:
-        raise ExitkitError(f"module {missing[0]!r} was not called when the backbone ran, so no feature can be read there")
+        raise ExitkitError(
+            f"module {missing[0]!r} was not called when the backbone ran, so no feature can be read there"
+        )
     reads = [found[boundary.name] for boundary in boundaries]
     return [([copy for _, _, copy in read], [leaf._version != old for leaf, old, _ in read]) for read in reads], logits
 

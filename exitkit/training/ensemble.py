@@ -6,12 +6,11 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from exitkit.batches import check_labels, checked, move, split_batch
 from exitkit.errors import ExitkitError
-from exitkit.exits.combiners import Combiner
 from exitkit.model import MultiExitModel
 from exitkit.surgery.calls import as_call
 from exitkit.surgery.capture import evaluation_mode
@@ -49,7 +48,7 @@ def _cache(model: MultiExitModel, loader: Iterable[Any]) -> tuple[Tensor, Tensor
     return torch.cat(kept), torch.cat(labels)
 
 
-def _fit(combiner: Combiner, log_probs: Tensor, labels: Tensor, exit_: int) -> float:
+def _fit(combiner: nn.Module, log_probs: Tensor, labels: Tensor, exit_: int) -> float:
     optimizer = torch.optim.LBFGS(combiner.parameters(), max_iter=_STEPS, line_search_fn="strong_wolfe")
 
     def loss() -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Sized
 from copy import deepcopy
 from pathlib import Path
 from typing import Any, Literal
@@ -122,7 +122,7 @@ class Trainer:
         if state is not None:
             best = state["best"]
         prepared = self.accelerator.prepare(optimizer)
-        steps = len(train_loader) if hasattr(train_loader, "__len__") else None
+        steps = len(train_loader) if isinstance(train_loader, Sized) else None
         with progress_bar(None if steps is None else steps * self.epochs, self.show_progress) as bar:
             bar.skip((steps or 0) * len(self.history))
             while len(self.history) < self.epochs and not self.stopping.stop:

@@ -1,0 +1,5 @@
+"""``python -m exitkit``."""
+
+from exitkit.cli import main
+
+main()

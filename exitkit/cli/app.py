@@ -1,0 +1,114 @@
+"""The commands."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from torch import nn
+
+import exitkit
+from exitkit.batches import split_batch
+from exitkit.cli.bench import compare, comparison_table, write_results
+from exitkit.cli.data import load_data
+from exitkit.cli.demo import run_demo
+from exitkit.cli.sources import load_model
+from exitkit.errors import ExitkitError
+from exitkit.methods import as_method
+from exitkit.surgery.examples import example_for
+
+app = typer.Typer(
+    help="Early exits for pretrained classifiers.", no_args_is_help=True, add_completion=False, rich_markup_mode=None
+)
+_console = Console()
+
+Model = Annotated[str, typer.Option(help="torchvision:NAME, timm:NAME, hf:NAME_OR_DIR or package.module:function")]
+Weights = Annotated[str | None, typer.Option(help="State-dict file (.safetensors, .pth), or 'pretrained'")]
+Classes = Annotated[int | None, typer.Option(help="Size of the model's classifier, where not its library's default")]
+
+
+@app.command()
+def inspect(
+    model: Annotated[
+        str, typer.Argument(help="torchvision:NAME, timm:NAME, hf:NAME_OR_DIR or package.module:function")
+    ],
+    weights: Weights = None,
+    num_classes: Classes = None,
+    image_size: Annotated[int | None, typer.Option(help="Side of the input image, for models that do not say")] = None,
+) -> None:
+    """Show where exits can go: boundaries, feature shapes, MACs so far."""
+    backbone = load_model(model, weights, num_classes)
+    exitkit.inspect(backbone, _image_example(backbone, image_size))
+
+
+@app.command()
+def bench(
+    model: Model,
+    data: Annotated[
+        str, typer.Option(help="Image folder, .npz, .csv/.tsv of text and label, or torchvision data set")
+    ],
+    out: Annotated[Path, typer.Option(help="Folder for results.json, curve.png and the outputs")],
+    test: Annotated[str | None, typer.Option(help="Test samples; by default a fifth of --data is held out")] = None,
+    methods: Annotated[str, typer.Option(help="Comma-separated: sdn, pbee, ztw")] = "sdn,pbee,ztw",
+    weights: Weights = None,
+    num_classes: Classes = None,
+    every: Annotated[int, typer.Option(help="An exit after every n-th block")] = 1,
+    head: Annotated[str, typer.Option(help="auto, conv, 1L or 2L-WIDTH")] = "auto",
+    epochs: Annotated[int, typer.Option(help="Passes over the training samples")] = 15,
+    lr: Annotated[float, typer.Option(help="Adam's learning rate")] = 1e-3,
+    batch_size: Annotated[int, typer.Option(help="Training batch size")] = 64,
+    limit: Annotated[int | None, typer.Option(help="Use at most so many training samples")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of initialisation, order and subset")] = 0,
+) -> None:
+    """Train exits by several methods on a frozen backbone; print and write accuracy against compute."""
+    chosen = [as_method(name.strip()) for name in methods.split(",")]
+    for name, number in (("--batch-size", batch_size), ("--limit", 1 if limit is None else limit)):
+        if number < 1:
+            raise ExitkitError(f"{name} {number} must be at least 1")
+    backbone = load_model(model, weights, num_classes)
+    if weights is None and not model.startswith("hf:"):
+        _console.print("note: no --weights, so the backbone has random weights")
+    split = load_data(data, backbone, test, model.removeprefix("hf:") if model.startswith("hf:") else None)
+    train_loader, test_loader = split.loaders(batch_size, limit, seed)
+    example = _data_example(backbone, train_loader)
+    results = compare(
+        backbone,
+        chosen,
+        train_loader,
+        test_loader,
+        placement={"every": every, "head": head},
+        training={"epochs": epochs, "lr": lr, "seed": seed},
+        example_inputs=example,
+        report=_console.print,
+    )
+    write_results(results, out, {"model": model, "weights": weights, "data": data, "epochs": epochs, "every": every})
+    _console.print(comparison_table(results, f"{model} on {data}"))
+    _console.print(f"Written to {out}/: results.json, curve.png, hindsight.png, outputs-METHOD.safetensors")
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for the plot and the numbers")] = Path("exitkit-demo"),
+) -> None:
+    """Digits, a small network, exits: the whole path in under a minute, without network or GPU."""
+    run_demo(out, _console)
+
+
+def _image_example(backbone: nn.Module, side: int | None) -> torch.Tensor | None:
+    if side is None:
+        return None
+    channels = next((m.in_channels for m in backbone.modules() if isinstance(m, nn.Conv2d)), 3)
+    return torch.randn(2, channels, side, side)
+
+
+def _data_example(backbone: nn.Module, loader: Any) -> Any:
+    """Two samples of the data for a model that does not declare its inputs; None for one that does."""
+    try:
+        example_for(backbone)
+    except ExitkitError:
+        inputs, _ = split_batch(next(iter(loader)))
+        return inputs[:2] if isinstance(inputs, torch.Tensor) else {key: value[:2] for key, value in inputs.items()}
+    return None

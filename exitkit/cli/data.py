@@ -1,0 +1,240 @@
+"""Data sets by path or name, as data loaders that fit a model."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset, random_split
+
+from exitkit._torchvision import import_torchvision
+from exitkit.errors import ExitkitError
+from exitkit.surgery.examples import example_for
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+_HELD_OUT = 0.2
+_MAX_TOKENS = 128
+
+
+@dataclass(frozen=True)
+class Split:
+    """Training and test samples, and the number of classes in them."""
+
+    train: Dataset[Any]
+    test: Dataset[Any]
+    classes: int
+    collate: Callable[..., Any] | None = None
+
+    def loaders(self, batch: int, limit: int | None, seed: int) -> tuple[DataLoader[Any], DataLoader[Any]]:
+        """Shuffled training batches (of ``limit`` samples at most) and test batches."""
+        train = self.train
+        size = len(train)  # type: ignore[arg-type]
+        if limit is not None and limit < size:
+            train = Subset(train, torch.randperm(size, generator=_generator(seed))[:limit].tolist())
+        generator = _generator(seed)
+        return (
+            DataLoader(train, batch, shuffle=True, generator=generator, collate_fn=self.collate),
+            DataLoader(self.test, 4 * batch, collate_fn=self.collate),
+        )
+
+
+def load_data(data: str, model: nn.Module, test: str | None = None, tokenizer: str | None = None) -> Split:
+    """The data set that ``data`` names, prepared for ``model``.
+
+    Args:
+        data: a folder of images (one subfolder per class, or ``train/`` and ``val/`` of such), a ``.csv`` or ``.tsv``
+            of text and label with a header, an ``.npz`` with ``images`` and ``labels``, or the name of a class in
+            ``torchvision.datasets``.
+        test: the same for the test samples; without it, a seeded fifth is held out.
+        tokenizer: for text: a Hugging Face tokenizer's name or folder.
+
+    Raises:
+        ExitkitError: a path that does not exist, an unknown format, or contents that do not fit.
+    """
+    path = Path(data)
+    if path.is_dir():
+        return _image_folder(path, model, test)
+    if not path.exists():
+        if data.isidentifier():
+            return _torchvision_dataset(data, model)
+        raise ExitkitError(f"--data {data!r} does not exist, and is no name in torchvision.datasets")
+    if test is not None and not Path(test).exists():
+        raise ExitkitError(f"--test {test!r} does not exist; leave it out to hold out a fifth of --data")
+    if path.suffix == ".npz":
+        return _arrays(path, model, test)
+    if path.suffix in (".csv", ".tsv"):
+        return _text(path, test, tokenizer)
+    raise ExitkitError(f"--data {data!r} has an unknown format; give an image folder, .npz, .csv or .tsv")
+
+
+def normalise(
+    images: np.ndarray[Any, Any] | Tensor, size: Sequence[int] | None = None, mean: Any = None, std: Any = None
+) -> Tensor:
+    """uint8 images (N, H, W) or (N, H, W, C) → float (N, C, H, W): scaled to [0, 1], resized, normalised.
+
+    ``size`` is (C, H, W) as the model takes it; grey images are repeated over its channels. The default mean and
+    standard deviation are ImageNet's.
+    """
+    pixels = torch.as_tensor(images)
+    pixels = pixels.unsqueeze(-1) if pixels.dim() == 3 else pixels
+    pixels = pixels.permute(0, 3, 1, 2).float() / 255
+    if size is not None:
+        if pixels.shape[1] == 1 and size[0] > 1:
+            pixels = pixels.expand(-1, size[0], -1, -1)
+        if pixels.shape[2:] != tuple(size[1:]):
+            pixels = F.interpolate(pixels, tuple(size[1:]), mode="bilinear", antialias=True)
+    channels = pixels.shape[1]
+    centre = torch.tensor(mean or (IMAGENET_MEAN if channels == 3 else [0.5] * channels))
+    spread = torch.tensor(std or (IMAGENET_STD if channels == 3 else [0.5] * channels))
+    return (pixels - centre.view(-1, 1, 1)) / spread.view(-1, 1, 1)
+
+
+def _arrays(path: Path, model: nn.Module, test: str | None) -> Split:
+    """``images``/``labels``, or MedMNIST's ``train_images``, ``train_labels``, ``test_images``, ``test_labels``."""
+    arrays = _read_npz(path)
+    size, mean, std = _expected(model)
+
+    def samples(source: dict[str, Any], prefix: str, origin: Path) -> TensorDataset:
+        names = f"{prefix}images", f"{prefix}labels"
+        if any(name not in source for name in names):
+            raise ExitkitError(f"{str(origin)!r} holds {sorted(source)}, but needs 'images' and 'labels'")
+        images, labels = source[names[0]], np.asarray(source[names[1]]).reshape(-1)
+        if images.dtype != np.uint8 or images.ndim not in (3, 4) or len(images) != len(labels) or not len(images):
+            raise ExitkitError(
+                f"{str(origin)!r} has images of dtype {images.dtype} and shape {images.shape} and {len(labels)} labels; "
+                "expected uint8 (N, H, W) or (N, H, W, C), as many labels, and N > 0"
+            )
+        return TensorDataset(normalise(images, size, mean, std), torch.as_tensor(labels.astype(np.int64)))
+
+    if test is not None:
+        train, held_out = samples(arrays, "", path), samples(_read_npz(Path(test)), "", Path(test))
+    elif "train_images" in arrays:
+        train, held_out = samples(arrays, "train_", path), samples(arrays, "test_", path)
+    else:
+        return _hold_out(samples(arrays, "", path), int(arrays["labels"].max()) + 1)
+    return Split(train, held_out, int(train.tensors[1].max()) + 1)
+
+
+def _read_npz(path: Path) -> dict[str, Any]:
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return dict(file)
+    except Exception as error:  # numpy and zipfile raise a dozen kinds on a damaged file
+        raise ExitkitError(f"{str(path)!r} cannot be read as .npz: {error}") from error
+
+
+def _image_folder(path: Path, model: nn.Module, test: str | None) -> Split:
+    datasets = import_torchvision("datasets", "an image folder")
+    transform = _image_transform(model)
+
+    def folder(at: Path) -> Any:
+        try:
+            return datasets.ImageFolder(str(at), transform)
+        except (FileNotFoundError, OSError) as error:
+            raise ExitkitError(f"--data {str(at)!r} is no image folder (one subfolder per class): {error}") from error
+
+    parts = {name: path / name for name in ("train", "val", "test") if (path / name).is_dir()}
+    held_out = Path(test) if test is not None else parts.get("test", parts.get("val"))
+    if held_out is None:
+        whole = folder(path)
+        return _hold_out(whole, len(whole.classes))
+    train = folder(parts.get("train", path))
+    return Split(train, folder(held_out), len(train.classes))
+
+
+def _torchvision_dataset(name: str, model: nn.Module) -> Split:
+    datasets = import_torchvision("datasets", f"--data {name}")
+    if not hasattr(datasets, name):
+        raise ExitkitError(f"--data {name!r} is neither a path nor a name in torchvision.datasets, such as CIFAR10")
+    transform = _image_transform(model)
+    try:
+        train, test = (
+            getattr(datasets, name)("data", train=train, transform=transform, download=True) for train in (True, False)
+        )
+    except Exception as error:  # downloads fail in many ways
+        raise ExitkitError(
+            f"--data {name}: {type(error).__name__}: {error}. Files are looked for in ./data"
+        ) from error
+    return Split(train, test, len(train.classes))
+
+
+def _text(path: Path, test: str | None, tokenizer: str | None) -> Split:
+    """Text in the first column, label in the last, a header above; labels may be words."""
+    if tokenizer is None:
+        raise ExitkitError(f"--data {str(path)!r} is text; use --model hf:NAME_OR_DIR, whose tokenizer splits it")
+    from transformers import AutoTokenizer
+
+    try:
+        encode = AutoTokenizer.from_pretrained(tokenizer)
+    except (OSError, ValueError) as error:
+        raise ExitkitError(f"--model hf:{tokenizer} has no tokenizer: {error}") from error
+    rows = _read_text(path)
+    names = {name: index for index, name in enumerate(sorted({label for _, label in rows}))}
+
+    def collate(batch: list[tuple[str, str]]) -> dict[str, Tensor]:
+        tokens = encode(
+            [text for text, _ in batch], padding=True, truncation=True, max_length=_MAX_TOKENS, return_tensors="pt"
+        )
+        kept = {key: tokens[key] for key in ("input_ids", "attention_mask")}
+        return kept | {"labels": torch.tensor([names[label] for _, label in batch])}
+
+    if test is None:
+        split = _hold_out(rows, len(names))
+        return Split(split.train, split.test, split.classes, collate)
+    held_out = _read_text(Path(test))
+    if unknown := {label for _, label in held_out} - set(names):
+        raise ExitkitError(f"--test {test!r} has labels that --data has not: {sorted(unknown)[:5]}")
+    return Split(rows, held_out, len(names), collate)  # type: ignore[arg-type]
+
+
+def _read_text(path: Path) -> list[tuple[str, str]]:
+    with path.open(newline="", encoding="utf-8") as file:
+        reader = csv.reader(file, delimiter="\t" if path.suffix == ".tsv" else ",", quoting=_quoting(path))
+        rows = [(row[0], row[-1]) for row in reader if len(row) > 1][1:]
+    if not rows:
+        raise ExitkitError(f"{str(path)!r} has no rows of text and label below a header")
+    return rows
+
+
+def _quoting(path: Path) -> Any:
+    return csv.QUOTE_NONE if path.suffix == ".tsv" else csv.QUOTE_MINIMAL
+
+
+def _hold_out(samples: Any, classes: int) -> Split:
+    train, test = random_split(samples, [1 - _HELD_OUT, _HELD_OUT], generator=_generator(0))
+    return Split(train, test, classes)
+
+
+def _expected(model: nn.Module) -> tuple[tuple[int, ...] | None, Any, Any]:
+    """(channels, height, width), mean and standard deviation, as far as the model says."""
+    config = getattr(model, "pretrained_cfg", None)
+    mean, std = (config.get("mean"), config.get("std")) if isinstance(config, dict) else (None, None)
+    try:
+        size = tuple(example_for(model).tensors[0].shape[1:])
+    except ExitkitError:
+        return None, mean, std
+    return size, mean, std
+
+
+def _image_transform(model: nn.Module) -> Any:
+    v2 = import_torchvision("transforms.v2", "images")
+    size, mean, std = _expected(model)
+    if size is None:
+        raise ExitkitError(f"{type(model).__name__} does not say what image size it takes; use an .npz of that size")
+    side = max(size[1:])
+    steps = [v2.ToImage(), v2.RGB() if size[0] == 3 else v2.Grayscale()]
+    steps += [v2.Resize(round(side * 8 / 7) if side > 64 else side), v2.CenterCrop(size[1:])]
+    steps.append(v2.ToDtype(torch.float32, scale=True))
+    centre = mean or (IMAGENET_MEAN if size[0] == 3 else [0.5])
+    return v2.Compose([*steps, v2.Normalize(list(centre), list(std or (IMAGENET_STD if size[0] == 3 else [0.5])))])
+
+
+def _generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)

@@ -1,0 +1,73 @@
+"""The demo: handwritten digits, a small residual network trained on the spot, exits, the table and the plot."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
+
+from exitkit.cli.bench import compare, comparison_table, write_results
+from exitkit.errors import ExitkitError
+from exitkit.methods import PBEE, SDN, ZTW
+from exitkit.models import cifar_resnet
+
+_SIDE = 16
+_TEST = 500
+
+
+def run_demo(out: Path, console: Console) -> None:
+    """Train a ResNet-20 on scikit-learn's digits, attach exits by three methods, show what they save."""
+    started = time.perf_counter()
+    torch.manual_seed(0)
+    train, test = _digits()
+    console.print("1. Training a backbone: ResNet-20 on scikit-learn's handwritten digits (1,297 images)")
+    backbone = _train_backbone(cifar_resnet(20), train)
+    console.print("2. Attaching an exit after every block and training the exits; the backbone stays as it is")
+    results = compare(
+        backbone,
+        [SDN(), PBEE(), ZTW()],
+        train,
+        test,
+        placement={"every": 1, "head": "1L"},
+        training={"epochs": 4, "lr": 2e-3},
+        example_inputs=torch.zeros(2, 3, _SIDE, _SIDE),
+        report=lambda line: console.print(f"   {line}"),
+    )
+    write_results(results, out, {"model": "cifar_resnet(20)", "data": "scikit-learn digits, 500 test images"})
+    console.print(comparison_table(results, "Accuracy for a share of the compute"))
+    point = results["ztw"].curve().at_budget(0.75)
+    console.print(
+        f"With ZTW and τ = {point.threshold:.3f} the network spends {point.cost:.0%} of its compute "
+        f"at {point.accuracy:.1%} accuracy."
+    )
+    console.print(f"Written to {out}/: curve.png, hindsight.png, results.json ({time.perf_counter() - started:.0f} s)")
+
+
+def _digits() -> tuple[DataLoader[tuple[torch.Tensor, ...]], DataLoader[tuple[torch.Tensor, ...]]]:
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError as error:
+        raise ExitkitError("the demo needs scikit-learn: pip install 'exitkit[cli]'") from error
+    images, labels = load_digits(return_X_y=True)
+    pixels = torch.tensor(images, dtype=torch.float32).view(-1, 1, 8, 8) / 8 - 1
+    pixels = F.interpolate(pixels, (_SIDE, _SIDE), mode="bilinear").expand(-1, 3, -1, -1)
+    order = torch.randperm(len(pixels))
+    samples = [TensorDataset(pixels[part], torch.tensor(labels)[part]) for part in (order[_TEST:], order[:_TEST])]
+    return DataLoader(samples[0], 64, shuffle=True), DataLoader(samples[1], 250)
+
+
+def _train_backbone(backbone: nn.Module, train: DataLoader[tuple[torch.Tensor, ...]], epochs: int = 6) -> nn.Module:
+    optimizer = torch.optim.SGD(backbone.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4, nesterov=True)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, epochs * len(train))
+    for _ in range(epochs):
+        for images, labels in train:
+            optimizer.zero_grad()
+            F.cross_entropy(backbone(images), labels).backward()
+            optimizer.step()
+            schedule.step()
+    return backbone.eval()

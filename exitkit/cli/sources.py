@@ -1,0 +1,137 @@
+"""Models by name: ``torchvision:NAME``, ``timm:NAME``, ``hf:NAME_OR_DIR`` or ``package.module:function``."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from exitkit._torchvision import import_torchvision
+from exitkit.errors import ExitkitError
+from exitkit.models.cifar_resnet import load_weights
+
+PRETRAINED = "pretrained"
+
+
+def load_model(name: str, weights: str | None = None, num_classes: int | None = None) -> nn.Module:
+    """Build the model called ``name``.
+
+    Args:
+        name: ``torchvision:resnet50``, ``timm:vit_tiny_patch16_224``, ``hf:DIR`` (or a hub name), or
+            ``package.module:function``, which is called without arguments (or with ``num_classes``).
+        weights: a safetensors or ``.pth`` file of a state dict, ``"pretrained"`` for the library's own, or None for
+            random ones. ``hf:`` models bring their own.
+        num_classes: size of the classifier, where it is not the library's default.
+
+    Raises:
+        ExitkitError: an unknown source or name, a missing library, or weights that do not fit.
+    """
+    source, colon, rest = name.partition(":")
+    if not colon or not rest:
+        raise ExitkitError(
+            f"--model {name!r} is not SOURCE:NAME; use torchvision:resnet50, timm:resnet18, hf:NAME_OR_DIR or "
+            "package.module:function"
+        )
+    torch.manual_seed(0)  # random weights are the same in every run
+    builder: Callable[[str, bool, dict[str, Any]], nn.Module] = {
+        "torchvision": _torchvision,
+        "timm": _timm,
+        "hf": _hugging_face,
+    }.get(source, lambda function, pretrained, options: _function(source, function, options))
+    model = builder(rest, weights == PRETRAINED, {} if num_classes is None else {"num_classes": num_classes})
+    if weights not in (None, PRETRAINED):
+        _load_file(model, Path(str(weights)))
+    return model
+
+
+def _torchvision(name: str, pretrained: bool, options: dict[str, Any]) -> nn.Module:
+    models = import_torchvision("models", f"--model torchvision:{name}")
+    _known(name, models.list_models(module=models), "torchvision")
+    model: nn.Module = models.get_model(name, weights="DEFAULT" if pretrained else None, **options)
+    return model
+
+
+def _timm(name: str, pretrained: bool, options: dict[str, Any]) -> nn.Module:
+    timm = _library("timm", "timm")
+    _known(name.partition(".")[0], timm.list_models(), "timm")
+    model: nn.Module = timm.create_model(name, pretrained=pretrained, **options)
+    return model
+
+
+def _hugging_face(name: str, pretrained: bool, options: dict[str, Any]) -> nn.Module:
+    """A text or image classifier from a folder or the hub; a folder with a config alone gives random weights."""
+    transformers = _library("transformers", "transformers")
+    extra = {"num_labels": options["num_classes"]} if options else {}
+    try:
+        config = transformers.AutoConfig.from_pretrained(name, **extra)
+    except (OSError, ValueError) as error:
+        raise ExitkitError(
+            f"--model hf:{name} is neither a folder with a config.json nor on the hub: {error}"
+        ) from error
+    kinds = {
+        transformers.AutoModelForSequenceClassification: transformers.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+        transformers.AutoModelForImageClassification: transformers.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
+    }
+    kind = next((auto for auto, known in kinds.items() if type(config) in known), None)
+    if kind is None:
+        raise ExitkitError(
+            f"--model hf:{name} is a {config.model_type}, which transformers has no text or image classifier for"
+        )
+    folder = Path(name)
+    if folder.is_dir() and not any(folder.glob("*.safetensors")) and not any(folder.glob("*.bin")):
+        model: nn.Module = kind.from_config(config)
+        return model
+    try:
+        loaded: nn.Module = kind.from_pretrained(name, config=config)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ExitkitError(f"--model hf:{name} cannot be loaded: {error}") from error
+    return loaded
+
+
+def _function(module: str, function: str, options: dict[str, Any]) -> nn.Module:
+    sys.path.insert(0, str(Path.cwd()))
+    try:
+        make = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError) as error:
+        raise ExitkitError(
+            f"--model {module}:{function}: {error}. Sources are torchvision:, timm:, hf:, or an importable "
+            "package.module:function"
+        ) from error
+    finally:
+        sys.path.pop(0)
+    model = make(**options)
+    if not isinstance(model, nn.Module):
+        raise ExitkitError(f"--model {module}:{function} returned {type(model).__name__}, not a torch.nn.Module")
+    return model
+
+
+def _load_file(model: nn.Module, path: Path) -> None:
+    if not path.is_file():
+        raise ExitkitError(f"--weights {str(path)!r} does not exist; give a state-dict file, or 'pretrained'")
+    if path.suffix == ".safetensors":
+        load_weights(model, path)
+        return
+    try:
+        model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+    except Exception as error:  # torch.load raises what its unpickler raises
+        raise ExitkitError(f"--weights {str(path)!r} cannot be loaded into {type(model).__name__}: {error}") from error
+
+
+def _library(name: str, extra: str) -> Any:
+    import_torchvision(needed_for=name) if name == "timm" else None
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise ExitkitError(f"this model needs {name}: pip install 'exitkit[{extra}]' ({error})") from error
+
+
+def _known(name: str, names: list[str], library: str) -> None:
+    if name not in names:
+        near = difflib.get_close_matches(name, names, n=3)
+        raise ExitkitError(f"{library} has no model {name!r}" + (f"; did you mean {', '.join(near)}?" if near else ""))
