@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import set_seed
 from torch import Tensor
 from torch.nn import functional as F
@@ -88,7 +89,7 @@ class Trainer:
         self.log = log
         self.show_progress = show_progress
         self.stopping = EarlyStopping(patience)
-        self.accelerator = Accelerator(mixed_precision=mixed_precision)
+        self.mixed_precision = mixed_precision
         self.history: list[Epoch] = []
 
     def fit(self, train_loader: Iterable[Any], val_loader: Iterable[Any] | None = None) -> list[Epoch]:
@@ -105,6 +106,7 @@ class Trainer:
             raise ExitkitError("patience is set, but there is no val_loader to measure improvement on; give one")
         if self.output_dir is not None:
             self.output_dir.mkdir(parents=True, exist_ok=True)
+        self.accelerator = _accelerator(self.mixed_precision)
         self.model.to(self.accelerator.device)
         with frozen(self.model.backbone):
             self._train_heads(train_loader, val_loader)
@@ -224,3 +226,10 @@ class Trainer:
             self.stopping.restore(state["stopping"])
             self.history = [Epoch(*record) for record in state["history"]]
         return state
+
+
+def _accelerator(mixed_precision: str) -> Accelerator:
+    """accelerate keeps one precision per process; every fit brings its own, so an earlier one is forgotten first."""
+    if AcceleratorState._shared_state and AcceleratorState().mixed_precision != mixed_precision:
+        AcceleratorState._reset_state()
+    return Accelerator(mixed_precision=mixed_precision)
