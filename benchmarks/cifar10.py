@@ -20,7 +20,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -28,6 +27,7 @@ from torch.nn import functional as F
 from exitkit import PBEE, SDN, ZTW
 from exitkit.cli.bench import compare, machine
 from exitkit.cli.data import normalise
+from exitkit.console import make_console
 from exitkit.evaluation import ExitOutputs, plot_curves, plot_hindsight
 from exitkit.files import replacing
 from exitkit.models import cifar_resnet
@@ -68,7 +68,7 @@ def main() -> None:
     args = _arguments()
     setting = {**(FULL if args.full else SHORT)}
     setting |= {name: value for name, value in vars(args).items() if name in setting and value is not None}
-    console = Console(width=130)
+    console = make_console()
     train = _load(args.data / "cifar10_train.npz", setting["images"])
     test = _load(args.data / "cifar10_test.npz", args.test_images)
     batches = [(images, labels) for images, labels in zip(test[0].split(500), test[1].split(500), strict=True)]

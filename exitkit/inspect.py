@@ -6,10 +6,10 @@ import io
 from dataclasses import dataclass
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 from torch import nn
 
+from exitkit.console import make_console
 from exitkit.surgery.boundaries import Anatomy, Boundary, find_boundaries
 from exitkit.surgery.capture import capture
 from exitkit.surgery.macs import ptflops_macs
@@ -36,10 +36,12 @@ class Inspection:
         table = Table(
             title=f"{self.model}: {len(self.blocks)} blocks", caption=self._caption(), caption_justify="left"
         )
-        for heading, justify in (("#", "right"), ("boundary", "left"), ("type", "left"), ("feature", "left")):
-            table.add_column(heading, justify="right" if justify == "right" else "left", overflow="fold")
-        for heading in ("MMACs so far", "share"):
-            table.add_column(heading, justify="right")
+        table.add_column("#", justify="right")
+        table.add_column("boundary", no_wrap=True)
+        table.add_column("type")
+        table.add_column("feature")
+        table.add_column("MMACs so far", justify="right")
+        table.add_column("share", justify="right")
         for index, boundary in enumerate(self.blocks):
             shape = " × ".join(map(str, boundary.shape)) + f" ({boundary.layout.replace('_', ' ')})"
             cost = f"{boundary.macs / 1e6:,.1f}", f"{boundary.share:.1%}"
@@ -52,9 +54,9 @@ class Inspection:
         return f"backbone: {_giga(self.anatomy.macs)}{cross}. {others} more clean cuts can be named with at=."
 
     def __str__(self) -> str:
-        console = Console(width=110, record=True, file=io.StringIO())
-        console.print(self.table())
-        return console.export_text()
+        text = io.StringIO()
+        make_console(text).print(self.table())
+        return text.getvalue()
 
 
 def inspect(model: nn.Module, example_inputs: Any = None, *, show: bool = True) -> Inspection:
@@ -73,7 +75,7 @@ def inspect(model: nn.Module, example_inputs: Any = None, *, show: bool = True) 
         type(model).__name__, find_boundaries(captured), ptflops_macs(captured.graph, captured.example)
     )
     if show:
-        Console().print(inspection.table())
+        make_console().print(inspection.table())
     return inspection
 
 

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 import exitkit
+from tests.toy import TinyNet
 
 DATA = Path(os.environ.get("EXITKIT_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
 
@@ -27,32 +28,6 @@ def real_data() -> Path:
     if not (DATA / "weights" / "cifar10_resnet20.safetensors").exists():
         pytest.skip(f"no real data in {DATA}; set EXITKIT_DATA to the folder that holds cifar10/ and weights/")
     return DATA
-
-
-class TinyNet(nn.Module):
-    """Four residual blocks on 1×8×8 images, with BatchNorm and dropout, so that training mode would show."""
-
-    def __init__(self, num_classes: int = 3) -> None:
-        super().__init__()
-        self.stem = nn.Conv2d(1, 8, 3, padding=1)
-        self.blocks = nn.Sequential(*(TinyBlock(8) for _ in range(4)))
-        self.dropout = nn.Dropout(0.5)
-        self.linear = nn.Linear(8, num_classes)
-
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.linear(self.dropout(self.blocks(self.stem(x)).mean((2, 3))))
-        return out
-
-
-class TinyBlock(nn.Module):
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(channels, channels, 3, padding=1)
-        self.norm = nn.BatchNorm2d(channels)
-        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.conv2(torch.relu(self.norm(self.conv1(x))))
 
 
 @pytest.fixture

@@ -7,7 +7,6 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from rich.console import Console
 from torch import nn
 
 import exitkit
@@ -16,6 +15,7 @@ from exitkit.cli.bench import compare, comparison_table, write_results
 from exitkit.cli.data import load_data
 from exitkit.cli.demo import run_demo
 from exitkit.cli.sources import load_model
+from exitkit.console import make_console
 from exitkit.errors import ExitkitError
 from exitkit.methods import as_method
 from exitkit.surgery.examples import example_for
@@ -23,7 +23,7 @@ from exitkit.surgery.examples import example_for
 app = typer.Typer(
     help="Early exits for pretrained classifiers.", no_args_is_help=True, add_completion=False, rich_markup_mode=None
 )
-_console = Console()
+_console = make_console()
 
 Model = Annotated[str, typer.Option(help="torchvision:NAME, timm:NAME, hf:NAME_OR_DIR or package.module:function")]
 Weights = Annotated[str | None, typer.Option(help="State-dict file (.safetensors, .pth), or 'pretrained'")]

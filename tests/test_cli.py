@@ -1,0 +1,186 @@
+"""The command line as a user types it: every kind of model and data, and wrong input on purpose."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from exitkit.cli import main
+
+Run = Callable[..., str]
+TOY = "tests.toy:net"
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """``run("inspect", ...)``: what the command printed; a non-zero exit code fails."""
+
+    def call(*arguments: object) -> str:
+        monkeypatch.setattr("sys.argv", ["exitkit", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stop:
+            main()
+        assert stop.value.code in (0, None)
+        return capsys.readouterr().out
+
+    return call
+
+
+@pytest.fixture
+def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """``refused(...)``: what went to stderr of a command that must end with code 2 and without a traceback."""
+
+    def call(*arguments: object) -> str:
+        monkeypatch.setattr("sys.argv", ["exitkit", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stop:
+            main()
+        error = capsys.readouterr().err
+        assert stop.value.code == 2
+        assert "Traceback" not in error
+        return error
+
+    return call
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    """60 grey 8×8 images of three classes as .npz."""
+    labels = np.arange(60) % 3
+    pixels = np.clip(np.random.default_rng(0).normal(40 + 80 * labels[:, None, None], 20, (60, 8, 8)), 0, 255)
+    np.savez(tmp_path / "images.npz", images=pixels.astype(np.uint8), labels=labels)
+    return tmp_path / "images.npz"
+
+
+@pytest.fixture
+def bert(tmp_path: Path) -> Path:
+    """A folder with a tiny BERT configuration and a word-level vocabulary."""
+    transformers = pytest.importorskip("transformers")
+    folder = tmp_path / "bert"
+    folder.mkdir()
+    (folder / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "good", "bad", "film"]))
+    transformers.BertTokenizer(str(folder / "vocab.txt")).save_pretrained(folder)
+    transformers.BertConfig(
+        vocab_size=8, hidden_size=16, num_hidden_layers=3, num_attention_heads=2, intermediate_size=16, num_labels=2
+    ).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("name", ["torchvision:resnet18", "timm:resnet18"])
+def test_inspect_prints_boundaries_and_cost(run: Run, name: str) -> None:
+    pytest.importorskip(name.partition(":")[0])
+    printed = run("inspect", name)
+    assert "layer4.0" in printed
+    assert "1.81 GMACs" in printed
+
+
+def test_inspect_of_a_folder_and_of_a_function(run: Run, bert: Path) -> None:
+    assert "bert.encoder.layer.1" in run("inspect", f"hf:{bert}").replace("\n", "")
+    assert "blocks.2" in run("inspect", TOY, "--image-size", 8)
+
+
+def test_bench_on_arrays_writes_everything(run: Run, images: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    printed = run("bench", "--model", TOY, "--data", images, "--epochs", 1, "--out", out, "--methods", "sdn,pbee,ztw")
+    assert "ztw" in printed
+    assert {path.name for path in out.iterdir()} == {
+        "curve.png",
+        "hindsight.png",
+        "results.json",
+        *(f"outputs-{method}.safetensors" for method in ("sdn", "pbee", "ztw")),
+    }
+    results = json.loads((out / "results.json").read_text())
+    assert list(results["methods"]["ztw"]["budgets"]) == ["25%", "50%", "75%", "100%", "Max (no limit)", "Max (best τ)"]
+
+
+def test_bench_on_text(run: Run, bert: Path, tmp_path: Path) -> None:
+    rows = [f"{'good' if i % 2 else 'bad'} film\t{i % 2}" for i in range(40)]
+    (tmp_path / "reviews.tsv").write_text("\n".join(["text\tlabel", *rows]))
+    out = tmp_path / "run"
+    run("bench", "--model", f"hf:{bert}", "--data", tmp_path / "reviews.tsv", "--epochs", 1, "--out", out, "--methods", "ztw")
+    assert (out / "results.json").exists()
+
+
+def test_bench_on_an_image_folder_with_weights(run: Run, tmp_path: Path) -> None:
+    torchvision = pytest.importorskip("torchvision")
+    from PIL import Image
+
+    for split in ("train", "val"):
+        for label, shade in (("dark", 30), ("light", 220)):
+            folder = tmp_path / "data" / split / label
+            folder.mkdir(parents=True)
+            for index in range(4):
+                Image.new("RGB", (40, 30), (shade + index,) * 3).save(folder / f"{index}.png")
+    weights = tmp_path / "weights.pth"
+    torch.save(torchvision.models.squeezenet1_1(num_classes=2).state_dict(), weights)
+    out = tmp_path / "run"
+    run(
+        *("bench", "--model", "torchvision:squeezenet1_1", "--num-classes", 2, "--weights", weights, "--epochs", 1),
+        *("--data", tmp_path / "data", "--every", 3, "--head", "1L", "--methods", "sdn", "--out", out),
+    )
+    assert (out / "outputs-sdn.safetensors").exists()
+
+
+def test_demo_shows_a_table_and_writes_the_plot(run: Run, tmp_path: Path) -> None:
+    pytest.importorskip("sklearn")
+    printed = run("demo", "--out", tmp_path / "demo")
+    assert "backbone: 9" in printed
+    assert (tmp_path / "demo" / "curve.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("inspect", "resnet18"), "SOURCE:NAME"),
+        (("inspect", "torchvision:resnet81"), "did you mean resnet18"),
+        (("inspect", "timm:resnet81"), "did you mean"),
+        (("inspect", "nowhere.module:net"), "nowhere"),
+        (("inspect", "hf:/no/such/folder"), "/no/such/folder"),
+        (("inspect", "torchvision:resnet18", "--weights", "/no/such/file"), "--weights '/no/such/file'"),
+        (("inspect", TOY), "example_inputs"),
+        (("inspect", "torchvision:fasterrcnn_resnet50_fpn"), "fasterrcnn"),
+    ],
+)
+def test_wrong_models_are_refused(refused: Run, arguments: tuple[str, ...], message: str) -> None:
+    assert message in refused(*arguments).replace("\n", " ")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"--data": "/no/such/data"}, "/no/such/data"),
+        ({"--data": "NoSuchDataset"}, "NoSuchDataset"),
+        ({"--methods": "sdn,zwt"}, "'ztw'"),
+        ({"--every": 0}, "every=0"),
+        ({"--epochs": 0}, "epochs=0"),
+        ({"--batch-size": 0}, "--batch-size 0"),
+        ({"--head": "huge"}, "head='huge'"),
+        ({"--test": "/no/such/test.npz"}, "/no/such/test.npz"),
+    ],
+)
+def test_wrong_bench_arguments_leave_nothing_behind(
+    refused: Run, images: Path, tmp_path: Path, change: dict[str, object], message: str
+) -> None:
+    out = tmp_path / "run"
+    options = {"--model": TOY, "--data": images, "--out": out, "--epochs": 1, "--methods": "sdn"} | change
+    assert message in refused("bench", *(part for option in options.items() for part in option))
+    assert not out.exists()
+
+
+def test_damaged_and_foreign_arrays_are_refused(refused: Run, images: Path, tmp_path: Path) -> None:
+    damaged = tmp_path / "damaged.npz"
+    damaged.write_bytes(images.read_bytes()[:200])
+    foreign = tmp_path / "foreign.npz"
+    np.savez(foreign, x=np.zeros(3))
+    assert "cannot be read" in refused("bench", "--model", TOY, "--data", damaged, "--out", tmp_path / "run")
+    assert "'images' and 'labels'" in refused("bench", "--model", TOY, "--data", foreign, "--out", tmp_path / "run")
+
+
+def test_labels_beyond_the_classifier_are_refused(refused: Run, tmp_path: Path) -> None:
+    np.savez(tmp_path / "five.npz", images=np.zeros((20, 8, 8), np.uint8), labels=np.arange(20) % 5)
+    error = refused("bench", "--model", TOY, "--data", tmp_path / "five.npz", "--out", tmp_path / "run")
+    assert "labels" in error
+    assert "3 classes" in error
