@@ -47,11 +47,19 @@ def attach(
     Raises:
         ExitkitError: an argument is wrong, the model cannot be captured, or the cut model would not equal it.
     """
+    if isinstance(model, MultiExitModel):
+        raise ExitkitError("model already has exits; attach to exitkit.detach(model) for other ones")
     composition = as_method(method)
     head_spec = HeadSpec.parse(head)
     captured = capture(model, example_inputs)
     anatomy = find_boundaries(captured)
     boundaries = place(anatomy, every, at, at_cost, placement)
+    for boundary in boundaries:
+        if boundary.layout == "other":
+            raise ExitkitError(
+                f"boundary {boundary.name!r} has a feature of shape {boundary.shape} per sample; heads read vectors, tokens, "
+                "sequences and 2-D maps. Choose other boundaries with at="
+            )
     taps = verify(captured, boundaries, lower(captured, boundaries))
     num_classes = _num_classes(captured)
     readout, tokens = _readout(captured, anatomy)

@@ -17,7 +17,7 @@ from exitkit.methods import Method
 from exitkit.surgery.boundaries import Anatomy, Boundary, find_boundaries
 from exitkit.surgery.calls import Example
 from exitkit.surgery.capture import capture, logits_of
-from exitkit.surgery.lower import Stage, lower
+from exitkit.surgery.lower import Lowered, lower
 from exitkit.surgery.macs import count_macs
 from exitkit.surgery.taps import Tap, tapped
 
@@ -117,7 +117,7 @@ class MultiExitModel(nn.Module):
         """The parameters that exitkit added: heads, links and combiners."""
         return [*self.classifiers.parameters(), *self.combiners.parameters()]
 
-    def lower(self) -> tuple[Stage, ...]:
+    def lower(self) -> Lowered:
         """The inference view: the backbone captured anew and split at the exits, its parameters shared."""
         captured = capture(self.backbone, self.example.spec.batch(self.example.tensors))
         found = {boundary.name: boundary for boundary in find_boundaries(captured).boundaries}

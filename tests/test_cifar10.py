@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Subset, TensorDataset
 
 import exitkit
 from exitkit import ExitkitError
@@ -57,7 +57,7 @@ def test_parameter_counts_of_the_paper(depth: int, millions: float) -> None:
     assert abs(count - millions) < 0.05 if depth == 110 else round(count, 2) == millions
 
 
-@pytest.mark.parametrize("depth", [0, 2, 7, 18, 21, 50, -4])
+@pytest.mark.parametrize("depth", [0, 2, 7, 18, 21, 49, -4])
 def test_impossible_depths_are_refused(depth: int) -> None:
     with pytest.raises(ExitkitError, match=f"depth={depth} is not 6n \\+ 2; use 20"):
         cifar_resnet(depth)
@@ -148,18 +148,19 @@ def test_the_pretrained_network_is_as_good_as_published(
 
 
 def test_ztw_on_real_images(real_data: Path, test_images: DataLoader[tuple[Tensor, ...]]) -> None:
-    """A short run: every exit learns, and the pretrained network still says exactly what it said."""
+    """A short run: every exit learns, and the pretrained network is the one it was."""
     backbone = cifar_resnet(20, weights=weights_of(real_data, 20))
-    before = answers(backbone, test_images)
+    before = {name: value.clone() for name, value in backbone.state_dict().items()}
+    some = Subset(test_images.dataset, range(400))
+    own = answers(backbone, DataLoader(some, batch_size=200))
     ee = exitkit.attach(backbone, at=["layer1.2", "layer2.2", "layer3.1"], method="ztw")
-    train = DataLoader(images_of(real_data, "train_0.xz", 1500), batch_size=50, shuffle=True)
-    exitkit.Trainer(ee, epochs=1, show_progress=False).fit(train)
-    outputs = exitkit.collect(ee, test_images)
+    train = DataLoader(images_of(real_data, "train_0.xz", 1000), batch_size=40, shuffle=True)
+    exitkit.Trainer(ee, epochs=1, lr=2e-3, show_progress=False).fit(train)
+    outputs = exitkit.collect(ee, DataLoader(some, batch_size=200))
     accuracy = outputs.accuracy()
-    assert torch.equal(outputs.log_probs[:, -1], before.log_softmax(-1))
-    assert accuracy[-1] >= 0.91
-    assert (accuracy[:-1] > [0.25, 0.4, 0.6]).all()
+    assert all(torch.equal(value, before[name]) for name, value in backbone.state_dict().items())
+    assert torch.allclose(outputs.log_probs[:, -1], own.log_softmax(-1), atol=1e-5)
+    assert (accuracy[:-1] > 0.2).all()
     assert (np.diff(accuracy) > 0).all()
-    curve = outputs.curve()
-    assert curve.no_limit().accuracy == pytest.approx(accuracy[-1])
-    assert curve.at_budget(0.75).accuracy > accuracy[0]
+    assert outputs.curve().no_limit().accuracy == pytest.approx(accuracy[-1])
+    assert outputs.curve().at_budget(0.75).accuracy > accuracy[0]

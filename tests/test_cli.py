@@ -93,14 +93,33 @@ def test_bench_on_arrays_writes_everything(run: Run, images: Path, tmp_path: Pat
         *(f"outputs-{method}.safetensors" for method in ("sdn", "pbee", "ztw")),
     }
     results = json.loads((out / "results.json").read_text())
-    assert list(results["methods"]["ztw"]["budgets"]) == ["25%", "50%", "75%", "100%", "Max (no limit)", "Max (best τ)"]
+    assert list(results["methods"]["ztw"]["budgets"]) == [
+        "25%",
+        "50%",
+        "75%",
+        "100%",
+        "Max (no limit)",
+        "Max (best τ)",
+    ]
 
 
 def test_bench_on_text(run: Run, bert: Path, tmp_path: Path) -> None:
     rows = [f"{'good' if i % 2 else 'bad'} film\t{i % 2}" for i in range(40)]
     (tmp_path / "reviews.tsv").write_text("\n".join(["text\tlabel", *rows]))
     out = tmp_path / "run"
-    run("bench", "--model", f"hf:{bert}", "--data", tmp_path / "reviews.tsv", "--epochs", 1, "--out", out, "--methods", "ztw")
+    run(
+        "bench",
+        "--model",
+        f"hf:{bert}",
+        "--data",
+        tmp_path / "reviews.tsv",
+        "--epochs",
+        1,
+        "--out",
+        out,
+        "--methods",
+        "ztw",
+    )
     assert (out / "results.json").exists()
 
 

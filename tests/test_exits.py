@@ -7,7 +7,6 @@ import math
 
 import pytest
 import torch
-from tests.toy import TinyNet
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -15,6 +14,7 @@ from torch import nn
 import exitkit
 from exitkit.exits import AdditiveEnsemble, CascadeLink, GeometricEnsemble, InternalClassifier, SDNPool, TokenPool
 from exitkit.exits.heads import Feature, HeadSpec, make_head
+from tests.toy import TinyNet
 
 ENSEMBLES = [GeometricEnsemble, AdditiveEnsemble]
 Ensemble = GeometricEnsemble | AdditiveEnsemble
@@ -439,7 +439,7 @@ def test_unknown_methods_are_refused(tiny_net: TinyNet) -> None:
 
 # costs ---------------------------------------------------------------------------------------------------------------
 
-STEM, BLOCK, LAST = 64 * 8 * 9, 2 * 64 * 8 * 8 * 9, 8 * 3  # MACs of TinyNet on 8 × 8
+STEM, BLOCK, LAST = 64 * 8 * 9, 2 * 64 * 8 * 8 * 9, 8 * 3  # MACs of TinyNet on 8x8 images
 CONV, FLAT = 64 * 8 * 8 * 9, 8 * 16  # an IC's convolution, and the width of what its linear layer reads
 
 

@@ -16,7 +16,6 @@ from typing import Any
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from tests.toy import TinyNet
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, IterableDataset, RandomSampler, TensorDataset
@@ -25,6 +24,7 @@ import exitkit
 from exitkit import ExitkitError, MultiExitModel, Trainer
 from exitkit.training import fit_ensemble
 from exitkit.training.stopping import EarlyStopping
+from tests.toy import TinyNet
 
 Loaders = Callable[..., DataLoader[tuple[Tensor, ...]]]
 State = dict[str, Tensor]
@@ -246,12 +246,10 @@ def test_fit_trains_heads_and_ensemble(tiny_ee: MultiExitModel) -> None:
     assert [name for name in added if torch.equal(tiny_ee.state_dict()[name], before[name])] == []
 
 
-def test_ensemble_weights_stay_moderate_on_separable_data(tiny_ee: MultiExitModel, loader: Loaders) -> None:
-    """Without a bound, heads that are always right drive the weights to infinity, and every confidence to exactly 1."""
+def test_the_fit_keeps_confidences_apart_on_separable_data(tiny_ee: MultiExitModel, loader: Loaders) -> None:
+    """Heads that are always right on the training set must not drive every confidence to exactly 1."""
     trainer(tiny_ee, epochs=4).fit(loader())
-    scores = exitkit.collect(tiny_ee, loader(seed=1)).scores()[:, :-1]
-    assert max(combiner.log_weights.exp().max() for combiner in tiny_ee.combiners) < 100
-    assert (scores == 1).double().mean() < 0.5
+    assert (exitkit.collect(tiny_ee, loader(seed=1)).scores()[:, :-1] == 1).double().mean() < 0.5
 
 
 # early stopping ------------------------------------------------------------------------------------------------------
@@ -364,9 +362,8 @@ def epochs_done(directory: Path) -> int:
 
 def test_a_killed_run_continues_to_bit_identical_weights(tmp_path: Path) -> None:
     """SIGKILL in the middle of epoch 3. Whenever it is looked at meanwhile, the checkpoint is a whole one."""
-    tests = Path(__file__).parent
-    code = f"import test_training; test_training.killable({str(tmp_path / 'killed')!r}, stuck=True)"
-    path = os.pathsep.join([str(tests), str(tests.parent), os.environ.get("PYTHONPATH", "")])
+    code = f"from tests.test_training import killable; killable({str(tmp_path / 'killed')!r}, stuck=True)"
+    path = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
     child = subprocess.Popen([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": path})
     try:
         deadline = time.monotonic() + 120

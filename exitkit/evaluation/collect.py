@@ -29,7 +29,7 @@ def collect(model: MultiExitModel, loader: Iterable[Any]) -> ExitOutputs:
     device = next(model.parameters()).device
     log_probs: list[Tensor] = []
     labels: list[Tensor] = []
-    with evaluation_mode(model), torch.inference_mode():
+    with evaluation_mode(model), torch.no_grad():
         for batch in checked(loader, "loader"):
             inputs, batch_labels = split_batch(batch)
             args, kwargs = as_call(move(inputs, device))

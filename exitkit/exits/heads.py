@@ -39,7 +39,7 @@ class Feature:
     """What a head reads: shape without batch, layout, the token read-out, and the side of the model's input image."""
 
     shape: tuple[int, ...]
-    layout: Literal["channels_first", "channels_last", "tokens", "vector"]
+    layout: str
     readout: Literal["first", "mean", "masked_mean"] = "mean"
     skip: int = 0
     image_side: int | None = None
@@ -90,12 +90,11 @@ def make_head(feature: Feature, num_classes: int, spec: HeadSpec, cascade: bool)
         raise ExitkitError(f"head='conv' needs feature maps, but this boundary's is {feature.layout} {feature.shape}")
     if is_map:
         body, width = _map_body(feature, convolve=spec.conv is not False)
-    elif feature.layout == "tokens":
-        width = feature.shape[-1]
-        hidden, after = _hidden(width, spec.hidden)
-        return InternalClassifier(
-            TokenBody(TokenPool(feature.readout, feature.skip), hidden), after, num_classes, cascade
-        )
+    elif feature.layout in ("tokens", "sequence"):
+        sequence = feature.layout == "sequence"
+        hidden, width = _hidden(feature.shape[0 if sequence else -1], spec.hidden)
+        pool = TokenPool(feature.readout, feature.skip, channels_first=sequence)
+        return InternalClassifier(TokenBody(pool, hidden), width, num_classes, cascade)
     else:
         body, width = nn.Sequential(nn.Flatten()), math.prod(feature.shape)
     hidden, width = _hidden(width, spec.hidden)

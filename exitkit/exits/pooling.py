@@ -33,14 +33,22 @@ def pooled_size(height: int, width: int) -> tuple[int, int]:
 
 
 class TokenPool(nn.Module):
-    """(B, T, D) → (B, D): the first (class) token, the mean of all but ``skip``, or the mean under a mask (B, T)."""
+    """(B, T, D) → (B, D): the first (class) token, the mean of all but ``skip``, or the mean under a mask (B, T).
 
-    def __init__(self, kind: Literal["first", "mean", "masked_mean"], skip: int = 0) -> None:
+    With ``channels_first`` the input is (B, D, T), as one-dimensional convolutions give it.
+    """
+
+    def __init__(
+        self, kind: Literal["first", "mean", "masked_mean"], skip: int = 0, channels_first: bool = False
+    ) -> None:
         super().__init__()
         self.kind = kind
         self.skip = skip
+        self.channels_first = channels_first
 
     def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
+        if self.channels_first:
+            tokens = tokens.transpose(1, 2)
         if self.kind == "first":
             return tokens[:, 0]
         if self.kind == "masked_mean" and mask is not None:

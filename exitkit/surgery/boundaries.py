@@ -11,7 +11,7 @@ from torch import nn
 from torch.fx import Node
 
 from exitkit.errors import ExitkitError
-from exitkit.surgery.capture import BACKBONE, Capture
+from exitkit.surgery.capture import BACKBONE, Capture, untouched
 from exitkit.surgery.layout import Layout, layout_of
 from exitkit.surgery.liveness import Flow, analyse, submodule, value_of
 from exitkit.surgery.macs import profile
@@ -36,6 +36,7 @@ class Boundary:
 
     Attributes:
         call: the module call whose output is the activation.
+        rank: which call of that module object it is, from 0, under whatever names the object is registered.
         aliases: names of other calls that end at the same cut; ``at=`` accepts them too.
         node: name of the activation in the captured graph.
         position: index of the last graph node before the cut.
@@ -47,6 +48,7 @@ class Boundary:
     """
 
     call: ModuleCall
+    rank: int
     aliases: tuple[str, ...]
     node: str
     position: int
@@ -83,13 +85,17 @@ def find_boundaries(captured: Capture) -> Anatomy:
     calls = _calls(flow)
     cuts = _clean_cuts(flow, calls)
     if not cuts:
-        raise ExitkitError(
-            f"{type(captured.backbone).__name__} has no boundary: nowhere between its modules is a single activation "
-            "alive, so no exit can be attached (two streams run side by side throughout)"
+        reason = (
+            "nowhere between its modules is a single activation alive (several streams run side by side throughout)"
+            if len(flow.weighted) > 1
+            else f"it has {len(flow.weighted)} weighted layer, and an exit needs one before it and one after it"
         )
+        raise ExitkitError(f"{type(captured.backbone).__name__} has no boundary: {reason}, so no exit can be attached")
     blocks = _blocks(captured.backbone, flow, calls, cuts) or _before_weighted_layers(flow, cuts)
-    costs = profile(captured.graph, captured.example)
+    with untouched(captured.backbone):
+        costs = profile(captured.graph, captured.example)
     names = [node.name for node in flow.order]
+    ranks = _ranks(captured.backbone, calls)
     boundaries = []
     for node, ending in cuts.items():
         chosen = next((call for call in ending if call in blocks), ending[0])
@@ -98,6 +104,7 @@ def find_boundaries(captured: Capture) -> Anatomy:
         boundaries.append(
             Boundary(
                 call=chosen,
+                rank=ranks[chosen],
                 aliases=tuple(call.name for call in ending if call != chosen),
                 node=node.name,
                 position=position,
@@ -126,6 +133,17 @@ def _stack(node: Node) -> Iterable[ModuleCall]:
         if path.startswith(f"{BACKBONE}."):
             count = key.rpartition("@")[2] if "@" in key else "0"
             yield ModuleCall(path.removeprefix(f"{BACKBONE}."), int(count), str(kind).rpartition(".")[2])
+
+
+def _ranks(backbone: nn.Module, calls: dict[ModuleCall, list[int]]) -> dict[ModuleCall, int]:
+    """The rank of each call among the calls of the same module object, in execution order."""
+    seen: Counter[int] = Counter()
+    ranks = {}
+    for call in sorted(calls, key=lambda call: calls[call][0]):
+        module = id(submodule(backbone, call.path))
+        ranks[call] = seen[module]
+        seen[module] += 1
+    return ranks
 
 
 def _clean_cuts(flow: Flow, calls: dict[ModuleCall, list[int]]) -> dict[Node, list[ModuleCall]]:

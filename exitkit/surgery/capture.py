@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -58,12 +59,16 @@ def capture(model: nn.Module, example_inputs: Any = None) -> Capture:
     """
     if not isinstance(model, nn.Module):
         raise ExitkitError(
-            f"model={type(model).__name__} is not a torch.nn.Module; pass the model object itself, such as "
-            "torchvision.models.resnet50(weights='DEFAULT')"
+            f"model={model!r} is not a torch.nn.Module; pass the model object itself, such as "
+            "torchvision.models.resnet50(weights='DEFAULT')" + (" (call the class)" if isinstance(model, type) else "")
+        )
+    if any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
+        raise ExitkitError(
+            f"{type(model).__name__} is on the meta device and has no values; load its weights, or model.to_empty(device)"
         )
     example = example_for(model, example_inputs)
     wrapped = LogitsOf(model, example.spec)
-    with evaluation_mode(model), torch.no_grad():
+    with untouched(model), torch.no_grad():
         _check_logits(_run(wrapped, example), len(example.tensors[0]), model)
         program = _export(wrapped, example, model)
     return Capture(model, program.module(check_guards=False), example)
@@ -98,9 +103,29 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
+@contextmanager
+def untouched(model: nn.Module) -> Iterator[None]:
+    """``evaluation_mode``, and whatever a forward writes into buffers meanwhile is undone."""
+    saved = [
+        (module, name, buffer, buffer.clone())
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    ]
+    versions = [buffer._version for _, _, buffer, _ in saved]
+    try:
+        with evaluation_mode(model):
+            yield
+    finally:
+        for (module, name, buffer, values), version in zip(saved, versions, strict=True):
+            module._buffers[name] = buffer
+            if buffer._version != version:
+                buffer.data.copy_(values)
+
+
 def _run(wrapped: LogitsOf, example: Example) -> Tensor:
     try:
-        logits: Tensor = wrapped(*example.tensors)
+        logits: Tensor = wrapped(*(tensor.clone() for tensor in example.tensors))
         return logits
     except ExitkitError:
         raise
@@ -123,6 +148,7 @@ def _check_logits(logits: Tensor, batch: int, model: nn.Module) -> None:
 def _export(wrapped: LogitsOf, example: Example, model: nn.Module) -> torch.export.ExportedProgram:
     batch = Dim("batch")
     dims = {0: batch, 1: Dim.AUTO} if example.text else {0: batch}
+    logging.disable(logging.CRITICAL)  # a refused export logs the whole graph before it raises
     try:
         return torch.export.export(
             wrapped, example.tensors, strict=False, dynamic_shapes=(tuple(dict(dims) for _ in example.tensors),)
@@ -133,10 +159,13 @@ def _export(wrapped: LogitsOf, example: Example, model: nn.Module) -> torch.expo
             "whose path depends on tensor values, or that fix the batch size, cannot be cut; rewrite that operation "
             "(torch.where instead of if, shapes from x.shape[0]), or attach to the part of the model around it"
         ) from error
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    """The line of an error that says what is wrong, without torch's advice on its own debugging."""
+    lines = [line.strip(" -") for line in str(error).splitlines() if line.strip() and "TORCH_LOGS" not in line]
     return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"[:400].rstrip(".")
 
 

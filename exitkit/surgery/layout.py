@@ -9,35 +9,36 @@ from torch.fx import Node
 
 from exitkit.surgery.liveness import op_name, value_of
 
-Layout = Literal["channels_first", "channels_last", "tokens", "vector"]
-"""(B, C, H, W), (B, H, W, C), (B, T, D), or (B, D)."""
+Layout = Literal["channels_first", "channels_last", "tokens", "sequence", "vector", "other"]
+"""(B, C, H, W), (B, H, W, C), (B, T, D), (B, C, T), (B, D), or what no head reads."""
 
 _CHANNELS_AT_1 = frozenset(
-    "conv2d convolution batch_norm group_norm instance_norm max_pool2d avg_pool2d adaptive_avg_pool2d "
+    "conv1d conv2d convolution batch_norm group_norm instance_norm max_pool2d avg_pool2d adaptive_avg_pool2d "
     "adaptive_max_pool2d".split()
 )
 _CHANNELS_LAST = frozenset("linear layer_norm rms_norm".split())
+_REDUCTIONS = frozenset("mean sum amax".split())
 _LOOK_AHEAD = 40
 
 
 def layout_of(node: Node) -> Layout:
-    """The layout of a boundary's activation, by its rank and, for maps, by its first consumers."""
+    """The layout of a boundary's activation, by its rank and by its first consumers."""
     value = value_of(node)
-    rank = value.dim() if value is not None else 0
-    if rank <= 2:
+    if value is None or value.dim() > 4:
+        return "other"
+    if value.dim() <= 2:
         return "vector"
-    if rank == 3:
-        return "tokens"
-    for axis in _channel_axes(node):
-        return "channels_first" if axis == 1 else "channels_last"
-    assert value is not None
-    # No consumer tells: maps are square more often than not.
-    return "channels_last" if value.shape[1] == value.shape[2] != value.shape[3] else "channels_first"
+    axis = next(_channel_axes(node, value.dim()), None)
+    if value.dim() == 3:
+        return "sequence" if axis == 1 else "tokens"
+    if axis is None:  # no consumer tells, but maps are square more often than not
+        axis = 3 if value.shape[1] == value.shape[2] != value.shape[3] else 1
+    return "channels_first" if axis == 1 else "channels_last"
 
 
-def _channel_axes(start: Node) -> Iterator[int]:
+def _channel_axes(start: Node, rank: int) -> Iterator[int]:
     """Which of ``start``'s dimensions its consumers treat as channels, following permutations, nearest first."""
-    queue: list[tuple[Node, tuple[int, ...]]] = [(start, (0, 1, 2, 3))]
+    queue: list[tuple[Node, tuple[int, ...]]] = [(start, tuple(range(rank)))]
     seen = {start}
     while queue and len(seen) < _LOOK_AHEAD:
         node, axes = queue.pop(0)
@@ -46,12 +47,19 @@ def _channel_axes(start: Node) -> Iterator[int]:
             if name in _CHANNELS_AT_1:
                 yield axes[1]
             elif name in _CHANNELS_LAST:
-                yield axes[3]
-            elif user not in seen and value is not None and value.dim() == 4:
+                yield axes[-1]
+            elif name in _REDUCTIONS and len(reduced := _dimensions(user, rank)) == rank - 2:
+                yield next(axes[d] for d in range(1, rank) if d not in reduced)
+            elif user not in seen and value is not None and value.dim() == rank:
                 moved = _moved_axes(user, axes)
                 if moved is not None:
                     seen.add(user)
                     queue.append((user, moved))
+
+
+def _dimensions(reduction: Node, rank: int) -> set[int]:
+    dims = reduction.args[1] if len(reduction.args) > 1 else ()
+    return {d % rank for d in dims if isinstance(d, int)} if isinstance(dims, list | tuple) else set()
 
 
 def _moved_axes(node: Node, axes: tuple[int, ...]) -> tuple[int, ...] | None:
@@ -60,9 +68,9 @@ def _moved_axes(node: Node, axes: tuple[int, ...]) -> tuple[int, ...] | None:
     if name == "permute":
         order = node.args[1]
         assert isinstance(order, list | tuple)
-        return tuple(axes[int(i) % 4] for i in order if isinstance(i, int))
+        return tuple(axes[i] for i in order if isinstance(i, int))
     if name == "transpose":
-        first, second = (int(i) % 4 for i in node.args[1:3] if isinstance(i, int))
+        first, second = (i for i in node.args[1:3] if isinstance(i, int))
         swapped = list(axes)
         swapped[first], swapped[second] = swapped[second], swapped[first]
         return tuple(swapped)

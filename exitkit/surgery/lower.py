@@ -32,7 +32,26 @@ class Stage:
     live: tuple[str, ...]
 
 
-def lower(captured: Capture, boundaries: Sequence[Boundary]) -> tuple[Stage, ...]:
+@dataclass(frozen=True)
+class Lowered:
+    """The inference view of a backbone: its stages in order, and the names of its input tensors."""
+
+    inputs: tuple[str, ...]
+    stages: tuple[Stage, ...]
+
+    def run(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Run all stages: the feature at each boundary (copies, as a stage may write into its input), then the logits."""
+        values: dict[str, Any] = dict(zip(self.inputs, tensors, strict=True))
+        results = []
+        for stage in self.stages:
+            outputs = stage.module(*(values[name] for name in stage.inputs))
+            values.update(zip(stage.outputs, outputs, strict=True))
+            values = {name: values[name] for name in stage.live}
+            results.append(outputs[0].clone())
+        return results
+
+
+def lower(captured: Capture, boundaries: Sequence[Boundary]) -> Lowered:
     """Split at ``boundaries`` (in execution order): one stage up to each, and one from the last to the logits."""
     nodes = list(captured.graph.graph.nodes)
     by_name = {node.name: node for node in nodes}
@@ -45,23 +64,13 @@ def lower(captured: Capture, boundaries: Sequence[Boundary]) -> tuple[Stage, ...
     ]
     stages, needed = [], dict.fromkeys(nodes[-1].all_input_nodes)
     for piece, result in zip(reversed(pieces), reversed([*features, nodes[-1].all_input_nodes[0]]), strict=True):
-        outputs = [result, *(node for node in needed if node in piece.made and node is not result)]
+        made = [node for node in needed if node in piece.made and node.op != "placeholder"]
+        outputs = [result, *(node for node in made if node is not result)]
         live = tuple(node.name for node in needed)
         needed = dict.fromkeys([*piece.reads, *(node for node in needed if node not in piece.made)])
         stages.append(_build(captured.graph, piece, outputs, live))
-    return tuple(reversed(stages))
-
-
-def run_stages(stages: Sequence[Stage], placeholders: Sequence[str], tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Run all stages one after another: the feature at each boundary, then the logits."""
-    values: dict[str, Any] = dict(zip(placeholders, tensors, strict=True))
-    results = []
-    for stage in stages:
-        outputs = stage.module(*(values[name] for name in stage.inputs))
-        values.update(zip(stage.outputs, outputs, strict=True))
-        values = {name: values[name] for name in stage.live}
-        results.append(outputs[0])
-    return results
+    inputs = tuple(node.name for node in nodes if node.op == "placeholder")
+    return Lowered(inputs, tuple(reversed(stages)))
 
 
 class _Piece:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Real
 
 from exitkit.errors import ExitkitError, unknown_name
 from exitkit.surgery.boundaries import Anatomy, Boundary
@@ -37,6 +38,12 @@ def place(
 
 def _every(anatomy: Anatomy, every: int) -> tuple[Boundary, ...]:
     inner = anatomy.blocks[:-1]
+    if not inner:
+        names = ", ".join(repr(boundary.name) for boundary in anatomy.boundaries[:5])
+        raise ExitkitError(
+            f"every={every!r} finds no place: the backbone has too few blocks ({len(anatomy.blocks)}), and an exit never "
+            f"follows the last one; name a boundary with at= ({names})"
+        )
     if isinstance(every, bool) or not isinstance(every, int) or not 1 <= every <= len(inner):
         raise ExitkitError(
             f"every={every!r} is out of range: the backbone has {len(anatomy.blocks)} blocks and an exit never follows "
@@ -46,8 +53,10 @@ def _every(anatomy: Anatomy, every: int) -> tuple[Boundary, ...]:
 
 
 def _at(anatomy: Anatomy, names: Sequence[str]) -> tuple[Boundary, ...]:
-    if isinstance(names, str):
-        raise ExitkitError(f"at={names!r} is a string; give a list of boundary names: at=[{names!r}]")
+    if isinstance(names, str) or not isinstance(names, Sequence):
+        raise ExitkitError(
+            f"at={names!r} is no list; give a list of boundary names, such as at=['{anatomy.blocks[0].name}']"
+        )
     by_name = {alias: boundary for boundary in anatomy.boundaries for alias in (*boundary.aliases, boundary.name)}
     for name in names:
         if name not in by_name:
@@ -60,10 +69,12 @@ def _at(anatomy: Anatomy, names: Sequence[str]) -> tuple[Boundary, ...]:
 
 def _at_cost(anatomy: Anatomy, shares: Sequence[float]) -> tuple[Boundary, ...]:
     """The block nearest to each share of the backbone's MACs; two shares never take the same block."""
+    if isinstance(shares, str) or not isinstance(shares, Sequence):
+        raise ExitkitError(f"at_cost={shares!r} is no list; give a list of shares, such as at_cost=[0.25, 0.5]")
     candidates = list(anatomy.blocks[:-1])
     chosen: list[Boundary] = []
     for share in shares:
-        if not 0 < share < 1:
+        if not isinstance(share, Real) or not 0 < share < 1:
             raise ExitkitError(f"at_cost holds {share!r}; each is a share of the backbone's MACs, between 0 and 1")
         free = [boundary for boundary in candidates if boundary not in chosen]
         if not free:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -15,13 +16,13 @@ from exitkit.surgery.liveness import submodule
 
 @dataclass(frozen=True)
 class Tap:
-    """Where a feature is read: the ``index``-th call of the module at ``path``, tensor ``leaf`` of its output.
+    """Where a feature is read: the ``rank``-th call of the module object at ``path``, tensor ``leaf`` of its output.
 
     ``clone``: the backbone writes into the feature afterwards (an in-place ReLU), so it is copied first.
     """
 
     path: str
-    index: int
+    rank: int
     leaf: int = 0
     clone: bool = False
 
@@ -33,22 +34,35 @@ def tapped(backbone: nn.Module, taps: Sequence[Tap]) -> Iterator[list[Tensor | N
     The hooks are gone afterwards. One forward per opening: call counts start at the opening.
     """
     features: list[Tensor | None] = [None] * len(taps)
-    calls: dict[str, int] = {}
 
-    def read(path: str) -> Any:
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
-            index = calls[path] = calls.get(path, -1) + 1
-            for slot, tap in enumerate(taps):
-                if (tap.path, tap.index) == (path, index):
-                    feature = tensor_leaves(output)[tap.leaf]
-                    features[slot] = feature.clone() if tap.clone else feature
+    def keep(slot: int, tap: Tap, output: Any) -> None:
+        feature = tensor_leaves(output)[tap.leaf]
+        features[slot] = feature.clone() if tap.clone else feature
 
-        return hook
+    with on_calls(backbone, [(tap.path, tap.rank, partial(keep, slot, tap)) for slot, tap in enumerate(taps)]):
+        yield features
+
+
+@contextmanager
+def on_calls(backbone: nn.Module, watched: Sequence[tuple[str, int, Callable[[Any], None]]]) -> Iterator[None]:
+    """While open, give the output of the ``rank``-th call of the module at ``path`` to its function.
+
+    Calls are counted per module object, since one object may be registered under several paths.
+    """
+    counts: dict[nn.Module, int] = {}
+    actions: dict[tuple[nn.Module, int], list[Callable[[Any], None]]] = {}
+    for path, rank, action in watched:
+        actions.setdefault((submodule(backbone, path), rank), []).append(action)
+
+    def hook(module: nn.Module, args: Any, output: Any) -> None:
+        rank = counts[module] = counts.get(module, -1) + 1
+        for action in actions.get((module, rank), ()):
+            action(output)
 
     with ExitStack() as hooks:
-        for path in dict.fromkeys(tap.path for tap in taps):
-            hooks.callback(submodule(backbone, path).register_forward_hook(read(path)).remove)
-        yield features
+        for module in {module for module, _ in actions}:
+            hooks.callback(module.register_forward_hook(hook).remove)
+        yield
 
 
 def tensor_leaves(output: Any) -> list[Tensor]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,10 +13,9 @@ from torch import Tensor
 from exitkit.errors import ExitkitError
 from exitkit.surgery.boundaries import Boundary
 from exitkit.surgery.calls import Example
-from exitkit.surgery.capture import Capture, evaluation_mode, logits_of
-from exitkit.surgery.liveness import submodule
-from exitkit.surgery.lower import Stage, run_stages
-from exitkit.surgery.taps import Tap, tensor_leaves
+from exitkit.surgery.capture import Capture, logits_of, untouched
+from exitkit.surgery.lower import Lowered
+from exitkit.surgery.taps import Tap, on_calls, tensor_leaves
 
 _OTHER_BATCH = 3
 _MORE_TOKENS = 3
@@ -22,7 +23,7 @@ _MORE_TOKENS = 3
 _TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-8, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 
 
-def verify(captured: Capture, boundaries: Sequence[Boundary], stages: Sequence[Stage]) -> tuple[Tap, ...]:
+def verify(captured: Capture, boundaries: Sequence[Boundary], lowered: Lowered) -> tuple[Tap, ...]:
     """Run both views at two batch sizes (for text, also at two lengths) and return where each feature is read.
 
     Raises:
@@ -31,9 +32,9 @@ def verify(captured: Capture, boundaries: Sequence[Boundary], stages: Sequence[S
     other = captured.example.with_batch(_OTHER_BATCH)
     if captured.example.text and not isinstance(_length(captured), int):
         other = other.longer(_MORE_TOKENS)
-    with evaluation_mode(captured.backbone), torch.no_grad(), _exact_attention():
-        taps = _compare(captured, boundaries, stages, captured.example)
-        if _compare(captured, boundaries, stages, other) != taps:
+    with untouched(captured.backbone), torch.no_grad(), _exact_attention():
+        taps = _compare(captured, boundaries, lowered, captured.example)
+        if _compare(captured, boundaries, lowered, other) != taps:
             raise ExitkitError(
                 f"{type(captured.backbone).__name__} returns its features in another order at another batch size; "
                 "exits cannot be attached to it"
@@ -58,13 +59,10 @@ def _length(captured: Capture) -> int | torch.SymInt:
     return size
 
 
-def _compare(
-    captured: Capture, boundaries: Sequence[Boundary], stages: Sequence[Stage], example: Example
-) -> tuple[Tap, ...]:
-    placeholders = [node.name for node in captured.graph.graph.nodes if node.op == "placeholder"]
+def _compare(captured: Capture, boundaries: Sequence[Boundary], lowered: Lowered, example: Example) -> tuple[Tap, ...]:
     try:
         # Copies, because a stage may write into its input, as the backbone itself may.
-        staged = run_stages(stages, placeholders, [tensor.clone() for tensor in example.tensors])
+        staged = lowered.run([tensor.clone() for tensor in example.tensors])
     except Exception as error:
         raise ExitkitError(
             f"the stages of {type(captured.backbone).__name__} do not run at batch size {len(example.tensors[0])} "
@@ -76,7 +74,7 @@ def _compare(
         for boundary, (leaves, versions), feature in zip(boundaries, outputs, staged[:-1], strict=True)
     )
     if not _same(staged[-1], logits):
-        _refuse("the logits", logits, staged[-1])
+        _refuse("the result (its logits)", logits, staged[-1])
     return taps
 
 
@@ -85,24 +83,14 @@ def _outputs_at(
 ) -> tuple[list[tuple[list[Tensor], list[bool]]], Tensor]:
     """Copies of what each boundary's module call returned, whether it was written into later, and the logits."""
     found: dict[str, list[tuple[Tensor, int, Tensor]]] = {}
-    counts: dict[str, int] = {}
-    handles = []
-    for path in {boundary.call.path for boundary in boundaries}:
 
-        def hook(module: object, args: object, output: object, path: str = path) -> None:
-            index = counts[path] = counts.get(path, -1) + 1
-            for boundary in boundaries:
-                if (boundary.call.path, boundary.call.index) == (path, index):
-                    leaves = tensor_leaves(output)
-                    found[boundary.name] = [(leaf, leaf._version, leaf.clone()) for leaf in leaves]
+    def keep(name: str, output: Any) -> None:
+        found[name] = [(leaf, leaf._version, leaf.clone()) for leaf in tensor_leaves(output)]
 
-        handles.append(submodule(captured.backbone, path).register_forward_hook(hook))
-    try:
+    watched = [(boundary.call.path, boundary.rank, partial(keep, boundary.name)) for boundary in boundaries]
+    with on_calls(captured.backbone, watched):
         args, kwargs = captured.spec.call(tuple(tensor.clone() for tensor in example.tensors))
         logits = logits_of(captured.backbone(*args, **kwargs))
-    finally:
-        for handle in handles:
-            handle.remove()
     missing = [boundary.name for boundary in boundaries if boundary.name not in found]
     if missing:
         raise ExitkitError(
@@ -115,7 +103,7 @@ def _outputs_at(
 def _tap(boundary: Boundary, leaves: list[Tensor], written: list[bool], feature: Tensor) -> Tap:
     for leaf, tensor in enumerate(leaves):
         if tensor.shape == feature.shape and _same(tensor, feature):
-            return Tap(boundary.call.path, boundary.call.index, leaf, written[leaf])
+            return Tap(boundary.call.path, boundary.rank, leaf, written[leaf])
     near = next((tensor for tensor in leaves if tensor.shape == feature.shape), None)
     return _refuse(f"the output of module {boundary.name!r}", near, feature)
 

@@ -32,11 +32,10 @@ class Bar:
     def __init__(self, progress: Progress, steps: int | None) -> None:
         self.progress = progress
         self.task = progress.add_task("training exits", total=steps, status="")
+        self._accuracy = ""
 
     def step(self, loss: float) -> None:
         self.progress.update(self.task, advance=1, status=f"loss {loss:.3f}  {self._accuracy}")
-
-    _accuracy = ""
 
     def epoch(self, record: Epoch) -> None:
         if record.accuracy is not None:

@@ -88,9 +88,10 @@ class Trainer:
         self.resume = resume
         self.log = log
         self.show_progress = show_progress
-        self.stopping = EarlyStopping(patience)
+        self.patience = patience
         self.mixed_precision = mixed_precision
         self.history: list[Epoch] = []
+        self.stopping = EarlyStopping(patience)
 
     def fit(self, train_loader: Iterable[Any], val_loader: Iterable[Any] | None = None) -> list[Epoch]:
         """Train the heads, then fit the ensemble; the model is changed in place. Returns the record of every epoch.
@@ -102,10 +103,11 @@ class Trainer:
         Raises:
             ExitkitError: an empty loader, labels out of range, a loss that is not finite, an unusable checkpoint.
         """
-        if self.stopping.patience is not None and val_loader is None:
+        if self.patience is not None and val_loader is None:
             raise ExitkitError("patience is set, but there is no val_loader to measure improvement on; give one")
         if self.output_dir is not None:
             self.output_dir.mkdir(parents=True, exist_ok=True)
+        self.history, self.stopping = [], EarlyStopping(self.patience)
         self.accelerator = _accelerator(self.mixed_precision)
         self.model.to(self.accelerator.device)
         with frozen(self.model.backbone):

@@ -1,0 +1,127 @@
+"""What exitkit itself costs: attaching, and the exact curve.
+
+    python benchmarks/overhead.py [--out results/overhead.json]
+
+Attaching is compared with one eager forward of the same model at batch 2 and with the model's own memory; the exact curve
+with the published codes' way, a loop over 1,000 thresholds, on the same scores (50,000 samples × 10 exits × 1000 classes
+after reduction to scores). Each attachment runs in a process of its own, so that peak memory is its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import resource
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.table import Table
+
+import exitkit
+from exitkit.cli.bench import machine
+from exitkit.cli.sources import load_model
+from exitkit.console import make_console
+from exitkit.evaluation import Curve
+from exitkit.files import replacing
+from exitkit.surgery.calls import as_call
+from exitkit.surgery.examples import example_for
+
+MODELS = ("torchvision:resnet50", "torchvision:vit_b_16", "hf:bert-base")
+SAMPLES, EXITS, GRID = 50_000, 10, 1_000
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("results/overhead.json"))
+    args = parser.parse_args()
+    console = make_console()
+    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
+        attached = {name: pool.apply(measure_attach, (name,)) for name in MODELS}
+    curve = measure_curve()
+    console.print(_attach_table(attached), _curve_table(curve), machine()["device"])
+    with replacing(args.out) as temporary:
+        temporary.write_text(json.dumps({"about": machine(), "attach": attached, "curve": curve}, indent=2))
+
+
+def measure_attach(name: str) -> dict[str, float]:
+    """Seconds and peak extra memory of attaching (every=3, ZTW), beside one eager forward and the model's size."""
+    model = (_bert_base() if name == "hf:bert-base" else load_model(name)).eval()
+    example = example_for(model)
+    args, kwargs = as_call(example.spec.batch(example.tensors))
+    with torch.inference_mode():
+        model(*args, **kwargs)
+        started = time.perf_counter()
+        model(*args, **kwargs)
+        forward = time.perf_counter() - started
+    before = _peak()
+    started = time.perf_counter()
+    exitkit.attach(model, every=3, method="ztw")
+    seconds = time.perf_counter() - started
+    weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters()) / 2**20
+    return {"attach_s": seconds, "forward_s": forward, "extra_mib": _peak() - before, "model_mib": weights}
+
+
+def measure_curve() -> dict[str, float]:
+    """Seconds for the exact curve and for a grid of 1,000 thresholds, and the points each gives."""
+    generator = np.random.default_rng(0)
+    scores = generator.random((SAMPLES, EXITS), dtype=np.float32)
+    correct = generator.random((SAMPLES, EXITS + 1)) < 0.7
+    costs = np.linspace(0.1, 1.1, EXITS + 1)
+    started = time.perf_counter()
+    curve = Curve.of(scores, correct, costs)
+    exact = time.perf_counter() - started
+    started = time.perf_counter()
+    for threshold in np.linspace(0, 1, GRID):
+        sure = scores > threshold
+        exits = np.where(sure.any(1), sure.argmax(1), EXITS)
+        correct[np.arange(SAMPLES), exits].mean(), costs[exits].mean()
+    grid = time.perf_counter() - started
+    return {"exact_s": exact, "exact_points": len(curve.thresholds), "grid_s": grid, "grid_points": GRID}
+
+
+def _attach_table(rows: dict[str, dict[str, float]]) -> Table:
+    table = Table(title="exitkit.attach(model, every=3, method='ztw')")
+    for heading in (
+        "model",
+        "attach (s)",
+        "one forward, batch 2 (s)",
+        "ratio",
+        "extra memory (MiB)",
+        "model (MiB)",
+        "ratio",
+    ):
+        table.add_column(heading, justify="left" if heading == "model" else "right")
+    for name, row in rows.items():
+        times = f"{row['attach_s']:.2f}", f"{row['forward_s']:.3f}", f"{row['attach_s'] / row['forward_s']:.1f}×"
+        memory = f"{row['extra_mib']:.0f}", f"{row['model_mib']:.0f}", f"{row['extra_mib'] / row['model_mib']:.2f}×"
+        table.add_row(name, *times, *memory)
+    return table
+
+
+def _curve_table(row: dict[str, float]) -> Table:
+    table = Table(title=f"Accuracy against cost, {SAMPLES:,} samples × {EXITS} exits, from scores")
+    for heading in ("", "seconds", "thresholds", "time, grid = 1"):
+        table.add_column(heading, justify="right" if heading else "left")
+    table.add_row(
+        "exact", f"{row['exact_s']:.2f}", f"{row['exact_points']:,}", f"{row['exact_s'] / row['grid_s']:.3f}×"
+    )
+    table.add_row("grid loop", f"{row['grid_s']:.2f}", f"{row['grid_points']:,}", "1×")
+    return table
+
+
+def _bert_base() -> Any:
+    from transformers import BertConfig, BertForSequenceClassification
+
+    return BertForSequenceClassification(BertConfig(num_labels=2))
+
+
+def _peak() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+if __name__ == "__main__":
+    main()
