@@ -72,7 +72,7 @@ def measure_curve() -> dict[str, float]:
     correct = generator.random((SAMPLES, EXITS + 1)) < 0.7
     costs = np.linspace(0.1, 1.1, EXITS + 1)
     started = time.perf_counter()
-    curve = Curve.of(scores, correct, costs)
+    curve = Curve.of(scores, correct, costs, 1.0)
     exact = time.perf_counter() - started
     started = time.perf_counter()
     for threshold in np.linspace(0, 1, GRID):
@@ -116,7 +116,7 @@ def _curve_table(row: dict[str, float]) -> Table:
 def _bert_base() -> Any:
     from transformers import BertConfig, BertForSequenceClassification
 
-    return BertForSequenceClassification(BertConfig(num_labels=2))
+    return BertForSequenceClassification(BertConfig())
 
 
 def _peak() -> float:

@@ -19,7 +19,7 @@ Criterion = Literal["confidence", "entropy", "margin", "patience"]
 
 def confidence(log_probs: Tensor) -> Tensor:
     """Probability of the most likely class (Zero Time Waste, equation 3): (..., C) → (...)."""
-    return log_probs.amax(-1).exp()
+    return log_probs.amax(-1).exp().clamp(max=1)
 
 
 def entropy(log_probs: Tensor) -> Tensor:
@@ -29,7 +29,7 @@ def entropy(log_probs: Tensor) -> Tensor:
     """
     probabilities = log_probs.exp()
     nats = -torch.where(probabilities > 0, probabilities * log_probs, 0).sum(-1)
-    return 1 - nats / math.log(max(log_probs.shape[-1], 2))
+    return (1 - nats / math.log(max(log_probs.shape[-1], 2))).clamp(0, 1)
 
 
 def margin(log_probs: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch.nn import functional as F
 import exitkit
 from exitkit import ExitkitError
 from exitkit.surgery.boundaries import Anatomy
-from exitkit.surgery.lower import Stage, run_stages
+from exitkit.surgery.lower import Lowered
 from exitkit.surgery.placement import place
 from tests.toy import TinyBlock, TinyNet
 
@@ -30,10 +30,10 @@ def names(ee: exitkit.MultiExitModel) -> list[str]:
     return [boundary.name for boundary in ee.boundaries]
 
 
-def staged(stages: Sequence[Stage], *tensors: Tensor) -> list[Tensor]:
+def staged(lowered: Lowered, *tensors: Tensor) -> list[Tensor]:
     """The features and the logits from stages joined again."""
     with torch.no_grad():
-        return run_stages(stages, [f"tensors_{i}" for i in range(len(tensors))], [t.clone() for t in tensors])
+        return lowered.run([t.clone() for t in tensors])
 
 
 def all_equal(first: Any, second: Any) -> bool:
@@ -702,7 +702,7 @@ def text_ee() -> exitkit.MultiExitModel:
 
 
 @pytest.fixture(scope="module")
-def text_stages(text_ee: exitkit.MultiExitModel) -> tuple[Stage, ...]:
+def text_stages(text_ee: exitkit.MultiExitModel) -> Lowered:
     return text_ee.lower()
 
 
@@ -710,7 +710,7 @@ def text_stages(text_ee: exitkit.MultiExitModel) -> tuple[Stage, ...]:
 @pytest.mark.parametrize("length", [2, 6, 19])
 @pytest.mark.parametrize("batch", [1, 4])
 def test_mask_and_length_are_carried(
-    text_ee: exitkit.MultiExitModel, text_stages: tuple[Stage, ...], batch: int, length: int, padded: bool
+    text_ee: exitkit.MultiExitModel, text_stages: Lowered, batch: int, length: int, padded: bool
 ) -> None:
     inputs = text(batch, length, padded)
     with torch.no_grad():
@@ -720,18 +720,18 @@ def test_mask_and_length_are_carried(
 
 
 def test_a_stage_reads_the_feature_first_and_the_context_after_it(
-    text_ee: exitkit.MultiExitModel, text_stages: tuple[Stage, ...]
+    text_ee: exitkit.MultiExitModel, text_stages: Lowered
 ) -> None:
-    assert text_stages[1].inputs[0] == text_ee.boundaries[0].node
-    assert len(text_stages[1].inputs) > 1
+    assert text_stages.stages[1].inputs[0] == text_ee.boundaries[0].node
+    assert len(text_stages.stages[1].inputs) > 1
 
 
-def test_samples_may_leave_between_stages(text_ee: exitkit.MultiExitModel, text_stages: tuple[Stage, ...]) -> None:
+def test_samples_may_leave_between_stages(text_ee: exitkit.MultiExitModel, text_stages: Lowered) -> None:
     """No stage remembers how many samples entered an earlier one."""
     inputs = text(4, 10, padded=True)
     values = {"tensors_0": inputs["attention_mask"], "tensors_1": inputs["input_ids"]}
     with torch.no_grad():
-        for stage in text_stages:
+        for stage in text_stages.stages:
             outputs = stage.module(*(values[name] for name in stage.inputs))
             values.update(zip(stage.outputs, outputs, strict=True))
             values = {
@@ -739,7 +739,7 @@ def test_samples_may_leave_between_stages(text_ee: exitkit.MultiExitModel, text_
                 for name, value in values.items()
             }
         expected = text_ee.backbone(**inputs)[1:2]
-    assert torch.allclose(values[text_stages[-1].outputs[0]], expected, atol=1e-6)
+    assert torch.allclose(values[text_stages.stages[-1].outputs[0]], expected, atol=1e-6)
 
 
 def test_context_computed_from_an_input_is_no_activation() -> None:
@@ -1011,7 +1011,7 @@ def test_any_chain_is_cut_cleanly_and_exactly(
 
     ee = exitkit.attach(model, images(), at=[boundary.name for boundary in found], head="1L", method="sdn").eval()
     stages = ee.lower()
-    assert all(len(stage.inputs) == 1 for stage in stages)  # nothing but the feature crosses a cut
+    assert all(len(stage.inputs) == 1 for stage in stages.stages)  # nothing but the feature crosses a cut
     x = images(batch)
     with torch.no_grad():
         output = ee(x)

@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 import exitkit
 from exitkit.surgery.boundaries import find_boundaries
 from exitkit.surgery.capture import capture, logits_of
-from exitkit.surgery.lower import Stage, lower, run_stages
+from exitkit.surgery.lower import Lowered, lower
 from exitkit.surgery.verify import verify
 
 torchvision_models = pytest.importorskip("torchvision.models")
@@ -112,7 +112,7 @@ class Case:
     spec: Spec
     backbone: nn.Module
     ee: exitkit.MultiExitModel
-    stages: tuple[Stage, ...]
+    lowered: Lowered
 
     def __repr__(self) -> str:
         return repr(self.ee)
@@ -132,7 +132,7 @@ class Case:
 
     def staged(self, batch: dict[str, Tensor]) -> list[Tensor]:
         """The features and the logits from the stages joined again."""
-        return run_stages(self.stages, [f"tensors_{i}" for i in range(len(batch))], list(batch.values()))
+        return self.lowered.run(list(batch.values()))
 
 
 def _text(size: int, length: int, padded: bool, generator: torch.Generator) -> dict[str, Tensor]:
@@ -240,7 +240,7 @@ def test_resnet50_every_third_block(case: Case) -> None:
 @pytest.mark.parametrize("case", ["albert"], indirect=True)
 def test_albert_shares_one_layer_called_four_times(case: Case) -> None:
     assert [boundary.name for boundary in case.ee.anatomy.blocks] == [_ALBERT, *(f"{_ALBERT}@{i}" for i in (1, 2, 3))]
-    assert [tap.index for tap in case.ee.taps] == [0, 1, 2]
+    assert [tap.rank for tap in case.ee.taps] == [0, 1, 2]
 
 
 @pytest.mark.parametrize("case", ["densenet121"], indirect=True)

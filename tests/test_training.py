@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader, IterableDataset, RandomSampler, TensorD
 import exitkit
 from exitkit import ExitkitError, MultiExitModel, Trainer
 from exitkit.training import fit_ensemble
+from exitkit.training.ensemble import penalty
 from exitkit.training.stopping import EarlyStopping
 from tests.toy import TinyNet
 
@@ -228,7 +229,7 @@ def test_the_fit_lowers_every_cross_entropy(fitted: tuple[list[float], list[floa
 def test_the_fit_ends_where_the_gradient_is_zero(fitted: tuple[list[float], list[float], MultiExitModel]) -> None:
     ee = fitted[2]
     for combiner, loss in zip(ee.combiners, entropies(ee, noisy()), strict=True):
-        gradients = torch.autograd.grad(loss, list(combiner.parameters()))
+        gradients = torch.autograd.grad(loss + penalty(combiner), list(combiner.parameters()))
         assert max(gradient.abs().max().item() for gradient in gradients) < 2e-3
 
 
@@ -619,13 +620,13 @@ def test_each_trainer_has_its_own_precision(tiny_net: TinyNet, loader: Loaders, 
         ({"mixed_precision": "fp8"}, "mixed_precision='fp8' is unknown.*'bf16'"),
         ({"resume": "always"}, "resume='always' is unknown.*'never'"),
         ({"log": "wandb"}, "log='wandb' is unknown.*'csv'"),
-        ({"epochs": 0}, "epochs=0 must be greater than 0"),
+        ({"epochs": 0}, "epochs=0 must be a whole number greater than 0"),
         ({"epochs": -1}, "epochs=-1"),
         ({"epochs": 1.5}, r"epochs=1\.5"),
         ({"lr": 0.0}, r"lr=0\.0 must be greater than 0"),
         ({"lr": -1e-3}, r"lr=-0\.001"),
         ({"lr": float("nan")}, "lr=nan"),
-        ({"patience": 0}, "patience=0 must be greater than 0"),
+        ({"patience": 0}, "patience=0 must be a whole number greater than 0"),
         ({"weight_decay": -0.1}, r"weight_decay=-0\.1"),
     ],
 )
@@ -666,7 +667,7 @@ def test_missing_labels_are_refused(tiny_ee: MultiExitModel) -> None:
 
 def test_a_loss_that_is_not_finite_is_refused(tmp_path: Path, tiny_ee: MultiExitModel) -> None:
     batch = torch.full((2, 1, 8, 8), float("nan")), torch.tensor([0, 1])
-    with pytest.raises(ExitkitError, match=r"the loss of exit 0 is nan in epoch 1 at lr=0\.01; lower lr"):
+    with pytest.raises(ExitkitError, match=r"the loss of exit 0 is nan in epoch 1, step 1, at lr=0\.01; lower lr"):
         trainer(tiny_ee, output_dir=tmp_path).fit([batch])
     assert not (tmp_path / CHECKPOINT).exists()
 

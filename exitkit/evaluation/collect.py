@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from exitkit.batches import check_labels, checked, move, split_batch
+from exitkit.errors import ExitkitError
 from exitkit.evaluation.outputs import ExitOutputs
 from exitkit.model import MultiExitModel
 from exitkit.surgery.calls import as_call
@@ -26,6 +27,8 @@ def collect(model: MultiExitModel, loader: Iterable[Any]) -> ExitOutputs:
     Raises:
         ExitkitError: an empty loader, labels out of range, labels in some batches only, or NaN in the outputs.
     """
+    if not isinstance(model, MultiExitModel):
+        raise ExitkitError(f"model is {type(model).__name__}; collect takes what exitkit.attach(model) returns")
     device = next(model.parameters()).device
     log_probs: list[Tensor] = []
     labels: list[Tensor] = []

@@ -38,11 +38,12 @@ class Curve:
     cost: Array
 
     @classmethod
-    def of(cls, scores: NDArray[np.floating], correct: NDArray[np.bool_], costs: Array) -> Curve:
-        """The curve from scores (N, M) of the exits, correctness (N, M+1) and costs (M+1,) of exits and backbone.
+    def of(cls, scores: NDArray[np.floating], correct: NDArray[np.bool_], macs: Array, backbone_macs: float) -> Curve:
+        """The curve from scores (N, M) of the exits, and correctness (N, M+1) and MACs (M+1,) of exits and backbone.
 
         A sample passes exit m exactly when τ reaches the running maximum of its scores up to m, so each of the N·M
-        running maxima is one event that moves one sample one exit further; sorted, their sums are the curve.
+        running maxima is one event that moves one sample one exit further; sorted, their sums are the curve. MACs are
+        summed as they are and divided once, so that no rounding pushes a cost over a budget.
         """
         samples, exits = scores.shape
         events = np.maximum.accumulate(scores.astype(np.float64), axis=1).ravel()
@@ -50,12 +51,12 @@ class Curve:
         events = events[order]
         last_of_value = np.append(np.flatnonzero(np.diff(events)), len(events) - 1)
         gained = np.diff(correct.astype(np.int64), axis=1).ravel()[order]
-        spent = np.broadcast_to(np.diff(costs), (samples, exits)).ravel()[order]
+        spent = np.broadcast_to(np.diff(macs), (samples, exits)).ravel()[order]
         lowest = events[0]
         return cls(
             np.concatenate([[0.0 if lowest > 0 else np.nextafter(lowest, -np.inf)], events[last_of_value]]),
             np.concatenate([[correct[:, 0].mean()], (correct[:, 0].sum() + gained.cumsum()[last_of_value]) / samples]),
-            np.concatenate([[costs[0]], costs[0] + spent.cumsum()[last_of_value] / samples]),
+            (macs[0] * samples + np.concatenate([[0.0], spent.cumsum()[last_of_value]])) / (samples * backbone_macs),
         )
 
     def at_budget(self, budget: float) -> BudgetPoint:

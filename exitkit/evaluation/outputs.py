@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.nn import functional as F
 
 from exitkit.batches import check_labels
 from exitkit.criteria import scores
@@ -22,6 +21,7 @@ from exitkit.evaluation.curve import Curve
 from exitkit.files import replacing
 
 _FORMAT = "exitkit-outputs-1"
+_NORMALISED = 1e-5
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,20 +47,22 @@ class ExitOutputs:
 
     def __post_init__(self) -> None:
         log_probs = _check_log_probs(torch.as_tensor(self.log_probs))
-        object.__setattr__(self, "log_probs", F.log_softmax(log_probs.float(), dim=-1))
-        macs = torch.as_tensor(self.macs, dtype=torch.float64)
-        if macs.shape != log_probs.shape[1:2] or bool((macs.diff() < 0).any()) or bool((macs <= 0).any()):
+        object.__setattr__(self, "log_probs", log_probs)
+        macs = torch.as_tensor(self.macs, dtype=torch.float64).contiguous()
+        rising = macs.shape == log_probs.shape[1:2] and bool((macs.diff() >= 0).all())
+        if not rising or not bool((macs > 0).all()) or not bool(macs.isfinite().all()):
             raise ExitkitError(
                 f"macs={macs.tolist()} must hold one positive cost per exit, {log_probs.shape[1]} of them, none below the "
                 "one before it"
             )
         object.__setattr__(self, "macs", macs)
-        if not self.backbone_macs > 0:
+        if not 0 < self.backbone_macs < float("inf"):
             raise ExitkitError(
                 f"backbone_macs={self.backbone_macs!r} must be positive: MACs of the unmodified backbone"
             )
         if self.labels is not None:
-            object.__setattr__(self, "labels", check_labels(self.labels, log_probs.shape[2], log_probs.shape[0]))
+            labels = check_labels(self.labels, log_probs.shape[2], log_probs.shape[0]).contiguous()
+            object.__setattr__(self, "labels", labels)
 
     @property
     def costs(self) -> NDArray[np.float64]:
@@ -89,7 +91,7 @@ class ExitOutputs:
 
     def exits_at(self, threshold: float, criterion: str | None = None) -> NDArray[np.int64]:
         """(N,): the exit at which each sample leaves; M where no exit before it is sure enough."""
-        sure = self.scores(criterion)[:, :-1] > threshold
+        sure = self.scores(criterion)[:, :-1].double() > threshold  # in float32 τ would be rounded
         exits: NDArray[np.int64] = torch.where(sure.any(1), sure.int().argmax(1), sure.shape[1]).numpy()
         return exits
 
@@ -100,7 +102,13 @@ class ExitOutputs:
 
     def curve(self, criterion: str | None = None) -> Curve:
         """Accuracy and average cost at every distinct threshold."""
-        return Curve.of(self.scores(criterion)[:, :-1].numpy(), self.correct.numpy(), self.costs)
+        if len(self.macs) < 2:
+            raise ExitkitError(
+                "log_probs holds the backbone alone, shape (N, 1, C); a curve needs at least one exit before it"
+            )
+        return Curve.of(
+            self.scores(criterion)[:, :-1].numpy(), self.correct.numpy(), self.macs.numpy(), self.backbone_macs
+        )
 
     def hindsight_improvability(self) -> NDArray[np.float64]:
         """(M+1,): share of each exit's mistakes that some earlier exit had right (Zero Time Waste, section 4.2).
@@ -117,7 +125,7 @@ class ExitOutputs:
 
     def save(self, path: str | Path) -> None:
         """Write to a safetensors file; an existing one is replaced only by a complete one."""
-        tensors = {"log_probs": self.log_probs.contiguous(), "macs": self.macs}
+        tensors = {"log_probs": self.log_probs, "macs": self.macs}
         if self.labels is not None:
             tensors["labels"] = self.labels
         header = {"format": _FORMAT, "backbone_macs": json.dumps(self.backbone_macs), "criterion": self.criterion}
@@ -148,17 +156,20 @@ class ExitOutputs:
         )
 
 
-def _check_log_probs(log_probs: Tensor) -> Tensor:
-    if log_probs.dim() != 3 or not log_probs.is_floating_point() or 0 in log_probs.shape:
+def _check_log_probs(given: Tensor) -> Tensor:
+    """Checked and normalised float32 log-probabilities; rows that are normalised already keep every bit."""
+    if given.dim() != 3 or not given.is_floating_point() or 0 in given.shape or given.shape[2] < 2:
         raise ExitkitError(
-            f"log_probs has dtype {log_probs.dtype} and shape {tuple(log_probs.shape)}; expected floating point of shape "
-            "(samples, exits + 1, classes), none of them 0"
+            f"log_probs has dtype {given.dtype} and shape {tuple(given.shape)}; expected floating point of shape (samples, "
+            "exits + 1, classes), with at least two classes"
         )
-    broken = log_probs.isnan().any(-1) | (log_probs == float("inf")).any(-1)
+    log_probs = given.float()
+    normaliser = log_probs.logsumexp(-1, keepdim=True)
+    broken = ~normaliser.isfinite().squeeze(-1)
     if bool(broken.any()):
         exit_ = int(broken.any(0).int().argmax())
         raise ExitkitError(
-            f"log_probs holds NaN or +inf: exit {exit_} on {int(broken[:, exit_].sum())} of {len(log_probs)} samples. The "
-            "model overflowed there; check its inputs (normalised?) and run in float32"
+            f"log_probs holds NaN, infinite or all-impossible rows: exit {exit_} on {int(broken[:, exit_].sum())} of "
+            f"{len(given)} samples. The model overflowed there; check its inputs (normalised?) and run in float32"
         )
-    return log_probs
+    return torch.where(normaliser.abs() < _NORMALISED, log_probs, log_probs - normaliser).contiguous()

@@ -8,6 +8,7 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from exitkit.errors import ExitkitError
 from exitkit.evaluation.curve import Array, Curve
 from exitkit.files import replacing
 
@@ -17,6 +18,8 @@ def plot_curves(curves: Mapping[str, Curve], path: str | Path) -> None:
 
     The backbone's accuracy is read where nobody leaves, so methods that combine its answer show their own.
     """
+    if not curves:
+        raise ExitkitError("curves={} is empty; give at least one curve by name")
     figure, axes = _figure("average cost (share of the backbone's MACs)", "accuracy")
     for name, curve in curves.items():
         axes.step(curve.cost, curve.accuracy, where="post", label=name, linewidth=1.8)
@@ -51,5 +54,10 @@ def _figure(xlabel: str, ylabel: str) -> tuple[Figure, Axes]:
 
 
 def _write(figure: Figure, path: str | Path) -> None:
+    formats = figure.canvas.get_supported_filetypes()
+    if Path(path).suffix.lstrip(".").lower() not in formats:
+        raise ExitkitError(
+            f"path={str(path)!r} has no picture format as its suffix; use one of {', '.join(sorted(formats))}"
+        )
     with replacing(path) as temporary:
         figure.savefig(temporary, dpi=150)

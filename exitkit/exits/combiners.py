@@ -23,7 +23,9 @@ class GeometricEnsemble(nn.Module):
         self.log_prior = nn.Parameter(torch.zeros(num_classes))
 
     def forward(self, log_probs: Tensor) -> Tensor:
-        product = torch.einsum("bmc,m->bc", log_probs, self.log_weights.exp())
+        # A class that a member rules out has log-probability -inf, whose product with a gradient of 0 would be NaN.
+        finite = log_probs.clamp(min=torch.finfo(log_probs.dtype).min / 1e6)
+        product = torch.einsum("bmc,m->bc", finite, self.log_weights.exp())
         return F.log_softmax(product + self.log_prior, dim=-1)
 
 

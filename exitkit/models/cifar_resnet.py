@@ -90,10 +90,15 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
     for key in own:
         if key.endswith("num_batches_tracked"):
             cast.setdefault(key, torch.zeros((), dtype=torch.long))
-    try:
-        model.load_state_dict(cast)
-    except RuntimeError as error:
-        raise ExitkitError(f"weights={str(path)!r} do not fit {type(model).__name__}: {str(error)[:400]}") from error
+    # Compared first: load_state_dict overwrites what fits before it raises.
+    given, wanted = ({key: tuple(value.shape) for key, value in state.items()} for state in (cast, own))
+    if given != wanted:
+        key = next(key for key in (*wanted, *given) if given.get(key) != wanted.get(key))
+        raise ExitkitError(
+            f"weights={str(path)!r} do not fit {type(model).__name__}: {key!r} has shape {given.get(key, 'none')} in the file "
+            f"and {wanted.get(key, 'none')} in the model"
+        )
+    model.load_state_dict(cast)
 
 
 def _stage(channels_in: int, channels: int, blocks: int, stride: int) -> nn.Sequential:

@@ -41,8 +41,8 @@ def _every(anatomy: Anatomy, every: int) -> tuple[Boundary, ...]:
     if not inner:
         names = ", ".join(repr(boundary.name) for boundary in anatomy.boundaries[:5])
         raise ExitkitError(
-            f"every={every!r} finds no place: the backbone has too few blocks ({len(anatomy.blocks)}), and an exit never "
-            f"follows the last one; name a boundary with at= ({names})"
+            f"the backbone has too few blocks ({len(anatomy.blocks)}) for every=, since an exit never follows the last one; "
+            f"name a boundary with at= ({names})"
         )
     if isinstance(every, bool) or not isinstance(every, int) or not 1 <= every <= len(inner):
         raise ExitkitError(
@@ -53,7 +53,9 @@ def _every(anatomy: Anatomy, every: int) -> tuple[Boundary, ...]:
 
 
 def _at(anatomy: Anatomy, names: Sequence[str]) -> tuple[Boundary, ...]:
-    if isinstance(names, str) or not isinstance(names, Sequence):
+    if isinstance(names, str):
+        raise ExitkitError(f"at={names!r} is a string; give a list of boundary names: at=[{names!r}]")
+    if not isinstance(names, Sequence):
         raise ExitkitError(
             f"at={names!r} is no list; give a list of boundary names, such as at=['{anatomy.blocks[0].name}']"
         )

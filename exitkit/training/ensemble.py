@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from exitkit.surgery.capture import evaluation_mode
 
 _CACHED_FLOATS = 200_000_000
 _STEPS = 100
+PENALTY = 1e-2
 
 
 def fit_ensemble(model: MultiExitModel, loader: Iterable[Any]) -> list[float]:
@@ -25,11 +27,21 @@ def fit_ensemble(model: MultiExitModel, loader: Iterable[Any]) -> list[float]:
     Each exit's combiner is trained by itself, by L-BFGS on the log-probabilities of the training set. At most 800 MB
     of them are kept; a larger set contributes its first batches.
 
+    The objective is the cross-entropy plus 0.01 · Σ_j (log w_j + log m)², which holds the weights near an even mean of
+    the m members. Without it they grow without bound where the exits have memorised the training set, and confidences
+    become exactly 1, which no threshold can tell apart.
+
     Returns:
         The cross-entropy of each fitted combiner.
     """
     log_probs, labels = _cache(model, loader)
     return [_fit(combiner, log_probs[:, : m + 1], labels, m) for m, combiner in enumerate(model.combiners)]
+
+
+def penalty(combiner: nn.Module) -> Tensor:
+    """How far a combiner's weights are from an even mean: 0.01 · Σ_j (log w_j + log m)²."""
+    weights = cast("Tensor", combiner.log_weights)
+    return PENALTY * (weights + math.log(len(weights))).square().sum()
 
 
 def _cache(model: MultiExitModel, loader: Iterable[Any]) -> tuple[Tensor, Tensor]:
@@ -53,7 +65,7 @@ def _fit(combiner: nn.Module, log_probs: Tensor, labels: Tensor, exit_: int) -> 
 
     def loss() -> Tensor:
         optimizer.zero_grad()
-        value = F.nll_loss(combiner(log_probs), labels)
+        value = F.nll_loss(combiner(log_probs), labels) + penalty(combiner)
         value.backward()
         return value
 

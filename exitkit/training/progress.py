@@ -72,7 +72,8 @@ def write_log(directory: Path, kind: str, history: Sequence[Epoch]) -> None:
                 writer.add_scalar(name, value, record.epoch)
         return
     with (directory / "metrics.csv").open("w", newline="") as file:
-        rows = csv.DictWriter(file, ["epoch", *record.scalars()])
+        names = dict.fromkeys(name for past in history for name in past.scalars())
+        rows = csv.DictWriter(file, ["epoch", *names])
         rows.writeheader()
         rows.writerows({"epoch": past.epoch, **past.scalars()} for past in history)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence, Sized
 from copy import deepcopy
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from accelerate import Accelerator
@@ -75,9 +75,11 @@ class Trainer:
         ):
             if value not in allowed:
                 raise unknown_name(name, value, allowed)
-        for name, number in (("epochs", epochs), ("lr", lr), ("patience", 1 if patience is None else patience)):
-            if not number > 0:
-                raise ExitkitError(f"{name}={number!r} must be greater than 0")
+        for name, number in (("epochs", epochs), ("patience", 1 if patience is None else patience)):
+            if not isinstance(number, int) or isinstance(number, bool) or number < 1:
+                raise ExitkitError(f"{name}={number!r} must be a whole number greater than 0")
+        if not 0 < lr < float("inf") or not 0 <= weight_decay < float("inf"):
+            raise ExitkitError(f"lr={lr!r} must be greater than 0, and weight_decay={weight_decay!r} at least 0")
         self.model = model
         self.epochs = epochs
         self.lr = lr
@@ -126,13 +128,14 @@ class Trainer:
         if state is not None:
             best = state["best"]
         prepared = self.accelerator.prepare(optimizer)
-        steps = len(train_loader) if isinstance(train_loader, Sized) else None
+        steps = _length(train_loader)
         with progress_bar(None if steps is None else steps * self.epochs, self.show_progress) as bar:
             bar.skip((steps or 0) * len(self.history))
             while len(self.history) < self.epochs and not self.stopping.stop:
                 record = self._epoch(train_loader, val_loader, prepared, bar)
                 scheduler.step()
-                if record.accuracy is None or self.stopping.update(record.accuracy[:-1]):
+                improved = record.accuracy is None or self.stopping.update(record.accuracy[:-1])
+                if improved or self.patience is None:
                     best = self._state()
                 self.history.append(record)
                 bar.epoch(record)
@@ -143,24 +146,35 @@ class Trainer:
         # A seed per epoch instead of stored generator states: shuffling and augmentation follow from it.
         epoch = len(self.history)
         set_seed(self.seed + epoch)
-        if isinstance(generator := getattr(train_loader, "generator", None), torch.Generator):
-            generator.manual_seed(self.seed + epoch)
+        for owner in (
+            train_loader,
+            getattr(train_loader, "sampler", None),
+            getattr(train_loader, "batch_sampler", None),
+        ):
+            if isinstance(generator := getattr(owner, "generator", None), torch.Generator):
+                generator.manual_seed(self.seed + epoch)
         total, batches = torch.zeros(len(self.model.classifiers)), 0
         for batch in checked(train_loader, "train_loader"):
             losses = self._losses(batch)
+            self._check_finite(losses, epoch, batches)
             optimizer.zero_grad()
             self.accelerator.backward(losses.sum())
             optimizer.step()
             total += losses.detach().cpu()
             batches += 1
             bar.step(float(losses.detach().mean()))
-        loss = (total / batches).tolist()
-        for exit_, value in enumerate(loss):
-            if not abs(value) < float("inf"):
-                raise ExitkitError(
-                    f"the loss of exit {exit_} is {value} in epoch {epoch + 1} at lr={self.lr}; lower lr, or check the inputs"
-                )
-        return Epoch(epoch, tuple(loss), None if val_loader is None else self._accuracy(val_loader))
+        return Epoch(
+            epoch, tuple((total / batches).tolist()), None if val_loader is None else self._accuracy(val_loader)
+        )
+
+    def _check_finite(self, losses: Tensor, epoch: int, step: int) -> None:
+        """Stop before a loss that is not finite reaches the weights."""
+        if not bool(losses.isfinite().all()):
+            exit_ = int(losses.isfinite().int().argmin())
+            raise ExitkitError(
+                f"the loss of exit {exit_} is {losses[exit_].item()} in epoch {epoch + 1}, step {step + 1}, at lr={self.lr}; "
+                "lower lr, or check the inputs (normalised? NaN?)"
+            )
 
     def _losses(self, batch: Any) -> Tensor:
         """Cross-entropy of each head (M,); their sum trains every head by its own loss alone."""
@@ -228,6 +242,14 @@ class Trainer:
             self.stopping.restore(state["stopping"])
             self.history = [Epoch(*record) for record in state["history"]]
         return state
+
+
+def _length(loader: Iterable[Any]) -> int | None:
+    """Batches per epoch; None for a loader that cannot know (an iterable data set)."""
+    try:
+        return len(cast("Sized", loader))
+    except TypeError:
+        return None
 
 
 def _accelerator(mixed_precision: str) -> Accelerator:
