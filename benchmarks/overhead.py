@@ -27,7 +27,7 @@ from exitkit.cli.sources import load_model
 from exitkit.console import make_console
 from exitkit.evaluation import Curve
 from exitkit.files import replacing
-from exitkit.surgery.calls import as_call
+from exitkit.surgery.calls import call_on
 from exitkit.surgery.examples import example_for
 
 MODELS = ("torchvision:resnet50", "torchvision:vit_b_16", "hf:bert-base")
@@ -51,11 +51,11 @@ def measure_attach(name: str) -> dict[str, float]:
     """Seconds and peak extra memory of attaching (every=3, ZTW), beside one eager forward and the model's size."""
     model = (_bert_base() if name == "hf:bert-base" else load_model(name)).eval()
     example = example_for(model)
-    args, kwargs = as_call(example.spec.batch(example.tensors))
+    batch = example.spec.batch(example.tensors)
     with torch.inference_mode():
-        model(*args, **kwargs)
+        call_on(model, batch)
         started = time.perf_counter()
-        model(*args, **kwargs)
+        call_on(model, batch)
         forward = time.perf_counter() - started
     before = _peak()
     started = time.perf_counter()

@@ -1,9 +1,20 @@
-"""A small residual network, importable by name."""
+"""A small residual network, importable by name, and what several tests say about models."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+
+import exitkit
+from exitkit.surgery.lower import Lowered
+
+# MACs of TinyNet on 1×8×8, by hand.
+STEM = 8 * 8 * 9 * 1 * 8
+BLOCK = 2 * 8 * 8 * 9 * 8 * 8
+LINEAR = 8 * 3
+TOTAL = STEM + 4 * BLOCK + LINEAR
 
 
 class TinyNet(nn.Module):
@@ -35,3 +46,26 @@ class TinyBlock(nn.Module):
 def net() -> TinyNet:
     """As ``tests.toy:net`` on the command line."""
     return TinyNet()
+
+
+def images(batch: int = 2, channels: int = 1, height: int = 8, width: int = 8) -> Tensor:
+    return torch.randn(batch, channels, height, width, generator=torch.Generator().manual_seed(batch))
+
+
+def names(ee: exitkit.MultiExitModel) -> list[str]:
+    return [boundary.name for boundary in ee.boundaries]
+
+
+def staged(lowered: Lowered, *tensors: Tensor) -> list[Tensor]:
+    """The features and the logits from stages joined again."""
+    with torch.no_grad():
+        return lowered.run([t.clone() for t in tensors])
+
+
+def all_equal(first: Any, second: Any) -> bool:
+    return len(first) == len(second) and all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+class Noise(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.rand_like(x)

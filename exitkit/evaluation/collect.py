@@ -13,7 +13,7 @@ from exitkit.batches import check_labels, checked, move, split_batch
 from exitkit.errors import ExitkitError
 from exitkit.evaluation.outputs import ExitOutputs
 from exitkit.model import MultiExitModel
-from exitkit.surgery.calls import as_call
+from exitkit.surgery.calls import call_on
 from exitkit.surgery.capture import evaluation_mode
 
 
@@ -35,8 +35,7 @@ def collect(model: MultiExitModel, loader: Iterable[Any]) -> ExitOutputs:
     with evaluation_mode(model), torch.no_grad():
         for batch in checked(loader, "loader"):
             inputs, batch_labels = split_batch(batch)
-            args, kwargs = as_call(move(inputs, device))
-            logits = torch.stack(model(*args, **kwargs).logits, dim=1)
+            logits = torch.stack(call_on(model, move(inputs, device)).logits, dim=1)
             log_probs.append(F.log_softmax(logits.float(), dim=-1).cpu())
             if batch_labels is not None or labels:
                 labels.append(check_labels(batch_labels, model.num_classes, len(logits)).cpu())

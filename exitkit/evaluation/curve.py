@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from exitkit.errors import ExitkitError
+from exitkit.evaluation.plots import Array, plot_curves
 
-Array = NDArray[np.float64]
 BUDGETS = (0.25, 0.5, 0.75, 1.0)
 
 
@@ -95,8 +95,6 @@ class Curve:
 
     def plot(self, path: str | Path) -> None:
         """Write the picture of accuracy against cost to ``path`` (png, svg or pdf)."""
-        from exitkit.evaluation.plots import plot_curves
-
         plot_curves({"early exits": self}, path)
 
     def _point(self, index: int) -> BudgetPoint:

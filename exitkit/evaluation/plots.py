@@ -4,16 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Protocol
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from numpy.typing import NDArray
 
 from exitkit.errors import ExitkitError
-from exitkit.evaluation.curve import Array, Curve
 from exitkit.files import replacing
 
+Array = NDArray[np.float64]
 
-def plot_curves(curves: Mapping[str, Curve], path: str | Path) -> None:
+
+class Points(Protocol):
+    """What is drawn of a curve: cost and accuracy, point by point, cheapest first."""
+
+    @property
+    def cost(self) -> Array: ...
+
+    @property
+    def accuracy(self) -> Array: ...
+
+
+def plot_curves(curves: Mapping[str, Points], path: str | Path) -> None:
     """Accuracy against average cost for each method; the unmodified backbone is the dashed line.
 
     The backbone's accuracy is read where nobody leaves, so methods that combine its answer show their own.
@@ -23,8 +37,7 @@ def plot_curves(curves: Mapping[str, Curve], path: str | Path) -> None:
     figure, axes = _figure("average cost (share of the backbone's MACs)", "accuracy")
     for name, curve in curves.items():
         axes.step(curve.cost, curve.accuracy, where="post", label=name, linewidth=1.8)
-    backbone = next(iter(curves.values())).no_limit()
-    axes.axhline(backbone.accuracy, color="0.4", linestyle="--", linewidth=1, label="backbone")
+    axes.axhline(next(iter(curves.values())).accuracy[-1], color="0.4", linestyle="--", linewidth=1, label="backbone")
     axes.axvline(1.0, color="0.8", linewidth=1, zorder=0)
     axes.set_xlim(left=0)
     axes.legend(frameon=False)

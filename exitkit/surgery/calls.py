@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from exitkit.errors import ExitkitError
+
+T = TypeVar("T")
 
 
 def as_call(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -24,6 +26,12 @@ def as_call(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
         f"inputs of type {type(batch).__name__} cannot be passed to a model; give a tensor, a tuple of tensors, "
         "or a dict of tensors by argument name"
     )
+
+
+def call_on(function: Callable[..., T], batch: Any) -> T:
+    """``function`` called with a batch as its arguments."""
+    args, kwargs = as_call(batch)
+    return function(*args, **kwargs)
 
 
 @dataclass(frozen=True)

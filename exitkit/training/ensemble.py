@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from exitkit.batches import check_labels, checked, move, split_batch
 from exitkit.errors import ExitkitError
 from exitkit.model import MultiExitModel
-from exitkit.surgery.calls import as_call
+from exitkit.surgery.calls import call_on
 from exitkit.surgery.capture import evaluation_mode
 
 _CACHED_FLOATS = 200_000_000
@@ -51,8 +51,7 @@ def _cache(model: MultiExitModel, loader: Iterable[Any]) -> tuple[Tensor, Tensor
     with evaluation_mode(model), torch.no_grad():
         for batch in checked(loader, "train_loader"):
             inputs, batch_labels = split_batch(batch)
-            args, kwargs = as_call(move(inputs, device))
-            _, heads = model.run_heads(*args, **kwargs)
+            _, heads = call_on(model.run_heads, move(inputs, device))
             kept.append(torch.stack([F.log_softmax(logits.float(), -1) for logits in heads], 1))
             labels.append(check_labels(batch_labels, model.num_classes, len(kept[-1])).to(device))
             if sum(part.numel() for part in kept) > _CACHED_FLOATS:

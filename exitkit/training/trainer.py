@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from exitkit.batches import check_labels, checked, move, split_batch
 from exitkit.errors import ExitkitError, unknown_name
 from exitkit.model import MultiExitModel
-from exitkit.surgery.calls import as_call
+from exitkit.surgery.calls import call_on
 from exitkit.surgery.capture import evaluation_mode
 from exitkit.training.checkpoint import load_checkpoint, save_checkpoint
 from exitkit.training.ensemble import fit_ensemble
@@ -179,9 +179,8 @@ class Trainer:
     def _losses(self, batch: Any) -> Tensor:
         """Cross-entropy of each head (M,); their sum trains every head by its own loss alone."""
         inputs, labels = split_batch(batch)
-        args, kwargs = as_call(move(inputs, self.accelerator.device))
         with self.accelerator.autocast():
-            _, heads = self.model.run_heads(*args, **kwargs)
+            _, heads = call_on(self.model.run_heads, move(inputs, self.accelerator.device))
         targets = check_labels(labels, self.model.num_classes, len(heads[-1])).to(self.accelerator.device)
         return torch.stack([F.cross_entropy(logits.float(), targets) for logits in heads[:-1]])
 
@@ -191,8 +190,7 @@ class Trainer:
         with evaluation_mode(self.model), torch.no_grad(), self.accelerator.autocast():
             for batch in checked(loader, "val_loader"):
                 inputs, labels = split_batch(batch)
-                args, kwargs = as_call(move(inputs, self.accelerator.device))
-                _, heads = self.model.run_heads(*args, **kwargs)
+                _, heads = call_on(self.model.run_heads, move(inputs, self.accelerator.device))
                 answers = torch.stack([logits.argmax(-1) for logits in heads]).cpu()
                 right += (answers == check_labels(labels, self.model.num_classes, answers.shape[1]).cpu()).sum(1)
                 samples += answers.shape[1]
