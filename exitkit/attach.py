@@ -76,7 +76,7 @@ def attach(
     ]
     masks = [read.mask for read in readouts]
     return MultiExitModel(
-        model, classifiers, masks, boundaries, taps, anatomy, composition, num_classes, captured.example
+        model, classifiers, masks, boundaries, taps, anatomy, composition, head, num_classes, captured.example
     )
 
 

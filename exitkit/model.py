@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -69,6 +70,7 @@ class MultiExitModel(nn.Module):
         taps: Sequence[Tap],
         anatomy: Anatomy,
         method: Method,
+        head: str,
         num_classes: int,
         example: Example,
     ) -> None:
@@ -81,6 +83,7 @@ class MultiExitModel(nn.Module):
         self.masks = tuple(masks)
         self.anatomy = anatomy
         self.method = method
+        self.head = head
         self.num_classes = num_classes
         self.example = example
         reference = next(parameter for parameter in backbone.parameters() if parameter.is_floating_point())
@@ -122,6 +125,23 @@ class MultiExitModel(nn.Module):
         captured = capture(self.backbone, self.example.spec.batch(self.example.tensors))
         found = {boundary.name: boundary for boundary in find_boundaries(captured).boundaries}
         return lower(captured, [found[boundary.name] for boundary in self.boundaries])
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Write what was added, and nothing of the backbone: safetensors, ``config.json``, a model card."""
+        from exitkit.saving import save_exits
+
+        save_exits(self, directory)
+
+    @classmethod
+    def from_pretrained(cls, backbone: nn.Module, directory: str | Path, example_inputs: Any = None) -> MultiExitModel:
+        """Attach the exits that :meth:`save_pretrained` wrote to the backbone they were trained on.
+
+        Raises:
+            ExitkitError: a missing, damaged or foreign file, or another backbone; the message shows the first difference.
+        """
+        from exitkit.saving import load_exits
+
+        return load_exits(backbone, directory, example_inputs)
 
     def __repr__(self) -> str:
         places = ", ".join(f"{exit_.name} {exit_.macs_fraction:.0%}" for exit_ in self.exits)
