@@ -18,7 +18,7 @@ from exitkit.surgery.capture import evaluation_mode
 
 _CACHED_FLOATS = 200_000_000
 _STEPS = 100
-PENALTY = 1e-2
+PENALTY = 1e-4
 
 
 def fit_ensemble(model: MultiExitModel, loader: Iterable[Any]) -> list[float]:
@@ -27,7 +27,7 @@ def fit_ensemble(model: MultiExitModel, loader: Iterable[Any]) -> list[float]:
     Each exit's combiner is trained by itself, by L-BFGS on the log-probabilities of the training set. At most 800 MB
     of them are kept; a larger set contributes its first batches.
 
-    The objective is the cross-entropy plus 0.01 · Σ_j (log w_j + log m)², which holds the weights near an even mean of
+    The objective is the cross-entropy plus 0.0001 · Σ_j (log w_j + log m)², which holds the weights near an even mean of
     the m members. Without it they grow without bound where the exits have memorised the training set, and confidences
     become exactly 1, which no threshold can tell apart.
 
@@ -39,7 +39,7 @@ def fit_ensemble(model: MultiExitModel, loader: Iterable[Any]) -> list[float]:
 
 
 def penalty(combiner: nn.Module) -> Tensor:
-    """How far a combiner's weights are from an even mean: 0.01 · Σ_j (log w_j + log m)²."""
+    """How far a combiner's weights are from an even mean: 0.0001 · Σ_j (log w_j + log m)²."""
     weights = cast("Tensor", combiner.log_weights)
     return PENALTY * (weights + math.log(len(weights))).square().sum()
 
