@@ -35,7 +35,12 @@ def check_labels(labels: Any, num_classes: int, batch: int) -> Tensor:
     """
     if labels is None:
         raise ExitkitError("the loader yields no labels; yield (inputs, labels) or a dict with the key 'labels'")
-    labels = torch.as_tensor(labels)
+    try:
+        labels = torch.as_tensor(labels)
+    except (TypeError, ValueError) as error:
+        raise ExitkitError(
+            f"labels are no class indices: {error}; give whole numbers from 0 to {num_classes - 1}"
+        ) from error
     if labels.is_floating_point() or labels.shape != (batch,):
         raise ExitkitError(
             f"labels have dtype {labels.dtype} and shape {tuple(labels.shape)}; expected class indices of shape ({batch},)"

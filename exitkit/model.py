@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +89,7 @@ class MultiExitModel(nn.Module):
         self.example = example
         reference = next(parameter for parameter in backbone.parameters() if parameter.is_floating_point())
         self.classifiers.to(reference.device, reference.dtype)
-        self.combiners.to(reference.device, reference.dtype)
+        self.combiners.to(reference.device)  # float32: they add up logarithms
         self.exits = self._price()
 
     def forward(self, *args: Any, **kwargs: Any) -> MultiExitOutput:
@@ -104,15 +105,15 @@ class MultiExitModel(nn.Module):
         features = tuple(self._found(slot, feature) for slot, feature in enumerate(read))
         heads: list[Tensor] = []
         for classifier, feature, mask in zip(self.classifiers, features, self.masks, strict=True):
-            read_mask = args[mask] if isinstance(mask, int) else kwargs.get(mask) if mask is not None else None
-            heads.append(classifier(feature, heads[-1] if heads else None, read_mask))
+            read_mask = None if mask is None else self._argument(mask, args, kwargs)
+            heads.append(self._classify(classifier, feature, heads, read_mask))
         return features, (*heads, final)
 
     def combine(self, heads: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Each exit's answer from its own and all earlier heads' logits (B, C): the method's ensemble, if it has one."""
         if not self.combiners:
             return tuple(heads)
-        log_probs = torch.stack([F.log_softmax(logits, dim=-1) for logits in heads], dim=1)
+        log_probs = torch.stack([F.log_softmax(logits.float(), dim=-1) for logits in heads], dim=1)
         combined = [combiner(log_probs[:, : m + 1]) for m, combiner in enumerate(self.combiners)]
         return (*combined, *heads[len(combined) :])
 
@@ -147,6 +148,29 @@ class MultiExitModel(nn.Module):
         places = ", ".join(f"{exit_.name} {exit_.macs_fraction:.0%}" for exit_ in self.exits)
         return f"MultiExitModel({type(self.backbone).__name__}, method={self.method.name!r}, exits: {places})"
 
+    def _classify(self, classifier: nn.Module, feature: Tensor, heads: list[Tensor], mask: Tensor | None) -> Tensor:
+        try:
+            logits: Tensor = classifier(feature, heads[-1] if heads else None, mask)
+        except RuntimeError as error:
+            boundary = self.boundaries[len(heads)]
+            if tuple(feature.shape[1:]) == boundary.shape:
+                raise
+            raise ExitkitError(
+                f"exit {len(heads)} was made for features of shape {boundary.shape}, but {boundary.name!r} gives "
+                f"{tuple(feature.shape[1:])}; attach again with example_inputs of the size that the model is used with"
+            ) from error
+        return logits
+
+    def _argument(self, key: int | str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+        """An input of this call, whether it was attached and is now passed by position or by keyword."""
+        names = list(signature(self.backbone.forward).parameters)
+        name = names[key] if isinstance(key, int) and key < len(names) else key
+        position = names.index(name) if name in names else key
+        value: Tensor | None = (
+            args[position] if isinstance(position, int) and position < len(args) else kwargs.get(str(name))
+        )
+        return value
+
     def _found(self, slot: int, feature: Tensor | None) -> Tensor:
         if feature is None:
             raise ExitkitError(
@@ -171,7 +195,7 @@ class MultiExitModel(nn.Module):
     def _combiner_macs(self, m: int, logits: Tensor) -> int:
         if m >= len(self.combiners):
             return 0
-        return count_macs(self.combiners[m], logits.new_zeros(1, m + 1, self.num_classes))
+        return count_macs(self.combiners[m], torch.zeros(1, m + 1, self.num_classes, device=logits.device))
 
     def _exit(self, name: str, macs: int) -> Exit:
         return Exit(name, macs, macs / max(self.anatomy.macs, 1))

@@ -1,7 +1,7 @@
 """Saving what exitkit added, and attaching it again to the same backbone: safetensors and JSON, never pickle.
 
-The backbone's own weights are not saved. Its identity is: the names and shapes of its parameters and of its blocks, line by
-line, so that another backbone is refused with the first line that differs.
+The backbone's own weights are not saved. Its identity is: the names and shapes of its parameters and of its blocks, and a
+digest of its weights, line by line, so that another backbone is refused with the first line that differs.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from exitkit.attach import attach
 from exitkit.errors import ExitkitError
 from exitkit.files import replacing
+from exitkit.fingerprint import parameter_lines, shape_text, weights_digest
 from exitkit.methods import Method
 from exitkit.model import MultiExitModel
 
@@ -71,18 +72,14 @@ def load_exits(backbone: nn.Module, directory: str | Path, example_inputs: Any =
 
 
 def fingerprint(model: MultiExitModel) -> list[str]:
-    """What a backbone is, apart from the values of its weights: one line per parameter and one per block."""
-    blocks = [f"block {block.name} {_shape(block.shape)} {block.macs} MACs" for block in model.anatomy.blocks]
-    return [*_parameters(model.backbone), *blocks]
-
-
-def _parameters(backbone: nn.Module) -> list[str]:
-    return [f"parameter {name} {_shape(parameter.shape)}" for name, parameter in backbone.named_parameters()]
+    """What a backbone is: one line per parameter, one per block, and a digest of its weights."""
+    blocks = [f"block {block.name} {shape_text(block.shape)} {block.macs} MACs" for block in model.anatomy.blocks]
+    return [*parameter_lines(model.backbone), *blocks, f"weights {weights_digest(model.backbone)}"]
 
 
 def _check_parameters(saved: list[str], backbone: nn.Module, folder: Path) -> None:
     """Before attaching, which would otherwise fail on the names of the exits."""
-    found = _parameters(backbone)
+    found = parameter_lines(backbone)
     _compare([line for line in saved if line.startswith("parameter ")], found, folder, backbone)
 
 
@@ -135,11 +132,7 @@ def _load_weights(model: MultiExitModel, path: Path) -> None:
 
 
 def _kinds(tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    return {name: f"{tensor.dtype} {_shape(tensor.shape)}" for name, tensor in tensors.items()}
-
-
-def _shape(shape: tuple[int, ...]) -> str:
-    return "×".join(map(str, shape)) or "scalar"
+    return {name: f"{tensor.dtype} {shape_text(tensor.shape)}" for name, tensor in tensors.items()}
 
 
 def _card(model: MultiExitModel) -> str:

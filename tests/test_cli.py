@@ -154,8 +154,8 @@ def test_demo_shows_a_table_and_writes_the_plot(run: Run, tmp_path: Path) -> Non
     ("arguments", "message"),
     [
         (("inspect", "resnet18"), "SOURCE:NAME"),
-        (("inspect", "torchvision:resnet81"), "did you mean resnet18"),
-        (("inspect", "timm:resnet81"), "did you mean"),
+        (("inspect", "torchvision:resnet81"), "Did you mean 'resnet18'"),
+        (("inspect", "timm:resnet81"), "Did you mean"),
         (("inspect", "nowhere.module:net"), "nowhere"),
         (("inspect", "hf:/no/such/folder"), "/no/such/folder"),
         (("inspect", "torchvision:resnet18", "--weights", "/no/such/file"), "--weights '/no/such/file'"),

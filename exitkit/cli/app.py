@@ -68,6 +68,10 @@ def bench(
     for name, number in (("--batch-size", batch_size), ("--limit", 1 if limit is None else limit)):
         if number < 1:
             raise ExitkitError(f"{name} {number} must be at least 1")
+    if seed < 0:
+        raise ExitkitError(f"--seed {seed} must be at least 0")
+    if out.exists() and not out.is_dir():
+        raise ExitkitError(f"--out {str(out)!r} is a file; name a folder")
     backbone = load_model(model, weights, num_classes)
     if weights is None and not model.startswith("hf:"):
         _console.print("note: no --weights, so the backbone has random weights")

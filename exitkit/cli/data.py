@@ -25,11 +25,10 @@ _MAX_TOKENS = 128
 
 @dataclass(frozen=True)
 class Split:
-    """Training and test samples, and the number of classes in them."""
+    """Training and test samples, and how they become batches."""
 
     train: Dataset[Any]
     test: Dataset[Any]
-    classes: int
     collate: Callable[..., Any] | None = None
 
     def loaders(self, batch: int, limit: int | None, seed: int) -> tuple[DataLoader[Any], DataLoader[Any]]:
@@ -63,6 +62,8 @@ def load_data(data: str, model: nn.Module, test: str | None = None, tokenizer: s
         return _image_folder(path, model, test)
     if not path.exists():
         if data.isidentifier():
+            if test is not None:
+                raise ExitkitError(f"--test {test!r}: {data} brings its own test samples; leave --test out")
             return _torchvision_dataset(data, model)
         raise ExitkitError(f"--data {data!r} does not exist, and is no name in torchvision.datasets")
     if test is not None and not Path(test).exists():
@@ -111,6 +112,11 @@ def _arrays(path: Path, model: nn.Module, test: str | None) -> Split:
                 f"{str(origin)!r} has images of dtype {images.dtype} and shape {images.shape} and {len(labels)} labels; "
                 "expected uint8 (N, H, W) or (N, H, W, C), as many labels, and N > 0"
             )
+        channels = 1 if images.ndim == 3 else images.shape[-1]
+        if size is not None and channels not in (1, size[0]):
+            raise ExitkitError(f"{str(origin)!r} has {channels} channels, but the model takes {size[0]}")
+        if not np.issubdtype(labels.dtype, np.integer):
+            raise ExitkitError(f"{str(origin)!r} has labels of dtype {labels.dtype}; expected class indices from 0")
         return TensorDataset(normalise(images, size, mean, std), torch.as_tensor(labels.astype(np.int64)))
 
     if test is not None:
@@ -118,8 +124,8 @@ def _arrays(path: Path, model: nn.Module, test: str | None) -> Split:
     elif "train_images" in arrays:
         train, held_out = samples(arrays, "train_", path), samples(arrays, "test_", path)
     else:
-        return _hold_out(samples(arrays, "", path), int(arrays["labels"].max()) + 1)
-    return Split(train, held_out, int(train.tensors[1].max()) + 1)
+        return _hold_out(samples(arrays, "", path))
+    return Split(train, held_out)
 
 
 def _read_npz(path: Path) -> dict[str, Any]:
@@ -143,10 +149,14 @@ def _image_folder(path: Path, model: nn.Module, test: str | None) -> Split:
     parts = {name: path / name for name in ("train", "val", "test") if (path / name).is_dir()}
     held_out = Path(test) if test is not None else parts.get("test", parts.get("val"))
     if held_out is None:
-        whole = folder(path)
-        return _hold_out(whole, len(whole.classes))
-    train = folder(parts.get("train", path))
-    return Split(train, folder(held_out), len(train.classes))
+        return _hold_out(folder(path))
+    train_set, test_set = folder(parts.get("train", path)), folder(held_out)
+    if train_set.class_to_idx != test_set.class_to_idx:
+        raise ExitkitError(
+            f"{str(held_out)!r} has the classes {test_set.classes[:5]}, but the training folder has {train_set.classes[:5]} "
+            "(first five of each); both need the same subfolders"
+        )
+    return Split(train_set, test_set)
 
 
 def _torchvision_dataset(name: str, model: nn.Module) -> Split:
@@ -162,7 +172,7 @@ def _torchvision_dataset(name: str, model: nn.Module) -> Split:
         raise ExitkitError(
             f"--data {name}: {type(error).__name__}: {error}. Files are looked for in ./data"
         ) from error
-    return Split(train, test, len(train.classes))
+    return Split(train, test)
 
 
 def _text(path: Path, test: str | None, tokenizer: str | None) -> Split:
@@ -176,7 +186,7 @@ def _text(path: Path, test: str | None, tokenizer: str | None) -> Split:
     except (OSError, ValueError) as error:
         raise ExitkitError(f"--model hf:{tokenizer} has no tokenizer: {error}") from error
     rows = _read_text(path)
-    names = {name: index for index, name in enumerate(sorted({label for _, label in rows}))}
+    names = _label_indices({label for _, label in rows})
 
     def collate(batch: list[tuple[str, str]]) -> dict[str, Tensor]:
         tokens = encode(
@@ -186,18 +196,21 @@ def _text(path: Path, test: str | None, tokenizer: str | None) -> Split:
         return kept | {"labels": torch.tensor([names[label] for _, label in batch])}
 
     if test is None:
-        split = _hold_out(rows, len(names))
-        return Split(split.train, split.test, split.classes, collate)
+        split = _hold_out(rows)
+        return Split(split.train, split.test, collate)
     held_out = _read_text(Path(test))
     if unknown := {label for _, label in held_out} - set(names):
         raise ExitkitError(f"--test {test!r} has labels that --data has not: {sorted(unknown)[:5]}")
-    return Split(rows, held_out, len(names), collate)  # type: ignore[arg-type]
+    return Split(rows, held_out, collate)  # type: ignore[arg-type]
 
 
 def _read_text(path: Path) -> list[tuple[str, str]]:
-    with path.open(newline="", encoding="utf-8") as file:
-        reader = csv.reader(file, delimiter="\t" if path.suffix == ".tsv" else ",", quoting=_quoting(path))
-        rows = [(row[0], row[-1]) for row in reader if len(row) > 1][1:]
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            reader = csv.reader(file, delimiter="\t" if path.suffix == ".tsv" else ",", quoting=_quoting(path))
+            rows = [(row[0], row[-1]) for row in reader if len(row) > 1][1:]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise ExitkitError(f"{str(path)!r} cannot be read as UTF-8 text and label: {error}") from error
     if not rows:
         raise ExitkitError(f"{str(path)!r} has no rows of text and label below a header")
     return rows
@@ -207,9 +220,16 @@ def _quoting(path: Path) -> Any:
     return csv.QUOTE_NONE if path.suffix == ".tsv" else csv.QUOTE_MINIMAL
 
 
-def _hold_out(samples: Any, classes: int) -> Split:
+def _label_indices(labels: set[str]) -> dict[str, int]:
+    """Numbers are class indices as they are; words are numbered in alphabetical order."""
+    if all(label.strip().isdecimal() for label in labels):
+        return {label: int(label) for label in labels}
+    return {label: index for index, label in enumerate(sorted(labels))}
+
+
+def _hold_out(samples: Any) -> Split:
     train, test = random_split(samples, [1 - _HELD_OUT, _HELD_OUT], generator=_generator(0))
-    return Split(train, test, classes)
+    return Split(train, test)
 
 
 def _expected(model: nn.Module) -> tuple[tuple[int, ...] | None, Any, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import sys
 from collections.abc import Callable
@@ -13,7 +12,7 @@ import torch
 from torch import nn
 
 from exitkit._torchvision import import_torchvision
-from exitkit.errors import ExitkitError
+from exitkit.errors import ExitkitError, unknown_name
 from exitkit.models.cifar_resnet import load_weights
 
 PRETRAINED = "pretrained"
@@ -44,7 +43,14 @@ def load_model(name: str, weights: str | None = None, num_classes: int | None = 
         "timm": _timm,
         "hf": _hugging_face,
     }.get(source, lambda function, pretrained, options: _function(source, function, options))
-    model = builder(rest, weights == PRETRAINED, {} if num_classes is None else {"num_classes": num_classes})
+    try:
+        model = builder(rest, weights == PRETRAINED, {} if num_classes is None else {"num_classes": num_classes})
+    except ExitkitError:
+        raise
+    except Exception as error:  # whatever a library or a user's function raises on these options
+        raise ExitkitError(
+            f"--model {name!r} cannot be built with these options: {type(error).__name__}: {error}"
+        ) from error
     if weights not in (None, PRETRAINED):
         _load_file(model, Path(str(weights)))
     return model
@@ -133,5 +139,4 @@ def _library(name: str, extra: str) -> Any:
 
 def _known(name: str, names: list[str], library: str) -> None:
     if name not in names:
-        near = difflib.get_close_matches(name, names, n=3)
-        raise ExitkitError(f"{library} has no model {name!r}" + (f"; did you mean {', '.join(near)}?" if near else ""))
+        raise unknown_name(f"{library} model", name, names)

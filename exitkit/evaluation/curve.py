@@ -108,10 +108,10 @@ class BudgetTable:
     rows: dict[str, BudgetPoint | None]
 
     def __str__(self) -> str:
-        lines = [f"{'budget':<15}{'accuracy':>9}{'cost':>9}{'τ':>9}"]
+        lines = [f"{'budget':<15}{'accuracy':>9}{'cost':>9}{'τ':>11}"]
         for name, point in self.rows.items():
             if point is None:
-                lines.append(f"{name:<15}{'-':>9}{'-':>9}{'-':>9}")
+                lines.append(f"{name:<15}{'-':>9}{'-':>9}{'-':>11}")
             else:
-                lines.append(f"{name:<15}{point.accuracy:>9.2%}{point.cost:>9.1%}{point.threshold:>9.4f}")
+                lines.append(f"{name:<15}{point.accuracy:>9.2%}{point.cost:>9.1%}{point.threshold:>11.6f}")
         return "\n".join(lines)

@@ -46,9 +46,9 @@ class ExitOutputs:
     criterion: str = "confidence"
 
     def __post_init__(self) -> None:
-        log_probs = _check_log_probs(torch.as_tensor(self.log_probs))
+        log_probs = _check_log_probs(torch.as_tensor(self.log_probs).detach().cpu())
         object.__setattr__(self, "log_probs", log_probs)
-        macs = torch.as_tensor(self.macs, dtype=torch.float64).contiguous()
+        macs = torch.as_tensor(self.macs, dtype=torch.float64).detach().cpu().contiguous()
         rising = macs.shape == log_probs.shape[1:2] and bool((macs.diff() >= 0).all())
         if not rising or not bool((macs > 0).all()) or not bool(macs.isfinite().all()):
             raise ExitkitError(
@@ -61,7 +61,7 @@ class ExitOutputs:
                 f"backbone_macs={self.backbone_macs!r} must be positive: MACs of the unmodified backbone"
             )
         if self.labels is not None:
-            labels = check_labels(self.labels, log_probs.shape[2], log_probs.shape[0]).contiguous()
+            labels = check_labels(self.labels, log_probs.shape[2], log_probs.shape[0]).cpu().contiguous()
             object.__setattr__(self, "labels", labels)
 
     @property

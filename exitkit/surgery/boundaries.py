@@ -86,7 +86,8 @@ def find_boundaries(captured: Capture) -> Anatomy:
     cuts = _clean_cuts(flow, calls)
     if not cuts:
         reason = (
-            "nowhere between its modules is a single activation alive (several streams run side by side throughout)"
+            "nowhere does a module call end with a single batch-first activation alive (several streams run side by side "
+            "throughout, residuals are added outside any module, or the batch is not the first dimension)"
             if len(flow.weighted) > 1
             else f"it has {len(flow.weighted)} weighted layer, and an exit needs one before it and one after it"
         )

@@ -80,8 +80,6 @@ class CallSpec:
     def batch(self, tensors: tuple[Tensor, ...]) -> Any:
         """A batch that :func:`as_call` turns into this call."""
         args, kwargs = self.call(tensors)
-        if args and kwargs:
-            raise ExitkitError("a call with both positional and keyword inputs is no single batch; use one kind")
         return kwargs or args
 
 
@@ -115,10 +113,13 @@ class Example:
         """Whether these are token ids and masks: integer (or bool) tensors of shape (batch, sequence)."""
         return all(tensor.dim() == 2 and not tensor.is_floating_point() for tensor in self.tensors)
 
-    def longer(self, extra: int) -> Example:
-        """For text: ``extra`` more tokens (the first ones again), every mask full."""
+    def shorter(self, tokens: int) -> Example:
+        """For text: without the last ``tokens`` tokens; masks are full but for the last row, which is padded."""
         parts = []
         for key, tensor in zip(self.spec.keys, self.tensors, strict=True):
-            grown = torch.cat([tensor, tensor[:, :extra]], 1)
-            parts.append(torch.ones_like(grown) if "mask" in str(key) else grown)
+            cut = tensor[:, :-tokens]
+            if "mask" in str(key):
+                cut = torch.ones_like(cut)
+                cut[-1, cut.shape[1] // 2 + 1 :] = 0
+            parts.append(cut)
         return replace(self, tensors=tuple(parts))

@@ -66,6 +66,12 @@ def capture(model: nn.Module, example_inputs: Any = None) -> Capture:
         raise ExitkitError(
             f"{type(model).__name__} is on the meta device and has no values; load its weights, or model.to_empty(device)"
         )
+    if hasattr(model, "_orig_mod"):
+        raise ExitkitError(
+            "model is compiled; attach to the module inside it (model._orig_mod), and compile afterwards"
+        )
+    if any(tensor.is_inference() for tensor in (*model.parameters(), *model.buffers())):
+        raise ExitkitError(f"{type(model).__name__} was built under torch.inference_mode(); build or load it outside")
     example = example_for(model, example_inputs)
     wrapped = LogitsOf(model, example.spec)
     with untouched(model), torch.no_grad():
@@ -148,6 +154,7 @@ def _check_logits(logits: Tensor, batch: int, model: nn.Module) -> None:
 def _export(wrapped: LogitsOf, example: Example, model: nn.Module) -> torch.export.ExportedProgram:
     batch = Dim("batch")
     dims = {0: batch, 1: Dim.AUTO} if example.text else {0: batch}
+    disabled = logging.root.manager.disable
     logging.disable(logging.CRITICAL)  # a refused export logs the whole graph before it raises
     try:
         return torch.export.export(
@@ -160,7 +167,7 @@ def _export(wrapped: LogitsOf, example: Example, model: nn.Module) -> torch.expo
             "(torch.where instead of if, shapes from x.shape[0]), or attach to the part of the model around it"
         ) from error
     finally:
-        logging.disable(logging.NOTSET)
+        logging.disable(disabled)
 
 
 def _first_line(error: BaseException) -> str:

@@ -14,6 +14,11 @@ _SHAPE_ONLY = frozenset(
 )
 """Operations that read their argument's shape and never its data."""
 
+_VIEWS = frozenset(
+    "slice select view reshape alias unsqueeze squeeze transpose permute t detach expand narrow diagonal".split()
+)
+"""Operations whose result shares its argument's memory."""
+
 _PRODUCTS = frozenset(
     "conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d convolution linear addmm mm matmul bmm "
     "baddbmm einsum lstm gru bilinear".split()
@@ -38,8 +43,8 @@ def value_of(node: Node) -> Tensor | None:
 class Flow:
     """Positions, lifetimes and dependencies of a graph's nodes.
 
-    ``data``: depends on a user input's data; ``weights``: depends on a parameter; ``activations``: both, and
-    floating point. ``weighted``: products of an activation or input with a parameter, in order of execution.
+    ``activations`` depend both on a user input's data and on a parameter, and are floating point. ``weighted`` are
+    the products of an activation or an input with a parameter, in order of execution.
     """
 
     order: dict[Node, int]
@@ -76,9 +81,24 @@ def analyse(graph: GraphModule) -> Flow:
                 weights.add(node)
             if _is_weighted(node, data, weights):
                 weighted.append(node)
+            written = _written(node)  # a buffer filled in place carries what was written into it
+            data.update(written if node in data else ())
+            weights.update(written if node in weights else ())
     activations = frozenset(node for node in data & weights if _is_floating(node))
     last_use = {node: max((order[user] for user in node.users), default=order[node]) for node in order}
     return Flow(order, last_use, activations, tuple(weighted), _count_live(order, last_use, activations))
+
+
+def _written(node: Node) -> list[Node]:
+    """The tensors that an in-place operation writes into: its first argument, and what that is a view of."""
+    if not getattr(getattr(node.target, "_schema", None), "is_mutable", False):
+        return []
+    chain: list[Node] = []
+    base = node.args[0] if node.args else None
+    while isinstance(base, Node) and base.op == "call_function":
+        chain.append(base)
+        base = base.args[0] if op_name(base) in _VIEWS and base.args else None
+    return chain
 
 
 def _is_weighted(node: Node, data: set[Node], weights: set[Node]) -> bool:

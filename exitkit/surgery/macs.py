@@ -16,6 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from exitkit.surgery.calls import Example
+from exitkit.surgery.liveness import op_name
 
 
 @contextmanager
@@ -48,14 +49,22 @@ class Profile:
 
 class _Profiler(fx.Interpreter):
     def __init__(self, graph: GraphModule, counter: FlopCounterMode) -> None:
-        super().__init__(graph, garbage_collect_values=True)
+        super().__init__(graph, garbage_collect_values=False)
         self.counter = counter
         self.macs: dict[str, int] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
+        self.recurrent = 0
+
+    @property
+    def total(self) -> int:
+        return self.counter.get_total_flops() // 2 + self.recurrent
 
     def run_node(self, n: Node) -> Any:
+        before = self.total
         value = super().run_node(n)
-        self.macs[n.name] = self.counter.get_total_flops() // 2
+        if op_name(n) in ("lstm", "gru") and self.total == before:
+            self.recurrent += _recurrent_macs(*self.fetch_args_kwargs_from_env(n)[0])
+        self.macs[n.name] = self.total
         if isinstance(value, Tensor):
             self.shapes[n.name] = tuple(value.shape)
         return value
@@ -68,7 +77,16 @@ def profile(graph: GraphModule, example: Example) -> Profile:
         with _counting() as counter:
             profiler = _Profiler(graph, counter)
             profiler.run(*inputs)
-    return Profile(profiler.macs, profiler.shapes, counter.get_total_flops() // 2)
+    return Profile(profiler.macs, profiler.shapes, profiler.total)
+
+
+def _recurrent_macs(sequence: Tensor, state: Any, weights: list[Tensor], *options: Any) -> int:
+    """An LSTM's or GRU's MACs, which torch's counter leaves out: each weight matrix once per step.
+
+    ``options`` are ATen's: biases, layers, dropout, training, bidirectional, batch first.
+    """
+    steps = sequence.shape[1 if options[5] else 0]
+    return steps * sum(weight.numel() for weight in weights if weight.dim() == 2)
 
 
 def ptflops_macs(graph: GraphModule, example: Example) -> int | None:

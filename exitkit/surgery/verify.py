@@ -18,7 +18,7 @@ from exitkit.surgery.lower import Lowered
 from exitkit.surgery.taps import Tap, on_calls, tensor_leaves
 
 _OTHER_BATCH = 3
-_MORE_TOKENS = 3
+_FEWER_TOKENS = 3
 # Kernels may be chosen by batch size or be non-deterministic anywhere but on CPU in float32.
 _TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-8, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 
@@ -30,8 +30,12 @@ def verify(captured: Capture, boundaries: Sequence[Boundary], lowered: Lowered) 
         ExitkitError: a feature or the logits differ; the message names the module.
     """
     other = captured.example.with_batch(_OTHER_BATCH)
-    if captured.example.text and not isinstance(_length(captured), int):
-        other = other.longer(_MORE_TOKENS)
+    if (
+        captured.example.text
+        and not isinstance(_length(captured), int)
+        and other.tensors[0].shape[1] > _FEWER_TOKENS + 2
+    ):
+        other = other.shorter(_FEWER_TOKENS)
     with untouched(captured.backbone), torch.no_grad(), _exact_attention():
         taps = _compare(captured, boundaries, lowered, captured.example)
         if _compare(captured, boundaries, lowered, other) != taps:

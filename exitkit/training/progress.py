@@ -10,7 +10,7 @@ from pathlib import Path
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from exitkit.errors import ExitkitError
+from exitkit.files import replacing
 
 
 @dataclass(frozen=True)
@@ -56,22 +56,16 @@ def progress_bar(steps: int | None, show: bool) -> Iterator[Bar]:
 
 
 def write_log(directory: Path, kind: str, history: Sequence[Epoch]) -> None:
-    """Write the newest epoch: a row of ``metrics.csv``, or TensorBoard scalars.
-
-    Raises:
-        ExitkitError: TensorBoard is asked for and not installed.
-    """
+    """Write the newest epoch: a row of ``metrics.csv``, or TensorBoard scalars."""
     record = history[-1]
     if kind == "tensorboard":
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error:
-            raise ExitkitError("log='tensorboard' needs TensorBoard: pip install tensorboard") from error
+        from torch.utils.tensorboard import SummaryWriter
+
         with SummaryWriter(str(directory)) as writer:
             for name, value in record.scalars().items():
                 writer.add_scalar(name, value, record.epoch)
         return
-    with (directory / "metrics.csv").open("w", newline="") as file:
+    with replacing(directory / "metrics.csv") as temporary, temporary.open("w", newline="") as file:
         names = dict.fromkeys(name for past in history for name in past.scalars())
         rows = csv.DictWriter(file, ["epoch", *names])
         rows.writeheader()

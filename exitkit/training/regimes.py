@@ -7,6 +7,8 @@ from contextlib import contextmanager
 
 from torch import nn
 
+from exitkit.surgery.capture import evaluation_mode
+
 REGIMES = ("disjoint",)
 """``disjoint``: the backbone is frozen, all exits are trained in parallel."""
 
@@ -15,13 +17,10 @@ REGIMES = ("disjoint",)
 def frozen(module: nn.Module) -> Iterator[None]:
     """Parameters without gradient, BatchNorm statistics and dropout at rest; all as it was afterwards."""
     gradients = [(parameter, parameter.requires_grad) for parameter in module.parameters()]
-    flags = [(part, part.training) for part in module.modules()]
     module.requires_grad_(False)
-    module.eval()
     try:
-        yield
+        with evaluation_mode(module):
+            yield
     finally:
         for parameter, requires_grad in gradients:
             parameter.requires_grad_(requires_grad)
-        for part, training in flags:
-            part.training = training

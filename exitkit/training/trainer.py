@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterable, Sequence, Sized
 from copy import deepcopy
 from pathlib import Path
@@ -16,6 +17,7 @@ from torch.nn import functional as F
 
 from exitkit.batches import check_labels, checked, move, split_batch
 from exitkit.errors import ExitkitError, unknown_name
+from exitkit.fingerprint import weights_digest
 from exitkit.model import MultiExitModel
 from exitkit.surgery.calls import call_on
 from exitkit.surgery.capture import evaluation_mode
@@ -24,6 +26,9 @@ from exitkit.training.ensemble import fit_ensemble
 from exitkit.training.progress import Bar, Epoch, progress_bar, write_log
 from exitkit.training.regimes import REGIMES, frozen
 from exitkit.training.stopping import EarlyStopping
+
+_EPOCHS = 100_003
+"""Epochs apart that the seeds of two runs lie, so that run 1 does not repeat run 0's orders one epoch later."""
 
 
 class Trainer:
@@ -36,7 +41,8 @@ class Trainer:
         lr: Adam's learning rate (1e-3 in Zero Time Waste, appendix A.1).
         weight_decay: Adam's L2 penalty.
         milestones: epochs after which the rate is divided by ten (the paper: [15] of 50); a cosine to 0 by default.
-        patience: stop when no exit's validation accuracy improved for so many epochs; the best state is restored.
+        patience: stop when no exit's validation accuracy (before the ensemble) improved for so many epochs; the heads of
+            the last epoch in which any exit improved are restored (Kubaty et al.). Without it the last epoch's are kept.
         mixed_precision: ``"no"``, ``"fp16"`` or ``"bf16"``, passed to accelerate.
         seed: every epoch is seeded from it, so that a killed run continues to the same weights.
         output_dir: where a checkpoint and a log go after every epoch; nothing is written by default.
@@ -75,6 +81,13 @@ class Trainer:
         ):
             if value not in allowed:
                 raise unknown_name(name, value, allowed)
+        if log == "tensorboard" and importlib.util.find_spec("tensorboard") is None:
+            raise ExitkitError("log='tensorboard' needs TensorBoard: pip install tensorboard")
+        for name, real in (("lr", lr), ("weight_decay", weight_decay)):
+            if not isinstance(real, int | float):
+                raise ExitkitError(f"{name}={real!r} must be a number")
+        if not isinstance(seed, int) or seed < 0:
+            raise ExitkitError(f"seed={seed!r} must be a whole number of at least 0")
         for name, number in (("epochs", epochs), ("patience", 1 if patience is None else patience)):
             if not isinstance(number, int) or isinstance(number, bool) or number < 1:
                 raise ExitkitError(f"{name}={number!r} must be a whole number greater than 0")
@@ -115,7 +128,7 @@ class Trainer:
         with frozen(self.model.backbone):
             self._train_heads(train_loader, val_loader)
             if self.model.combiners:
-                set_seed(self.seed)
+                _seed(train_loader, self.seed * _EPOCHS)
                 fit_ensemble(self.model, train_loader)
         return self.history
 
@@ -143,16 +156,8 @@ class Trainer:
         self.model.classifiers.load_state_dict(best)
 
     def _epoch(self, train_loader: Iterable[Any], val_loader: Iterable[Any] | None, optimizer: Any, bar: Bar) -> Epoch:
-        # A seed per epoch instead of stored generator states: shuffling and augmentation follow from it.
         epoch = len(self.history)
-        set_seed(self.seed + epoch)
-        for owner in (
-            train_loader,
-            getattr(train_loader, "sampler", None),
-            getattr(train_loader, "batch_sampler", None),
-        ):
-            if isinstance(generator := getattr(owner, "generator", None), torch.Generator):
-                generator.manual_seed(self.seed + epoch)
+        _seed(train_loader, self.seed * _EPOCHS + epoch)
         total, batches = torch.zeros(len(self.model.classifiers)), 0
         for batch in checked(train_loader, "train_loader"):
             losses = self._losses(batch)
@@ -205,10 +210,16 @@ class Trainer:
         return deepcopy(self.model.classifiers.state_dict())
 
     def _settings(self) -> dict[str, Any]:
-        method = self.model.method
-        names = [boundary.name for boundary in self.model.boundaries]
-        run = {"epochs": self.epochs, "lr": self.lr, "weight_decay": self.weight_decay, "milestones": self.milestones}
-        return {"exits": names, "method": method.name, "cascade": method.cascade, "seed": self.seed, **run}
+        method, backbone = self.model.method, weights_digest(self.model.backbone)
+        exits = [boundary.name for boundary in self.model.boundaries]
+        parts = {"exits": exits, "method": method.name, "cascade": method.cascade, "backbone": backbone}
+        schedule = {
+            "epochs": self.epochs,
+            "lr": self.lr,
+            "milestones": self.milestones,
+            "weight_decay": self.weight_decay,
+        }
+        return {**parts, **schedule, "seed": self.seed, "mixed_precision": self.mixed_precision}
 
     def _save(self, optimizer: Any, scheduler: Any, best: dict[str, Tensor]) -> None:
         if self.output_dir is None:
@@ -240,6 +251,14 @@ class Trainer:
             self.stopping.restore(state["stopping"])
             self.history = [Epoch(*record) for record in state["history"]]
         return state
+
+
+def _seed(loader: Iterable[Any], seed: int) -> None:
+    """A seed per epoch instead of stored generator states: initial order, shuffling and augmentation follow from it."""
+    set_seed(seed)
+    for owner in (loader, getattr(loader, "sampler", None), getattr(loader, "batch_sampler", None)):
+        if isinstance(generator := getattr(owner, "generator", None), torch.Generator):
+            generator.manual_seed(seed)
 
 
 def _length(loader: Iterable[Any]) -> int | None:
