@@ -203,3 +203,31 @@ def test_labels_beyond_the_classifier_are_refused(refused: Run, tmp_path: Path) 
     error = refused("bench", "--model", TOY, "--data", tmp_path / "five.npz", "--out", tmp_path / "run")
     assert "labels" in error
     assert "3 classes" in error
+
+
+def test_numeric_text_labels_are_class_indices(tmp_path: Path, bert: Path) -> None:
+    """Labels 2, 10 and 11 must stay so: as words they would sort as 10, 11, 2."""
+    from exitkit.cli.data import load_data
+
+    (tmp_path / "many.csv").write_text("text,label\n" + "\n".join(f"good film,{label}" for label in (2, 10, 11) * 10))
+    train, _ = load_data(str(tmp_path / "many.csv"), torch.nn.Identity(), tokenizer=str(bert)).loaders(24, None, 0)
+    assert set(next(iter(train))["labels"].tolist()) == {2, 10, 11}
+
+
+def test_an_out_that_is_a_file_is_refused_before_training(refused: Run, images: Path, tmp_path: Path) -> None:
+    (tmp_path / "taken").write_text("mine")
+    assert "taken" in refused("bench", "--model", TOY, "--data", images, "--out", tmp_path / "taken")
+    assert (tmp_path / "taken").read_text() == "mine"
+
+
+def test_test_images_of_other_classes_are_refused(refused: Run, tmp_path: Path) -> None:
+    from PIL import Image
+
+    for folder in ("train/a", "train/b", "test/b", "test/c"):
+        (tmp_path / folder).mkdir(parents=True)
+        Image.new("RGB", (40, 40)).save(tmp_path / folder / "0.png")
+    error = refused(
+        *("bench", "--model", "torchvision:squeezenet1_1", "--data", tmp_path / "train", "--test", tmp_path / "test"),
+        *("--out", tmp_path / "run"),
+    )
+    assert "['b', 'c']" in error

@@ -118,3 +118,10 @@ def test_context_computed_from_an_input_is_no_activation() -> None:
     x = images(5)
     assert names(ee) == ["blocks.0", "blocks.1", "blocks.2"]
     assert all_equal(staged(ee.lower(), x), [*ee(x).features, ee.backbone(x)])
+
+
+def test_text_of_the_greatest_length_is_attached() -> None:
+    """The check at a second length must not ask for more tokens than the model has places for."""
+    example = text(2, 32, padded=True)
+    ee = exitkit.attach(Text(), example, method="sdn").eval()
+    assert torch.equal(ee(**example).logits[-1], ee.backbone(**example))

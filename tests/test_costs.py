@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from torch import Tensor, nn
 
 import exitkit
@@ -69,3 +70,21 @@ def test_macs_of_known_models(name: str, gmacs: float) -> None:
     inspection = exitkit.inspect(torchvision_models.get_model(name, weights=None), show=False)
     assert round(inspection.anatomy.macs / 1e9, 2) == gmacs
     assert f"{gmacs} GMACs" in str(inspection)
+
+
+def test_recurrent_layers_are_paid_for_step_by_step() -> None:
+    """Each weight matrix of an LSTM once per step: 4·6·(5 + 6) MACs, and a linear layer after it."""
+
+    class Recurrent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.Linear(5, 5)
+            self.lstm = nn.LSTM(5, 6, batch_first=True)
+            self.linear = nn.Linear(6, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.linear(self.lstm(self.first(x))[0][:, -1])
+            return out
+
+    macs = exitkit.inspect(Recurrent(), torch.randn(2, 7, 5), show=False).anatomy.macs
+    assert macs == 7 * 25 + 7 * 4 * 6 * (5 + 6) + 6 * 3

@@ -156,7 +156,9 @@ def test_the_last_exit_equals_a_backbone_on_its_fused_path() -> None:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_the_heads_take_the_backbones_dtype(dtype: torch.dtype, tiny_net: TinyNet) -> None:
     ee = exitkit.attach(tiny_net.to(dtype), images().to(dtype)).eval()
-    assert {logits.dtype for logits in ee(images(3).to(dtype)).logits} == {dtype}
+    output = ee(images(3).to(dtype))
+    assert {logits.dtype for logits in output.heads} == {dtype}
+    assert {logits.dtype for logits in output.logits[:-1]} == {torch.float32}  # ensembles add up logarithms
 
 
 def test_inputs_by_keyword(tiny_net: TinyNet) -> None:
@@ -166,3 +168,25 @@ def test_inputs_by_keyword(tiny_net: TinyNet) -> None:
 
 def test_one_example_row_is_enough(tiny_net: TinyNet) -> None:
     assert names(exitkit.attach(tiny_net, images(1))) == ["blocks.0", "blocks.1", "blocks.2"]
+
+
+class Buffered(nn.Module):
+    """Residual blocks whose skip is written into a fresh tensor, in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(8, 8)
+        self.b = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        kept = torch.zeros_like(x)
+        kept[:, :4] = x[:, :4]
+        return self.b(torch.relu(self.a(x))) + kept
+
+
+def test_a_skip_held_in_a_buffer_is_an_activation() -> None:
+    """Inside a block two values are alive, though one was written in place; after it, one."""
+    model = nn.Sequential(nn.Linear(8, 8), *(Buffered() for _ in range(3)), nn.Linear(8, 3))
+    found = exitkit.inspect(model, torch.randn(2, 8), show=False)
+    assert [block.name for block in found.blocks] == ["1", "2", "3"]
+    assert not any(boundary.name.endswith((".a", ".b")) for boundary in found.boundaries)

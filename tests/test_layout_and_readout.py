@@ -169,6 +169,14 @@ def test_an_exit_does_not_see_padded_tokens() -> None:
     assert all(torch.allclose(a, b) for a, b in zip(first.logits, second.logits, strict=True))
 
 
+def test_a_mask_counts_whether_given_by_keyword_or_by_position() -> None:
+    x, mask = torch.randn(3, 5, 4), torch.tensor([[1.0, 1, 1, 0, 0]]).expand(3, 5)
+    for example in ({"x": x, "mask": mask}, (x, mask)):
+        ee = exitkit.attach(Tokens("masked"), example).eval()
+        named, placed = ee(x=x, mask=mask), ee(x, mask)
+        assert all(torch.equal(a, b) for a, b in zip(named.logits, placed.logits, strict=True))
+
+
 def test_an_exit_on_a_class_token_sees_no_other() -> None:
     ee = exitkit.attach(Tokens("first"), torch.randn(2, 5, 4), head="1L", method="sdn").eval()
     output = ee(torch.randn(3, 5, 4))

@@ -51,20 +51,20 @@ def test_another_backbone_is_refused_with_the_first_difference(saved: Path) -> N
         MultiExitModel.from_pretrained(TinyNet(num_classes=4), saved, images())
 
 
-def test_another_input_size_is_refused(saved: Path) -> None:
+def test_another_input_size_is_refused(tiny_net: TinyNet, saved: Path) -> None:
     with pytest.raises(ExitkitError, match=r"'block blocks\.0 8×8×8 .* there is 'block blocks\.0 8×16×16"):
-        MultiExitModel.from_pretrained(TinyNet(), saved, images(height=16, width=16))
+        MultiExitModel.from_pretrained(tiny_net, saved, images(height=16, width=16))
 
 
-def test_a_file_cut_short_is_refused(saved: Path) -> None:
+def test_a_file_cut_short_is_refused(tiny_net: TinyNet, saved: Path) -> None:
     path = saved / "exits.safetensors"
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(ExitkitError, match=r"exits\.safetensors.*cannot be read"):
-        MultiExitModel.from_pretrained(TinyNet(), saved, images())
+        MultiExitModel.from_pretrained(tiny_net, saved, images())
 
 
 @pytest.mark.parametrize("fault", ["dtype", "missing", "foreign"])
-def test_weights_that_do_not_fit_change_nothing(saved: Path, fault: str) -> None:
+def test_weights_that_do_not_fit_change_nothing(tiny_net: TinyNet, saved: Path, fault: str) -> None:
     weights = load_file(saved / "exits.safetensors")
     name = "classifiers.1.linear.weight"
     if fault == "dtype":
@@ -75,13 +75,20 @@ def test_weights_that_do_not_fit_change_nothing(saved: Path, fault: str) -> None
         weights["stranger"] = torch.zeros(1)
     save_file(weights, saved / "exits.safetensors")
     with pytest.raises(ExitkitError, match="stranger" if fault == "foreign" else name):
-        MultiExitModel.from_pretrained(TinyNet(), saved, images())
+        MultiExitModel.from_pretrained(tiny_net, saved, images())
 
 
 @pytest.mark.parametrize("content", [None, "{", "[]", json.dumps({"format": "other"})])
-def test_a_folder_without_a_usable_configuration_is_refused(saved: Path, content: str | None) -> None:
+def test_a_folder_without_a_usable_configuration_is_refused(
+    tiny_net: TinyNet, saved: Path, content: str | None
+) -> None:
     (saved / "config.json").unlink()
     if content is not None:
         (saved / "config.json").write_text(content)
     with pytest.raises(ExitkitError, match=r"config\.json.*save_pretrained"):
+        MultiExitModel.from_pretrained(tiny_net, saved, images())
+
+
+def test_other_weights_in_the_same_backbone_are_refused(saved: Path) -> None:
+    with pytest.raises(ExitkitError, match="another backbone: 'weights "):
         MultiExitModel.from_pretrained(TinyNet(), saved, images())

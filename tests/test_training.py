@@ -503,9 +503,48 @@ def test_a_checkpoint_of_another_model_is_refused(
     tmp_path: Path, tiny_ee: MultiExitModel, loader: Loaders, options: dict[str, Any], message: str
 ) -> None:
     trainer(tiny_ee, output_dir=tmp_path).fit(loader(16))
-    other = exitkit.attach(TinyNet(), EXAMPLE, **options)
+    other = exitkit.attach(tiny_ee.backbone, EXAMPLE, **options)
     with pytest.raises(ExitkitError, match=message):
         trainer(other, output_dir=tmp_path).fit(loader(16))
+
+
+def test_a_checkpoint_of_another_backbone_is_refused(tmp_path: Path, tiny_ee: MultiExitModel, loader: Loaders) -> None:
+    trainer(tiny_ee, output_dir=tmp_path).fit(loader(16))
+    with torch.no_grad():
+        next(tiny_ee.backbone.parameters()).add_(1)
+    with pytest.raises(ExitkitError, match="backbone="):
+        trainer(tiny_ee, output_dir=tmp_path).fit(loader(16))
+
+
+def test_two_seeds_share_no_order(tiny_ee: MultiExitModel, loader: Loaders) -> None:
+    """Seed 1 must not repeat seed 0's orders one epoch later."""
+    orders = []
+    for seed in (0, 1):
+        batches = Recording(loader(16, shuffle=True))
+        trainer(exitkit.attach(tiny_ee.backbone, EXAMPLE), epochs=2, seed=seed).fit(batches)
+        orders.append(batches.seen[:2])
+    assert not any(torch.equal(first, second) for first in orders[0] for second in orders[1])
+
+
+class Recording:
+    """A loader that keeps the labels of each pass, in the order they came."""
+
+    def __init__(self, loader: Any) -> None:
+        self.loader = loader
+        self.seen: list[torch.Tensor] = []
+
+    def __iter__(self) -> Any:
+        self.seen.append(torch.empty(0))
+        for inputs, labels in self.loader:
+            self.seen[-1] = torch.cat([self.seen[-1], labels])
+            yield inputs, labels
+
+
+def test_a_bfloat16_backbone_trains(tiny_net: TinyNet, loader: Loaders) -> None:
+    ee = exitkit.attach(tiny_net.bfloat16(), EXAMPLE.bfloat16())
+    batches = [(inputs.bfloat16(), labels) for inputs, labels in loader(48)]
+    history = trainer(ee, epochs=1).fit(batches)
+    assert all(loss < float("inf") for loss in history[-1].loss)
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
