@@ -63,9 +63,11 @@ def load_exits(backbone: nn.Module, directory: str | Path, example_inputs: Any =
     folder = Path(directory)
     config = _read_config(folder / CONFIG)
     _check_parameters(config["fingerprint"], backbone, folder)
-    model = attach(
-        backbone, example_inputs, at=config["exits"], method=Method(**config["method"]), head=config["head"]
-    )
+    try:
+        method = Method(**config["method"])
+    except TypeError as error:
+        raise ExitkitError(f"{str(folder / CONFIG)!r} has another kind of method: {error}. Update exitkit") from error
+    model = attach(backbone, example_inputs, at=config["exits"], method=method, head=config["head"])
     _compare(config["fingerprint"], fingerprint(model), folder, backbone)
     _load_weights(model, folder / WEIGHTS)
     return model

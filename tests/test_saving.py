@@ -92,3 +92,11 @@ def test_a_folder_without_a_usable_configuration_is_refused(
 def test_other_weights_in_the_same_backbone_are_refused(saved: Path) -> None:
     with pytest.raises(ExitkitError, match="another backbone: 'weights "):
         MultiExitModel.from_pretrained(TinyNet(), saved, images())
+
+
+def test_a_method_of_another_version_is_refused(tiny_net: TinyNet, saved: Path) -> None:
+    config = json.loads((saved / "config.json").read_text())
+    config["method"]["unheard_of"] = True
+    (saved / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ExitkitError, match=r"config\.json.*unheard_of"):
+        MultiExitModel.from_pretrained(tiny_net, saved, images())
