@@ -8,7 +8,7 @@ from typing import Literal
 from torch.fx import Node
 
 from exitkit.surgery.capture import Capture
-from exitkit.surgery.liveness import analyse, op_name, value_of
+from exitkit.surgery.liveness import op_name, value_of
 
 _LOOK_AHEAD = 200
 
@@ -33,10 +33,10 @@ def find_readout(captured: Capture, last_tokens: str) -> Readout:
     A tail that cannot be read (attention pooling, say) gives a mean, under the attention mask if there is one.
     """
     nodes = {node.name: node for node in captured.graph.graph.nodes}
-    flow = analyse(captured.graph)
+    order = {node: index for index, node in enumerate(nodes.values())}
     queue, skip = [nodes[last_tokens]], 0
     for node in queue:
-        for user in sorted(node.users, key=lambda item: flow.order[item]):
+        for user in sorted(node.users, key=lambda item: order[item]):
             name, value = op_name(user), value_of(user)
             if name == "select" and user.args[1] == 1:
                 return Readout("first") if user.args[2] == 0 else Readout()
