@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,29 +18,37 @@ TOY = "tests.toy:net"
 
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """``run("inspect", ...)``: what the command printed; a non-zero exit code fails."""
+def invoke(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[Any, str, str]]:
+    """``invoke("inspect", ...)``: exit code, stdout and stderr of the command."""
 
-    def call(*arguments: object) -> str:
+    def call(*arguments: object) -> tuple[Any, str, str]:
         monkeypatch.setattr("sys.argv", ["exitkit", *map(str, arguments)])
         with pytest.raises(SystemExit) as stop:
             main()
-        assert stop.value.code in (0, None)
-        return capsys.readouterr().out
+        return (stop.value.code, *capsys.readouterr())
 
     return call
 
 
 @pytest.fixture
-def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+def run(invoke: Callable[..., tuple[Any, str, str]]) -> Run:
+    """``run("inspect", ...)``: what the command printed; a non-zero exit code fails."""
+
+    def call(*arguments: object) -> str:
+        code, printed, _ = invoke(*arguments)
+        assert code in (0, None)
+        return printed
+
+    return call
+
+
+@pytest.fixture
+def refused(invoke: Callable[..., tuple[Any, str, str]]) -> Run:
     """``refused(...)``: what went to stderr of a command that must end with code 2 and without a traceback."""
 
     def call(*arguments: object) -> str:
-        monkeypatch.setattr("sys.argv", ["exitkit", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stop:
-            main()
-        error = capsys.readouterr().err
-        assert stop.value.code == 2
+        code, _, error = invoke(*arguments)
+        assert code == 2
         assert "Traceback" not in error
         return error
 

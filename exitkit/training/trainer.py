@@ -137,7 +137,8 @@ class Trainer:
         optimizer = torch.optim.Adam(parameters, lr=self.lr, weight_decay=self.weight_decay)
         scheduler = self._scheduler(optimizer)
         best = self._state()
-        state = self._load(optimizer, scheduler)
+        settings = self._settings()
+        state = self._load(settings, optimizer, scheduler)
         if state is not None:
             best = state["best"]
         prepared = self.accelerator.prepare(optimizer)
@@ -152,7 +153,7 @@ class Trainer:
                     best = self._state()
                 self.history.append(record)
                 bar.epoch(record)
-                self._save(optimizer, scheduler, best)
+                self._save(settings, optimizer, scheduler, best)
         self.model.classifiers.load_state_dict(best)
 
     def _epoch(self, train_loader: Iterable[Any], val_loader: Iterable[Any] | None, optimizer: Any, bar: Bar) -> Epoch:
@@ -221,7 +222,7 @@ class Trainer:
         }
         return {**parts, **schedule, "seed": self.seed, "mixed_precision": self.mixed_precision}
 
-    def _save(self, optimizer: Any, scheduler: Any, best: dict[str, Tensor]) -> None:
+    def _save(self, settings: dict[str, Any], optimizer: Any, scheduler: Any, best: dict[str, Tensor]) -> None:
         if self.output_dir is None:
             return
         write_log(self.output_dir, self.log, self.history)
@@ -233,12 +234,12 @@ class Trainer:
             "stopping": self.stopping.state(),
             "history": [(record.epoch, record.loss, record.accuracy) for record in self.history],
         }
-        save_checkpoint(self.output_dir, self._settings(), state)
+        save_checkpoint(self.output_dir, settings, state)
 
-    def _load(self, optimizer: Any, scheduler: Any) -> dict[str, Any] | None:
+    def _load(self, settings: dict[str, Any], optimizer: Any, scheduler: Any) -> dict[str, Any] | None:
         if self.output_dir is None or self.resume == "never":
             return None
-        state = load_checkpoint(self.output_dir, self._settings())
+        state = load_checkpoint(self.output_dir, settings)
         if state is not None:
             try:
                 self.model.classifiers.load_state_dict(state["classifiers"])
