@@ -1,0 +1,167 @@
+"""The CIFAR MSDNet against the numbers of the published code, and against its definition."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from exitkit import ExitkitError
+from exitkit.models import msdnet
+from exitkit.models.msdnet import MSDNet
+from exitkit.surgery.macs import count_macs
+from tests.toy import images
+
+SIDES = (32, 16, 8)
+
+
+@pytest.fixture(scope="module")
+def net() -> MSDNet:
+    torch.manual_seed(0)
+    return msdnet().eval()
+
+
+def cifar(batch: int = 2) -> Tensor:
+    return images(batch, channels=3, height=32, width=32)
+
+
+def columns(model: MSDNet, x: Tensor) -> list[list[tuple[int, ...]]]:
+    """Shape of every scale without the batch dimension, after the stem and after every layer."""
+    scales = model.stem(x)
+    shapes = [[tuple(maps.shape[1:]) for maps in scales]]
+    for layer in model.layers:
+        scales = layer(scales)
+        shapes.append([tuple(maps.shape[1:]) for maps in scales])
+    return shapes
+
+
+def test_shapes_of_every_scale_after_every_layer(net: MSDNet) -> None:
+    """16 channels and 6 more a layer, times 1, 2 and 4; layers 9 and 17 drop the finest scale and halve the rest."""
+    halved = {9: (16 + 9 * 6) // 2, 17: (35 + 8 * 6) // 2}
+    shapes = columns(net, cifar())
+    assert shapes[0] == [(16, 32, 32), (32, 16, 16), (64, 8, 8)]
+    for after in range(1, 25):
+        start = max((n for n in halved if n <= after), default=0)
+        channels = halved.get(start, 16) + 6 * (after - start)
+        finest = (after - 1) // 8
+        assert shapes[after] == [(channels * 2**s, SIDES[s], SIDES[s]) for s in range(finest, 3)]
+    assert shapes[24] == [(332, 8, 8)]
+    assert net(cifar()).shape == (2, 10)
+
+
+def test_parameters_and_exit_channels_of_the_published_code() -> None:
+    """kalviny/MSDNet-PyTorch, check_msdnet/log.txt: nBlocks 10, base 4, step 2, hence 22 layers and 10 classifiers."""
+    model = msdnet(layers=4 + 9 * 2)
+    coarsest = [scales[-1][0] for scales in columns(model.eval(), cifar(1))][4::2]
+    assert coarsest == [160, 208, 256, 164, 212, 260, 308, 188, 236, 284]
+    classifiers = [9 * 128 * (channels + 128) + 4 * 128 + 129 * 10 for channels in coarsest]
+    assert sum(map(torch.numel, model.classifier.parameters())) == classifiers[-1]
+    assert sum(map(torch.numel, model.parameters())) + sum(classifiers[:-1]) == 4_839_544
+
+
+def test_macs_by_hand(net: MSDNet) -> None:
+    pixels = [side**2 for side in SIDES]
+    total = 9 * (3 * 16 * pixels[0] + 16 * 32 * pixels[1] + 32 * 64 * pixels[2])
+    channels = 16
+    for layer in range(1, 25):
+        made, read = range((layer - 1) // 8, 3), range(max(layer - 2, 0) // 8, 3)
+        for scale in made:
+            sources = [source for source in (scale - 1, scale) if source in read]
+            new = 6 * 2**scale // len(sources)
+            for source in sources:
+                width = channels * 2**source
+                inner = min(width, new * 2**source)
+                total += width * inner * pixels[source] + 9 * inner * new * pixels[scale]
+        channels += 6
+        if layer in (9, 17):
+            total += sum(channels * (channels // 2) * 4**scale * pixels[scale] for scale in made)
+            channels //= 2
+    total += 9 * 128 * (channels * 4 * 4**2 + 128 * 2**2) + 128 * 10
+    assert count_macs(net, cifar(1)) == total == 86_111_488
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {},
+        {"layers": 3},
+        {"layers": 5},
+        {"layers": 7, "growth": 4, "channels": 8},
+        {"layers": 4, "growth": 1, "growth_factors": (1,), "bottleneck_factors": (4,)},
+        {"layers": 8, "growth": 5, "growth_factors": (1, 2, 4, 4), "bottleneck_factors": (1, 2, 4, 4)},
+    ],
+)
+def test_a_gradient_reaches_every_parameter(arguments: dict[str, Any]) -> None:
+    model = msdnet(num_classes=7, **arguments).train()
+    F.cross_entropy(model(cifar(4)), torch.arange(4)).backward()
+    unreached = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
+    assert unreached == []
+
+
+def test_only_the_coarsest_scale_is_classified(net: MSDNet) -> None:
+    with torch.no_grad():
+        scales = net.stem(cifar())
+        for layer in net.layers:
+            scales = layer(scales)
+        assert len(scales) == 1
+        torch.testing.assert_close(net.classifier(scales[-1]), net(cifar()), rtol=0, atol=0)
+
+
+def test_a_layer_keeps_its_input_in_front_unless_it_reduces(net: MSDNet) -> None:
+    with torch.no_grad():
+        scales = net.stem(cifar())
+        for number, layer in enumerate(net.layers, start=1):
+            grown = layer(scales)
+            assert len(grown) == len(scales) - (number in (9, 17))
+            if number not in (9, 17):
+                assert all(torch.equal(new[:, : old.shape[1]], old) for old, new in zip(scales, grown, strict=True))
+            scales = grown
+
+
+def test_the_same_answer_twice_and_from_loaded_weights(net: MSDNet) -> None:
+    torch.manual_seed(1)
+    other = msdnet().eval()
+    with torch.no_grad():
+        first = net(cifar())
+        assert not torch.equal(other(cifar()), first)
+        other.load_state_dict(net.state_dict())
+        assert torch.equal(net(cifar()), first)
+        assert torch.equal(other(cifar()), first)
+
+
+def test_initial_weights_are_those_of_the_published_code() -> None:
+    """Normal with variance 2 / (k² · out), no bias in convolutions, a zero bias in the linear layer."""
+    model = msdnet()
+    conv = model.classifier[0][0]
+    assert isinstance(conv, nn.Conv2d)
+    assert conv.weight.std().item() == pytest.approx((2 / (9 * 128)) ** 0.5, rel=0.01)
+    assert all(m.bias is None for m in model.modules() if isinstance(m, nn.Conv2d))
+    assert model.classifier[-1].bias.abs().max() == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"num_classes": 0}, "num_classes=0 is not a positive integer"),
+        ({"layers": 24.0}, r"layers=24\.0 is not"),
+        ({"layers": True}, "layers=True is not"),
+        ({"growth": -6}, "growth=-6 is not"),
+        ({"channels": "16"}, "channels='16' is not"),
+        ({"growth_factors": (1, 0, 4)}, r"growth_factors\[1\]=0 is not"),
+        ({"bottleneck_factors": (1, 2, 0.5)}, r"bottleneck_factors\[2\]=0\.5 is not"),
+        (
+            {"growth_factors": (1, 2)},
+            r"growth_factors=\(1, 2\) and bottleneck_factors=\(1, 2, 4\).*one number per scale",
+        ),
+        ({"growth_factors": (), "bottleneck_factors": ()}, "one number per scale"),
+        ({"growth": 3, "growth_factors": (1, 3, 4)}, r"growth=3 .*odd number.*use an even growth"),
+        ({"layers": 1}, "layers=1 leaves more than the coarsest of 3 scales.*use a multiple of 3"),
+        ({"layers": 4}, "layers=4 leaves"),
+    ],
+)
+def test_wrong_arguments_are_refused_by_name(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ExitkitError, match=rf"(?s){message}"):
+        msdnet(**arguments)
