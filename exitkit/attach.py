@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import nn
 
 from exitkit.errors import ExitkitError
-from exitkit.exits.heads import Feature, HeadSpec, make_head
+from exitkit.exits.heads import Feature, HeadSpec, InternalClassifier, make_head
+from exitkit.exits.tail import tail_head
 from exitkit.methods import Method, as_method
-from exitkit.model import MultiExitModel
+from exitkit.model import ExitSpec, MultiExitModel
 from exitkit.surgery.boundaries import Anatomy, Boundary, find_boundaries
 from exitkit.surgery.calls import Example
 from exitkit.surgery.capture import Capture, capture
 from exitkit.surgery.lower import lower
 from exitkit.surgery.placement import place
 from exitkit.surgery.readout import Readout, find_readout
+from exitkit.surgery.tail import find_tail
 from exitkit.surgery.verify import verify
 
 
@@ -42,7 +44,9 @@ def attach(
         at_cost: shares of the backbone's MACs, such as ``[.15, .3, .45]``; the nearest block is taken.
         placement: ``"dense-sparse"`` or ``"sparse-dense"`` (Kubaty et al.). By default every block gets an exit.
         method: ``"sdn"``, ``"pbee"``, ``"ztw"``, or a config such as ``exitkit.ZTW(ensemble="additive")``.
-        head: ``"auto"`` (by the feature's shape), ``"conv"``, ``"1L"`` or ``"2L-<width>"``.
+        head: ``"auto"`` (by the feature's shape), ``"conv"``, ``"1L"``, ``"2L-<width>"``, or ``"tail"``: a copy of what
+            the backbone does after its last block, with its weights, for features of the same shape, and for maps of
+            another one behind a learned 1 × 1 adapter.
 
     Raises:
         ExitkitError: an argument is wrong, the model cannot be captured, or the cut model would not equal it.
@@ -62,22 +66,46 @@ def attach(
             )
     taps = verify(captured, boundaries, lower(captured, boundaries))
     num_classes = _num_classes(captured)
+    make = _tail_maker(captured, anatomy, num_classes) if head_spec.tail else _head_maker(captured, anatomy, head_spec)
+    specs, classifiers = [], []
+    for index, (boundary, tap) in enumerate(zip(boundaries, taps, strict=True)):
+        classifier, reads = make(boundary, num_classes, composition.cascade and index > 0)
+        classifiers.append(classifier)
+        specs.append(ExitSpec(boundary, tap, reads))
+    return MultiExitModel(model, classifiers, specs, anatomy, composition, head, num_classes, captured.example)
+
+
+HeadMaker = Callable[[Boundary, int, bool], tuple[InternalClassifier, tuple[int | str, ...]]]
+"""(boundary, classes, cascade) → the head there, and the model's inputs that it reads."""
+
+
+def _head_maker(captured: Capture, anatomy: Anatomy, spec: HeadSpec) -> HeadMaker:
     readout, tokens = _readout(captured, anatomy)
-    readouts = [_readout_at(boundary, readout, tokens) for boundary in boundaries]
     side = _image_side(captured.example)
-    classifiers = [
-        make_head(
-            Feature(boundary.shape, boundary.layout, read.kind, read.skip, side),
-            num_classes,
-            head_spec,
-            cascade=composition.cascade and index > 0,
+
+    def make(boundary: Boundary, num_classes: int, cascade: bool) -> tuple[InternalClassifier, tuple[int | str, ...]]:
+        read = _readout_at(boundary, readout, tokens, captured.example)
+        feature = Feature(boundary.shape, boundary.layout, read.kind, read.skip, side)
+        return make_head(feature, num_classes, spec, cascade), () if read.mask is None else (read.mask,)
+
+    return make
+
+
+def _tail_maker(captured: Capture, anatomy: Anatomy, num_classes: int) -> HeadMaker:
+    last = (anatomy.blocks or anatomy.boundaries)[-1]
+    if len(last.activations) > 1:
+        raise ExitkitError(
+            f"head='tail' needs a backbone whose last block leaves one activation; {last.name!r} leaves "
+            f"{len(last.activations)}. Use head='auto'"
         )
-        for index, (boundary, read) in enumerate(zip(boundaries, readouts, strict=True))
-    ]
-    masks = [read.mask for read in readouts]
-    return MultiExitModel(
-        model, classifiers, masks, boundaries, taps, anatomy, composition, head, num_classes, captured.example
-    )
+    tail = find_tail(captured, last, num_classes)
+    target = Feature(tail.shape, tail.layout)
+
+    def make(boundary: Boundary, _: int, cascade: bool) -> tuple[InternalClassifier, tuple[int | str, ...]]:
+        feature = Feature(boundary.shape, boundary.layout)
+        return tail_head(feature, target, tail.body, tail.linear, cascade), tail.inputs
+
+    return make
 
 
 def _num_classes(captured: Capture) -> int:
@@ -99,11 +127,13 @@ def _readout(captured: Capture, anatomy: Anatomy) -> tuple[Readout, int]:
     return find_readout(captured, tokens[-1].node), tokens[-1].shape[0]
 
 
-def _readout_at(boundary: Boundary, readout: Readout, tokens: int) -> Readout:
-    """Class and register tokens are only there while the number of tokens is the backbone's last one."""
+def _readout_at(boundary: Boundary, readout: Readout, tokens: int, example: Example) -> Readout:
+    """Class and register tokens, and what a mask is for, are only there while the number of tokens is the same."""
     if boundary.layout != "tokens":
         return Readout()
-    return readout if boundary.shape[0] == tokens or readout.kind == "masked_mean" else Readout("mean")
+    if readout.mask is not None:
+        tokens = example.tensors[example.spec.keys.index(readout.mask)].shape[-1]
+    return readout if boundary.shape[0] == tokens else Readout("mean")
 
 
 def _image_side(example: Example) -> int | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from exitkit.surgery.calls import Example
 from exitkit.surgery.capture import capture, logits_of
 from exitkit.surgery.lower import Lowered, lower
 from exitkit.surgery.macs import count_macs
+from exitkit.surgery.placement import place
 from exitkit.surgery.taps import Tap, tapped
 
 
@@ -54,6 +56,21 @@ class Exit:
     macs_fraction: float
 
 
+@dataclass(frozen=True)
+class ExitSpec:
+    """Where an internal classifier reads.
+
+    Attributes:
+        boundary: the cut it sits at.
+        tap: where its feature is read while the backbone runs.
+        inputs: the model's inputs that its head reads beside the feature, by position or keyword (an attention mask).
+    """
+
+    boundary: Boundary
+    tap: Tap
+    inputs: tuple[int | str, ...] = ()
+
+
 class MultiExitModel(nn.Module):
     """A backbone with exits; made by :func:`exitkit.attach`.
 
@@ -66,9 +83,7 @@ class MultiExitModel(nn.Module):
         self,
         backbone: nn.Module,
         classifiers: Sequence[InternalClassifier],
-        masks: Sequence[int | str | None],
-        boundaries: Sequence[Boundary],
-        taps: Sequence[Tap],
+        specs: Sequence[ExitSpec],
         anatomy: Anatomy,
         method: Method,
         head: str,
@@ -79,9 +94,7 @@ class MultiExitModel(nn.Module):
         self.backbone = backbone
         self.classifiers = nn.ModuleList(classifiers)
         self.combiners = _combiners(method, len(classifiers), num_classes)
-        self.boundaries = tuple(boundaries)
-        self.taps = tuple(taps)
-        self.masks = tuple(masks)
+        self.specs = tuple(specs)
         self.anatomy = anatomy
         self.method = method
         self.head = head
@@ -99,14 +112,15 @@ class MultiExitModel(nn.Module):
 
     def run_heads(self, *args: Any, **kwargs: Any) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         """The features at the boundaries and every head's logits (the backbone's last), without the ensemble."""
+        taps = [spec.tap for spec in self.specs]
         trains = any(parameter.requires_grad for parameter in self.backbone.parameters())
-        with tapped(self.backbone, self.taps) as read, torch.set_grad_enabled(torch.is_grad_enabled() and trains):
+        with tapped(self.backbone, taps) as read, torch.set_grad_enabled(torch.is_grad_enabled() and trains):
             final = logits_of(self.backbone(*args, **kwargs))
         features = tuple(self._found(slot, feature) for slot, feature in enumerate(read))
         heads: list[Tensor] = []
-        for classifier, feature, mask in zip(self.classifiers, features, self.masks, strict=True):
-            read_mask = None if mask is None else self._argument(mask, args, kwargs)
-            heads.append(self._classify(classifier, feature, heads, read_mask))
+        for classifier, feature, spec in zip(self.classifiers, features, self.specs, strict=True):
+            inputs = [self._argument(key, args, kwargs) for key in spec.inputs]
+            heads.append(self._classify(classifier, feature, heads, inputs))
         return features, (*heads, final)
 
     def combine(self, heads: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -124,8 +138,7 @@ class MultiExitModel(nn.Module):
     def lower(self) -> Lowered:
         """The inference view: the backbone captured anew and split at the exits, its parameters shared."""
         captured = capture(self.backbone, self.example.spec.batch(self.example.tensors))
-        found = {boundary.name: boundary for boundary in find_boundaries(captured).boundaries}
-        return lower(captured, [found[boundary.name] for boundary in self.boundaries])
+        return lower(captured, place(find_boundaries(captured), at=[boundary.name for boundary in self.boundaries]))
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Write what was added, and nothing of the backbone: safetensors, ``config.json``, a model card."""
@@ -148,9 +161,16 @@ class MultiExitModel(nn.Module):
         places = ", ".join(f"{exit_.name} {exit_.macs_fraction:.0%}" for exit_ in self.exits)
         return f"MultiExitModel({type(self.backbone).__name__}, method={self.method.name!r}, exits: {places})"
 
-    def _classify(self, classifier: nn.Module, feature: Tensor, heads: list[Tensor], mask: Tensor | None) -> Tensor:
+    @property
+    def boundaries(self) -> tuple[Boundary, ...]:
+        """Where the internal classifiers read, in order."""
+        return tuple(spec.boundary for spec in self.specs)
+
+    def _classify(
+        self, classifier: nn.Module, feature: Tensor, heads: list[Tensor], inputs: list[Tensor | None]
+    ) -> Tensor:
         try:
-            logits: Tensor = classifier(feature, heads[-1] if heads else None, mask)
+            logits: Tensor = classifier(feature, heads[-1] if heads else None, inputs)
         except RuntimeError as error:
             boundary = self.boundaries[len(heads)]
             if tuple(feature.shape[1:]) == boundary.shape:
@@ -183,14 +203,21 @@ class MultiExitModel(nn.Module):
         spent, exits = 0, []
         reference = next(self.classifiers.parameters())
         logits = reference.new_zeros(1, self.num_classes)
-        for m, boundary in enumerate(self.boundaries):
+        sample = dict(zip(self.example.spec.keys, self.example.with_batch(1).tensors, strict=True))
+        for m, (boundary, spec) in enumerate(zip(self.boundaries, self.specs, strict=True)):
             feature = reference.new_zeros(1, *boundary.shape)
-            previous = logits if m else None
-            spent += count_macs(lambda x, m=m, previous=previous: self.classifiers[m](x, previous), feature)
+            tensors = [feature, *([logits] if m else []), *(sample[key] for key in spec.inputs)]
+            spent += count_macs(partial(self._head, m), *tensors)
             spent += self._combiner_macs(m, logits)
             exits.append(self._exit(boundary.name, boundary.macs + spent))
         spent += self._combiner_macs(len(self.boundaries), logits)
         return (*exits, self._exit("backbone", self.anatomy.macs + spent))
+
+    def _head(self, m: int, feature: Tensor, *rest: Tensor) -> Tensor:
+        """Head ``m`` on a feature, the logits before it (but for the first), and the inputs that it reads."""
+        previous, inputs = (rest[0], rest[1:]) if m else (None, rest)
+        logits: Tensor = self.classifiers[m](feature, previous, inputs)
+        return logits
 
     def _combiner_macs(self, m: int, logits: Tensor) -> int:
         if m >= len(self.combiners):

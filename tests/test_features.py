@@ -68,8 +68,8 @@ def test_the_stages_give_a_feature_that_is_written_into_later_as_it_was(written_
 
 
 def test_only_a_feature_that_is_written_into_is_copied(written_into: WrittenInto) -> None:
-    assert [tap.clone for tap in exitkit.attach(written_into, images()).taps] == [True] * 3
-    assert [tap.clone for tap in exitkit.attach(WrittenInto(inplace=False), images()).taps] == [False] * 3
+    assert [spec.tap.clone for spec in exitkit.attach(written_into, images()).specs] == [True] * 3
+    assert [spec.tap.clone for spec in exitkit.attach(WrittenInto(inplace=False), images()).specs] == [False] * 3
 
 
 def test_a_feature_before_an_inplace_module_is_read_before_it() -> None:

@@ -149,12 +149,12 @@ def test_the_backbones_own_readout(readout: str, kind: str, skip: int) -> None:
 def test_masked_mean_is_recognised_with_its_mask() -> None:
     ee = exitkit.attach(Tokens("masked"), {"x": torch.randn(2, 5, 4), "mask": torch.ones(2, 5)})
     assert {head.body.pool.kind for head in ee.classifiers} == {"masked_mean"}
-    assert ee.masks == ("mask", "mask")
+    assert [spec.inputs for spec in ee.specs] == [("mask",), ("mask",)]
 
 
 def test_a_mask_given_by_position_is_found() -> None:
     ee = exitkit.attach(Tokens("masked"), (torch.randn(2, 5, 4), torch.ones(2, 5))).eval()
-    assert ee.masks == (1, 1)
+    assert [spec.inputs for spec in ee.specs] == [(1,), (1,)]
     x, mask = torch.randn(1, 5, 4), torch.tensor([[1.0, 1, 1, 0, 0]])
     padded = torch.cat([x[:, :3], torch.full((1, 2, 4), 9.0)], 1)
     assert all(torch.allclose(a, b) for a, b in zip(ee(x, mask).logits, ee(padded, mask).logits, strict=True))

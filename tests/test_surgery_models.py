@@ -240,7 +240,7 @@ def test_resnet50_every_third_block(case: Case) -> None:
 @pytest.mark.parametrize("case", ["albert"], indirect=True)
 def test_albert_shares_one_layer_called_four_times(case: Case) -> None:
     assert [boundary.name for boundary in case.ee.anatomy.blocks] == [_ALBERT, *(f"{_ALBERT}@{i}" for i in (1, 2, 3))]
-    assert [tap.rank for tap in case.ee.taps] == [0, 1, 2]
+    assert [spec.tap.rank for spec in case.ee.specs] == [0, 1, 2]
 
 
 @pytest.mark.parametrize("case", ["densenet121"], indirect=True)

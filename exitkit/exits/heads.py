@@ -4,30 +4,40 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from exitkit.errors import ExitkitError
 from exitkit.exits.links import CascadeLink
-from exitkit.exits.pooling import SDNPool, TokenPool, pooled_size
+from exitkit.exits.pooling import ReadoutKind, SDNPool, TokenPool, pooled_size
 
-_HEADS = "'auto', 'conv' (maps only), '1L' (pooling and one linear layer), '2L-1024' (one hidden layer of 1024)"
+_HEADS = (
+    "'auto', 'conv' (maps only), '1L' (pooling and one linear layer), '2L-1024' (one hidden layer of 1024), 'tail' (a copy "
+    "of the backbone's own read-out)"
+)
 
 
 @dataclass(frozen=True)
 class HeadSpec:
-    """A parsed ``head=``: convolutional or not (None: by the feature's shape), and the width of a hidden layer."""
+    """A parsed ``head=``.
+
+    Attributes:
+        conv: convolutional or not; None: by the feature's shape.
+        hidden: width of a hidden layer.
+        tail: the backbone's own read-out, copied.
+    """
 
     conv: bool | None = None
     hidden: int | None = None
+    tail: bool = False
 
     @classmethod
     def parse(cls, head: str) -> HeadSpec:
-        if head in ("auto", "conv", "1L"):
-            return cls({"auto": None, "conv": True, "1L": False}[head])
+        if head in ("auto", "conv", "1L", "tail"):
+            return cls({"auto": None, "conv": True}.get(head, False), tail=head == "tail")
         match = re.fullmatch(r"2L-([1-9]\d*)", head) if isinstance(head, str) else None
         if match is None:
             raise ExitkitError(f"head={head!r} is unknown; allowed are {_HEADS}")
@@ -40,13 +50,13 @@ class Feature:
 
     shape: tuple[int, ...]
     layout: str
-    readout: Literal["first", "mean", "masked_mean"] = "mean"
+    readout: ReadoutKind = "mean"
     skip: int = 0
     image_side: int | None = None
 
 
 class InternalClassifier(nn.Module):
-    """Pooling (after a convolution, for maps) → cascade link, if any → linear layer: logits (B, C)."""
+    """Body (feature → vector) → cascade link, if any → linear layer: logits (B, C)."""
 
     def __init__(self, body: nn.Module, width: int, num_classes: int, cascade: bool) -> None:
         super().__init__()
@@ -54,8 +64,9 @@ class InternalClassifier(nn.Module):
         self.link = CascadeLink(num_classes) if cascade else None
         self.linear = nn.Linear(width + (num_classes if cascade else 0), num_classes)
 
-    def forward(self, feature: Tensor, previous: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
-        vector: Tensor = self.body(feature, mask) if isinstance(self.body, TokenBody) else self.body(feature)
+    def forward(self, feature: Tensor, previous: Tensor | None = None, inputs: Sequence[Tensor | None] = ()) -> Tensor:
+        """Logits from a feature, the logits of the exit before, and those inputs of the model that the body reads."""
+        vector: Tensor = self.body(feature, *inputs)
         if self.link is not None:
             if previous is None:
                 raise ExitkitError(

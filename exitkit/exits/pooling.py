@@ -32,14 +32,19 @@ def pooled_size(height: int, width: int) -> tuple[int, int]:
     return min(height, POOLED), min(width, POOLED)
 
 
+ReadoutKind = Literal["first", "last", "mean", "masked_mean"]
+
+
 class TokenPool(nn.Module):
-    """(B, T, D) → (B, D): the first (class) token, the mean of all but ``skip``, or the mean under a mask (B, T).
+    """(B, T, D) → (B, D): one token, the mean of all but ``skip`` leading ones, or the mean under a mask (B, T).
+
+    The one token is the first (class) token, or the last, which with a mask is the last that the mask keeps.
 
     With ``channels_first`` the input is (B, D, T), as one-dimensional convolutions give it.
     """
 
     def __init__(
-        self, kind: Literal["first", "mean", "masked_mean"], skip: int = 0, channels_first: bool = False
+        self, kind: ReadoutKind, skip: int = 0, channels_first: bool = False
     ) -> None:
         super().__init__()
         self.kind = kind
@@ -51,6 +56,11 @@ class TokenPool(nn.Module):
             tokens = tokens.transpose(1, 2)
         if self.kind == "first":
             return tokens[:, 0]
+        if self.kind == "last":
+            if mask is None:
+                return tokens[:, -1]
+            places = torch.arange(tokens.shape[1], device=tokens.device)
+            return tokens[torch.arange(len(tokens), device=tokens.device), (places * (mask != 0)).argmax(1)]
         if self.kind == "masked_mean" and mask is not None:
             weights = mask.to(tokens.dtype).unsqueeze(-1)
             return (tokens * weights).sum(1) / weights.sum(1).clamp(min=1)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from math import prod
 
+import torch
 from torch import nn
 from torch.fx import Node
 
@@ -31,17 +33,38 @@ class ModuleCall:
 
 
 @dataclass(frozen=True)
-class Boundary:
-    """A clean cut: exactly one activation is alive, and a module call has just ended.
+class Activation:
+    """A value that is alive at a boundary.
 
     Attributes:
-        call: the module call whose output is the activation.
+        node: its name in the captured graph.
+        shape: for one sample, without the batch dimension. Where a sample has several rows in the batch dimension (the
+            pixels of TNT's patches), their number comes first.
+        layout: what its dimensions mean.
+    """
+
+    node: str
+    shape: tuple[int, ...]
+    layout: Layout
+
+    @property
+    def positions(self) -> int:
+        """At how many places (pixels, tokens) it has a vector of channels."""
+        axis = {"channels_first": 0, "sequence": 0}.get(self.layout, -1)
+        return prod(self.shape) // max(self.shape[axis], 1) if self.shape else 1
+
+
+@dataclass(frozen=True)
+class Boundary:
+    """A clean cut: a module call has just ended, and no activation is alive but what it made.
+
+    Attributes:
+        call: the module call that made the activations.
         rank: which call of that module object it is, from 0, under whatever names the object is registered.
         aliases: names of other calls that end at the same cut; ``at=`` accepts them too.
-        node: name of the activation in the captured graph.
+        activations: what is alive, in the order written: one activation, or several where streams run side by side.
+        read: index of the one that the head reads; by default the coarsest (the last written of those).
         position: index of the last graph node before the cut.
-        shape: the activation's shape for one sample, without the batch dimension.
-        layout: what its dimensions mean.
         is_block: whether a block ends here; ``every=`` and the other placements count blocks.
         macs: the backbone's MACs per sample up to here.
         share: ``macs`` as a share of the whole backbone.
@@ -50,17 +73,39 @@ class Boundary:
     call: ModuleCall
     rank: int
     aliases: tuple[str, ...]
-    node: str
+    activations: tuple[Activation, ...]
+    read: int
     position: int
-    shape: tuple[int, ...]
-    layout: Layout
     is_block: bool
     macs: int
     share: float
 
     @property
     def name(self) -> str:
-        return self.call.name
+        """The call's name; with the index of the activation, ``stage2.0[1]``, where not the default one is read."""
+        return self.call.name if self.read == coarsest(self.activations) else f"{self.call.name}[{self.read}]"
+
+    @property
+    def node(self) -> str:
+        """Name, in the captured graph, of the activation that is read."""
+        return self.activations[self.read].node
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the activation that is read, for one sample."""
+        return self.activations[self.read].shape
+
+    @property
+    def layout(self) -> Layout:
+        return self.activations[self.read].layout
+
+
+def coarsest(activations: Sequence[Activation]) -> int:
+    """Index of the activation with the fewest positions that a head can read, and of those the last written."""
+    return min(
+        reversed(range(len(activations))),
+        key=lambda index: (activations[index].layout == "other", activations[index].positions),
+    )
 
 
 @dataclass(frozen=True)
@@ -79,15 +124,15 @@ def find_boundaries(captured: Capture) -> Anatomy:
     """Every clean cut of a captured backbone, with the blocks among them marked.
 
     Raises:
-        ExitkitError: the backbone has no clean cut at all (two streams run side by side throughout).
+        ExitkitError: the backbone has no clean cut at all.
     """
     flow = analyse(captured.graph)
     calls = _calls(flow)
     cuts = _clean_cuts(flow, calls)
     if not cuts:
         reason = (
-            "nowhere does a module call end with a single batch-first activation alive (several streams run side by side "
-            "throughout, residuals are added outside any module, or the batch is not the first dimension)"
+            "nowhere does a module call end with nothing else alive than batch-first activations that it made (residuals "
+            "are added outside any module, several modules' outputs are kept, or the batch is not the first dimension)"
             if len(flow.weighted) > 1
             else f"it has {len(flow.weighted)} weighted layer, and an exit needs one before it and one after it"
         )
@@ -98,19 +143,19 @@ def find_boundaries(captured: Capture) -> Anatomy:
     names = [node.name for node in flow.order]
     ranks = _ranks(captured.backbone, calls)
     boundaries = []
-    for node, ending in cuts.items():
+    for nodes, ending in cuts.items():
         chosen = next((call for call in ending if call in blocks), ending[0])
         position = calls[chosen][-1]
         macs = costs.macs[names[position]]
+        activations = tuple(_activation(node, costs.shapes[node.name]) for node in nodes)
         boundaries.append(
             Boundary(
                 call=chosen,
                 rank=ranks[chosen],
                 aliases=tuple(call.name for call in ending if call != chosen),
-                node=node.name,
+                activations=activations,
+                read=coarsest(activations),
                 position=position,
-                shape=costs.shapes[node.name][1:],
-                layout=layout_of(node),
                 is_block=chosen in blocks,
                 macs=macs,
                 share=macs / max(costs.total, 1),
@@ -147,28 +192,44 @@ def _ranks(backbone: nn.Module, calls: dict[ModuleCall, list[int]]) -> dict[Modu
     return ranks
 
 
-def _clean_cuts(flow: Flow, calls: dict[ModuleCall, list[int]]) -> dict[Node, list[ModuleCall]]:
-    """The activation of each clean cut, in execution order, with the calls that end there, outermost first."""
+Cuts = dict[tuple[Node, ...], list[ModuleCall]]
+"""The activations alive at each clean cut, in execution order, with the calls that end there, outermost first."""
+
+
+def _clean_cuts(flow: Flow, calls: dict[ModuleCall, list[int]]) -> Cuts:
     nodes = list(flow.order)
     weighted = [flow.order[node] for node in flow.weighted]
-    batch = next(
-        value.shape[0] for node in nodes if node.op == "placeholder" and (value := value_of(node)) is not None
-    )
-    cuts: dict[Node, list[ModuleCall]] = defaultdict(list)
+    batch = next(value.shape[0] for node in nodes if node.op == "placeholder" and (value := value_of(node)) is not None)
+    cuts: Cuts = defaultdict(list)
     for call, positions in calls.items():
         end = positions[-1]
-        if flow.live_activations[end] != 1 or not weighted or not weighted[0] <= end < weighted[-1]:
+        if not flow.live_activations[end] or not weighted or not weighted[0] <= end < weighted[-1]:
             continue
-        activation = next(node for node in flow.live(end) if node in flow.activations)
-        value = value_of(activation)
-        made_here = flow.order[activation] >= positions[0] and call in _stack(activation)
-        if made_here and value is not None and value.dim() > 1 and str(value.shape[0]) == str(batch):
-            cuts[activation].append(call)
-    return dict(sorted(cuts.items(), key=lambda item: flow.order[item[0]]))
+        alive = tuple(node for node in flow.live(end) if node in flow.activations)
+        made_here = all(flow.order[node] >= positions[0] and call in _stack(node) for node in alive)
+        rows = [_rows_per_sample(node, batch) for node in alive]
+        if made_here and None not in rows and 1 in rows:
+            cuts[alive].append(call)
+    return dict(sorted(cuts.items(), key=lambda item: flow.order[item[0][-1]]))
+
+
+def _rows_per_sample(activation: Node, batch: torch.SymInt) -> int | None:
+    """How many rows each sample has in the first dimension; None where it is no multiple of the batch."""
+    value = value_of(activation)
+    if value is None or value.dim() < 2 or not isinstance(value.shape[0], torch.SymInt):
+        return None
+    rows = value.shape[0].node.expr / batch.node.expr
+    return int(rows) if rows.is_Integer else None
+
+
+def _activation(node: Node, shape: tuple[int, ...]) -> Activation:
+    """From the shape that one sample gives, which shows the rows per sample where the batch stands."""
+    single = shape[0] == 1
+    return Activation(node.name, shape[1:] if single else shape, layout_of(node) if single else "other")
 
 
 def _blocks(
-    backbone: nn.Module, flow: Flow, calls: dict[ModuleCall, list[int]], cuts: dict[Node, list[ModuleCall]]
+    backbone: nn.Module, flow: Flow, calls: dict[ModuleCall, list[int]], cuts: Cuts
 ) -> set[ModuleCall]:
     """Calls of repeated siblings in a list of modules, with at least two weighted layers each.
 
@@ -199,12 +260,12 @@ def _encloses(calls: dict[ModuleCall, list[int]], outer: ModuleCall, inner: Modu
     return nested and calls[outer][0] <= calls[inner][0] and calls[inner][-1] <= calls[outer][-1]
 
 
-def _before_weighted_layers(flow: Flow, cuts: dict[Node, list[ModuleCall]]) -> set[ModuleCall]:
+def _before_weighted_layers(flow: Flow, cuts: Cuts) -> set[ModuleCall]:
     """Without a list of blocks (VGG, AlexNet): the last cut before each weighted layer but the first."""
     weighted = [flow.order[node] for node in flow.weighted]
     chosen = set()
     for previous, following in pairwise(weighted):
-        between = [ending for node, ending in cuts.items() if previous <= flow.order[node] < following]
+        between = [ending for nodes, ending in cuts.items() if previous <= flow.order[nodes[-1]] < following]
         if between:
             chosen.add(between[-1][0])
     return chosen

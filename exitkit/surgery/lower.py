@@ -59,7 +59,7 @@ def lower(captured: Capture, boundaries: Sequence[Boundary]) -> Lowered:
     starts = [0] + [end + 1 for end in ends[:-1]]
     features = [by_name[boundary.node] for boundary in boundaries]
     pieces = [
-        _Piece(nodes[start : end + 1], feature)
+        Piece(nodes[start : end + 1], feature)
         for start, end, feature in zip(starts, ends, [None, *features], strict=True)
     ]
     stages, needed = [], dict.fromkeys(nodes[-1].all_input_nodes)
@@ -68,12 +68,12 @@ def lower(captured: Capture, boundaries: Sequence[Boundary]) -> Lowered:
         outputs = [result, *(node for node in made if node is not result)]
         live = tuple(node.name for node in needed)
         needed = dict.fromkeys([*piece.reads, *(node for node in needed if node not in piece.made)])
-        stages.append(_build(captured.graph, piece, outputs, live))
+        stages.append(build(captured.graph, piece, outputs, live))
     inputs = tuple(node.name for node in nodes if node.op == "placeholder")
     return Lowered(inputs, tuple(reversed(stages)))
 
 
-class _Piece:
+class Piece:
     """A range of nodes, and the values of earlier ones that it reads: the feature first, then context.
 
     Sizes are not carried over a cut but read from the feature again, because the batch size may have changed
@@ -111,7 +111,8 @@ class _Piece:
         )
 
 
-def _build(root: GraphModule, piece: _Piece, outputs: list[Node], live: tuple[str, ...]) -> Stage:
+def build(root: GraphModule, piece: Piece, outputs: list[Node], live: tuple[str, ...]) -> Stage:
+    """A piece of the graph ``root`` as a module of its own, whose parameters stay root's."""
     graph = fx.Graph()
     copies: dict[Node, Node] = {}
 

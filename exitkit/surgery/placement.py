@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from numbers import Real
 
 from exitkit.errors import ExitkitError, unknown_name
@@ -59,14 +60,27 @@ def _at(anatomy: Anatomy, names: Sequence[str]) -> tuple[Boundary, ...]:
         raise ExitkitError(
             f"at={names!r} is no list; give a list of boundary names, such as at=['{anatomy.blocks[0].name}']"
         )
-    by_name = {alias: boundary for boundary in anatomy.boundaries for alias in (*boundary.aliases, boundary.name)}
+    by_name = _by_name(anatomy)
     for name in names:
         if name not in by_name:
             raise unknown_name("at", name, by_name, "exitkit.inspect(model) lists the boundaries")
-    chosen = {by_name[name].position: by_name[name] for name in names}
+    chosen: dict[int, Boundary] = {}
+    for boundary in (by_name[name] for name in names):
+        if chosen.setdefault(boundary.position, boundary).read != boundary.read:
+            raise ExitkitError(f"at={names!r} reads two activations at {boundary.call.name!r}; an exit reads one of them")
     if not chosen:
         raise ExitkitError("at=[] names no boundary; give at least one, exitkit.inspect(model) lists them")
     return tuple(chosen[position] for position in sorted(chosen))
+
+
+def _by_name(anatomy: Anatomy) -> dict[str, Boundary]:
+    """Boundaries by every name they have; ``name[i]`` reads the i-th of several activations."""
+    named = {}
+    for boundary in anatomy.boundaries:
+        variants = [replace(boundary, read=index) for index in range(len(boundary.activations))]
+        for name in (*boundary.aliases, boundary.call.name):
+            named |= {f"{name}[{variant.read}]": variant for variant in variants} | {name: boundary}
+    return named
 
 
 def _at_cost(anatomy: Anatomy, shares: Sequence[float]) -> tuple[Boundary, ...]:

@@ -15,14 +15,15 @@ _LOOK_AHEAD = 200
 
 @dataclass(frozen=True)
 class Readout:
-    """``first``: the token at index 0 (class token); ``mean``: all tokens; ``masked_mean``: those under a mask.
+    """``first``: the token at index 0 (class token); ``last``: the last, as decoders have it; ``mean``: all tokens;
+    ``masked_mean``: those under a mask.
 
     Attributes:
         skip: leading tokens that a mean leaves out (class and register tokens).
-        mask: for ``masked_mean``, the keyword or position of the input that holds the mask (B, T).
+        mask: for ``masked_mean`` and ``last``, the keyword or position of the input that holds the mask (B, T).
     """
 
-    kind: Literal["first", "mean", "masked_mean"] = "mean"
+    kind: Literal["first", "last", "mean", "masked_mean"] = "mean"
     skip: int = 0
     mask: int | str | None = None
 
@@ -39,18 +40,29 @@ def find_readout(captured: Capture, last_tokens: str) -> Readout:
         for user in sorted(node.users, key=lambda item: order[item]):
             name, value = op_name(user), value_of(user)
             if name == "select" and user.args[1] == 1:
-                return Readout("first") if user.args[2] == 0 else Readout()
+                return _of_token(user.args[2])
+            if name == "index" and value is not None and value.dim() == 2:
+                return Readout("last", mask=_attention_mask(captured))
             if name == "slice" and user.args[1:2] == (1,) and isinstance(start := user.args[2], int):
                 if value is not None and value.shape[1] == 1:
-                    return Readout("first") if start == 0 else Readout()
+                    return _of_token(start)
                 skip = max(skip, start)
             if name in {"sum", "mean", "adaptive_avg_pool1d"} and not _keeps_tokens(user):
                 mask = _mask_key(captured, node) if name == "sum" else None
                 return Readout("masked_mean", mask=mask) if mask is not None else Readout("mean", skip)
             if value is not None and value.dim() == 3 and len(queue) < _LOOK_AHEAD and user not in queue:
                 queue.append(user)
-    mask = next((key for key in captured.spec.keys if "attention_mask" in str(key)), None)
+    mask = _attention_mask(captured)
     return Readout("masked_mean", mask=mask) if mask is not None else Readout("mean", skip)
+
+
+def _of_token(index: object) -> Readout:
+    kinds: dict[object, Readout] = {0: Readout("first"), -1: Readout("last")}
+    return kinds.get(index, Readout())
+
+
+def _attention_mask(captured: Capture) -> int | str | None:
+    return next((key for key in captured.spec.keys if "attention_mask" in str(key)), None)
 
 
 def _keeps_tokens(reduction: Node) -> bool:

@@ -1,0 +1,79 @@
+"""The backbone's tail: its own read-out after the last block, cut out of the graph to be copied into exits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.fx import GraphModule, Node
+
+from exitkit.surgery.boundaries import Boundary
+from exitkit.surgery.capture import Capture
+from exitkit.surgery.layout import Layout
+from exitkit.surgery.liveness import op_name
+from exitkit.surgery.lower import Piece, build
+
+
+@dataclass(frozen=True)
+class Tail:
+    """What the backbone does after its last block: final norm, pooling, pooler, classifier.
+
+    Attributes:
+        body: feature (and inputs) → vector (B, D): the tail up to its last linear layer, sharing the backbone's weights.
+        linear: that layer, whose output is the logits; where the tail does not end in one, the identity.
+        inputs: the model's inputs that the body reads beside the feature, by position or keyword (masks, token ids).
+        shape, layout: of the feature it reads, for one sample.
+    """
+
+    body: GraphModule
+    linear: nn.Linear
+    inputs: tuple[int | str, ...]
+    shape: tuple[int, ...]
+    layout: Layout
+
+
+def find_tail(captured: Capture, boundary: Boundary, num_classes: int) -> Tail:
+    """The part of a captured backbone that follows ``boundary``, a cut with a single activation."""
+    graph = captured.graph
+    nodes = list(graph.graph.nodes)
+    feature = next(node for node in nodes if node.name == boundary.node)
+    logits = nodes[-1].all_input_nodes[0]
+    linear, vector = _last_linear(graph, logits, num_classes)
+    piece = Piece(_between(nodes, feature, vector), feature)
+    stage = build(graph, piece, [vector], ())
+    placeholders = [node.name for node in nodes if node.op == "placeholder"]
+    inputs = tuple(captured.spec.keys[placeholders.index(name)] for name in stage.inputs[1:])
+    return Tail(stage.module, linear, inputs, boundary.shape, boundary.layout)
+
+
+def _last_linear(graph: GraphModule, logits: Node, num_classes: int) -> tuple[nn.Linear, Node]:
+    """The linear layer that gives the logits and the vector it reads; else the identity and the logits."""
+    parameters = dict(graph.named_parameters(remove_duplicate=False))
+    vector = logits.args[0] if op_name(logits) == "linear" else None
+    weights = [parameters.get(str(getattr(arg, "target", None))) for arg in logits.args[1:]]
+    if not isinstance(vector, Node) or vector.meta["val"].dim() != 2 or weights[:1] in ([], [None]):
+        return _linear(torch.eye(num_classes), torch.zeros(num_classes)), logits
+    weight, bias = [*weights, None][:2]
+    assert weight is not None
+    return _linear(weight, torch.zeros(num_classes, device=weight.device) if bias is None else bias), vector
+
+
+def _linear(weight: torch.Tensor, bias: torch.Tensor) -> nn.Linear:
+    layer = nn.Linear(weight.shape[1], weight.shape[0], device=weight.device, dtype=weight.dtype)
+    with torch.no_grad():
+        layer.weight.copy_(weight)
+        layer.bias.copy_(bias)
+    return layer
+
+
+def _between(nodes: list[Node], feature: Node, result: Node) -> list[Node]:
+    """The nodes that ``result`` needs and that do not follow from the feature's value or sizes, in execution order."""
+    sizes = Piece([], feature)
+    needed: set[Node] = set()
+    pending = [result]
+    for node in pending:
+        if node not in needed and node is not feature and node.op == "call_function" and not sizes.is_recomputed(node):
+            needed.add(node)
+            pending.extend(node.all_input_nodes)
+    return [node for node in nodes if node in needed]
