@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Literal
 
+from torch import Tensor
 from torch.fx import Node
 
 from exitkit.surgery.liveness import op_name, value_of
@@ -48,13 +49,18 @@ def _channel_axes(start: Node, rank: int) -> Iterator[int]:
                 yield axes[1]
             elif name in _CHANNELS_LAST:
                 yield axes[-1]
-            elif name in _REDUCTIONS and len(reduced := _dimensions(user, rank)) == rank - 2:
+            elif name in _REDUCTIONS and len(reduced := _dimensions(user, rank)) == rank - 2 and not _normalises(user, value):
                 yield next(axes[d] for d in range(1, rank) if d not in reduced)
             elif user not in seen and value is not None and value.dim() == rank:
                 moved = _moved_axes(user, axes)
                 if moved is not None:
                     seen.add(user)
                     queue.append((user, moved))
+
+
+def _normalises(reduction: Node, result: Tensor | None) -> bool:
+    """A mean over one dimension that stays as 1 is part of a hand-written norm, not a pooling of tokens."""
+    return len(_dimensions(reduction, 3)) == 1 and result is not None and result.dim() == 3
 
 
 def _dimensions(reduction: Node, rank: int) -> set[int]:
