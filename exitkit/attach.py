@@ -53,6 +53,11 @@ def attach(
     """
     if isinstance(model, MultiExitModel):
         raise ExitkitError("model already has exits; attach to exitkit.detach(model) for other ones")
+    if isinstance(model, nn.Module) and any(parameter.is_meta for parameter in model.parameters()):
+        raise ExitkitError(
+            f"{type(model).__name__} is on the meta device and has no values; load its weights, or model.to_empty(device). "
+            "exitkit.inspect takes it as it is"
+        )
     composition = as_method(method)
     head_spec = HeadSpec.parse(head)
     captured = capture(model, example_inputs)

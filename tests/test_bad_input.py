@@ -245,7 +245,7 @@ def test_two_streams_side_by_side() -> None:
             logits: Tensor = self.linear(torch.cat([left, right], 1).flatten(1))
             return logits
 
-    with pytest.raises(ExitkitError, match=r"Streams has no boundary.*several streams run side by side"):
+    with pytest.raises(ExitkitError, match=r"Streams has no boundary.*several modules' outputs are kept"):
         exitkit.attach(Streams(), X)
 
 

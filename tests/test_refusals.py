@@ -1,8 +1,12 @@
-"""Forwards that the capture cannot see are refused by name."""
+"""What surgery does not take is refused by name: models in another form, forwards that the capture cannot see."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
+import torch
 from torch import Tensor, nn
 
 import exitkit
@@ -52,3 +56,104 @@ def test_a_branch_on_the_batch_size_is_refused() -> None:
 
     with pytest.raises(ExitkitError, match=r"Branch.*batch"):
         exitkit.attach(Branch(), images())
+
+
+class Outputs(TinyNet):
+    """Returns what ``make`` makes of the logits."""
+
+    def __init__(self, make: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.make = make
+
+    def forward(self, x: Tensor) -> Any:  # type: ignore[override]
+        return self.make(super().forward(x))
+
+
+class OneRow(TinyNet):
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.linear(self.blocks(self.stem(x)).mean((2, 3)).reshape(1, 8))
+        return logits
+
+
+class NoBatch(TinyNet):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x[None])[0]
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda y: (y, 2 * y), r"several outputs, of shapes \(2, 3\), \(2, 3\); wrap it"),
+        (lambda y: (y, y[:, :2]), r"several outputs, of shapes \(2, 3\), \(2, 2\); wrap it"),
+        (lambda y: {"boxes": y}, r"dict with keys \['boxes'\], not logits"),
+        (lambda y: [{"boxes": y}], r"dict with keys \['boxes'\], not logits"),
+        (lambda y: {"out": y[:, :, None, None]}, "not logits"),
+        (lambda y: y[:, :, None, None], r"shape \(2, 3, 1, 1\).*classifiers.*not to segmenters"),
+        (lambda y: y.argmax(1), r"torch.int64 tensor of shape \(2,\).*classifiers"),
+    ],
+)
+def test_outputs_that_are_no_logits(make: Callable[[Tensor], Any], message: str) -> None:
+    with pytest.raises(ExitkitError, match=message):
+        exitkit.attach(Outputs(make), images())
+
+
+@pytest.mark.parametrize(("model", "example"), [(OneRow(), images(1)), (NoBatch(), images(1)[0])])
+def test_a_model_of_one_row_only(model: nn.Module, example: Tensor) -> None:
+    with pytest.raises(ExitkitError, match=rf"{type(model).__name__} runs on one row.*not on 2.*batch of any size"):
+        exitkit.attach(model, example)
+
+
+def _compiled_in_place() -> nn.Module:
+    model = TinyNet()
+    model.compile(backend="eager")
+    return model
+
+
+def _quantized() -> nn.Module:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3))
+    converted: nn.Module = torch.ao.quantization.quantize_dynamic(model, {nn.Linear})
+    return converted
+
+
+FORMS: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    "DataParallel": (
+        lambda: nn.DataParallel(TinyNet()),
+        r"DataParallel is a wrapper.*model\.module.*wrap what attach",
+    ),
+    "torch.compile": (lambda: torch.compile(TinyNet()), r"is compiled; attach to the module inside it.*compile what"),  # type: ignore[dict-item,return-value]
+    "compile()": (_compiled_in_place, r"compiled in place by model\.compile\(\).*compile what attach returns"),
+    "TorchScript": (lambda: torch.jit.trace(TinyNet().eval(), images()), "TorchScript.*the original model"),
+    "lazy": (lambda: nn.Sequential(nn.LazyConv2d(4, 3), nn.Flatten(), nn.LazyLinear(3)), "lazy modules.*run it once"),
+    "quantised": (_quantized, r"quantised modules \(1 is torch\.ao.*Linear\); attach to the floating-point model"),
+    "integers": (lambda: nn.Sequential(nn.Flatten(), nn.ReLU()), "no boundary.*no floating-point parameter"),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("form", FORMS)
+def test_models_in_a_form_that_cannot_be_cut(form: str) -> None:
+    make, message = FORMS[form]
+    for function in (exitkit.attach, exitkit.inspect):
+        with pytest.raises(ExitkitError, match=message):
+            function(make(), images())
+
+
+def test_a_model_without_values_can_be_inspected_but_not_attached_to() -> None:
+    with torch.device("meta"):
+        model = TinyNet()
+    assert (
+        exitkit.inspect(model, images(), show=False).anatomy
+        == exitkit.inspect(TinyNet(), images(), show=False).anatomy
+    )
+    with pytest.raises(ExitkitError, match=r"meta device.*load its weights.*exitkit\.inspect"):
+        exitkit.attach(model, images())
+
+
+def test_a_refused_forward_prints_nothing(capfd: pytest.CaptureFixture[str]) -> None:
+    class ReadsValues(TinyNet):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x if x.sum() > 0 else 2 * x)
+
+    with pytest.raises(ExitkitError, match=r"ReadsValues cannot be captured.*rewrite that operation"):
+        exitkit.attach(ReadsValues(), images())
+    assert capfd.readouterr() == ("", "")

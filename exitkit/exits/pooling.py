@@ -43,9 +43,7 @@ class TokenPool(nn.Module):
     With ``channels_first`` the input is (B, D, T), as one-dimensional convolutions give it.
     """
 
-    def __init__(
-        self, kind: ReadoutKind, skip: int = 0, channels_first: bool = False
-    ) -> None:
+    def __init__(self, kind: ReadoutKind, skip: int = 0, channels_first: bool = False) -> None:
         super().__init__()
         self.kind = kind
         self.skip = skip

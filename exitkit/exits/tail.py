@@ -63,7 +63,9 @@ def tail_head(
         ExitkitError: the feature has another shape than the tail's, and is no map that an adapter can change.
     """
     own = copy.deepcopy(body)
-    head = InternalClassifier(TailBody(_adapter(feature, target), own), linear.in_features, linear.out_features, cascade)
+    head = InternalClassifier(
+        TailBody(_adapter(feature, target), own), linear.in_features, linear.out_features, cascade
+    )
     with torch.no_grad():
         head.linear.weight.zero_()[:, : linear.in_features] = linear.weight
         head.linear.bias.copy_(linear.bias)

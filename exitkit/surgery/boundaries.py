@@ -199,7 +199,9 @@ Cuts = dict[tuple[Node, ...], list[ModuleCall]]
 def _clean_cuts(flow: Flow, calls: dict[ModuleCall, list[int]]) -> Cuts:
     nodes = list(flow.order)
     weighted = [flow.order[node] for node in flow.weighted]
-    batch = next(value.shape[0] for node in nodes if node.op == "placeholder" and (value := value_of(node)) is not None)
+    batch = next(
+        value.shape[0] for node in nodes if node.op == "placeholder" and (value := value_of(node)) is not None
+    )
     cuts: Cuts = defaultdict(list)
     for call, positions in calls.items():
         end = positions[-1]
@@ -228,9 +230,7 @@ def _activation(node: Node, shape: tuple[int, ...]) -> Activation:
     return Activation(node.name, shape[1:] if single else shape, layout_of(node) if single else "other")
 
 
-def _blocks(
-    backbone: nn.Module, flow: Flow, calls: dict[ModuleCall, list[int]], cuts: Cuts
-) -> set[ModuleCall]:
+def _blocks(backbone: nn.Module, flow: Flow, calls: dict[ModuleCall, list[int]], cuts: Cuts) -> set[ModuleCall]:
     """Calls of repeated siblings in a list of modules, with at least two weighted layers each.
 
     Where such calls nest (a stage around its blocks, a block around a chain of layers), a kind of module that is

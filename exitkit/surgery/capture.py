@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import logging
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch.export import Dim
 from torch.fx import GraphModule
 
 from exitkit.errors import ExitkitError
+from exitkit.surgery.admission import admit
 from exitkit.surgery.calls import CallSpec, Example
 from exitkit.surgery.examples import example_for
 
@@ -31,7 +33,9 @@ class LogitsOf(nn.Module):
 
     def forward(self, *tensors: Tensor) -> Tensor:
         args, kwargs = self.spec.call(tensors)
-        return logits_of(self.backbone(*args, **kwargs))
+        output = self.backbone(*args, **kwargs)
+        _check_single(output)
+        return logits_of(output)
 
 
 @dataclass(frozen=True)
@@ -54,24 +58,10 @@ def capture(model: nn.Module, example_inputs: Any = None) -> Capture:
     """Capture ``model`` without changing it: same weights, same training flags, hooks and RNG state.
 
     Raises:
-        ExitkitError: not an ``nn.Module``, no inferable inputs, the example does not run, the output is not
-            floating-point logits of shape (B, C), or ``torch.export`` cannot follow the forward.
+        ExitkitError: a model that :func:`exitkit.surgery.admission.admit` refuses, no inferable inputs, the example does
+            not run, the output is not floating-point logits of shape (B, C), or ``torch.export`` cannot follow the forward.
     """
-    if not isinstance(model, nn.Module):
-        raise ExitkitError(
-            f"model={model!r} is not a torch.nn.Module; pass the model object itself, such as "
-            "torchvision.models.resnet50(weights='DEFAULT')" + (" (call the class)" if isinstance(model, type) else "")
-        )
-    if any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
-        raise ExitkitError(
-            f"{type(model).__name__} is on the meta device and has no values; load its weights, or model.to_empty(device)"
-        )
-    if hasattr(model, "_orig_mod"):
-        raise ExitkitError(
-            "model is compiled; attach to the module inside it (model._orig_mod), and compile afterwards"
-        )
-    if any(tensor.is_inference() for tensor in (*model.parameters(), *model.buffers())):
-        raise ExitkitError(f"{type(model).__name__} was built under torch.inference_mode(); build or load it outside")
+    admit(model)
     example = example_for(model, example_inputs)
     wrapped = LogitsOf(model, example.spec)
     with untouched(model), torch.no_grad():
@@ -95,6 +85,16 @@ def logits_of(output: Any) -> Tensor:
             "tensor (B, C), a tuple that begins with it, or an object with .logits"
         )
     return output
+
+
+def _check_single(output: Any) -> None:
+    """Refuse a tuple of several predictions: which of them the exits should learn is not ours to choose."""
+    if type(output) in (tuple, list) and sum(isinstance(item, Tensor) and item.dim() == 2 for item in output) > 1:
+        shapes = ", ".join(str(tuple(item.shape)) for item in output if isinstance(item, Tensor))
+        raise ExitkitError(
+            f"the model returns several outputs, of shapes {shapes}; wrap it in a module that returns the logits the exits "
+            "are for"
+        )
 
 
 @contextmanager
@@ -136,6 +136,12 @@ def _run(wrapped: LogitsOf, example: Example) -> Tensor:
     except ExitkitError:
         raise
     except Exception as error:  # whatever the user's forward raises on the example
+        if len(example.tensors[0]) > 1 and _runs(wrapped, example.with_batch(1)):
+            raise ExitkitError(
+                f"{type(wrapped.backbone).__name__} runs on one row of example_inputs and not on {len(example.tensors[0])} "
+                f"({_first_line(error)}): its forward fixes the batch size, or its inputs have no batch dimension. Exits are "
+                "attached to models that take a batch of any size first"
+            ) from error
         shapes = {key: tuple(t.shape) for key, t in zip(example.spec.keys, example.tensors, strict=True)}
         raise ExitkitError(
             f"example_inputs of shapes {shapes} do not run through {type(wrapped.backbone).__name__}: "
@@ -143,11 +149,20 @@ def _run(wrapped: LogitsOf, example: Example) -> Tensor:
         ) from error
 
 
+def _runs(wrapped: LogitsOf, example: Example) -> bool:
+    try:
+        wrapped(*(tensor.clone() for tensor in example.tensors))
+    except Exception:  # only whether it runs is asked
+        return False
+    return True
+
+
 def _check_logits(logits: Tensor, batch: int, model: nn.Module) -> None:
     if not logits.is_floating_point() or logits.dim() != 2 or logits.shape[0] != batch:
         raise ExitkitError(
             f"{type(model).__name__} returns a {logits.dtype} tensor of shape {tuple(logits.shape)} for a batch of "
-            f"{batch}; exitkit attaches exits to classifiers, whose output is floating point of shape (B, C)"
+            f"{batch}; exitkit attaches exits to classifiers, whose output is floating point of shape (B, C), not to "
+            "segmenters, detectors or models without a batch dimension"
         )
 
 
@@ -155,11 +170,12 @@ def _export(wrapped: LogitsOf, example: Example, model: nn.Module) -> torch.expo
     batch = Dim("batch")
     dims = {0: batch, 1: Dim.AUTO} if example.text else {0: batch}
     disabled = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)  # a refused export logs the whole graph before it raises
+    logging.disable(logging.CRITICAL)  # a refused export logs and prints the whole graph before it raises
     try:
-        return torch.export.export(
-            wrapped, example.tensors, strict=False, dynamic_shapes=(tuple(dict(dims) for _ in example.tensors),)
-        )
+        with redirect_stderr(io.StringIO()):
+            return torch.export.export(
+                wrapped, example.tensors, strict=False, dynamic_shapes=(tuple(dict(dims) for _ in example.tensors),)
+            )
     except Exception as error:  # torch.export raises dozens of types, most of them private
         raise ExitkitError(
             f"{type(model).__name__} cannot be captured by torch.export: {_first_line(error)}{_where(error)}. Forwards "

@@ -49,7 +49,11 @@ def _channel_axes(start: Node, rank: int) -> Iterator[int]:
                 yield axes[1]
             elif name in _CHANNELS_LAST:
                 yield axes[-1]
-            elif name in _REDUCTIONS and len(reduced := _dimensions(user, rank)) == rank - 2 and not _normalises(user, value):
+            elif (
+                name in _REDUCTIONS
+                and len(reduced := _dimensions(user, rank)) == rank - 2
+                and not _normalises(user, value)
+            ):
                 yield next(axes[d] for d in range(1, rank) if d not in reduced)
             elif user not in seen and value is not None and value.dim() == rank:
                 moved = _moved_axes(user, axes)

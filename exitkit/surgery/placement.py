@@ -67,7 +67,9 @@ def _at(anatomy: Anatomy, names: Sequence[str]) -> tuple[Boundary, ...]:
     chosen: dict[int, Boundary] = {}
     for boundary in (by_name[name] for name in names):
         if chosen.setdefault(boundary.position, boundary).read != boundary.read:
-            raise ExitkitError(f"at={names!r} reads two activations at {boundary.call.name!r}; an exit reads one of them")
+            raise ExitkitError(
+                f"at={names!r} reads two activations at {boundary.call.name!r}; an exit reads one of them"
+            )
     if not chosen:
         raise ExitkitError("at=[] names no boundary; give at least one, exitkit.inspect(model) lists them")
     return tuple(chosen[position] for position in sorted(chosen))

@@ -98,7 +98,8 @@ def _outputs_at(
     missing = [boundary.name for boundary in boundaries if boundary.name not in found]
     if missing:
         raise ExitkitError(
-            f"module {missing[0]!r} was not called when the backbone ran, so no feature can be read there"
+            f"module {missing[0]!r} was not called when the backbone ran, so no feature can be read there. Where a part of "
+            "the backbone is compiled, attach before compiling"
         )
     reads = [found[boundary.name] for boundary in boundaries]
     return [([copy for _, _, copy in read], [leaf._version != old for leaf, old, _ in read]) for read in reads], logits
