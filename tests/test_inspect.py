@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import io
 from collections import OrderedDict
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from rich.console import Console
 from torch import nn
 
 import exitkit
+from exitkit.cli import main
 from tests.toy import BLOCK, STEM, TOTAL, TinyNet, images
 
 
@@ -80,6 +82,24 @@ def test_inspect_can_be_silent(tiny_net: TinyNet, capsys: pytest.CaptureFixture[
     str(exitkit.inspect(tiny_net, images(), show=False))
     captured = capsys.readouterr()
     assert (captured.out, captured.err) == ("", "")
+
+
+def test_the_command_takes_the_length_of_a_text(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("torchvision")
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 8}
+    transformers.BertConfig(vocab_size=9, **sizes).save_pretrained(tmp_path)
+
+    def run(*options: str) -> str:
+        monkeypatch.setattr("sys.argv", ["exitkit", "inspect", *options])
+        with pytest.raises(SystemExit):
+            main()
+        return "".join(capsys.readouterr())
+
+    assert "40 \u00d7 8 TD" in run(f"hf:{tmp_path}", "--length", "40")
+    assert "--length 40" in run("torchvision:resnet18", "--length", "40")
 
 
 def test_inspect_names_a_long_path_in_one_piece() -> None:
