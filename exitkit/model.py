@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from inspect import signature
-from pathlib import Path
-from typing import Any
+from os import PathLike
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,9 @@ from exitkit.surgery.lower import Lowered, lower
 from exitkit.surgery.macs import count_macs
 from exitkit.surgery.placement import place
 from exitkit.surgery.taps import Tap, tapped
+
+if TYPE_CHECKING:
+    from exitkit.evaluation.outputs import ExitOutputs
 
 
 @dataclass(frozen=True)
@@ -77,6 +80,10 @@ class MultiExitModel(nn.Module):
     Exits are counted 0 … M−1; exit M is the backbone's own classifier. Calling the model runs the user's own modules,
     so dropout, autocast, hooks and gradient settings of the backbone keep their meaning. A backbone without any
     trainable parameter runs without gradients.
+
+    Attributes:
+        exits: name and price of each exit, the backbone's own classifier last.
+        threshold: the τ chosen for these exits, saved and loaded with them; None where none was chosen.
     """
 
     def __init__(
@@ -100,6 +107,7 @@ class MultiExitModel(nn.Module):
         self.head = head
         self.num_classes = num_classes
         self.example = example
+        self.threshold: float | None = None
         reference = next(parameter for parameter in backbone.parameters() if parameter.is_floating_point())
         self.classifiers.to(reference.device, reference.dtype)
         self.combiners.to(reference.device)  # float32: they add up logarithms
@@ -140,22 +148,86 @@ class MultiExitModel(nn.Module):
         captured = capture(self.backbone, self.example.spec.batch(self.example.tensors))
         return lower(captured, place(find_boundaries(captured), at=[boundary.name for boundary in self.boundaries]))
 
-    def save_pretrained(self, directory: str | Path) -> None:
-        """Write what was added, and nothing of the backbone: safetensors, ``config.json``, a model card."""
+    def save_pretrained(
+        self,
+        directory: str | PathLike[str],
+        *,
+        threshold: float | None = None,
+        outputs: ExitOutputs | None = None,
+    ) -> None:
+        """Write what was added, and nothing of the backbone: safetensors, ``config.json``, a model card (``README.md``).
+
+        An older save there is replaced as a whole; when writing is interrupted, it stays.
+
+        Args:
+            directory: made where it does not exist.
+            threshold: the τ chosen for these exits, which comes back as ``threshold``; by default the one there is.
+            outputs: what :func:`exitkit.collect` returned for held-out samples with labels; then the card tells accuracies.
+
+        Raises:
+            ExitkitError: a threshold that is no finite number, outputs without labels or of another model.
+        """
         from exitkit.saving import save_exits
 
-        save_exits(self, directory)
+        save_exits(self, directory, threshold, outputs)
 
     @classmethod
-    def from_pretrained(cls, backbone: nn.Module, directory: str | Path, example_inputs: Any = None) -> MultiExitModel:
-        """Attach the exits that :meth:`save_pretrained` wrote to the backbone they were trained on.
+    def from_pretrained(
+        cls,
+        backbone: nn.Module,
+        source: str | PathLike[str],
+        example_inputs: Any = None,
+        *,
+        revision: str | None = None,
+        token: str | bool | None = None,
+    ) -> MultiExitModel:
+        """Attach saved exits to the backbone they were trained on.
+
+        The backbone may be in another precision or on another device than it was; the exits follow it.
+
+        Args:
+            backbone: the model they were trained on, with its weights.
+            source: a folder that :meth:`save_pretrained` wrote, or the name of a model on the Hugging Face Hub.
+            example_inputs: as for :func:`exitkit.attach`; by default made up, in the shapes that were saved.
+            revision: on the Hub, a branch, tag or commit.
+            token: for the Hub; by default the one of ``hf auth login``.
 
         Raises:
             ExitkitError: a missing, damaged or foreign file, or another backbone; the message shows the first difference.
         """
         from exitkit.saving import load_exits
 
-        return load_exits(backbone, directory, example_inputs)
+        return load_exits(backbone, source, example_inputs, revision, token)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        threshold: float | None = None,
+        outputs: ExitOutputs | None = None,
+        private: bool | None = None,
+        commit_message: str = "Upload early exits",
+        token: str | bool | None = None,
+    ) -> str:
+        """Save to the Hugging Face Hub, in one commit.
+
+        Args:
+            repo_id: ``"user/name"``; made where it does not exist, its ``README.md`` replaced where it does.
+            threshold: as for :meth:`save_pretrained`.
+            outputs: as for :meth:`save_pretrained`.
+            private: whether a repository that is made here is private; by default as its owner set it.
+            commit_message: the commit's title.
+            token: a token that may write; by default the one of ``hf auth login``.
+
+        Returns:
+            The commit's address.
+
+        Raises:
+            ExitkitError: as for :meth:`save_pretrained`, or the Hub cannot be reached or refuses.
+        """
+        from exitkit.saving import push_exits
+
+        return push_exits(self, repo_id, threshold, outputs, private, commit_message, token)
 
     def __repr__(self) -> str:
         places = ", ".join(f"{exit_.name} {exit_.macs_fraction:.0%}" for exit_ in self.exits)

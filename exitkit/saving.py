@@ -1,97 +1,137 @@
 """Saving what exitkit added, and attaching it again to the same backbone: safetensors and JSON, never pickle.
 
-The backbone's own weights are not saved. Its identity is: the names and shapes of its parameters and of its blocks, and a
-digest of its weights, line by line, so that another backbone is refused with the first line that differs.
+A saved folder holds ``config.json``, the weights file that it names, and a model card. Every save has a weights file of
+its own name, and counts from the moment its ``config.json`` replaces the older one, a single step: whatever interrupts
+it, the older save or the new one is there whole.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 from collections.abc import Mapping
-from dataclasses import asdict
-from itertools import zip_longest
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
+from exitkit import hub
 from exitkit.attach import attach
+from exitkit.card import card
+from exitkit.configuration import CONFIG, WEIGHTS, configuration, example_inputs, read_configuration, saved_by
 from exitkit.errors import ExitkitError
+from exitkit.evaluation.outputs import ExitOutputs
 from exitkit.files import replacing
-from exitkit.fingerprint import parameter_lines, shape_text, weights_digest
+from exitkit.fingerprint import block_lines, first_difference, shape_text, tensor_lines
 from exitkit.methods import Method
 from exitkit.model import MultiExitModel
 
-WEIGHTS, CONFIG, CARD = "exits.safetensors", "config.json", "README.md"
-_FORMAT = "exitkit-exits-1"
+CARD = "README.md"
+Source = str | os.PathLike[str]
 
 
-def save_exits(model: MultiExitModel, directory: str | Path) -> None:
-    """Write the exits' weights, their configuration with the backbone's fingerprint, and a model card."""
+def save_exits(model: MultiExitModel, directory: Source, threshold: float | None, outputs: ExitOutputs | None) -> None:
+    """See :meth:`exitkit.MultiExitModel.save_pretrained`."""
     folder = Path(directory)
-    config = {
-        "format": _FORMAT,
-        "versions": {"torch": torch.__version__},
-        "backbone": type(model.backbone).__name__,
-        "fingerprint": fingerprint(model),
-        "exits": [boundary.name for boundary in model.boundaries],
-        "method": asdict(model.method),
-        "head": model.head,
-    }
-    with replacing(folder / WEIGHTS) as temporary:
-        save_file({name: tensor.contiguous() for name, tensor in _added(model).items()}, temporary)
-    with replacing(folder / CARD) as temporary:
-        temporary.write_text(_card(model))
-    with replacing(folder / CONFIG) as temporary:  # last: a folder with a configuration is complete
-        temporary.write_text(json.dumps(config, indent=1, ensure_ascii=False) + "\n")
+    if folder.exists() and not folder.is_dir():
+        raise ExitkitError(f"directory={str(directory)!r} is a file; name a folder")
+    _write(model, configuration(model, threshold, outputs), folder, "path/to/this/folder")
 
 
-def load_exits(backbone: nn.Module, directory: str | Path, example_inputs: Any = None) -> MultiExitModel:
-    """Attach the exits saved in ``directory`` to ``backbone``.
+def push_exits(
+    model: MultiExitModel,
+    repo_id: str,
+    threshold: float | None,
+    outputs: ExitOutputs | None,
+    private: bool | None,
+    commit_message: str,
+    token: hub.Token,
+) -> str:
+    """See :meth:`exitkit.MultiExitModel.push_to_hub`."""
+    config = configuration(model, threshold, outputs)  # first: if it refuses, nothing is made on the Hub
+    name = hub.create(repo_id, private, token)
+    with TemporaryDirectory() as folder:
+        _write(model, config, Path(folder), name)
+        return hub.upload(Path(folder), name, [WEIGHTS], commit_message, token)
 
-    Args:
-        backbone: the model they were trained on, with its weights.
-        directory: what :func:`save_exits` wrote.
-        example_inputs: as for :func:`exitkit.attach`.
 
-    Raises:
-        ExitkitError: a missing, damaged or foreign file, or another backbone than the one they were trained on.
-    """
-    folder = Path(directory)
-    config = _read_config(folder / CONFIG)
-    _check_parameters(config["fingerprint"], backbone, folder)
+def load_exits(
+    backbone: nn.Module, source: Source, inputs: Any, revision: str | None, token: hub.Token
+) -> MultiExitModel:
+    """See :meth:`exitkit.MultiExitModel.from_pretrained`."""
+    if isinstance(backbone, MultiExitModel) or not isinstance(backbone, nn.Module):
+        raise ExitkitError(
+            f"backbone is {type(backbone).__name__}; give the nn.Module that the exits were trained on "
+            "(exitkit.detach(ee), for a model that has exits)"
+        )
+    folder = hub.fetch(source, [CONFIG, WEIGHTS], revision, token)
+    config = read_configuration(folder / CONFIG)
+    weights = _read_weights(folder / config["weights"])
+    _compare(config["tensors"], tensor_lines(backbone), source, backbone)
     try:
         method = Method(**config["method"])
-    except TypeError as error:
-        raise ExitkitError(f"{str(folder / CONFIG)!r} has another kind of method: {error}. Update exitkit") from error
-    model = attach(backbone, example_inputs, at=config["exits"], method=method, head=config["head"])
-    _compare(config["fingerprint"], fingerprint(model), folder, backbone)
-    _load_weights(model, folder / WEIGHTS)
+        inputs = example_inputs(backbone, config) if inputs is None else inputs
+        model = attach(backbone, inputs, at=config["exits"], method=method, head=config["head"])
+    except (ExitkitError, TypeError) as error:
+        raise ExitkitError(
+            f"the exits in {str(source)!r}, saved by {saved_by(config)}, cannot be attached to this "
+            f"{type(backbone).__name__}: {error}"
+        ) from error
+    _compare(config["blocks"], block_lines(model.anatomy.blocks), source, backbone)
+    _fill(model, weights, getattr(torch, config["dtype"]), folder / config["weights"])
+    model.threshold = config["threshold"]
     return model
 
 
-def fingerprint(model: MultiExitModel) -> list[str]:
-    """What a backbone is: one line per parameter, one per block, and a digest of its weights."""
-    blocks = [f"block {block.name} {shape_text(block.shape)} {block.macs} MACs" for block in model.anatomy.blocks]
-    return [*parameter_lines(model.backbone), *blocks, f"weights {weights_digest(model.backbone)}"]
+def _write(model: MultiExitModel, config: Mapping[str, Any], folder: Path, source: str) -> None:
+    weights = save(_copies(model, getattr(torch, config["dtype"])))
+    name = f"exits-{hashlib.sha256(weights).hexdigest()[:16]}.safetensors"
+    with replacing(folder / name) as temporary:
+        temporary.write_bytes(weights)
+    with replacing(folder / CONFIG) as temporary:
+        text = json.dumps({**config, "weights": name}, indent=1, ensure_ascii=False)
+        temporary.write_text(f"{text}\n", encoding="utf-8")
+    with replacing(folder / CARD) as temporary:
+        temporary.write_text(card(model, config, source), encoding="utf-8")
+    for older in folder.glob(WEIGHTS):
+        if older.name != name:
+            older.unlink(missing_ok=True)
 
 
-def _check_parameters(saved: list[str], backbone: nn.Module, folder: Path) -> None:
-    """Before attaching, which would otherwise fail on the names of the exits."""
-    found = parameter_lines(backbone)
-    _compare([line for line in saved if line.startswith("parameter ")], found, folder, backbone)
+def _read_weights(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise ExitkitError(
+            f"{str(path)!r} cannot be read as safetensors: {error}. Copy or download it again"
+        ) from error
 
 
-def _compare(saved: list[str], found: list[str], folder: Path, backbone: nn.Module) -> None:
-    for was, is_ in zip_longest(saved, found, fillvalue="nothing"):
-        if was != is_:
+def _compare(saved: Mapping[str, str], found: Mapping[str, str], source: Source, backbone: nn.Module) -> None:
+    difference = first_difference(saved, found)
+    if difference is not None:
+        raise ExitkitError(
+            f"the exits in {str(source)!r} belong to another backbone: {difference} in this {type(backbone).__name__}. "
+            "Build the backbone, load its weights and give example_inputs as when they were trained"
+        )
+
+
+def _fill(model: MultiExitModel, saved: Mapping[str, Tensor], dtype: torch.dtype, path: Path) -> None:
+    given, wanted = _kinds(saved), _kinds(_copies(model, dtype))
+    for name in (*wanted, *given):
+        if given.get(name) != wanted.get(name):
             raise ExitkitError(
-                f"the exits in {str(folder)!r} belong to another backbone: {was!r} there is {is_!r} in this "
-                f"{type(backbone).__name__}. Build the backbone, and give example_inputs, as when they were trained"
+                f"{str(path)!r} does not fit its configuration: {name!r} is {given.get(name, 'missing')} in the file, "
+                f"expected {wanted.get(name, 'nothing of that name')}. Copy or download it again, or save the exits again"
             )
+    with torch.no_grad():
+        for name, tensor in _added(model).items():
+            tensor.copy_(saved[name])
 
 
 def _added(model: MultiExitModel) -> dict[str, Tensor]:
@@ -99,60 +139,16 @@ def _added(model: MultiExitModel) -> dict[str, Tensor]:
     return {f"{part}.{name}": tensor for part, owner in parts.items() for name, tensor in owner.state_dict().items()}
 
 
-def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise ExitkitError(
-            f"{str(path)!r} cannot be read: {error}. Give a folder that save_pretrained wrote"
-        ) from error
-    missing = {"fingerprint", "exits", "method", "head"} - set(config if isinstance(config, dict) else ())
-    if missing or config.get("format") != _FORMAT:
-        raise ExitkitError(f"{str(path)!r} is no configuration of exits; give a folder that save_pretrained wrote")
-    found: dict[str, Any] = config
-    return found
-
-
-def _load_weights(model: MultiExitModel, path: Path) -> None:
-    try:
-        saved = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise ExitkitError(
-            f"{str(path)!r} cannot be read as safetensors: {error}. Copy or download it again"
-        ) from error
-    own = _added(model)
-    given, wanted = _kinds(saved), _kinds(own)
-    for name in (*wanted, *given):
-        if given.get(name) != wanted.get(name):
-            raise ExitkitError(
-                f"{str(path)!r} does not fit its configuration: {name!r} is {given.get(name, 'missing')} in the file, "
-                f"expected {wanted.get(name, 'nothing of that name')}"
-            )
-    with torch.no_grad():
-        for name, tensor in own.items():
-            tensor.copy_(saved[name])
+def _copies(model: MultiExitModel, dtype: torch.dtype) -> dict[str, Tensor]:
+    """What is in the file: heads in ``dtype``, combiners in float32, each tensor for itself even where two are tied."""
+    kept = {"classifiers": dtype, "combiners": torch.float32}
+    return {
+        name: tensor.detach()
+        .to("cpu", kept[name.partition(".")[0]] if tensor.is_floating_point() else tensor.dtype)
+        .clone(memory_format=torch.contiguous_format)
+        for name, tensor in _added(model).items()
+    }
 
 
 def _kinds(tensors: Mapping[str, Tensor]) -> dict[str, str]:
     return {name: f"{tensor.dtype} {shape_text(tensor.shape)}" for name, tensor in tensors.items()}
-
-
-def _card(model: MultiExitModel) -> str:
-    rows = "\n".join(f"| {m} | `{exit_.name}` | {exit_.macs_fraction:.1%} |" for m, exit_ in enumerate(model.exits))
-    return f"""---
-library_name: exitkit
-tags: [early-exit]
----
-
-# Early exits for {type(model.backbone).__name__}
-
-Method `{model.method.name}`, heads `{model.head}`. Only the exits are here, not the backbone.
-
-```python
-ee = exitkit.MultiExitModel.from_pretrained(backbone, "this/folder")
-```
-
-| exit | reads | cost to answer here, as a share of the backbone |
-|---:|---|---:|
-{rows}
-"""

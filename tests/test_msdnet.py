@@ -9,11 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import exitkit
 from exitkit import ExitkitError
 from exitkit.models import msdnet
 from exitkit.models.msdnet import MSDNet
 from exitkit.surgery.macs import count_macs
-from tests.toy import images
+from tests.toy import all_equal, images, names, staged
 
 SIDES = (32, 16, 8)
 
@@ -62,25 +63,27 @@ def test_parameters_and_exit_channels_of_the_published_code() -> None:
     assert sum(map(torch.numel, model.parameters())) + sum(classifiers[:-1]) == 4_839_544
 
 
-def test_macs_by_hand(net: MSDNet) -> None:
-    pixels = [side**2 for side in SIDES]
-    total = 9 * (3 * 16 * pixels[0] + 16 * 32 * pixels[1] + 32 * 64 * pixels[2])
-    channels = 16
+@pytest.mark.parametrize(("growth", "channels"), [(6, 16), (12, 4)])
+def test_macs_by_hand(growth: int, channels: int) -> None:
+    """At growth 12 the first layers have fewer channels than their bottlenecks could."""
+    model, pixels = msdnet(growth=growth, channels=channels), [side**2 for side in SIDES]
+    total = 9 * channels * (3 * pixels[0] + 2 * channels * pixels[1] + 8 * channels * pixels[2])
     for layer in range(1, 25):
         made, read = range((layer - 1) // 8, 3), range(max(layer - 2, 0) // 8, 3)
         for scale in made:
             sources = [source for source in (scale - 1, scale) if source in read]
-            new = 6 * 2**scale // len(sources)
+            new = growth * 2**scale // len(sources)
             for source in sources:
                 width = channels * 2**source
                 inner = min(width, new * 2**source)
                 total += width * inner * pixels[source] + 9 * inner * new * pixels[scale]
-        channels += 6
+        channels += growth
         if layer in (9, 17):
             total += sum(channels * (channels // 2) * 4**scale * pixels[scale] for scale in made)
             channels //= 2
     total += 9 * 128 * (channels * 4 * 4**2 + 128 * 2**2) + 128 * 10
-    assert count_macs(net, cifar(1)) == total == 86_111_488
+    assert count_macs(model, cifar(1)) == total
+    assert growth != 6 or total == 86_111_488
 
 
 @pytest.mark.parametrize(
@@ -140,6 +143,41 @@ def test_initial_weights_are_those_of_the_published_code() -> None:
     assert conv.weight.std().item() == pytest.approx((2 / (9 * 128)) ** 0.5, rel=0.01)
     assert all(m.bias is None for m in model.modules() if isinstance(m, nn.Conv2d))
     assert model.classifier[-1].bias.abs().max() == 0
+
+
+# exits at wide cuts ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def paper(net: MSDNet) -> exitkit.MultiExitModel:
+    """The exits of the paper: after layers 4, 6, ..., 22, and the backbone's own after the 24th."""
+    return exitkit.attach(net, at=[f"layers.{i}" for i in range(3, 23, 2)], method="sdn").eval()
+
+
+def test_the_papers_exits_read_the_coarsest_scale(paper: exitkit.MultiExitModel) -> None:
+    assert [exit_.name for exit_ in paper.exits] == [*(f"layers.{i}" for i in range(3, 23, 2)), "backbone"]
+    assert [len(boundary.activations) for boundary in paper.boundaries] == [3, 3, 3, 2, 2, 2, 2, 1, 1, 1]
+    coarsest = [160, 208, 256, 164, 212, 260, 308, 188, 236, 284]
+    assert [boundary.shape for boundary in paper.boundaries] == [(channels, 8, 8) for channels in coarsest]
+    assert paper.anatomy.macs == 86_111_488
+
+
+def test_every_layer_is_a_block(paper: exitkit.MultiExitModel) -> None:
+    assert [block.name for block in paper.anatomy.blocks] == [f"layers.{i}" for i in range(24)]
+    assert names(exitkit.attach(msdnet(layers=6), every=2, head="1L")) == ["layers.1", "layers.3"]
+
+
+def test_stages_carry_every_scale(paper: exitkit.MultiExitModel, net: MSDNet) -> None:
+    lowered = paper.lower()
+    for batch in (1, 3):
+        x = cifar(batch)
+        with torch.no_grad():
+            out, expected = paper(x), net(x)
+        assert torch.equal(out.logits[-1], expected)
+        assert all_equal(staged(lowered, x), [*out.features, expected])
+
+
+# wrong arguments ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

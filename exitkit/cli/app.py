@@ -38,10 +38,12 @@ def inspect(
     weights: Weights = None,
     num_classes: Classes = None,
     image_size: Annotated[int | None, typer.Option(help="Side of the input image, for models that do not say")] = None,
+    length: Annotated[int | None, typer.Option(help="Tokens per text; what a text model costs depends on it")] = None,
 ) -> None:
-    """Show where exits can go: boundaries, feature shapes, MACs so far."""
+    """Show where exits can go, and what each stage costs: feature shapes, MACs (ptflops beside them), memory."""
     backbone = load_model(model, weights, num_classes)
-    exitkit.inspect(backbone, _image_example(backbone, image_size))
+    example = _image_example(backbone, image_size) if length is None else _text_example(backbone, length)
+    exitkit.inspect(backbone, example)
 
 
 @app.command()
@@ -106,6 +108,14 @@ def _image_example(backbone: nn.Module, side: int | None) -> torch.Tensor | None
         return None
     channels = next((m.in_channels for m in backbone.modules() if isinstance(m, nn.Conv2d)), 3)
     return torch.randn(2, channels, side, side)
+
+
+def _text_example(backbone: nn.Module, length: int) -> Any:
+    example = example_for(backbone)
+    if not example.text or length < 1:
+        raise ExitkitError(f"--length {length} must be at least 1, and the model one that reads tokens")
+    positions = torch.arange(length) % example.tensors[0].shape[1]
+    return example.spec.batch(tuple(tensor[:1, positions] for tensor in example.tensors))
 
 
 def _data_example(backbone: nn.Module, loader: Any) -> Any:

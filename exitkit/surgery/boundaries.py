@@ -16,7 +16,7 @@ from exitkit.errors import ExitkitError
 from exitkit.surgery.capture import BACKBONE, Capture, untouched
 from exitkit.surgery.layout import Layout, layout_of
 from exitkit.surgery.liveness import Flow, analyse, submodule, value_of
-from exitkit.surgery.macs import profile
+from exitkit.surgery.macs import Profile, profile
 
 
 @dataclass(frozen=True)
@@ -110,10 +110,15 @@ def coarsest(activations: Sequence[Activation]) -> int:
 
 @dataclass(frozen=True)
 class Anatomy:
-    """What surgery knows of a backbone: its boundaries in order, and its cost in MACs per sample."""
+    """What surgery knows of a backbone: its boundaries in order, and what each node of its graph costs."""
 
     boundaries: tuple[Boundary, ...]
-    macs: int
+    costs: Profile
+
+    @property
+    def macs(self) -> int:
+        """The backbone's MACs per sample."""
+        return self.costs.total
 
     @property
     def blocks(self) -> tuple[Boundary, ...]:
@@ -140,13 +145,12 @@ def find_boundaries(captured: Capture) -> Anatomy:
     blocks = _blocks(captured.backbone, flow, calls, cuts) or _before_weighted_layers(flow, cuts)
     with untouched(captured.backbone):
         costs = profile(captured.graph, captured.example)
-    names = [node.name for node in flow.order]
     ranks = _ranks(captured.backbone, calls)
     boundaries = []
     for nodes, ending in cuts.items():
         chosen = next((call for call in ending if call in blocks), ending[0])
         position = calls[chosen][-1]
-        macs = costs.macs[names[position]]
+        macs = costs.macs[position]
         activations = tuple(_activation(node, costs.shapes[node.name]) for node in nodes)
         boundaries.append(
             Boundary(
@@ -161,7 +165,7 @@ def find_boundaries(captured: Capture) -> Anatomy:
                 share=macs / max(costs.total, 1),
             )
         )
-    return Anatomy(tuple(boundaries), costs.total)
+    return Anatomy(tuple(boundaries), costs)
 
 
 def _calls(flow: Flow) -> dict[ModuleCall, list[int]]:

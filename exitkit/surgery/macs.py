@@ -3,113 +3,156 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule, Node
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from exitkit.surgery.calls import Example
-from exitkit.surgery.liveness import op_name
+from exitkit.surgery.memory import Storages, alive_bytes, parameter_bytes, storages_of
 
-
-@contextmanager
-def _counting() -> Iterator[FlopCounterMode]:
-    """Count FLOPs of everything: fused attention is counted as 0 on CPU, so it is decomposed (pytorch#195460)."""
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        yield counter
+Shape = Sequence[int]
+Record = Callable[[Node, Any], None]
 
 
 def count_macs(function: Callable[..., Any], *tensors: Tensor) -> int:
     """MACs (FLOPs / 2) of ``function(*tensors)``, run on fake tensors: no memory, no arithmetic.
 
-    Convolutions and matrix products count; additions, norms, activations and softmax do not.
+    Convolutions, matrix products and recurrent layers count; additions, norms, activations and softmax do not.
     """
-    with FakeTensorMode(allow_non_fake_inputs=True) as fake:
-        inputs = [fake.from_tensor(tensor) for tensor in tensors]
-        with _counting() as counter:
-            function(*inputs)
+    counter = _flop_counter()
+    with _counting(counter) as fake:
+        function(*(fake.from_tensor(tensor) for tensor in tensors))
     return counter.get_total_flops() // 2
 
 
 @dataclass(frozen=True)
 class Profile:
-    """Per graph node: MACs spent up to and including it, and its result's shape, for one sample."""
+    """What the nodes of a graph cost for one sample, in execution order.
 
-    macs: dict[str, int]
+    Attributes:
+        macs: MACs spent up to and including each node.
+        parameter_bytes: bytes of the parameters read up to and including each node, each parameter counted once.
+        alive_bytes: bytes of the values alive at each node, see :func:`exitkit.surgery.memory.alive_bytes`.
+        shapes: the shape of each node's result where that is one tensor, by the node's name.
+        uncounted: custom operators that torch's counter knows no formula for, and counts as 0.
+    """
+
+    macs: tuple[int, ...]
+    parameter_bytes: tuple[int, ...]
+    alive_bytes: tuple[int, ...]
     shapes: dict[str, tuple[int, ...]]
-    total: int
-
-
-class _Profiler(fx.Interpreter):
-    def __init__(self, graph: GraphModule, counter: FlopCounterMode) -> None:
-        super().__init__(graph, garbage_collect_values=False)
-        self.counter = counter
-        self.macs: dict[str, int] = {}
-        self.shapes: dict[str, tuple[int, ...]] = {}
-        self.recurrent = 0
+    uncounted: tuple[str, ...]
 
     @property
     def total(self) -> int:
-        return self.counter.get_total_flops() // 2 + self.recurrent
-
-    def run_node(self, n: Node) -> Any:
-        before = self.total
-        value = super().run_node(n)
-        if op_name(n) in ("lstm", "gru") and self.total == before:
-            self.recurrent += _recurrent_macs(*self.fetch_args_kwargs_from_env(n)[0])
-        self.macs[n.name] = self.total
-        if isinstance(value, Tensor):
-            self.shapes[n.name] = tuple(value.shape)
-        return value
+        """MACs of the whole graph."""
+        return self.macs[-1]
 
 
 def profile(graph: GraphModule, example: Example) -> Profile:
-    """Run ``graph`` once on fake tensors with one sample, recording costs and shapes."""
-    with FakeTensorMode(allow_non_fake_inputs=True) as fake:
-        inputs = [fake.from_tensor(tensor) for tensor in example.with_batch(1).tensors]
-        with _counting() as counter:
-            profiler = _Profiler(graph, counter)
-            profiler.run(*inputs)
-    return Profile(profiler.macs, profiler.shapes, profiler.total)
+    """Run ``graph`` once on fake tensors with one sample, recording costs, lifetimes and shapes."""
+    counter = _flop_counter()
+    macs: list[int] = []
+    storages: list[Storages] = []
+    shapes: dict[str, tuple[int, ...]] = {}
+
+    def record(node: Node, value: Any) -> None:
+        macs.append(counter.get_total_flops() // 2)
+        storages.append(storages_of(value))
+        if isinstance(value, Tensor):
+            shapes[node.name] = tuple(value.shape)
+
+    _walk(graph, example, counter, record)
+    return Profile(
+        tuple(macs), parameter_bytes(graph), alive_bytes(graph, storages), shapes, _uncounted(graph, counter)
+    )
 
 
-def _recurrent_macs(sequence: Tensor, state: Any, weights: list[Tensor], *options: Any) -> int:
-    """An LSTM's or GRU's MACs, which torch's counter leaves out: each weight matrix once per step.
+def ptflops_macs(graph: GraphModule, example: Example) -> tuple[int, ...] | None:
+    """MACs up to and including each node as ptflops' ATen backend counts them: a cross-check; None without ptflops.
 
-    ``options`` are ATen's: biases, layers, dropout, training, bidirectional, batch first.
-    """
-    steps = sequence.shape[1 if options[5] else 0]
-    return steps * sum(weight.numel() for weight in weights if weight.dim() == 2)
-
-
-def ptflops_macs(graph: GraphModule, example: Example) -> int | None:
-    """The total from ptflops, a cross-check, where it is installed.
-
-    It counts on a copy of the graph, because it leaves hooks behind on what it counts. Only its ATen backend sees
-    functional operations.
+    It counts each bias as one more MAC per output, and leaves out recurrent layers and products with a vector.
     """
     if importlib.util.find_spec("ptflops") is None:
         return None
-    from ptflops import get_model_complexity_info
+    from ptflops.aten_engine import FlopCounterMode as PtflopsCounter
 
-    names = [node.name for node in graph.graph.nodes if node.op == "placeholder"]
-    with FakeTensorMode(allow_non_fake_inputs=True) as fake, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
-        sample = {
-            name: fake.from_tensor(tensor) for name, tensor in zip(names, example.with_batch(1).tensors, strict=True)
-        }
-        macs, _ = get_model_complexity_info(
-            GraphModule(graph, graph.graph),
-            (1,),
-            input_constructor=lambda _: sample,
-            as_strings=False,
-            print_per_layer_stat=False,
-            backend="aten",
-        )
-    return None if macs is None else int(macs)
+    counter = PtflopsCounter()
+    macs: list[int] = []
+    _walk(graph, example, counter, lambda *_: macs.append(sum(counter.flop_counts["Global"].values())))
+    return tuple(macs)
+
+
+@contextmanager
+def _counting(counter: AbstractContextManager[Any]) -> Iterator[FakeTensorMode]:
+    """Fake tensors, every operation of which ``counter`` sees: fused attention would count as 0 (pytorch#195460)."""
+    with FakeTensorMode(allow_non_fake_inputs=True) as fake, torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
+        yield fake
+
+
+def _walk(graph: GraphModule, example: Example, counter: AbstractContextManager[Any], record: Record) -> None:
+    """Run ``graph`` on one sample, giving ``record`` each node and its result."""
+    with _counting(counter) as fake:
+        inputs = [fake.from_tensor(tensor) for tensor in example.with_batch(1).tensors]
+        _Walker(graph, fake, record).run(*inputs)
+
+
+class _Walker(fx.Interpreter):
+    def __init__(self, graph: GraphModule, fake: FakeTensorMode, record: Record) -> None:
+        super().__init__(graph)
+        self.fake = fake
+        self.record = record
+
+    def run_node(self, n: Node) -> Any:
+        value = super().run_node(n)
+        if n.op == "get_attr" and isinstance(value, Tensor):
+            value = self.fake.from_tensor(value)
+        self.record(n, value)
+        return value
+
+
+def _flop_counter() -> FlopCounterMode:
+    """torch's counter with the formulas it lacks; transformers' operator is there once transformers is imported."""
+    fallback = getattr(torch.ops.transformers, "grouped_mm_fallback", None)
+    return FlopCounterMode(display=False, custom_mapping=_LEFT_OUT | ({fallback: _grouped} if fallback else {}))
+
+
+def _uncounted(graph: GraphModule, counter: FlopCounterMode) -> tuple[str, ...]:
+    operators = [node.target for node in graph.graph.nodes if isinstance(node.target, OpOverload)]
+    custom = [operator for operator in operators if operator.namespace != "aten"]
+    return tuple(dict.fromkeys(str(item) for item in custom if item.overloadpacket not in counter.flop_registry))
+
+
+def _grouped(rows: Shape, experts: Shape, *_: Any, **__: Any) -> int:
+    """A mixture of experts: each row times the matrix (in, out) of the expert it goes to."""
+    return 2 * prod(rows) * experts[-1]
+
+
+def _layers(sequence: Shape, weights: Sequence[Shape]) -> int:
+    """A recurrent layer reads each weight matrix once per step."""
+    return 2 * prod(sequence[:-1]) * sum(prod(weight) for weight in weights if len(weight) == 2)
+
+
+# FLOPs, from the shapes of the arguments, of the products that torch's counter leaves out.
+_LEFT_OUT: dict[Any, Callable[..., int]] = {
+    torch.ops.aten.dot: lambda first, *_, **__: 2 * prod(first),
+    torch.ops.aten.vdot: lambda first, *_, **__: 2 * prod(first),
+    torch.ops.aten.mv: lambda matrix, *_, **__: 2 * prod(matrix),
+    torch.ops.aten.addmv: lambda bias, matrix, *_, **__: 2 * prod(matrix),
+    torch.ops.aten.addbmm: lambda bias, first, second, **_: 2 * prod(first) * second[-1],
+    torch.ops.aten._grouped_mm: _grouped,
+    torch.ops.aten._trilinear: lambda rows, weight, *_, **__: 2 * rows[0] * prod(weight),
+    torch.ops.aten.mkldnn_rnn_layer: lambda steps, first, second, *_, **__: _layers(steps, [first, second]),
+    torch.ops.aten._cudnn_rnn: lambda steps, weights, *_, **__: _layers(steps, weights),
+    torch.ops.aten.miopen_rnn: lambda steps, weights, *_, **__: _layers(steps, weights),
+}

@@ -1,0 +1,112 @@
+"""The model card of saved exits: what they are, what they cost, and how good they are where that was measured."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCardData
+from torch import nn
+
+from exitkit.errors import ExitkitError
+from exitkit.evaluation.outputs import ExitOutputs
+from exitkit.hub import is_name
+from exitkit.model import MultiExitModel
+
+
+def identity(backbone: nn.Module) -> dict[str, str | None]:
+    """A backbone's class, its name on the Hub (Hugging Face models) and its architecture's name (timm models)."""
+    kind = type(backbone)
+    cfg, name = getattr(backbone, "pretrained_cfg", None), getattr(backbone, "name_or_path", None)
+    return {
+        "class": f"{kind.__module__}.{kind.__qualname__}",
+        "hub_name": name if isinstance(name, str) and is_name(name) and not Path(name).exists() else None,
+        "architecture": cfg.get("architecture") if isinstance(cfg, Mapping) else None,
+    }
+
+
+def measured(model: MultiExitModel, outputs: ExitOutputs, threshold: float | None) -> dict[str, Any]:
+    """What ``outputs`` say of the exits, for JSON: accuracy per exit, the budget table, and what the threshold gives.
+
+    Raises:
+        ExitkitError: outputs without labels, or of another model.
+    """
+    if not isinstance(outputs, ExitOutputs):
+        raise ExitkitError(f"outputs is {type(outputs).__name__}; give what exitkit.collect(ee, loader) returned")
+    costs, classes = [exit_.macs for exit_ in model.exits], outputs.log_probs.shape[2]
+    if outputs.macs.tolist() != costs or classes != model.num_classes:
+        raise ExitkitError(
+            f"outputs are of another model: {classes} classes and exits at {outputs.macs.tolist()} MACs, where this one has "
+            f"{model.num_classes} and {costs}; give what exitkit.collect(ee, loader) returned for it"
+        )
+    curve = outputs.curve(model.method.criterion)
+    rows = curve.budget_table().rows
+    return {
+        "samples": len(outputs.log_probs),
+        "accuracy": outputs.accuracy().tolist(),
+        "budgets": {name: None if point is None else point._asdict() for name, point in rows.items()},
+        "at_threshold": None if threshold is None else curve.at_threshold(threshold)._asdict(),
+    }
+
+
+def card(model: MultiExitModel, config: Mapping[str, Any], source: str) -> str:
+    """The card of exits with this configuration, which ``from_pretrained`` finds at ``source``."""
+    backbone, metrics = config["backbone"], config["metrics"]
+    data = ModelCardData(
+        library_name="exitkit",
+        tags=["early-exit"],
+        base_model=backbone["hub_name"],
+        metrics=["accuracy"] if metrics else None,
+    )
+    kind = backbone["class"].rpartition(".")[2]
+    threshold = (
+        "" if config["threshold"] is None else f"\nee.threshold  # {config['threshold']:.6g}, chosen for these exits"
+    )
+    return f"""---
+{data.to_yaml()}
+---
+
+# Early exits for {backbone["hub_name"] or backbone["architecture"] or kind}
+
+Exits for a `{backbone["class"]}`: method `{model.method.name}`, heads `{model.head}`, criterion `{model.method.criterion}`;
+made with exitkit {config["versions"]["exitkit"]}. Only the exits are here; the backbone is not.
+
+```python
+import exitkit
+
+backbone = ...  # the {kind} that the exits were trained on, with its weights
+ee = exitkit.MultiExitModel.from_pretrained(backbone, "{source}"){threshold}
+```
+
+Costs are multiply-accumulates per sample, as a share of the backbone's {model.anatomy.macs:,}.
+
+{_exits(model, metrics)}
+{_budgets(metrics) if metrics else ""}"""
+
+
+def _exits(model: MultiExitModel, metrics: Mapping[str, Any] | None) -> str:
+    rows = [[str(m), f"`{exit_.name}`", f"{exit_.macs_fraction:.1%}"] for m, exit_ in enumerate(model.exits)]
+    if metrics is None:
+        return _table(["exit", "reads", "cost to answer here"], rows)
+    accurate = [[*row, f"{accuracy:.2%}"] for row, accuracy in zip(rows, metrics["accuracy"], strict=True)]
+    return _table(["exit", "reads", "cost to answer here", "accuracy on all samples"], accurate)
+
+
+def _budgets(metrics: Mapping[str, Any]) -> str:
+    chosen = {"τ as chosen": metrics["at_threshold"]} if metrics["at_threshold"] else {}
+    rows = [
+        [name, f"{point['accuracy']:.2%}", f"{point['cost']:.1%}", f"{point['threshold']:.6g}"]
+        if point
+        else [name, "-", "-", "-"]
+        for name, point in {**chosen, **metrics["budgets"]}.items()
+    ]
+    return f"""
+On {metrics["samples"]:,} samples, each of which leaves at the first exit whose score is above τ:
+
+{_table(["budget", "accuracy", "average cost", "τ"], rows)}
+"""
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    return "\n".join(f"| {' | '.join(line)} |" for line in (header, ["---"] * len(header), *rows))
