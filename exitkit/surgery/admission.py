@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 from torch import nn
-from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.parameter import is_lazy
 
 from exitkit.errors import ExitkitError
 
@@ -45,13 +45,13 @@ def _compiled(model: nn.Module) -> str | None:
 
 
 def _scripted(model: nn.Module) -> str | None:
-    if isinstance(model, torch.jit.ScriptModule | torch.jit.TopLevelTracedModule):
+    if isinstance(model, torch.jit.ScriptModule):
         return "is TorchScript, which has no Python modules to read features from; attach to the original model"
     return None
 
 
 def _uninitialized(model: nn.Module) -> str | None:
-    if any(isinstance(tensor, UninitializedTensorMixin) for tensor in (*model.parameters(), *model.buffers())):
+    if any(is_lazy(tensor) for tensor in (*model.parameters(), *model.buffers())):
         return "has lazy modules without weights yet; run it once on example inputs"
     return None
 

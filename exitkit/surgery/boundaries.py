@@ -219,12 +219,13 @@ def _clean_cuts(flow: Flow, calls: dict[ModuleCall, list[int]]) -> Cuts:
     return dict(sorted(cuts.items(), key=lambda item: flow.order[item[0][-1]]))
 
 
-def _rows_per_sample(activation: Node, batch: torch.SymInt) -> int | None:
+def _rows_per_sample(activation: Node, batch: int | torch.SymInt) -> int | None:
     """How many rows each sample has in the first dimension; None where it is no multiple of the batch."""
     value = value_of(activation)
-    if value is None or value.dim() < 2 or not isinstance(value.shape[0], torch.SymInt):
+    if value is None or value.dim() < 2 or not isinstance(size := value.shape[0], torch.SymInt):
         return None
-    rows = value.shape[0].node.expr / batch.node.expr
+    assert isinstance(batch, torch.SymInt)  # the export fails where it cannot keep the batch open
+    rows = size.node.expr / batch.node.expr
     return int(rows) if rows.is_Integer else None
 
 

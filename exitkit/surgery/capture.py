@@ -67,7 +67,7 @@ def capture(model: nn.Module, example_inputs: Any = None) -> Capture:
     with untouched(model), torch.no_grad():
         _check_logits(_run(wrapped, example), len(example.tensors[0]), model)
         program = _export(wrapped, example, model)
-    return Capture(model, program.module(check_guards=False), example)
+    return Capture(model, _without_asserts(program.module(check_guards=False)), example)
 
 
 def logits_of(output: Any) -> Tensor:
@@ -145,8 +145,14 @@ def _run(wrapped: LogitsOf, example: Example) -> Tensor:
         shapes = {key: tuple(t.shape) for key, t in zip(example.spec.keys, example.tensors, strict=True)}
         raise ExitkitError(
             f"example_inputs of shapes {shapes} do not run through {type(wrapped.backbone).__name__}: "
-            f"{_first_line(error)}. Pass example_inputs that model(...) accepts"
+            f"{_first_line(error)}. {_advice(error)}"
         ) from error
+
+
+def _advice(error: Exception) -> str:
+    if "padding token" in str(error):  # transformers' decoders, which find the last token by it
+        return "Set model.config.pad_token_id, such as to the tokenizer's"
+    return "Pass example_inputs that model(...) accepts"
 
 
 def _runs(wrapped: LogitsOf, example: Example) -> bool:
@@ -184,6 +190,16 @@ def _export(wrapped: LogitsOf, example: Example, model: nn.Module) -> torch.expo
         ) from error
     finally:
         logging.disable(disabled)
+
+
+def _without_asserts(graph: GraphModule) -> GraphModule:
+    """The graph without checks of values, and without what only they need (``.item()``, which nothing else can follow)."""
+    for node in list(graph.graph.nodes):
+        if "_assert_" in str(node.target) and not node.users:
+            graph.graph.erase_node(node)
+    graph.graph.eliminate_dead_code()
+    graph.recompile()
+    return graph
 
 
 def _first_line(error: BaseException) -> str:

@@ -77,7 +77,7 @@ def _at(anatomy: Anatomy, names: Sequence[str]) -> tuple[Boundary, ...]:
 
 def _by_name(anatomy: Anatomy) -> dict[str, Boundary]:
     """Boundaries by every name they have; ``name[i]`` reads the i-th of several activations."""
-    named = {}
+    named: dict[str, Boundary] = {}
     for boundary in anatomy.boundaries:
         variants = [replace(boundary, read=index) for index in range(len(boundary.activations))]
         for name in (*boundary.aliases, boundary.call.name):
