@@ -44,16 +44,22 @@ def _tokens() -> dict[str, Tensor]:
 
 
 BACKBONES: dict[str, tuple[Callable[[], nn.Module], Any, str]] = {
-    "vit": (lambda: timm.create_model("vit_tiny_patch16_224", img_size=32, num_classes=5), images(3, 3, 32, 32), "blocks.11"),
+    "vit": (lambda: timm.create_model("vit_tiny_patch16_224", img_size=32, num_classes=5, depth=3), images(3, 3, 32, 32), "blocks.2"),
     "mean of tokens": (
-        lambda: timm.create_model("mixer_s32_224", img_size=64, num_classes=5), images(3, 3, 64, 64), "blocks.7",
+        lambda: timm.create_model("vit_tiny_patch16_224", img_size=32, num_classes=5, depth=3, global_pool="avg"),
+        images(3, 3, 32, 32), "blocks.2",
     ),
     "attention pooling": (
-        lambda: timm.create_model("vit_tiny_patch16_224", img_size=32, num_classes=5, global_pool="map", class_token=False),
-        images(3, 3, 32, 32), "blocks.11",
+        lambda: timm.create_model(
+            "vit_tiny_patch16_224", img_size=32, num_classes=5, depth=3, global_pool="map", class_token=False
+        ),
+        images(3, 3, 32, 32), "blocks.2",
     ),
     "resnet": (lambda: torchvision_models.resnet18(num_classes=5), images(3, 3, 64, 64), "layer4.1"),
-    "swin": (lambda: torchvision_models.swin_t(num_classes=5), images(3, 3, 64, 64), "features.7.1"),
+    "swin": (
+        lambda: torchvision_models.SwinTransformer([4, 4], 16, [1, 2], [2, 2], [2, 2], num_classes=5), images(3, 3, 32, 32),
+        "features.3.1",
+    ),
     "squeezenet": (lambda: torchvision_models.squeezenet1_1(num_classes=5), images(3, 3, 64, 64), "features.12"),
     "bert": (_hf("BertForSequenceClassification", "BertConfig"), _tokens(), "bert.encoder.layer.2"),
     "roberta": (_hf("RobertaForSequenceClassification", "RobertaConfig"), _tokens(), "roberta.encoder.layer.2"),
@@ -82,9 +88,9 @@ def test_a_cascade_link_starts_without_influence() -> None:
 
 
 def test_the_copy_is_the_exits_own(tmp_path: Path) -> None:
-    model = torchvision_models.convnext_tiny(num_classes=5).eval().requires_grad_(False)
+    model = torchvision_models.resnet18(num_classes=5).eval().requires_grad_(False)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    ee = exitkit.attach(model, images(2, 3, 32, 32), at=["features.7.0", "features.7.1"], head="tail").eval()
+    ee = exitkit.attach(model, images(2, 3, 32, 32), at=["layer3.1", "layer4.1"], head="tail").eval()
     assert all(parameter.requires_grad for parameter in ee.added_parameters())
     with torch.no_grad():
         for parameter in ee.added_parameters():

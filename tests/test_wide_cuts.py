@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -129,22 +130,19 @@ def test_a_skip_from_outside_the_call_is_no_boundary() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "first", "activations", "side", "options"),
+    ("name", "first", "side", "options"),
     [
-        ("crossvit_tiny_240", "blocks.0", 2, 240, {}),
-        ("hrnet_w18_small", "stage2.0", 2, 64, {}),
-        ("tnt_s_legacy_patch16_224", "blocks.0", 2, 224, {}),
-        ("coat_tiny", "parallel_blocks.0", 3, 64, {"img_size": 64}),
+        ("crossvit_tiny_240", "blocks.0", 240, {"depth": ((1, 1, 0), (1, 1, 0))}),
+        ("tnt_s_legacy_patch16_224", "blocks.0", 224, {"depth": 2}),
+        ("hrnet_w18_small", "stage2.0", 64, {}),
     ],
 )
-def test_published_architectures_with_streams(
-    name: str, first: str, activations: int, side: int, options: dict[str, int]
-) -> None:
+def test_published_architectures_with_streams(name: str, first: str, side: int, options: dict[str, Any]) -> None:
     timm = pytest.importorskip("timm")
     model = timm.create_model(name, num_classes=5, **options).eval()
     x = images(3, 3, side, side)
     ee = exitkit.attach(model, x, at=[first], head="1L", method="sdn").eval()
-    assert len(ee.boundaries[0].activations) == activations
+    assert len(ee.boundaries[0].activations) == 2
     with torch.no_grad():
         output = ee(x)
         assert torch.equal(output.logits[-1], model(x))

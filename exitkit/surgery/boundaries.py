@@ -238,8 +238,9 @@ def _activation(node: Node, shape: tuple[int, ...]) -> Activation:
 def _blocks(backbone: nn.Module, flow: Flow, calls: dict[ModuleCall, list[int]], cuts: Cuts) -> set[ModuleCall]:
     """Calls of repeated siblings in a list of modules, with at least two weighted layers each.
 
-    Where such calls nest (a stage around its blocks, a block around a chain of layers), a kind of module that is
-    once free of inner ones is a block wherever it stands; any other, and a plain ``Sequential``, is a container.
+    Where such calls nest (a stage around its blocks, a block around a chain of layers), a kind of module is a block
+    wherever it stands if it is once free of inner ones, or if it always holds several, each of another kind (attention and
+    feed-forward layers of T5); any other, and a plain ``Sequential``, is a container.
     """
     weighted = {flow.order[node] for node in flow.weighted}
     members = [
@@ -251,7 +252,10 @@ def _blocks(backbone: nn.Module, flow: Flow, calls: dict[ModuleCall, list[int]],
     kinds = Counter(call.type for call in members)
     members = [call for call in members if kinds[call.type] > 1]
     inner = {call: [other for other in members if _encloses(calls, call, other)] for call in members}
-    atomic = {call.type for call in members if not inner[call]} - {"Sequential"}
+    parts = {call: len({item.type for item in inner[call]}) for call in members}
+    mixed = {call.type for call in members if parts[call] > 1}
+    repeating = {call.type for call in members if parts[call] < len(inner[call])}
+    atomic = ({call.type for call in members if not inner[call]} | (mixed - repeating)) - {"Sequential"}
     covered = {other for call in members if call.type in atomic for other in inner[call]}
     return {call for call in members if call not in covered and (call.type in atomic or not inner[call])}
 

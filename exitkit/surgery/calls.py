@@ -114,10 +114,10 @@ class Example:
         return all(tensor.dim() == 2 and not tensor.is_floating_point() for tensor in self.tensors)
 
     def shorter(self, tokens: int) -> Example:
-        """For text: without the last ``tokens`` tokens; masks are full but for the last row, which is padded."""
+        """For text: ``tokens`` fewer, first and last kept; masks are full but for the last row, which is padded."""
         parts = []
         for key, tensor in zip(self.spec.keys, self.tensors, strict=True):
-            cut = tensor[:, :-tokens]
+            cut = torch.cat([tensor[:, :1], tensor[:, 1 + tokens :]], 1)
             if "mask" in str(key):
                 cut = torch.ones_like(cut)
                 cut[-1, cut.shape[1] // 2 + 1 :] = 0

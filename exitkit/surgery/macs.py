@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -17,11 +17,13 @@ from torch.fx import GraphModule, Node
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from exitkit.errors import ExitkitError
 from exitkit.surgery.calls import Example
 from exitkit.surgery.memory import Storages, alive_bytes, parameter_bytes, storages_of
 
 Shape = Sequence[int]
 Record = Callable[[Node, Any], None]
+ToFake = Callable[[Tensor], Tensor]
 
 
 def count_macs(function: Callable[..., Any], *tensors: Tensor) -> int:
@@ -30,8 +32,8 @@ def count_macs(function: Callable[..., Any], *tensors: Tensor) -> int:
     Convolutions, matrix products and recurrent layers count; additions, norms, activations and softmax do not.
     """
     counter = _flop_counter()
-    with _counting(counter) as fake:
-        function(*(fake.from_tensor(tensor) for tensor in tensors))
+    with _counting(counter) as to_fake:
+        function(*(to_fake(tensor) for tensor in tensors))
     return counter.get_total_flops() // 2
 
 
@@ -94,29 +96,42 @@ def ptflops_macs(graph: GraphModule, example: Example) -> tuple[int, ...] | None
 
 
 @contextmanager
-def _counting(counter: AbstractContextManager[Any]) -> Iterator[FakeTensorMode]:
+def _counting(counter: AbstractContextManager[Any], fake: bool = True) -> Iterator[ToFake]:
     """Fake tensors, every operation of which ``counter`` sees: fused attention would count as 0 (pytorch#195460)."""
-    with FakeTensorMode(allow_non_fake_inputs=True) as fake, torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
-        yield fake
+    mode = FakeTensorMode(allow_non_fake_inputs=True) if fake else nullcontext()
+    with mode, torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
+        yield mode.from_tensor if isinstance(mode, FakeTensorMode) else lambda tensor: tensor
 
 
 def _walk(graph: GraphModule, example: Example, counter: AbstractContextManager[Any], record: Record) -> None:
     """Run ``graph`` on one sample, giving ``record`` each node and its result."""
-    with _counting(counter) as fake:
-        inputs = [fake.from_tensor(tensor) for tensor in example.with_batch(1).tensors]
-        _Walker(graph, fake, record).run(*inputs)
+    try:
+        with _counting(counter, fake=not _reads_values(graph)) as to_fake:
+            inputs = [to_fake(tensor.clone()) for tensor in example.with_batch(1).tensors]
+            _Walker(graph, to_fake, record).run(*inputs)
+    except Exception as error:  # an operation that cannot be run with its attention decomposed, or on one sample
+        raise ExitkitError(
+            f"the captured graph does not run on one sample, so its MACs cannot be counted: {type(error).__name__}: "
+            f"{str(error).splitlines()[0]}. Attach to a model whose forward takes any batch size and attention kernel"
+        ) from error
+
+
+def _reads_values(graph: GraphModule) -> bool:
+    """Whether shapes follow from values (masked selection, experts' token counts), which fake tensors do not have."""
+    tags = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
+    return any(tags & set(getattr(node.target, "tags", ())) for node in graph.graph.nodes)
 
 
 class _Walker(fx.Interpreter):
-    def __init__(self, graph: GraphModule, fake: FakeTensorMode, record: Record) -> None:
+    def __init__(self, graph: GraphModule, to_fake: ToFake, record: Record) -> None:
         super().__init__(graph)
-        self.fake = fake
+        self.to_fake = to_fake
         self.record = record
 
     def run_node(self, n: Node) -> Any:
         value = super().run_node(n)
         if n.op == "get_attr" and isinstance(value, Tensor):
-            value = self.fake.from_tensor(value)
+            value = self.to_fake(value)
         self.record(n, value)
         return value
 
