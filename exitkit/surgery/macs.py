@@ -3,25 +3,28 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from math import prod
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, fx
 from torch._ops import OpOverload
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from torch.fx import GraphModule, Node
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from exitkit.errors import ExitkitError
 from exitkit.surgery.calls import Example
 from exitkit.surgery.memory import Storages, alive_bytes, parameter_bytes, storages_of
 
+T = TypeVar("T")
 Shape = Sequence[int]
-Record = Callable[[Node, Any], None]
+Counter = AbstractContextManager[Any]
+Place = Callable[[Tensor], Tensor]
 
 
 def count_macs(function: Callable[..., Any], *tensors: Tensor) -> int:
@@ -30,8 +33,7 @@ def count_macs(function: Callable[..., Any], *tensors: Tensor) -> int:
     Convolutions, matrix products and recurrent layers count; additions, norms, activations and softmax do not.
     """
     counter = _flop_counter()
-    with _counting(counter) as fake:
-        function(*(fake.from_tensor(tensor) for tensor in tensors))
+    _counted(counter, lambda place: function(*map(place, tensors)))
     return counter.get_total_flops() // 2
 
 
@@ -62,20 +64,15 @@ class Profile:
 def profile(graph: GraphModule, example: Example) -> Profile:
     """Run ``graph`` once on fake tensors with one sample, recording costs, lifetimes and shapes."""
     counter = _flop_counter()
-    macs: list[int] = []
-    storages: list[Storages] = []
     shapes: dict[str, tuple[int, ...]] = {}
 
-    def record(node: Node, value: Any) -> None:
-        macs.append(counter.get_total_flops() // 2)
-        storages.append(storages_of(value))
+    def read(node: Node, value: Any) -> tuple[int, Storages]:
         if isinstance(value, Tensor):
             shapes[node.name] = tuple(value.shape)
+        return counter.get_total_flops() // 2, storages_of(value)
 
-    _walk(graph, example, counter, record)
-    return Profile(
-        tuple(macs), parameter_bytes(graph), alive_bytes(graph, storages), shapes, _uncounted(graph, counter)
-    )
+    macs, storages = zip(*_walk(graph, example, counter, read), strict=True)
+    return Profile(macs, parameter_bytes(graph), alive_bytes(graph, storages), shapes, _uncounted(graph, counter))
 
 
 def ptflops_macs(graph: GraphModule, example: Example) -> tuple[int, ...] | None:
@@ -88,36 +85,58 @@ def ptflops_macs(graph: GraphModule, example: Example) -> tuple[int, ...] | None
     from ptflops.aten_engine import FlopCounterMode as PtflopsCounter
 
     counter = PtflopsCounter()
-    macs: list[int] = []
-    _walk(graph, example, counter, lambda *_: macs.append(sum(counter.flop_counts["Global"].values())))
-    return tuple(macs)
+    return tuple(_walk(graph, example, counter, lambda *_: sum(counter.flop_counts["Global"].values())))
 
 
-@contextmanager
-def _counting(counter: AbstractContextManager[Any]) -> Iterator[FakeTensorMode]:
-    """Fake tensors, every operation of which ``counter`` sees: fused attention would count as 0 (pytorch#195460)."""
-    with FakeTensorMode(allow_non_fake_inputs=True) as fake, torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
-        yield fake
+def _walk(graph: GraphModule, example: Example, counter: Counter, read: Callable[[Node, Any], T]) -> list[T]:
+    """Run ``graph`` on one sample, and ``read`` each node and its result.
+
+    Raises:
+        ExitkitError: the graph does not run on one sample.
+    """
+    tensors = example.with_batch(1).tensors
+
+    def walk(place: Place) -> list[T]:
+        walker = _Walker(graph, place, read)
+        walker.run(*map(place, tensors))
+        return walker.readings
+
+    try:
+        return _counted(counter, walk)
+    except RuntimeError as error:
+        raise ExitkitError(
+            f"the captured model does not run on a single sample ({str(error).partition(chr(10))[0]}), but one may be left "
+            "when the others have taken an exit; its forward must not depend on more than one"
+        ) from error
 
 
-def _walk(graph: GraphModule, example: Example, counter: AbstractContextManager[Any], record: Record) -> None:
-    """Run ``graph`` on one sample, giving ``record`` each node and its result."""
-    with _counting(counter) as fake:
-        inputs = [fake.from_tensor(tensor) for tensor in example.with_batch(1).tensors]
-        _Walker(graph, fake, record).run(*inputs)
+def _counted(counter: Counter, run: Callable[[Place], T]) -> T:
+    """``run`` while ``counter`` sees every operation; it is given the function through which real tensors must go.
+
+    That makes them fake, unless an operation depends on values (``item``, ``nonzero``). Attention is decomposed, because
+    the fused one would count as 0 (pytorch#195460).
+    """
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+        try:
+            with FakeTensorMode(allow_non_fake_inputs=True) as fake, counter:
+                return run(fake.from_tensor)
+        except (DataDependentOutputException, DynamicOutputShapeException):
+            with counter:
+                return run(lambda tensor: tensor)
 
 
-class _Walker(fx.Interpreter):
-    def __init__(self, graph: GraphModule, fake: FakeTensorMode, record: Record) -> None:
+class _Walker(fx.Interpreter, Generic[T]):
+    def __init__(self, graph: GraphModule, place: Place, read: Callable[[Node, Any], T]) -> None:
         super().__init__(graph)
-        self.fake = fake
-        self.record = record
+        self.place = place
+        self.read = read
+        self.readings: list[T] = []
 
     def run_node(self, n: Node) -> Any:
         value = super().run_node(n)
         if n.op == "get_attr" and isinstance(value, Tensor):
-            value = self.fake.from_tensor(value)
-        self.record(n, value)
+            value = self.place(value)
+        self.readings.append(self.read(n, value))
         return value
 
 
