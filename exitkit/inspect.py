@@ -13,7 +13,7 @@ from torch import nn
 
 from exitkit.console import make_console
 from exitkit.surgery.boundaries import Anatomy, Boundary, find_boundaries
-from exitkit.surgery.capture import Capture, capture
+from exitkit.surgery.capture import Capture, capture, untouched
 from exitkit.surgery.macs import ptflops_macs
 
 _AXES = {
@@ -146,7 +146,8 @@ def inspect(model: nn.Module, example_inputs: Any = None, *, show: bool = True) 
 
 def _stage_costs(captured: Capture, anatomy: Anatomy) -> tuple[StageCost, ...]:
     costs = anatomy.costs
-    cross = ptflops_macs(captured.graph, captured.example)
+    with untouched(captured.backbone):
+        cross = ptflops_macs(captured.graph, captured.example)
     cuts = [-1, *(block.position for block in anatomy.blocks), len(costs.macs) - 1]
     names = [*(block.name for block in anatomy.blocks), "backbone"]
     return tuple(

@@ -13,7 +13,7 @@ from torch.nn.utils import parametrizations
 
 import exitkit
 from exitkit.surgery.macs import count_macs
-from tests.toy import TinyNet, images
+from tests.toy import TOTAL, TinyNet, images
 
 
 class Between(nn.Module):
@@ -139,6 +139,36 @@ def test_a_mixture_of_experts_costs_the_experts_that_a_token_goes_to(experts: st
     model = transformers.MixtralForSequenceClassification(config)
     layer = 10 * (2 * 8 * 8 + 2 * 8 * 4) + 2 * 10 * 10 * 8 + 10 * 8 * 4 + 10 * 2 * 3 * 8 * 12
     assert exitkit.inspect(model, batch, show=False).anatomy.macs == 2 * layer + 10 * 8 * 2
+
+
+class Choosy(TinyNet):
+    """Reads a value out of a tensor, and counts its calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        scale = x.abs().max().item()
+        torch._check(scale >= 0)
+        return super().forward(x * scale)
+
+
+def test_a_graph_that_reads_values_is_counted_too_and_leaves_no_trace() -> None:
+    model = Choosy().eval()
+    assert exitkit.inspect(model, images(), show=False).anatomy.macs == TOTAL
+    assert model.calls == 0
+
+
+def test_a_graph_that_does_not_run_on_one_sample_is_refused() -> None:
+    class Pairs(TinyNet):
+        def forward(self, x: Tensor) -> Tensor:
+            torch._check(x.abs().sum((1, 2, 3)).nonzero().shape[0] >= 2)
+            return super().forward(x)
+
+    with pytest.raises(exitkit.ExitkitError, match="does not run on a single sample"):
+        exitkit.inspect(Pairs(), images(), show=False)
 
 
 def test_an_operator_without_a_formula_is_named(tiny_net: TinyNet) -> None:

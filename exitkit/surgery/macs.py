@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from math import prod
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, fx
 from torch._ops import OpOverload
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from torch.fx import GraphModule, Node
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -21,9 +21,10 @@ from exitkit.errors import ExitkitError
 from exitkit.surgery.calls import Example
 from exitkit.surgery.memory import Storages, alive_bytes, parameter_bytes, storages_of
 
+T = TypeVar("T")
 Shape = Sequence[int]
-Record = Callable[[Node, Any], None]
-ToFake = Callable[[Tensor], Tensor]
+Counter = AbstractContextManager[Any]
+Place = Callable[[Tensor], Tensor]
 
 
 def count_macs(function: Callable[..., Any], *tensors: Tensor) -> int:
@@ -32,8 +33,7 @@ def count_macs(function: Callable[..., Any], *tensors: Tensor) -> int:
     Convolutions, matrix products and recurrent layers count; additions, norms, activations and softmax do not.
     """
     counter = _flop_counter()
-    with _counting(counter) as to_fake:
-        function(*(to_fake(tensor) for tensor in tensors))
+    _counted(counter, lambda place: function(*map(place, tensors)))
     return counter.get_total_flops() // 2
 
 
@@ -64,20 +64,15 @@ class Profile:
 def profile(graph: GraphModule, example: Example) -> Profile:
     """Run ``graph`` once on fake tensors with one sample, recording costs, lifetimes and shapes."""
     counter = _flop_counter()
-    macs: list[int] = []
-    storages: list[Storages] = []
     shapes: dict[str, tuple[int, ...]] = {}
 
-    def record(node: Node, value: Any) -> None:
-        macs.append(counter.get_total_flops() // 2)
-        storages.append(storages_of(value))
+    def read(node: Node, value: Any) -> tuple[int, Storages]:
         if isinstance(value, Tensor):
             shapes[node.name] = tuple(value.shape)
+        return counter.get_total_flops() // 2, storages_of(value)
 
-    _walk(graph, example, counter, record)
-    return Profile(
-        tuple(macs), parameter_bytes(graph), alive_bytes(graph, storages), shapes, _uncounted(graph, counter)
-    )
+    macs, storages = zip(*_walk(graph, example, counter, read), strict=True)
+    return Profile(macs, parameter_bytes(graph), alive_bytes(graph, storages), shapes, _uncounted(graph, counter))
 
 
 def ptflops_macs(graph: GraphModule, example: Example) -> tuple[int, ...] | None:
@@ -90,49 +85,58 @@ def ptflops_macs(graph: GraphModule, example: Example) -> tuple[int, ...] | None
     from ptflops.aten_engine import FlopCounterMode as PtflopsCounter
 
     counter = PtflopsCounter()
-    macs: list[int] = []
-    _walk(graph, example, counter, lambda *_: macs.append(sum(counter.flop_counts["Global"].values())))
-    return tuple(macs)
+    return tuple(_walk(graph, example, counter, lambda *_: sum(counter.flop_counts["Global"].values())))
 
 
-@contextmanager
-def _counting(counter: AbstractContextManager[Any], fake: bool = True) -> Iterator[ToFake]:
-    """Fake tensors, every operation of which ``counter`` sees: fused attention would count as 0 (pytorch#195460)."""
-    mode = FakeTensorMode(allow_non_fake_inputs=True) if fake else nullcontext()
-    with mode, torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
-        yield mode.from_tensor if isinstance(mode, FakeTensorMode) else lambda tensor: tensor
+def _walk(graph: GraphModule, example: Example, counter: Counter, read: Callable[[Node, Any], T]) -> list[T]:
+    """Run ``graph`` on one sample, and ``read`` each node and its result.
 
+    Raises:
+        ExitkitError: the graph does not run on one sample.
+    """
+    tensors = example.with_batch(1).tensors
 
-def _walk(graph: GraphModule, example: Example, counter: AbstractContextManager[Any], record: Record) -> None:
-    """Run ``graph`` on one sample, giving ``record`` each node and its result."""
+    def walk(place: Place) -> list[T]:
+        walker = _Walker(graph, place, read)
+        walker.run(*map(place, tensors))
+        return walker.readings
+
     try:
-        with _counting(counter, fake=not _reads_values(graph)) as to_fake:
-            inputs = [to_fake(tensor.clone()) for tensor in example.with_batch(1).tensors]
-            _Walker(graph, to_fake, record).run(*inputs)
-    except Exception as error:  # an operation that cannot be run with its attention decomposed, or on one sample
+        return _counted(counter, walk)
+    except RuntimeError as error:
         raise ExitkitError(
-            f"the captured graph does not run on one sample, so its MACs cannot be counted: {type(error).__name__}: "
-            f"{str(error).splitlines()[0]}. Attach to a model whose forward takes any batch size and attention kernel"
+            f"the captured model does not run on a single sample ({str(error).partition(chr(10))[0]}), but one may be left "
+            "when the others have taken an exit; its forward must not depend on more than one"
         ) from error
 
 
-def _reads_values(graph: GraphModule) -> bool:
-    """Whether shapes follow from values (masked selection, experts' token counts), which fake tensors do not have."""
-    tags = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
-    return any(tags & set(getattr(node.target, "tags", ())) for node in graph.graph.nodes)
+def _counted(counter: Counter, run: Callable[[Place], T]) -> T:
+    """``run`` while ``counter`` sees every operation; it is given the function through which real tensors must go.
+
+    That makes them fake, unless an operation depends on values (``item``, ``nonzero``). Attention is decomposed, because
+    the fused one would count as 0 (pytorch#195460).
+    """
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+        try:
+            with FakeTensorMode(allow_non_fake_inputs=True) as fake, counter:
+                return run(fake.from_tensor)
+        except (DataDependentOutputException, DynamicOutputShapeException):
+            with counter:
+                return run(lambda tensor: tensor)
 
 
-class _Walker(fx.Interpreter):
-    def __init__(self, graph: GraphModule, to_fake: ToFake, record: Record) -> None:
+class _Walker(fx.Interpreter, Generic[T]):
+    def __init__(self, graph: GraphModule, place: Place, read: Callable[[Node, Any], T]) -> None:
         super().__init__(graph)
-        self.to_fake = to_fake
-        self.record = record
+        self.place = place
+        self.read = read
+        self.readings: list[T] = []
 
     def run_node(self, n: Node) -> Any:
         value = super().run_node(n)
         if n.op == "get_attr" and isinstance(value, Tensor):
-            value = self.to_fake(value)
-        self.record(n, value)
+            value = self.place(value)
+        self.readings.append(self.read(n, value))
         return value
 
 
