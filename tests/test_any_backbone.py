@@ -1,7 +1,9 @@
-"""Random small backbones: cuts clean, stages exact."""
+"""Random small backbones: cuts clean, stages exact, costs additive, nothing left behind, the same after saving."""
 
 from __future__ import annotations
 
+import itertools
+import tempfile
 from collections.abc import Callable
 
 import torch
@@ -10,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import exitkit
+from exitkit.surgery.macs import count_macs
 from tests.toy import TinyBlock, all_equal, images, staged
 
 
@@ -24,6 +27,32 @@ class DenseUnit(nn.Module):
         return out
 
 
+class Attention(nn.Module):
+    """Self-attention over pixels, with a residual."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(4)
+        self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.norm(x.flatten(2).transpose(1, 2))
+        mixed, _ = self.attention(tokens, tokens, tokens, need_weights=False)
+        return x + mixed.transpose(1, 2).reshape(x.shape)
+
+
+class Branches(nn.Module):
+    """Two paths side by side, concatenated."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left = nn.Sequential(nn.Conv2d(4, 2, 1), nn.ReLU(), nn.Conv2d(2, 2, 3, padding=1))
+        self.right = nn.Sequential(nn.AvgPool2d(3, stride=1, padding=1), nn.Conv2d(4, 2, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([self.left(x), self.right(x)], 1)
+
+
 UNITS: dict[str, Callable[[], nn.Module]] = {
     "conv": lambda: nn.Conv2d(4, 4, 3, padding=1),
     "block": lambda: nn.Sequential(
@@ -32,6 +61,8 @@ UNITS: dict[str, Callable[[], nn.Module]] = {
     "residual": lambda: TinyBlock(4),
     "dense": DenseUnit,
     "preactivation": lambda: nn.Sequential(nn.ReLU(inplace=True), nn.Conv2d(4, 4, 3, padding=1, groups=2)),
+    "attention": Attention,
+    "branches": Branches,
     "pool": lambda: nn.AvgPool2d(3, stride=1, padding=1),
 }
 
@@ -65,17 +96,21 @@ def chains(draw: st.DrawFn) -> tuple[list[str], tuple[int, int] | None]:
     return units, draw(st.none() | st.sampled_from(skips))
 
 
+def _trained(units: list[str], skip: tuple[int, int] | None, seed: int) -> Chain:
+    torch.manual_seed(seed)
+    model = Chain(units, skip)
+    for _ in range(3):
+        model.train()(images(8))  # BatchNorm statistics that make a difference
+    return model.eval()
+
+
 @settings(max_examples=20, deadline=None)
 @given(chain=chains(), batch=st.integers(1, 6), seed=st.integers(0, 99))
 def test_any_chain_is_cut_cleanly_and_exactly(
     chain: tuple[list[str], tuple[int, int] | None], batch: int, seed: int
 ) -> None:
     units, skip = chain
-    torch.manual_seed(seed)
-    model = Chain(units, skip)
-    for _ in range(3):
-        model.train()(images(8))  # BatchNorm statistics that make a difference
-    model.eval()
+    model = _trained(units, skip, seed)
     found = exitkit.inspect(model, images(), show=False).boundaries
     listed = {name for boundary in found for name in (boundary.name, *boundary.aliases)}
     under_skip = range(skip[0], skip[1] + 1) if skip else range(0)
@@ -90,3 +125,41 @@ def test_any_chain_is_cut_cleanly_and_exactly(
         output = ee(x)
         assert torch.equal(output.logits[-1], model(x))
     assert all_equal(staged(stages, x), [*output.features, output.logits[-1]])
+
+
+@settings(max_examples=12, deadline=None)
+@given(
+    chain=chains(),
+    seed=st.integers(0, 99),
+    method=st.sampled_from(["sdn", "ztw"]),
+    head=st.sampled_from(["auto", "1L", "tail"]),
+)
+def test_any_chain_costs_what_its_stages_cost_and_comes_back_from_disk_and_from_surgery(
+    chain: tuple[list[str], tuple[int, int] | None], seed: int, method: str, head: str
+) -> None:
+    model = _trained(*chain, seed)
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    modules = [type(module) for module in model.modules()]
+    boundaries = exitkit.inspect(model, images(), show=False).boundaries
+    ee = exitkit.attach(
+        model, images(), at=[boundary.name for boundary in boundaries], method=method, head=head
+    ).eval()
+
+    x = images(1)
+    values, spent = dict(zip(ee.lower().inputs, [x], strict=True)), []
+    for stage in ee.lower().stages:
+        inputs = [values[name] for name in stage.inputs]
+        spent.append(count_macs(stage.module, *inputs))
+        values |= dict(zip(stage.outputs, stage.module(*inputs), strict=True))
+    assert list(itertools.accumulate(spent)) == [*(boundary.macs for boundary in boundaries), ee.anatomy.macs]
+    assert all(before.macs < after.macs for before, after in itertools.pairwise(ee.exits))
+
+    with tempfile.TemporaryDirectory() as folder:
+        ee.save_pretrained(folder)
+        again = exitkit.MultiExitModel.from_pretrained(model, folder).eval()
+    assert all_equal(again(images(3)).logits, ee(images(3)).logits)
+
+    assert exitkit.detach(ee) is model
+    assert [type(module) for module in model.modules()] == modules
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    assert all(torch.equal(state[name], tensor) for name, tensor in model.state_dict().items())

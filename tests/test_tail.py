@@ -44,7 +44,10 @@ def _tokens() -> dict[str, Tensor]:
 
 
 BACKBONES: dict[str, tuple[Callable[[], nn.Module], Any, str]] = {
-    "vit": (lambda: timm.create_model("vit_tiny_patch16_224", img_size=32, num_classes=5, depth=3), images(3, 3, 32, 32), "blocks.2"),
+    "vit": (
+        lambda: timm.create_model("vit_tiny_patch16_224", img_size=32, num_classes=5, depth=3), images(3, 3, 32, 32),
+        "blocks.2",
+    ),
     "mean of tokens": (
         lambda: timm.create_model("vit_tiny_patch16_224", img_size=32, num_classes=5, depth=3, global_pool="avg"),
         images(3, 3, 32, 32), "blocks.2",
