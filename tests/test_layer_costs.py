@@ -88,6 +88,13 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int]] = {
         (4, 7, 5),
         2 * 4 * 7 * 7 * 5,
     ),
+    "attention_in_the_layout_of_its_query": (
+        lambda: Apply(
+            lambda x: F.scaled_dot_product_attention(*[x.transpose(1, 2)] * 3).transpose(1, 2).view(-1, 7, 20)
+        ),
+        (7, 4, 5),
+        2 * 4 * 7 * 7 * 5,
+    ),
     "einsum": (
         lambda: Apply(lambda weight, x: torch.einsum("btd,hdk->bhtk", x, weight), torch.ones(2, 5, 3)),
         (7, 5),
