@@ -104,10 +104,10 @@ def _walk(graph: GraphModule, example: Example, counter: Counter, read: Callable
 
     try:
         return _counted(counter, walk)
-    except RuntimeError as error:
+    except Exception as error:  # whatever the model's operations raise
         raise ExitkitError(
-            f"the captured model does not run on a single sample ({str(error).partition(chr(10))[0]}), but one may be left "
-            "when the others have taken an exit; its forward must not depend on more than one"
+            f"the captured model does not run on a single sample ({type(error).__name__}: {str(error).partition(chr(10))[0]}), "
+            "but one may be left when the others have taken an exit; its forward must take any batch size"
         ) from error
 
 
