@@ -106,8 +106,9 @@ def _walk(graph: GraphModule, example: Example, counter: Counter, read: Callable
         return _counted(counter, walk)
     except Exception as error:  # whatever the model's operations raise
         raise ExitkitError(
-            f"the captured model does not run on a single sample ({type(error).__name__}: {str(error).partition(chr(10))[0]}), "
-            "but one may be left when the others have taken an exit; its forward must take any batch size"
+            f"the captured model does not run on a single sample ({type(error).__name__}: "
+            f"{str(error).partition(chr(10))[0]}), but one may be left when the others have taken an exit; its forward must "
+            "take any batch size"
         ) from error
 
 
