@@ -19,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from exitkit.errors import ExitkitError
 from exitkit.surgery.calls import Example
+from exitkit.surgery.liveness import op_name
 from exitkit.surgery.memory import Storages, alive_bytes, parameter_bytes, storages_of
 
 T = TypeVar("T")
@@ -103,10 +104,11 @@ def _walk(graph: GraphModule, example: Example, counter: Counter, read: Callable
 
     try:
         return _counted(counter, walk)
-    except RuntimeError as error:
+    except Exception as error:  # whatever the model's operations raise
         raise ExitkitError(
-            f"the captured model does not run on a single sample ({str(error).partition(chr(10))[0]}), but one may be left "
-            "when the others have taken an exit; its forward must not depend on more than one"
+            f"the captured model does not run on a single sample ({type(error).__name__}: "
+            f"{str(error).partition(chr(10))[0]}), but one may be left when the others have taken an exit; its forward must "
+            "take any batch size"
         ) from error
 
 
@@ -136,6 +138,8 @@ class _Walker(fx.Interpreter, Generic[T]):
         value = super().run_node(n)
         if n.op == "get_attr" and isinstance(value, Tensor):
             value = self.place(value)
+        if op_name(n) == "scaled_dot_product_attention" and n.meta["val"].transpose(-3, -2).is_contiguous():
+            value = value.transpose(-3, -2).contiguous().transpose(-3, -2)  # the fused layout, which views rely on
         self.readings.append(self.read(n, value))
         return value
 
