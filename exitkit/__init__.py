@@ -11,20 +11,24 @@ from exitkit.evaluation import ExitOutputs, collect  # noqa: E402
 from exitkit.inspect import inspect  # noqa: E402
 from exitkit.methods import PBEE, SDN, ZTW, Method  # noqa: E402
 from exitkit.model import MultiExitModel, MultiExitOutput, detach  # noqa: E402
+from exitkit.runtime import Engine, Prediction, compile  # noqa: E402
 from exitkit.training import Trainer  # noqa: E402
 
 __all__ = [
     "PBEE",
     "SDN",
     "ZTW",
+    "Engine",
     "ExitOutputs",
     "ExitkitError",
     "Method",
     "MultiExitModel",
     "MultiExitOutput",
+    "Prediction",
     "Trainer",
     "attach",
     "collect",
+    "compile",
     "detach",
     "evaluation",
     "inspect",

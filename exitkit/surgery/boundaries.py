@@ -15,7 +15,7 @@ from torch.fx import Node
 from exitkit.errors import ExitkitError
 from exitkit.surgery.capture import BACKBONE, Capture, untouched
 from exitkit.surgery.layout import Layout, layout_of
-from exitkit.surgery.liveness import Flow, analyse, submodule, value_of
+from exitkit.surgery.liveness import Flow, analyse, multiple_of, submodule, value_of
 from exitkit.surgery.macs import Profile, profile
 
 
@@ -222,11 +222,7 @@ def _clean_cuts(flow: Flow, calls: dict[ModuleCall, list[int]]) -> Cuts:
 def _rows_per_sample(activation: Node, batch: int | torch.SymInt) -> int | None:
     """How many rows each sample has in the first dimension; None where it is no multiple of the batch."""
     value = value_of(activation)
-    if value is None or value.dim() < 2 or not isinstance(size := value.shape[0], torch.SymInt):
-        return None
-    assert isinstance(batch, torch.SymInt)  # the export fails where it cannot keep the batch open
-    rows = size.node.expr / batch.node.expr
-    return int(rows) if rows.is_Integer else None
+    return None if value is None or value.dim() < 2 else multiple_of(value.shape[0], batch)
 
 
 def _activation(node: Node, shape: tuple[int, ...]) -> Activation:

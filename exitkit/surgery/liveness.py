@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
@@ -37,6 +38,22 @@ def value_of(node: Node) -> Tensor | None:
     """The fake tensor that stands for a node's result, or None when it is no single tensor."""
     value = node.meta.get("val")
     return value if isinstance(value, Tensor) else None
+
+
+def has_factor(size: int | torch.SymInt, batch: int | torch.SymInt) -> bool:
+    """Whether a size is the symbolic ``batch`` times something that does not depend on it."""
+    if not isinstance(size, torch.SymInt) or not isinstance(batch, torch.SymInt):
+        return False
+    symbol, expression = batch.node.expr, size.node.expr
+    return symbol in expression.free_symbols and symbol not in (expression / symbol).free_symbols
+
+
+def multiple_of(size: int | torch.SymInt, batch: int | torch.SymInt) -> int | None:
+    """How many times the symbolic ``batch`` a size is; None where it is no multiple of it."""
+    if not isinstance(size, torch.SymInt) or not isinstance(batch, torch.SymInt):
+        return None
+    ratio = size.node.expr / batch.node.expr
+    return int(ratio) if ratio.is_Integer else None
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from torch.fx import GraphModule, Node
 
 from exitkit.surgery.boundaries import Boundary
 from exitkit.surgery.capture import Capture
-from exitkit.surgery.liveness import value_of
+from exitkit.surgery.liveness import has_factor, value_of
 
 
 @dataclass(frozen=True)
@@ -34,10 +34,18 @@ class Stage:
 
 @dataclass(frozen=True)
 class Lowered:
-    """The inference view of a backbone: its stages in order, and the names of its input tensors."""
+    """The inference view of a backbone.
+
+    Attributes:
+        inputs: names of the input tensors.
+        stages: in order.
+        axes: the dimension in which a value has its samples, by name, one entry or several consecutive ones for each; a
+            value that is not named is the same for every sample.
+    """
 
     inputs: tuple[str, ...]
     stages: tuple[Stage, ...]
+    axes: dict[str, int]
 
     def run(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Run all stages: the feature at each boundary (copies, as a stage may write into its input), then the logits."""
@@ -70,7 +78,19 @@ def lower(captured: Capture, boundaries: Sequence[Boundary]) -> Lowered:
         needed = dict.fromkeys([*piece.reads, *(node for node in needed if node not in piece.made)])
         stages.append(build(captured.graph, piece, outputs, live))
     inputs = tuple(node.name for node in nodes if node.op == "placeholder")
-    return Lowered(inputs, tuple(reversed(stages)))
+    return Lowered(inputs, tuple(reversed(stages)), _batch_axes(nodes))
+
+
+def _batch_axes(nodes: Sequence[Node]) -> dict[str, int]:
+    """Read off the symbolic batch size in the shapes: the dimension that has it as a factor holds the samples."""
+    values = {node.name: value for node in nodes if (value := value_of(node)) is not None}
+    batch = next(values[node.name].shape[0] for node in nodes if node.op == "placeholder" and node.name in values)
+    axes = {}
+    for name, value in values.items():
+        dims = [dim for dim, size in enumerate(value.shape) if has_factor(size, batch)]
+        if dims:
+            axes[name] = dims[0]
+    return axes
 
 
 class Piece:

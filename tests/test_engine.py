@@ -1,0 +1,261 @@
+"""The engine: equal to one sample at a time, to the training view, and to the backbone when nobody leaves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import exitkit
+from exitkit import ExitkitError
+from tests.toy import TinyNet, images
+
+METHODS: dict[str, Any] = {
+    "sdn": "sdn",
+    "pbee": "pbee",
+    "ztw": "ztw",
+    "additive": exitkit.ZTW(ensemble="additive", ensemble_final=True),
+    "margin": exitkit.SDN(criterion="margin"),
+    "entropy": exitkit.ZTW(criterion="entropy"),
+}
+
+
+def _noisy(ee: exitkit.MultiExitModel) -> exitkit.MultiExitModel:
+    """Larger random weights, so that exits disagree and samples leave everywhere."""
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in ee.added_parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.5)
+    return ee.eval()
+
+
+@pytest.fixture(scope="module")
+def models() -> dict[str, exitkit.MultiExitModel]:
+    torch.manual_seed(0)
+    net = TinyNet().eval()
+    return {name: _noisy(exitkit.attach(net, images(), method=method)) for name, method in METHODS.items()}
+
+
+def _expected(ee: exitkit.MultiExitModel, x: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
+    """Exits and answers from every exit's stored predictions."""
+    outputs = exitkit.collect(ee, [x])
+    exits = torch.from_numpy(outputs.exits_at(threshold))
+    with torch.no_grad():
+        logits = torch.stack([answer.float() for answer in ee(x).logits], 1)
+    return exits, logits[torch.arange(len(x)), exits]
+
+
+def _thresholds(ee: exitkit.MultiExitModel, x: Tensor) -> list[float]:
+    """τ between scores that occur, at which a sixth, half and five sixths of the scores are passed."""
+    scores = exitkit.collect(ee, [x]).scores()[:, :-1].flatten().double().sort().values.unique()
+    middles = (scores[1:] + scores[:-1]) / 2 if len(scores) > 1 else scores
+    return [float(middles[len(middles) * part // 6]) for part in (1, 3, 5)]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_samples_leave_as_stored_predictions_say(models: dict[str, exitkit.MultiExitModel], method: str) -> None:
+    ee, x = models[method], images(64)
+    left: set[int] = set()
+    for threshold in _thresholds(ee, x):
+        prediction = exitkit.compile(ee, threshold)(x)
+        exits, logits = _expected(ee, x, threshold)
+        assert torch.equal(prediction.exit, exits)
+        torch.testing.assert_close(prediction.logits.float(), logits, rtol=1e-5, atol=1e-5)
+        left |= set(exits.tolist())
+    assert len(left) > 2  # or nothing was tested
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_batch_gives_what_one_sample_at_a_time_gives(models: dict[str, exitkit.MultiExitModel], method: str) -> None:
+    ee, x = models[method], images(24)
+    engine = exitkit.compile(ee, _thresholds(ee, x)[1])
+    order = torch.randperm(24, generator=torch.Generator().manual_seed(1))
+    together, shuffled = engine(x), engine(x[order])
+    for i in range(24):
+        alone = engine(x[i : i + 1])
+        assert alone.exit.item() == together.exit[i].item()
+        torch.testing.assert_close(alone.logits[0], together.logits[i], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(alone.score[0], together.score[i], rtol=1e-5, atol=1e-5)
+    assert torch.equal(shuffled.exit, together.exit[order])
+
+
+@pytest.mark.parametrize("method", [name for name in METHODS if name != "additive"])
+def test_when_nobody_leaves_the_answer_is_the_backbones_bit_for_bit(
+    models: dict[str, exitkit.MultiExitModel], method: str
+) -> None:
+    ee = models[method]
+    prediction = exitkit.compile(ee, 100.0)(images(7))
+    with torch.no_grad():
+        assert torch.equal(prediction.logits, ee.backbone(images(7)))
+    assert prediction.exit.tolist() == [3] * 7
+
+
+def test_when_everybody_leaves_at_once_nothing_else_runs(models: dict[str, exitkit.MultiExitModel]) -> None:
+    ee = models["ztw"]
+    engine = exitkit.compile(ee, -1.0)
+    ran = []
+    for index, stage in enumerate(engine.lowered.stages):
+        stage.module.register_forward_hook(lambda *_, index=index: ran.append(index))
+    prediction = engine(images(5))
+    assert ran == [0]
+    assert prediction.exit.tolist() == [0] * 5
+    with torch.no_grad():
+        assert torch.equal(prediction.logits, ee(images(5)).logits[0])
+
+
+@settings(max_examples=25, deadline=None)
+@given(batch=st.integers(1, 9), quantiles=st.lists(st.floats(0, 1), min_size=3, max_size=3), seed=st.integers(0, 50))
+def test_one_threshold_for_each_exit(
+    models: dict[str, exitkit.MultiExitModel], batch: int, quantiles: list[float], seed: int
+) -> None:
+    ee = models["ztw"]
+    x = torch.randn(batch, 1, 8, 8, generator=torch.Generator().manual_seed(seed))
+    scores = exitkit.collect(ee, [x]).scores()[:, :-1].double()
+    thresholds = [float(scores[:, m].quantile(q)) + 1e-4 for m, q in enumerate(quantiles)]
+    sure = scores > torch.tensor(thresholds, dtype=torch.float64)
+    exits = torch.where(sure.any(1), sure.int().argmax(1), 3)
+    prediction = exitkit.compile(ee, thresholds)(x)
+    near = (scores - torch.tensor(thresholds)).abs().min(1).values < 1e-5  # rounding may decide there
+    assert torch.equal(prediction.exit[~near], exits[~near])
+
+
+def test_the_saved_threshold_is_the_default(models: dict[str, exitkit.MultiExitModel]) -> None:
+    ee = models["sdn"]
+    with pytest.raises(ExitkitError, match=r"threshold=None.*at_budget"):
+        exitkit.compile(ee)
+    ee.threshold = 0.4
+    assert exitkit.compile(ee).thresholds == (0.4,) * 3
+    ee.threshold = None
+
+
+def test_the_engine_is_thread_safe(models: dict[str, exitkit.MultiExitModel]) -> None:
+    ee = models["pbee"]
+    engine = exitkit.compile(ee, 1.0)
+    batches = [images(size) for size in range(1, 13)] * 3
+    expected = [engine(x) for x in batches]
+    with ThreadPoolExecutor(4) as pool:
+        for one, other in zip(pool.map(engine, batches), expected, strict=True):
+            assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+def test_an_empty_batch_has_an_empty_answer(models: dict[str, exitkit.MultiExitModel]) -> None:
+    prediction = exitkit.compile(models["ztw"], 0.5)(images()[:0])
+    assert prediction.logits.shape == (0, 3)
+    assert len(prediction.exit) == len(prediction.score) == 0
+
+
+def test_a_score_that_is_not_finite_never_lets_a_sample_leave(models: dict[str, exitkit.MultiExitModel]) -> None:
+    x = images(4)
+    x[2, 0, 3, 3] = float("nan")
+    prediction = exitkit.compile(models["sdn"], 0.0)(x)
+    assert prediction.exit.tolist() == [0, 0, 3, 0]
+    assert prediction.non_finite.tolist() == [False, False, True, False]
+
+
+@pytest.mark.parametrize(
+    ("x", "message"),
+    [
+        (torch.randn(2, 1, 9, 9), r"shape \(2, 1, 9, 9\).*compiled for \(batch, 1, 8, 8\).*Resize"),
+        (torch.randn(1, 8, 8), r"shape \(1, 8, 8\).*compiled for"),
+        (torch.randn(2, 1, 8, 8, dtype=torch.float64), r"torch\.float64 on cpu.*takes torch\.float32 on cpu"),
+    ],
+)
+def test_inputs_of_another_kind(models: dict[str, exitkit.MultiExitModel], x: Tensor, message: str) -> None:
+    with pytest.raises(ExitkitError, match=message):
+        exitkit.compile(models["sdn"], 0.5)(x)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"threshold": [0.5, 0.5]}, r"threshold has 2 values.*each of the 3 exits"),
+        ({"threshold": [0.5, "high", 0.5]}, r"threshold holds 'high'.*number"),
+        ({"threshold": float("nan")}, r"threshold holds nan"),
+        ({"threshold": 0.5, "criterion": "confidense"}, r"criterion='confidense' is unknown.*'confidence'"),
+    ],
+)
+def test_arguments_out_of_range(
+    models: dict[str, exitkit.MultiExitModel], arguments: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ExitkitError, match=message):
+        exitkit.compile(models["sdn"], **arguments)
+
+
+def test_a_backbone_alone_is_no_multi_exit_model() -> None:
+    with pytest.raises(ExitkitError, match=r"model is TinyNet; compile takes what exitkit\.attach"):
+        exitkit.compile(TinyNet(), 0.5)  # type: ignore[arg-type]
+
+
+def _bert() -> tuple[nn.Module, dict[str, Tensor]]:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.BertConfig(
+        vocab_size=99, hidden_size=32, num_hidden_layers=4, num_attention_heads=4, intermediate_size=40, num_labels=3,
+        initializer_range=0.3,
+    )  # fmt: skip
+    return transformers.BertForSequenceClassification(config), _text(12, 20)
+
+
+def _llama() -> tuple[nn.Module, dict[str, Tensor]]:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        vocab_size=99, hidden_size=32, num_hidden_layers=4, num_attention_heads=4, intermediate_size=40, num_labels=3,
+        initializer_range=0.3, pad_token_id=0,
+    )  # fmt: skip
+    return transformers.LlamaForSequenceClassification(config), _text(12, 20)
+
+
+def _tnt() -> tuple[nn.Module, Tensor]:
+    """Rows of pixels, several for each sample, travel beside the tokens."""
+    timm = pytest.importorskip("timm")
+    return timm.create_model("tnt_s_legacy_patch16_224", depth=3, num_classes=5), images(6, 3, 224, 224)
+
+
+def _msdnet() -> tuple[nn.Module, Tensor]:
+    return exitkit.models.msdnet(layers=6), images(12, 3, 32, 32)
+
+
+def _text(batch: int, length: int) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(length)
+    ids = torch.randint(1, 99, (batch, length), generator=generator)
+    mask = torch.ones_like(ids)
+    for row in range(0, batch, 2):
+        mask[row, length - 2 - row // 2 :] = 0
+    return {"input_ids": ids * mask, "attention_mask": mask}
+
+
+@pytest.mark.parametrize("build", [_bert, _llama, _tnt, _msdnet])
+@pytest.mark.parametrize("head", ["1L", "tail"])
+def test_whatever_travels_with_a_sample_leaves_with_it(build: Callable[[], tuple[nn.Module, Any]], head: str) -> None:
+    torch.manual_seed(0)
+    model, batch = build()
+    if head == "tail" and build in (_tnt, _msdnet):
+        pytest.skip("its last block leaves several activations, or maps of other sizes")
+    ee = _noisy(exitkit.attach(model.eval(), batch, every=1, head=head, method="ztw"))
+    scores = exitkit.collect(ee, [batch]).scores()[:, :-1].double()
+    thresholds = scores.quantile(0.6, dim=0)
+    engine = exitkit.compile(ee, thresholds.tolist())
+    with torch.no_grad():
+        prediction, output = (engine(**batch), ee(**batch)) if isinstance(batch, dict) else (engine(batch), ee(batch))
+    sure = scores > thresholds
+    exits = torch.where(sure.any(1), sure.int().argmax(1), sure.shape[1])
+    assert len(set(exits.tolist())) > 2
+    clear = (scores - thresholds).abs().min(1).values > 1e-5  # elsewhere rounding may decide
+    for i in clear.nonzero().flatten().tolist():
+        assert prediction.exit[i] == exits[i]
+        torch.testing.assert_close(prediction.logits[i], output.logits[exits[i]][i].float(), rtol=1e-4, atol=1e-5)
+
+
+def test_texts_of_another_length(models: dict[str, exitkit.MultiExitModel]) -> None:
+    torch.manual_seed(0)
+    model, batch = _bert()
+    ee = _noisy(exitkit.attach(model.eval(), batch, every=1, method="sdn"))
+    engine = exitkit.compile(ee, 2.0)
+    longer = _text(3, 33)
+    with torch.no_grad():
+        assert torch.equal(engine(**longer).logits, model(**longer).logits)
