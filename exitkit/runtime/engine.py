@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from numbers import Real
 from typing import Any, NamedTuple, get_args
@@ -66,7 +66,7 @@ class Engine:
         Raises:
             ExitkitError: other tensors than the model was attached with: names, sizes, dtype or device.
         """
-        tensors = self._checked(args, kwargs)
+        tensors = self.checked(args, kwargs)
         with torch.inference_mode():
             if not len(tensors[0]):
                 return self._blank(0, tensors[0].device)
@@ -77,6 +77,32 @@ class Engine:
                     flight, departed = self.advance(flight, stage)
                     departures += departed
             return self.landed(departures, len(tensors[0]))
+
+    def map(
+        self, batches: Iterable[Any], batch_size: int = 64, max_wait: float = float("inf")
+    ) -> Iterator[Prediction]:
+        """Answer many batches with every stage as full as it can be: throughput rather than latency.
+
+        Samples of different batches wait together before each stage until there are ``batch_size`` of them.
+
+        Args:
+            batches: a loader or any iterable of inputs, ``(inputs, labels)`` or dicts.
+            batch_size: how many samples a stage runs on at once.
+            max_wait: seconds after which an unanswered batch is no longer held back for fuller stages.
+
+        Yields:
+            A :class:`Prediction` for each batch, in order. Memory is bounded by a fixed number of batches under way.
+
+        Raises:
+            ExitkitError: inputs of another kind, or a stage failed; the message names the batch.
+        """
+        from exitkit.runtime.refill import Refill
+
+        if not isinstance(batch_size, int) or batch_size < 1:
+            raise ExitkitError(f"batch_size={batch_size!r} must be a whole number greater than 0")
+        if not max_wait >= 0:
+            raise ExitkitError(f"max_wait={max_wait!r} must be a number of seconds of at least 0")
+        return Refill(self, batch_size, max_wait).run(batches)
 
     def enter(self, tensors: Sequence[Tensor], first: int = 0) -> Flight:
         """A flight of new samples before stage 0, numbered from ``first``."""
@@ -108,6 +134,8 @@ class Engine:
 
     def landed(self, departures: Sequence[Departure], count: int, first: int = 0) -> Prediction:
         """The answers of the samples numbered from ``first``, in order."""
+        if not departures:
+            return self._blank(0, next(self.model.parameters()).device)
         device = departures[0].rows.device
         logits = departures[0].logits.new_empty(count, self.model.num_classes)
         result = self._blank(count, device)._replace(logits=logits)
@@ -160,7 +188,8 @@ class Engine:
         flight.last = latest
         return flight.count.float()
 
-    def _checked(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, ...]:
+    def checked(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, ...]:
+        """The tensors of a call, in the order the model was attached with, refused if they are of another kind."""
         spec, examples = self.model.example.spec, self.model.example.tensors
         tensors = spec.tensors(kwargs or args)
         device = next(self.model.parameters()).device
