@@ -32,7 +32,7 @@ from exitkit.evaluation import ExitOutputs, plot_curves
 from exitkit.files import replacing
 
 BUDGETS = (0.25, 0.5, 0.75, 1.0)
-LENGTH, VOCABULARY, BATCH = 48, 8_000, 64
+LENGTH, VOCABULARY, BATCH = 32, 6_000, 64
 PRETRAINING: dict[str, Any] = {"epochs": 4, "lr": 5e-4}
 
 

@@ -1,5 +1,6 @@
 """The engine: samples really leave."""
 
-from exitkit.runtime.engine import Engine, Prediction, compile
+from exitkit.runtime.engine import Engine, compile
+from exitkit.runtime.steps import Prediction
 
 __all__ = ["Engine", "Prediction", "compile"]

@@ -5,60 +5,34 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from numbers import Real
-from typing import Any, NamedTuple, get_args
+from typing import Any, get_args
 
 import torch
-from torch import Tensor
-from torch.nn import functional as F
 
-from exitkit.criteria import CRITERIA, Criterion
+from exitkit.criteria import Criterion
 from exitkit.errors import ExitkitError, unknown_name
 from exitkit.model import MultiExitModel
 from exitkit.runtime.flight import Flight
+from exitkit.runtime.refill import Refill
+from exitkit.runtime.steps import Departure, Prediction, Steps
 from exitkit.surgery.lower import Lowered
-
-
-class Prediction(NamedTuple):
-    """The answers of a batch, in the caller's order.
-
-    Attributes:
-        logits: (B, C), each sample's from the exit at which it left, after the method's ensemble.
-        exit: (B,) int64, that exit; M is the backbone's own classifier.
-        score: (B,) float32, how sure that exit was.
-        non_finite: (B,) bool, samples with a score that was not finite somewhere; such a score never lets one leave.
-    """
-
-    logits: Tensor
-    exit: Tensor
-    score: Tensor
-    non_finite: Tensor
-
-
-class Departure(NamedTuple):
-    """Samples that have just got their answer at exit ``exit``; ``rows`` are the callers' numbers."""
-
-    rows: Tensor
-    exit: int
-    logits: Tensor
-    score: Tensor
-    non_finite: Tensor
 
 
 @dataclass(frozen=True)
 class Engine:
-    """What :func:`compile` returns; call it as the model. Thread-safe: nothing is kept between calls.
+    """What :func:`compile` returns; call it as the model. Thread-safe: nothing is kept between calls."""
 
-    Attributes:
-        model: the multi-exit model whose weights it shares.
-        lowered: the backbone's stages.
-        thresholds: τ of each exit before the backbone.
-        criterion: the score compared with it.
-    """
+    steps: Steps
 
-    model: MultiExitModel
-    lowered: Lowered
-    thresholds: tuple[float, ...]
-    criterion: Criterion
+    @property
+    def lowered(self) -> Lowered:
+        """The backbone's stages."""
+        return self.steps.lowered
+
+    @property
+    def thresholds(self) -> tuple[float, ...]:
+        """τ of each exit before the backbone."""
+        return self.steps.thresholds
 
     def __call__(self, *args: Any, **kwargs: Any) -> Prediction:
         """Answer a batch. Takes what the model takes, of the sizes it was attached with, and any number of samples.
@@ -66,17 +40,17 @@ class Engine:
         Raises:
             ExitkitError: other tensors than the model was attached with: names, sizes, dtype or device.
         """
-        tensors = self.checked(args, kwargs)
+        tensors = self.steps.checked(args, kwargs)
         with torch.inference_mode():
             if not len(tensors[0]):
-                return self._blank(0, tensors[0].device)
-            flight: Flight | None = self.enter(tensors)
+                return self.steps.landed([], 0)
+            flight: Flight | None = self.steps.enter(tensors)
             departures: list[Departure] = []
-            for stage in range(len(self.lowered.stages)):
+            for stage in range(len(self.steps.lowered.stages)):
                 if flight is not None:
-                    flight, departed = self.advance(flight, stage)
+                    flight, departed = self.steps.advance(flight, stage)
                     departures += departed
-            return self.landed(departures, len(tensors[0]))
+            return self.steps.landed(departures, len(tensors[0]))
 
     def map(
         self, batches: Iterable[Any], batch_size: int = 64, max_wait: float = float("inf")
@@ -96,121 +70,11 @@ class Engine:
         Raises:
             ExitkitError: inputs of another kind, or a stage failed; the message names the batch.
         """
-        from exitkit.runtime.refill import Refill
-
         if not isinstance(batch_size, int) or batch_size < 1:
             raise ExitkitError(f"batch_size={batch_size!r} must be a whole number greater than 0")
         if not max_wait >= 0:
             raise ExitkitError(f"max_wait={max_wait!r} must be a number of seconds of at least 0")
-        return Refill(self, batch_size, max_wait).run(batches)
-
-    def enter(self, tensors: Sequence[Tensor], first: int = 0) -> Flight:
-        """A flight of new samples before stage 0, numbered from ``first``."""
-        rows = torch.arange(first, first + len(tensors[0]), device=tensors[0].device)
-        read = {key for spec in self.model.specs for key in spec.inputs}
-        inputs = {
-            key: tensor for key, tensor in zip(self.model.example.spec.keys, tensors, strict=True) if key in read
-        }
-        values = dict(zip(self.lowered.inputs, tensors, strict=True))
-        return Flight(rows, values, inputs, torch.zeros(len(rows), dtype=torch.bool, device=rows.device))
-
-    def advance(self, flight: Flight, stage: int) -> tuple[Flight | None, list[Departure]]:
-        """Run one stage and its exit: the samples that go on (None: nobody), and those that leave."""
-        feature = self._run(flight, stage)
-        final = stage == len(self.lowered.stages) - 1
-        logits = feature if final else self._head(flight, stage, feature)
-        answer = self._combine(flight, stage, logits)
-        score = self._score(flight, answer)
-        flight.non_finite = flight.non_finite | ~score.isfinite()
-        if final:
-            return None, [Departure(flight.rows, stage, answer, score, flight.non_finite)]
-        leaves = score.double() > self.thresholds[stage]
-        stay = torch.nonzero(~leaves).squeeze(1)
-        if len(stay) == len(flight):
-            return flight, []
-        go = torch.nonzero(leaves).squeeze(1)
-        departure = Departure(flight.rows[go], stage, answer[go], score[go], flight.non_finite[go])
-        return (flight.select(stay, self.lowered.axes) if len(stay) else None), [departure]
-
-    def landed(self, departures: Sequence[Departure], count: int, first: int = 0) -> Prediction:
-        """The answers of the samples numbered from ``first``, in order."""
-        if not departures:
-            return self._blank(0, next(self.model.parameters()).device)
-        device = departures[0].rows.device
-        logits = departures[0].logits.new_empty(count, self.model.num_classes)
-        result = self._blank(count, device)._replace(logits=logits)
-        for rows, exit_, answer, score, non_finite in departures:
-            result.logits[rows - first] = answer.to(logits.dtype)
-            result.exit[rows - first] = exit_
-            result.score[rows - first] = score
-            result.non_finite[rows - first] = non_finite
-        return result
-
-    def _blank(self, count: int, device: torch.device) -> Prediction:
-        logits = torch.empty(count, self.model.num_classes, device=device)
-        exits = torch.zeros(count, dtype=torch.int64, device=device)
-        return Prediction(logits, exits, torch.zeros(count, device=device), exits.bool())
-
-    def _run(self, flight: Flight, index: int) -> Tensor:
-        stage = self.lowered.stages[index]
-        outputs = stage.module(*(flight.values[name] for name in stage.inputs))
-        values = flight.values | dict(zip(stage.outputs, outputs, strict=True))
-        flight.values = {name: values[name] for name in stage.live}
-        feature: Tensor = outputs[0]
-        return feature
-
-    def _head(self, flight: Flight, index: int, feature: Tensor) -> Tensor:
-        inputs = [flight.inputs[key] for key in self.model.specs[index].inputs]
-        logits: Tensor = self.model.classifiers[index](feature, flight.previous, inputs)
-        flight.previous = logits
-        return logits
-
-    def _combine(self, flight: Flight, index: int, logits: Tensor) -> Tensor:
-        """The exit's answer, as :meth:`MultiExitModel.combine` gives it, from the answers carried along."""
-        combiners = self.model.combiners
-        if not combiners:
-            return logits
-        flight.answers.append(F.log_softmax(logits.float(), dim=-1))
-        if index >= len(combiners):
-            return logits
-        answer: Tensor = combiners[index](torch.stack(flight.answers, dim=1))
-        return answer
-
-    def _score(self, flight: Flight, answer: Tensor) -> Tensor:
-        log_probs = F.log_softmax(answer.float(), dim=-1)
-        if self.criterion != "patience":
-            return CRITERIA[self.criterion](log_probs)
-        latest = log_probs.argmax(-1)
-        if flight.last is None or flight.count is None:
-            flight.count = torch.ones_like(latest)
-        else:
-            flight.count = torch.where(latest == flight.last, flight.count + 1, 1)
-        flight.last = latest
-        return flight.count.float()
-
-    def checked(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, ...]:
-        """The tensors of a call, in the order the model was attached with, refused if they are of another kind."""
-        spec, examples = self.model.example.spec, self.model.example.tensors
-        tensors = spec.tensors(kwargs or args)
-        device = next(self.model.parameters()).device
-        for key, tensor, example in zip(spec.keys, tensors, examples, strict=True):
-            sizes = (
-                (tensor.shape[2:], example.shape[2:])
-                if self.model.example.text
-                else (tensor.shape[1:], example.shape[1:])
-            )
-            if tensor.dim() != example.dim() or sizes[0] != sizes[1] or len(tensor) != len(tensors[0]):
-                raise ExitkitError(
-                    f"input {key!r} has shape {tuple(tensor.shape)}; the engine was compiled for "
-                    f"(batch, {', '.join(map(str, example.shape[1:]))}), the same batch in every input. Resize it, or attach "
-                    "with example_inputs of this size"
-                )
-            if tensor.dtype != example.dtype or tensor.device != device:
-                raise ExitkitError(
-                    f"input {key!r} is {tensor.dtype} on {tensor.device}; the engine takes {example.dtype} on {device}: "
-                    f"call .to({str(device)!r}, {example.dtype})"
-                )
-        return tensors
+        return Refill(self.steps, batch_size, max_wait).run(batches)
 
 
 def compile(
@@ -237,7 +101,7 @@ def compile(
     if criterion not in get_args(Criterion):
         raise unknown_name("criterion", criterion, get_args(Criterion))
     thresholds = _thresholds(model, model.threshold if threshold is None else threshold)
-    return Engine(model, model.lower(), thresholds, criterion)
+    return Engine(Steps(model, model.lower(), thresholds, criterion))
 
 
 def _thresholds(model: MultiExitModel, threshold: Any) -> tuple[float, ...]:

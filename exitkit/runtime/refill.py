@@ -12,8 +12,8 @@ import torch
 
 from exitkit.batches import split_batch
 from exitkit.errors import ExitkitError
-from exitkit.runtime.engine import Departure, Engine, Prediction
 from exitkit.runtime.flight import Flight
+from exitkit.runtime.steps import Departure, Prediction, Steps
 from exitkit.surgery.calls import as_call
 
 _AHEAD = 64
@@ -36,11 +36,11 @@ class _Item:
 class Refill:
     """The queues of one run over an iterable; see :meth:`exitkit.Engine.map`."""
 
-    def __init__(self, engine: Engine, batch: int, max_wait: float) -> None:
-        self.engine = engine
+    def __init__(self, steps: Steps, batch: int, max_wait: float) -> None:
+        self.steps = steps
         self.batch = batch
         self.max_wait = max_wait
-        self.queues: list[dict[Any, deque[Flight]]] = [{} for _ in engine.lowered.stages]
+        self.queues: list[dict[Any, deque[Flight]]] = [{} for _ in steps.lowered.stages]
         self.items: deque[_Item] = deque()
         self.samples = 0
 
@@ -58,16 +58,16 @@ class Refill:
 
     def _accept(self, index: int, batch: Any) -> None:
         args, kwargs = as_call(split_batch(batch)[0])
-        tensors = self.engine.checked(args, kwargs)
+        tensors = self.steps.checked(args, kwargs)
         item = _Item(index, self.samples, len(tensors[0]), time.monotonic())
         self.items.append(item)
         self.samples += item.count
         if item.count:
-            self._queue(0, self.engine.enter(tensors, item.first))
+            self._queue(0, self.steps.enter(tensors, item.first))
 
     def _queue(self, stage: int, flight: Flight) -> None:
         """Flights wait together when they can be merged: everything but the batch has the same size."""
-        axes = self.engine.lowered.axes
+        axes = self.steps.lowered.axes
         key = tuple(
             (name, *(size for dim, size in enumerate(value.shape) if dim != axes.get(name)))
             for name, value in flight.values.items()
@@ -85,7 +85,7 @@ class Refill:
 
     def _step(self, stage: int, key: Any) -> None:
         """Run one stage on up to a full batch of one of its queues."""
-        flights, axes = self.queues[stage][key], self.engine.lowered.axes
+        flights, axes = self.queues[stage][key], self.steps.lowered.axes
         taken: list[Flight] = []
         while flights and sum(map(len, taken)) < self.batch:
             taken.append(flights.popleft())
@@ -108,7 +108,7 @@ class Refill:
 
     def _advance(self, flight: Flight, stage: int) -> None:
         with torch.inference_mode():
-            onward, departures = self.engine.advance(flight, stage)
+            onward, departures = self.steps.advance(flight, stage)
         if onward is not None:
             self._queue(stage + 1, onward)
         for departure in departures:
@@ -153,13 +153,13 @@ class Refill:
             item = self.items.popleft()
             if item.error is not None:
                 raise self._failure(item) from item.error
-            yield self.engine.landed(item.departures, item.count, item.first)
+            yield self.steps.landed(item.departures, item.count, item.first)
 
     def _failure(self, failed: _Item) -> ExitkitError:
         """The error of one batch, which carries the answers of those behind it that were already taken."""
         self._drain()
         finished = {
-            item.index: self.engine.landed(item.departures, item.count, item.first)
+            item.index: self.steps.landed(item.departures, item.count, item.first)
             for item in self.items
             if item.error is None
         }

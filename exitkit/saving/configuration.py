@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from exitkit.card import identity, measured
 from exitkit.errors import ExitkitError
 from exitkit.evaluation.outputs import ExitOutputs
 from exitkit.fingerprint import block_lines, tensor_lines
 from exitkit.model import MultiExitModel
+from exitkit.saving.card import identity, measured
 from exitkit.surgery.calls import Example
 from exitkit.surgery.examples import example_for
 

@@ -11,8 +11,8 @@ from torch import nn
 
 from exitkit.errors import ExitkitError
 from exitkit.evaluation.outputs import ExitOutputs
-from exitkit.hub import is_name
 from exitkit.model import MultiExitModel
+from exitkit.saving.hub import is_name
 
 
 def identity(backbone: nn.Module) -> dict[str, str | None]:

@@ -20,16 +20,16 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from exitkit import hub
 from exitkit.attach import attach
-from exitkit.card import card
-from exitkit.configuration import CONFIG, WEIGHTS, configuration, example_inputs, read_configuration, saved_by
 from exitkit.errors import ExitkitError
 from exitkit.evaluation.outputs import ExitOutputs
 from exitkit.files import replacing
 from exitkit.fingerprint import block_lines, first_difference, shape_text, tensor_lines
 from exitkit.methods import Method
 from exitkit.model import MultiExitModel
+from exitkit.saving import hub
+from exitkit.saving.card import card
+from exitkit.saving.configuration import CONFIG, WEIGHTS, configuration, example_inputs, read_configuration, saved_by
 
 CARD = "README.md"
 Source = str | os.PathLike[str]
