@@ -75,7 +75,10 @@ def main() -> None:
     curves = {name: output.curve() for name, output in outputs.items()}
     plot_curves(curves, args.out.with_suffix(".png"))
     rows = {
-        name: {"exits": _accuracies(outputs[name]), "budgets": {b: curve.at_budget(b)._asdict() for b in BUDGETS}}
+        name: {
+            "exits": outputs[name].accuracy().tolist(),
+            "budgets": {b: curve.at_budget(b)._asdict() for b in BUDGETS},
+        }
         for name, curve in curves.items()
     }
     with replacing(args.out) as temporary:
@@ -136,11 +139,6 @@ def _measure(backbone: nn.Module, head: str, epochs: int, train: Texts, test: Te
     return exitkit.collect(ee, test)
 
 
-def _accuracies(outputs: ExitOutputs) -> list[float]:
-    assert outputs.labels is not None
-    return [float(accuracy) for accuracy in (outputs.log_probs.argmax(-1) == outputs.labels[:, None]).mean(0)]
-
-
 def _table(outputs: dict[str, ExitOutputs]) -> Table:
     first = next(iter(outputs.values()))
     table = Table(title="AG News, six-layer BERT: accuracy of each exit, and within a budget")
@@ -151,7 +149,7 @@ def _table(outputs: dict[str, ExitOutputs]) -> Table:
         table.add_column(f"{budget:.0%}", justify="right")
     for name, output in outputs.items():
         curve = output.curve()
-        exits = [f"{accuracy:.1%}" for accuracy in _accuracies(output)]
+        exits = [f"{accuracy:.1%}" for accuracy in output.accuracy()]
         table.add_row(name, *exits, *(f"{curve.at_budget(budget).accuracy:.1%}" for budget in BUDGETS))
     return table
 
