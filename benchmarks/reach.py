@@ -99,7 +99,8 @@ def measure(name: str) -> dict[str, Any]:
         return row | {"skipped": " ".join(str(error).split())[:200]}
     row["parameters"] = sum(parameter.numel() for parameter in model.parameters())
     try:
-        return row | _measure_exits(_calibrated(model, inputs_of(name)), inputs_of(name))
+        inputs = inputs_of(name)
+        return row | _measure_exits(_calibrated(model, inputs), inputs)
     except exitkit.ExitkitError as error:
         return row | {"refused": str(error)}
     except Exception as error:
@@ -128,20 +129,18 @@ def _measure_exits(model: nn.Module, inputs: Any) -> dict[str, Any]:
         ee = exitkit.attach(model, inputs, every=1, method="sdn", head="1L")
     except exitkit.ExitkitError as error:
         found["not_every_block"] = str(error)
-        boundaries = exitkit.inspect(
-            model, inputs, show=False
-        ).boundaries  # raises what is wrong with the model itself
-        ee = exitkit.attach(model, inputs, at=[boundaries[len(boundaries) // 2].name], method="sdn", head="1L")
+        names = [boundary.name for boundary in exitkit.inspect(model, inputs, show=False).boundaries]
+        ee = exitkit.attach(model, inputs, at=[names[len(names) // 2]], method="sdn", head="1L")
     attached = time.perf_counter()
     lowered = ee.lower()
     captured = time.perf_counter()
     gaps, spreads = [], []
     for size in (1, 3):
         tensors = _unseen(ee.example, size)
-        args, kwargs = ee.example.spec.call(tensors)
+        copies = tuple(tensor.clone() for tensor in tensors)  # a model may write into its inputs
         with torch.no_grad():
-            eager = logits_of(model(*args, **kwargs))
-            gaps.append(_gap(eager, lowered.run(tensors)[-1]))
+            eager = logits_of(call_on(model, ee.example.spec.batch(copies)))
+            gaps.append((eager - lowered.run(tensors)[-1]).abs().max().item())
         spreads.append((eager - eager[:1]).abs().max().item())
     return found | {
         "boundaries": len(ee.anatomy.boundaries),
@@ -153,11 +152,6 @@ def _measure_exits(model: nn.Module, inputs: Any) -> dict[str, Any]:
         "attach_seconds": round(attached - started, 1),
         "capture_seconds": round(captured - attached, 1),
     }
-
-
-def _gap(first: Tensor, second: Tensor) -> float:
-    """The largest absolute difference; not-a-number equals itself."""
-    return (first - second).abs()[~(first.isnan() & second.isnan())].max().item() if first.numel() else 0.0
 
 
 def _unseen(example: Example, size: int) -> tuple[Tensor, ...]:
