@@ -163,6 +163,17 @@ def test_a_tail_that_reads_an_input_gets_it() -> None:
     torch.testing.assert_close(output.heads[0], model.linear(output.features[0].flatten(1)) * gate)
 
 
+def test_an_input_that_a_tail_reads_cannot_be_left_out() -> None:
+    class Optional(Gated):
+        def forward(self, x: Tensor, gate: Tensor | None = None) -> Tensor:
+            return super().forward(x, torch.ones(len(x), 1) if gate is None else gate)
+
+    example = {"x": images(), "gate": torch.tensor([[2.0], [3.0]])}
+    ee = exitkit.attach(Optional().eval(), example, at=["blocks.1"], head="tail", method="sdn").eval()
+    with pytest.raises(ExitkitError, match=r"leaves out.*every input that example_inputs had"):
+        ee(images())
+
+
 class Isotropic(nn.Module):
     """Blocks on vectors, then a read-out of the test's choosing."""
 
