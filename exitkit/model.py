@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from inspect import signature
 from os import PathLike
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -138,6 +138,12 @@ class MultiExitModel(nn.Module):
         log_probs = torch.stack([F.log_softmax(logits.float(), dim=-1) for logits in heads], dim=1)
         combined = [combiner(log_probs[:, : m + 1]) for m, combiner in enumerate(self.combiners)]
         return (*combined, *heads[len(combined) :])
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """What ``to``, ``half``, ``cuda`` do to the weights is done to the example, which later captures run on."""
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self.example = replace(self.example, tensors=tuple(fn(tensor) for tensor in self.example.tensors))
+        return self
 
     def added_parameters(self) -> list[nn.Parameter]:
         """The parameters that exitkit added: heads, links and combiners."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -190,3 +192,36 @@ def test_a_skip_held_in_a_buffer_is_an_activation() -> None:
     found = exitkit.inspect(model, torch.randn(2, 8), show=False)
     assert [block.name for block in found.blocks] == ["1", "2", "3"]
     assert not any(boundary.name.endswith((".a", ".b")) for boundary in found.boundaries)
+
+
+class Marking(TinyBlock):
+    """Returns, before its feature, a mask of the same shape in another dtype."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        out = super().forward(x)
+        return (out > 0).long(), out
+
+
+def test_a_feature_behind_integers_of_its_shape() -> None:
+    class Marked(TinyNet):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleList(Marking(8) for _ in range(4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.stem(x)
+            for block in self.blocks:
+                _, x = block(x)
+            logits: Tensor = self.linear(x.mean((2, 3)))
+            return logits
+
+    model = Marked().eval()
+    ee = exitkit.attach(model, images()).eval()
+    assert torch.equal(ee(images(3)).features[0], model.blocks[0](model.stem(images(3)))[1])
+
+
+def test_names_that_torch_allows() -> None:
+    model = TinyNet().eval()
+    model.blocks = nn.Sequential(OrderedDict(zip(("a@b", "c[0]", "d@1", "e f"), model.blocks, strict=True)))
+    ee = exitkit.attach(model, images(), every=1)
+    assert names(ee) == ["blocks.a@b", "blocks.c[0]", "blocks.d@1"]

@@ -83,6 +83,18 @@ def test_other_precisions(dtype: torch.dtype, head: str) -> None:
     assert all(torch.isfinite(logits).all() for logits in output.logits)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("method", ["ztw", exitkit.ZTW(ensemble="additive", ensemble_final=True)])
+def test_converted_after_attaching(dtype: torch.dtype, method: str | exitkit.methods.Method) -> None:
+    model = TinyNet().eval()
+    ee = exitkit.attach(model, images(), method=method).eval().to(dtype)
+    x = images(4).to(dtype)
+    with torch.no_grad():
+        output, expected = ee(x), exitkit.compile(ee, threshold=0.0)(x)
+    assert all(torch.isfinite(logits).all() for logits in output.logits)
+    torch.testing.assert_close(expected.logits, output.logits[0].float(), check_dtype=False)
+
+
 def test_channels_last_stays_channels_last() -> None:
     model = TinyNet().to(memory_format=torch.channels_last).eval()
     x = images(4).contiguous(memory_format=torch.channels_last)

@@ -161,3 +161,65 @@ def test_a_tail_that_reads_an_input_gets_it() -> None:
     assert ee.specs[0].inputs == ("gate",)
     output = ee(images(), gate=gate)
     torch.testing.assert_close(output.heads[0], model.linear(output.features[0].flatten(1)) * gate)
+
+
+def test_an_input_that_a_tail_reads_cannot_be_left_out() -> None:
+    class Optional(Gated):
+        def forward(self, x: Tensor, gate: Tensor | None = None) -> Tensor:
+            return super().forward(x, torch.ones(len(x), 1) if gate is None else gate)
+
+    example = {"x": images(), "gate": torch.tensor([[2.0], [3.0]])}
+    ee = exitkit.attach(Optional().eval(), example, at=["blocks.1"], head="tail", method="sdn").eval()
+    with pytest.raises(ExitkitError, match=r"leaves out.*every input that example_inputs had"):
+        ee(images())
+
+
+class Isotropic(nn.Module):
+    """Blocks on vectors, then a read-out of the test's choosing."""
+
+    def __init__(self, tail: Callable[[Isotropic, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8)) for _ in range(3))
+        self.relu = nn.ReLU(inplace=True)
+        self.norm = nn.LayerNorm(8)
+        self.linear = nn.Linear(8, 3)
+        self.tail = tail
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return self.tail(self, x)
+
+
+def _fills(model: Isotropic, x: Tensor) -> Tensor:
+    vector = torch.zeros_like(x)
+    vector[:, 1:] = model.norm(x)[:, :-1]
+    logits: Tensor = model.linear(vector)
+    return logits
+
+
+def _chains(model: Isotropic, x: Tensor) -> Tensor:
+    vector = model.norm(x)
+    view = vector[:, :]
+    vector.add_(1).mul_(vector[:, :1])
+    logits: Tensor = model.linear(view)
+    return logits
+
+
+def _writes_into_the_feature(model: Isotropic, x: Tensor) -> Tensor:
+    x[:, 0] = 1
+    logits: Tensor = model.linear(model.relu(x))
+    return logits
+
+
+@pytest.mark.parametrize("tail", [_fills, _chains, _writes_into_the_feature])
+def test_a_tail_that_writes_in_place(tail: Callable[[Isotropic, Tensor], Tensor]) -> None:
+    torch.manual_seed(0)
+    model, x = Isotropic(tail).eval(), torch.randn(3, 8)
+    ee = exitkit.attach(model, x, at=["blocks.0", "blocks.2"], head="tail", method="sdn").eval()
+    with torch.no_grad():
+        output = ee(x)
+        torch.testing.assert_close(output.heads[1], model(x))
+        # The engine's next stage, like the caller, gets the feature as the block left it.
+        torch.testing.assert_close(exitkit.compile(ee, threshold=2.0)(x).logits, model(x))
+        assert torch.equal(output.features[0], model.blocks[0](x))

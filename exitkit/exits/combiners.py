@@ -25,8 +25,8 @@ class GeometricEnsemble(nn.Module):
     def forward(self, log_probs: Tensor) -> Tensor:
         # A class that a member rules out has log-probability -inf, whose product with a gradient of 0 would be NaN.
         finite = log_probs.clamp(min=torch.finfo(log_probs.dtype).min / 1e6)
-        product = torch.einsum("bmc,m->bc", finite, self.log_weights.exp())
-        return F.log_softmax(product + self.log_prior, dim=-1)
+        product = torch.einsum("bmc,m->bc", finite, self.log_weights.to(log_probs).exp())
+        return F.log_softmax(product + self.log_prior.to(log_probs), dim=-1)
 
 
 class AdditiveEnsemble(nn.Module):
@@ -41,7 +41,10 @@ class AdditiveEnsemble(nn.Module):
         self.log_prior = nn.Parameter(torch.full((num_classes,), math.log(_SMALL_PRIOR)))
 
     def forward(self, log_probs: Tensor) -> Tensor:
-        mixture = torch.einsum("bmc,m->bc", log_probs.exp(), self.log_weights.exp()) + self.log_prior.exp()
+        mixture = (
+            torch.einsum("bmc,m->bc", log_probs.exp(), self.log_weights.to(log_probs).exp())
+            + self.log_prior.to(log_probs).exp()
+        )
         return mixture.log() - mixture.sum(-1, keepdim=True).log()
 
 

@@ -42,7 +42,12 @@ class TailBody(nn.Module):
         self.adapter = adapter
         self.tail = tail
 
-    def forward(self, feature: Tensor, *inputs: Tensor) -> Tensor:
+    def forward(self, feature: Tensor, *inputs: Tensor | None) -> Tensor:
+        if any(tensor is None for tensor in inputs):
+            raise ExitkitError(
+                "head='tail' reads an input of the model (an attention mask, token ids) that this call leaves out; pass every "
+                "input that example_inputs had"
+            )
         (vector,) = self.tail(self.adapter(feature), *inputs)
         return vector  # type: ignore[no-any-return]
 

@@ -181,7 +181,7 @@ def _stack(node: Node) -> Iterable[ModuleCall]:
     """The module calls a node was executed in, outermost first, without the capture's own wrapper."""
     for key, (path, kind) in node.meta.get("nn_module_stack", {}).items():
         if path.startswith(f"{BACKBONE}."):
-            count = key.rpartition("@")[2] if "@" in key else "0"
+            count = key.rpartition("@")[2] if "@" in key and not key.endswith(path) else "0"  # names may hold an @
             yield ModuleCall(path.removeprefix(f"{BACKBONE}."), int(count), str(kind).rpartition(".")[2])
 
 

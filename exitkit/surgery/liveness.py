@@ -98,7 +98,7 @@ def analyse(graph: GraphModule) -> Flow:
                 weights.add(node)
             if _is_weighted(node, data, weights):
                 weighted.append(node)
-            written = _written(node)  # a buffer filled in place carries what was written into it
+            written = written_by(node)  # a buffer filled in place carries what was written into it
             data.update(written if node in data else ())
             weights.update(written if node in weights else ())
     activations = frozenset(node for node in data & weights if _is_floating(node))
@@ -106,9 +106,14 @@ def analyse(graph: GraphModule) -> Flow:
     return Flow(order, last_use, activations, tuple(weighted), _count_live(order, last_use, activations))
 
 
-def _written(node: Node) -> list[Node]:
+def is_mutable(node: Node) -> bool:
+    """Whether an operation writes into an argument."""
+    return bool(getattr(getattr(node.target, "_schema", None), "is_mutable", False))
+
+
+def written_by(node: Node) -> list[Node]:
     """The tensors that an in-place operation writes into: its first argument, and what that is a view of."""
-    if not getattr(getattr(node.target, "_schema", None), "is_mutable", False):
+    if not is_mutable(node):
         return []
     chain: list[Node] = []
     base = node.args[0] if node.args else None

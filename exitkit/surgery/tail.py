@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +12,7 @@ from torch.fx import GraphModule, Node
 from exitkit.surgery.boundaries import Boundary
 from exitkit.surgery.capture import Capture
 from exitkit.surgery.layout import Layout
-from exitkit.surgery.liveness import op_name
+from exitkit.surgery.liveness import is_mutable, op_name, written_by
 from exitkit.surgery.lower import Piece, build
 
 
@@ -40,8 +41,10 @@ def find_tail(captured: Capture, boundary: Boundary, num_classes: int) -> Tail:
     feature = next(node for node in nodes if node.name == boundary.node)
     logits = nodes[-1].all_input_nodes[0]
     linear, vector = _last_linear(graph, logits, num_classes)
-    piece = Piece(_between(nodes, feature, vector), feature)
+    piece = Piece(_between(nodes, feature, boundary.position, vector), feature)
     stage = build(graph, piece, [vector], ())
+    if any(map(is_mutable, piece.own)):
+        _copy_inputs(stage.module)
     placeholders = [node.name for node in nodes if node.op == "placeholder"]
     inputs = tuple(captured.spec.keys[placeholders.index(name)] for name in stage.inputs[1:])
     return Tail(stage.module, linear, inputs, boundary.shape, boundary.layout)
@@ -67,13 +70,31 @@ def _linear(weight: torch.Tensor, bias: torch.Tensor) -> nn.Linear:
     return layer
 
 
-def _between(nodes: list[Node], feature: Node, result: Node) -> list[Node]:
-    """The nodes that ``result`` needs and that do not follow from the feature's value or sizes, in execution order."""
+def _between(nodes: list[Node], feature: Node, cut: int, result: Node) -> list[Node]:
+    """The nodes that ``result`` needs and that do not follow from the feature's value or sizes, in execution order.
+
+    A node needs what is written in place into its value; into the feature's, what is written after the cut.
+    """
     sizes = Piece([], feature)
+    writers: dict[Node, list[Node]] = defaultdict(list)
+    for position, node in enumerate(nodes):
+        for target in written_by(node):
+            if target is not feature or position > cut:
+                writers[target].append(node)
     needed: set[Node] = set()
-    pending = [result]
+    pending = [result, *writers[feature]]
     for node in pending:
         if node not in needed and node is not feature and node.op == "call_function" and not sizes.is_recomputed(node):
             needed.add(node)
-            pending.extend(node.all_input_nodes)
+            pending.extend([*node.all_input_nodes, *writers[node]])
     return [node for node in nodes if node in needed]
+
+
+def _copy_inputs(module: GraphModule) -> None:
+    """Let a tail that writes in place write into copies: the backbone goes on with the feature and the inputs."""
+    placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]
+    with module.graph.inserting_after(placeholders[-1]):
+        for node in placeholders:
+            copied = module.graph.call_function(torch.ops.aten.clone.default, (node,))
+            node.replace_all_uses_with(copied, delete_user_cb=lambda user, own=copied: user is not own)
+    module.recompile()

@@ -104,7 +104,7 @@ def _outputs_at(
 
 def _tap(boundary: Boundary, leaves: list[Tensor], written: list[bool], feature: Tensor) -> Tap:
     for leaf, tensor in enumerate(leaves):
-        if tensor.shape == feature.shape and _same(tensor, feature):
+        if _same(tensor, feature):
             return Tap(boundary.call.path, boundary.rank, leaf, written[leaf])
     near = next((tensor for tensor in leaves if tensor.shape == feature.shape), None)
     return _refuse(f"the output of module {boundary.name!r}", near, feature)
@@ -119,6 +119,8 @@ def _refuse(what: str, eager: Tensor | None, staged: Tensor) -> Tap:
 
 
 def _same(first: Tensor, second: Tensor) -> bool:
+    if (first.shape, first.dtype) != (second.shape, second.dtype):
+        return False
     exact = first.device.type == "cpu" and first.dtype == torch.float32
     tolerance = 0.0 if exact else _TOLERANCE.get(first.dtype, 1e-2)
     return torch.allclose(first, second, rtol=tolerance, atol=tolerance, equal_nan=True)
