@@ -46,7 +46,7 @@ def attach(
         method: ``"sdn"``, ``"pbee"``, ``"ztw"``, or a config such as ``exitkit.ZTW(ensemble="additive")``.
         head: ``"auto"`` (by the feature's shape), ``"conv"``, ``"1L"``, ``"2L-<width>"``, or ``"tail"``: a copy of what
             the backbone does after its last block, with its weights, for features of the same shape, and for maps of
-            another one behind a learned 1 × 1 adapter.
+            another one behind a learned 1 × 1 adapter. Its dropout is off and its BatchNorm statistics fixed.
 
     Raises:
         ExitkitError: an argument is wrong, the model cannot be captured, or the cut model would not equal it.

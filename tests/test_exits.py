@@ -112,7 +112,7 @@ def test_masked_mean_without_a_mask_is_the_mean() -> None:
 
 def test_token_head_passes_the_mask_on() -> None:
     classifier, tokens = head((3, 4), "tokens", readout="masked_mean"), torch.randn(2, 3, 4)
-    masked = classifier(tokens, mask=torch.tensor([[1, 0, 0], [1, 0, 0]]))
+    masked = classifier(tokens, inputs=[torch.tensor([[1, 0, 0], [1, 0, 0]])])
     assert torch.allclose(masked, classifier.linear(tokens[:, 0]))
 
 

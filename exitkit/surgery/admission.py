@@ -59,12 +59,11 @@ def _uninitialized(model: nn.Module) -> str | None:
 def _quantized(model: nn.Module) -> str | None:
     for path, module in model.named_modules():
         kind = type(module)
-        if (
-            "quantized" in kind.__module__ or "bitsandbytes" in kind.__module__
-        ) and "FloatFunctional" not in kind.__name__:
+        library = kind.__module__.startswith(("torch.ao.nn.", "torch.nn.quantized", "bitsandbytes."))
+        if library and "FloatFunctional" not in kind.__name__:
             return (
-                f"has quantised modules ({path or 'itself'} is {kind.__module__}.{kind.__name__}); attach "
-                "to the floating-point model"
+                f"has quantised modules ({path or 'itself'} is {kind.__module__}.{kind.__name__}); attach to the "
+                "floating-point model"
             )
     return None
 

@@ -58,7 +58,7 @@ def _at(anatomy: Anatomy, names: Sequence[str]) -> tuple[Boundary, ...]:
         raise ExitkitError(f"at={names!r} is a string; give a list of boundary names: at=[{names!r}]")
     if not isinstance(names, Sequence):
         raise ExitkitError(
-            f"at={names!r} is no list; give a list of boundary names, such as at=['{anatomy.blocks[0].name}']"
+            f"at={names!r} is no list; give a list of boundary names, such as at=['{anatomy.boundaries[0].name}']"
         )
     by_name = _by_name(anatomy)
     for name in names:

@@ -9,11 +9,12 @@ import torch
 from torch import nn
 from torch.fx import GraphModule, Node
 
+from exitkit.errors import ExitkitError
 from exitkit.surgery.boundaries import Boundary
-from exitkit.surgery.capture import Capture
+from exitkit.surgery.capture import Capture, untouched
 from exitkit.surgery.layout import Layout
 from exitkit.surgery.liveness import is_mutable, op_name, written_by
-from exitkit.surgery.lower import Piece, build
+from exitkit.surgery.lower import Piece, build, lower
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,24 @@ def find_tail(captured: Capture, boundary: Boundary, num_classes: int) -> Tail:
         _copy_inputs(stage.module)
     placeholders = [node.name for node in nodes if node.op == "placeholder"]
     inputs = tuple(captured.spec.keys[placeholders.index(name)] for name in stage.inputs[1:])
-    return Tail(stage.module, linear, inputs, boundary.shape, boundary.layout)
+    tail = Tail(stage.module, linear, inputs, boundary.shape, boundary.layout)
+    _check(captured, boundary, tail)
+    return tail
+
+
+def _check(captured: Capture, boundary: Boundary, tail: Tail) -> None:
+    """Run the tail on the last block's feature: it must give the backbone's logits."""
+    tensors = [tensor.clone() for tensor in captured.example.tensors]
+    with untouched(captured.backbone), torch.no_grad():
+        feature, logits = lower(captured, [boundary]).run(tensors)
+        given = dict(zip(captured.spec.keys, captured.example.tensors, strict=True))
+        (vector,) = tail.body(feature, *(given[key] for key in tail.inputs))
+        again = tail.linear(vector)
+    if not torch.allclose(again, logits, rtol=1e-2, atol=1e-2 * float(logits.abs().max())):
+        raise ExitkitError(
+            f"head='tail': the copied read-out of {type(captured.backbone).__name__} differs from it by up to "
+            f"{float((again - logits).abs().max()):.2e}; use head='auto'"
+        )
 
 
 def _last_linear(graph: GraphModule, logits: Node, num_classes: int) -> tuple[nn.Linear, Node]:
@@ -56,7 +74,9 @@ def _last_linear(graph: GraphModule, logits: Node, num_classes: int) -> tuple[nn
     vector = logits.args[0] if op_name(logits) == "linear" else None
     weights = [parameters.get(str(getattr(arg, "target", None))) for arg in logits.args[1:]]
     if not isinstance(vector, Node) or vector.meta["val"].dim() != 2 or weights[:1] in ([], [None]):
-        return _linear(torch.eye(num_classes), torch.zeros(num_classes)), logits
+        like = logits.meta["val"]
+        eye = torch.eye(num_classes, dtype=like.dtype, device=like.device)
+        return _linear(eye, torch.zeros_like(eye[0])), logits
     weight, bias = [*weights, None][:2]
     assert weight is not None
     return _linear(weight, torch.zeros(num_classes, device=weight.device) if bias is None else bias), vector
