@@ -57,8 +57,9 @@ def main() -> None:
     names = [name for library in libraries for name in names_of(library, args.long, args.out.parent / "timm.json")]
     names = [name for name in names if any(part in name for part in args.only)]
     pending = [name for name in names if not (args.resume and name in rows)]
+    threads = max(1, torch.get_num_threads() // args.workers)
     with ThreadPoolExecutor(args.workers) as pool:
-        for done in as_completed([pool.submit(_in_own_process, name, args.limit) for name in pending]):
+        for done in as_completed([pool.submit(_in_own_process, name, args.limit, threads) for name in pending]):
             row = done.result()
             rows[row["model"]] = row
             console.print(_line(row), soft_wrap=True, highlight=False, markup=False)
@@ -67,12 +68,12 @@ def main() -> None:
     console.print(_summary(list(rows.values())))
 
 
-def _in_own_process(name: str, limit: float) -> dict[str, Any]:
+def _in_own_process(name: str, limit: float, threads: int) -> dict[str, Any]:
     """The row of a model, from a process that cannot take the others with it."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_PRELOADED)
     receiver, sender = context.Pipe(duplex=False)
-    worker = context.Process(target=_send_row, args=(name, sender))
+    worker = context.Process(target=_send_row, args=(name, threads, sender))
     worker.start()
     sender.close()
     row = {"model": name, "family": family_of(name)}
@@ -86,7 +87,8 @@ def _in_own_process(name: str, limit: float) -> dict[str, Any]:
         worker.join()
 
 
-def _send_row(name: str, sender: Connection) -> None:
+def _send_row(name: str, threads: int, sender: Connection) -> None:
+    torch.set_num_threads(threads)
     sender.send(measure(name))
 
 
@@ -94,15 +96,13 @@ def measure(name: str) -> dict[str, Any]:
     """One row: what was found and how exact it is, or why it was refused; a bare traceback is a finding of its own."""
     row: dict[str, Any] = {"model": name, "family": family_of(name)}
     try:
-        model = build(name)
-    except ImportError as error:
-        return row | {"skipped": " ".join(str(error).split())[:200]}
-    row["parameters"] = sum(parameter.numel() for parameter in model.parameters())
-    try:
-        inputs = inputs_of(name)
+        model, inputs = build(name), inputs_of(name)
+        row["parameters"] = sum(parameter.numel() for parameter in model.parameters())
         return row | _measure_exits(_calibrated(model, inputs), inputs)
     except exitkit.ExitkitError as error:
         return row | {"refused": str(error)}
+    except ImportError as error:  # natten, detectron2
+        return row | {"skipped": " ".join(str(error).split())[:200]}
     except Exception as error:
         frame = traceback.extract_tb(error.__traceback__)[-1]
         message = f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
