@@ -104,6 +104,8 @@ def build(name: str) -> nn.Module:
     library, _, rest = name.partition(":")
     torch.manual_seed(0)
     model = _hugging_face(rest) if library == "hf" else load_model(name)
+    if getattr(model, "num_classes", None) == 0:  # timm: weights published without a classifier
+        model.reset_classifier(CLASSES)  # type: ignore[operator]
     for parameter in model.parameters():
         if parameter.is_floating_point() and parameter.numel() and parameter.abs().max() < _BARELY:
             nn.init.normal_(parameter, std=0.1)
