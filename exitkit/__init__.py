@@ -11,6 +11,8 @@ from exitkit.evaluation import ExitOutputs, collect  # noqa: E402
 from exitkit.inspect import inspect  # noqa: E402
 from exitkit.methods import PBEE, SDN, ZTW, Method  # noqa: E402
 from exitkit.model import MultiExitModel, MultiExitOutput, detach  # noqa: E402
+from exitkit.packages import export, load  # noqa: E402
+from exitkit.preprocessing import ImagePreprocessing, TextPreprocessing  # noqa: E402
 from exitkit.runtime import Engine, Prediction, compile  # noqa: E402
 from exitkit.training import Trainer  # noqa: E402
 
@@ -21,17 +23,21 @@ __all__ = [
     "Engine",
     "ExitOutputs",
     "ExitkitError",
+    "ImagePreprocessing",
     "Method",
     "MultiExitModel",
     "MultiExitOutput",
     "Prediction",
+    "TextPreprocessing",
     "Trainer",
     "attach",
     "collect",
     "compile",
     "detach",
     "evaluation",
+    "export",
     "inspect",
+    "load",
     "models",
     "training",
 ]

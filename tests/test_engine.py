@@ -100,8 +100,8 @@ def test_when_everybody_leaves_at_once_nothing_else_runs(models: dict[str, exitk
     ee = models["ztw"]
     engine = exitkit.compile(ee, -1.0)
     ran = []
-    for index, stage in enumerate(engine.lowered.stages):
-        stage.module.register_forward_hook(lambda *_, index=index: ran.append(index))
+    for index, stage in enumerate(engine.loop.program.steps):
+        stage.run.register_forward_hook(lambda *_, index=index: ran.append(index))
     prediction = engine(images(5))
     assert ran == [0]
     assert prediction.exit.tolist() == [0] * 5

@@ -47,8 +47,8 @@ def test_answers_come_in_order_and_equal_the_engines(engine: exitkit.Engine, bat
 def test_every_stage_runs_full(engine: exitkit.Engine) -> None:
     sizes: list[int] = []
     handles = [
-        stage.module.register_forward_pre_hook(lambda _, args: sizes.append(len(args[0])))
-        for stage in engine.lowered.stages
+        stage.run.register_forward_pre_hook(lambda _, args: sizes.append(len(args[0])))
+        for stage in engine.loop.program.steps
     ]
     list(engine.map(_batches([8] * 40), 32))
     for handle in handles:
@@ -113,7 +113,7 @@ def test_a_failing_stage_names_the_batch_and_loses_nothing(engine: exitkit.Engin
         if (args[0] == 12345.0).any():
             raise RuntimeError("boom")
 
-    handle = engine.lowered.stages[0].module.register_forward_pre_hook(fail)
+    handle = engine.loop.program.steps[0].run.register_forward_pre_hook(fail)
     answers, received = engine.map(batches, 8), []
     with pytest.raises(ExitkitError, match=r"batch 3 failed: RuntimeError: boom.*2 behind it.*\.finished") as error:  # noqa: PT012 - the failure comes midway
         for answer in answers:

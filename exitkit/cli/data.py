@@ -16,9 +16,8 @@ from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset, random_
 
 from exitkit._torchvision import import_torchvision
 from exitkit.errors import ExitkitError
-from exitkit.surgery.examples import example_for
+from exitkit.preprocessing import IMAGENET_MEAN, IMAGENET_STD, ImagePreprocessing
 
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _HELD_OUT = 0.2
 _MAX_TOKENS = 128
 
@@ -100,7 +99,8 @@ def normalise(
 def _arrays(path: Path, model: nn.Module, test: str | None) -> Split:
     """``images``/``labels``, or MedMNIST's ``train_images``, ``train_labels``, ``test_images``, ``test_labels``."""
     arrays = _read_npz(path)
-    size, mean, std = _expected(model)
+    declared = ImagePreprocessing.of(model)
+    size, mean, std = (None,) * 3 if declared is None else (declared.size, declared.mean, declared.std)
 
     def samples(source: dict[str, Any], prefix: str, origin: Path) -> TensorDataset:
         names = f"{prefix}images", f"{prefix}labels"
@@ -232,28 +232,11 @@ def _hold_out(samples: Any) -> Split:
     return Split(train, test)
 
 
-def _expected(model: nn.Module) -> tuple[tuple[int, ...] | None, Any, Any]:
-    """(channels, height, width), mean and standard deviation, as far as the model says."""
-    config = getattr(model, "pretrained_cfg", None)
-    mean, std = (config.get("mean"), config.get("std")) if isinstance(config, dict) else (None, None)
-    try:
-        size = tuple(example_for(model).tensors[0].shape[1:])
-    except ExitkitError:
-        return None, mean, std
-    return size, mean, std
-
-
 def _image_transform(model: nn.Module) -> Any:
-    v2 = import_torchvision("transforms.v2", "images")
-    size, mean, std = _expected(model)
-    if size is None:
+    preprocessing = ImagePreprocessing.of(model)
+    if preprocessing is None:
         raise ExitkitError(f"{type(model).__name__} does not say what image size it takes; use an .npz of that size")
-    side = max(size[1:])
-    steps = [v2.ToImage(), v2.RGB() if size[0] == 3 else v2.Grayscale()]
-    steps += [v2.Resize(round(side * 8 / 7) if side > 64 else side), v2.CenterCrop(size[1:])]
-    steps.append(v2.ToDtype(torch.float32, scale=True))
-    centre = mean or (IMAGENET_MEAN if size[0] == 3 else [0.5])
-    return v2.Compose([*steps, v2.Normalize(list(centre), list(std or (IMAGENET_STD if size[0] == 3 else [0.5])))])
+    return preprocessing.transform
 
 
 def _generator(seed: int) -> torch.Generator:

@@ -2,55 +2,98 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Real
 from typing import Any, get_args
 
 import torch
+from torch import Tensor
 
+from exitkit.batches import split_batch
+from exitkit.console import make_console
 from exitkit.criteria import Criterion
 from exitkit.errors import ExitkitError, unknown_name
 from exitkit.model import MultiExitModel
+from exitkit.runtime.exported import example_of
 from exitkit.runtime.flight import Flight
+from exitkit.runtime.loop import Departure, Loop, Prediction
+from exitkit.runtime.measure import measure
+from exitkit.runtime.optimize import optimized
+from exitkit.runtime.plan import Plan
+from exitkit.runtime.program import Description, Program
 from exitkit.runtime.refill import Refill
-from exitkit.runtime.steps import Departure, Prediction, Steps
-from exitkit.surgery.lower import Lowered
+from exitkit.runtime.stepping import program_of
+from exitkit.surgery.calls import as_call
 
 
 @dataclass(frozen=True)
 class Engine:
-    """What :func:`compile` returns; call it as the model. Thread-safe: nothing is kept between calls."""
+    """What :func:`compile` and :func:`load` return; call it as the model. Thread-safe: nothing is kept between calls."""
 
-    steps: Steps
-
-    @property
-    def lowered(self) -> Lowered:
-        """The backbone's stages."""
-        return self.steps.lowered
+    loop: Loop
+    description: Description | None = None
+    """Labels, preprocessing and exits, where the engine was loaded from a package."""
 
     @property
     def thresholds(self) -> tuple[float, ...]:
         """τ of each exit before the backbone."""
-        return self.steps.thresholds
+        return self.loop.thresholds
+
+    @property
+    def criterion(self) -> Criterion:
+        """The score compared with τ."""
+        return self.loop.program.criterion
 
     def __call__(self, *args: Any, **kwargs: Any) -> Prediction:
         """Answer a batch. Takes what the model takes, of the sizes it was attached with, and any number of samples.
 
+        A batch for which memory does not suffice is answered in parts, with a warning.
+
         Raises:
             ExitkitError: other tensors than the model was attached with: names, sizes, dtype or device.
         """
-        tensors = self.steps.checked(args, kwargs)
+        tensors = self.loop.program.inputs.checked(args, kwargs)
         with torch.inference_mode():
-            if not len(tensors[0]):
-                return self.steps.landed([], 0)
-            flight: Flight | None = self.steps.enter(tensors)
-            departures: list[Departure] = []
-            for stage in range(len(self.steps.lowered.stages)):
-                if flight is not None:
-                    flight, departed = self.steps.advance(flight, stage)
-                    departures += departed
-            return self.steps.landed(departures, len(tensors[0]))
+            return self._answer(tensors)
+
+    def plan(self) -> Plan:
+        """Print what was measured where the engine was compiled with ``samples``, and what follows from it.
+
+        Raises:
+            ExitkitError: nothing was measured.
+        """
+        if self.loop.plan is None:
+            raise ExitkitError(
+                "nothing was measured for this engine; compile it with samples=, inputs as they come in use: "
+                "exitkit.compile(ee, threshold, samples=x)"
+            )
+        make_console().print(self.loop.plan.table())
+        return self.loop.plan
+
+    def _answer(self, tensors: tuple[Tensor, ...]) -> Prediction:
+        count = len(tensors[0])
+        try:
+            departures = self._run(tensors) if count else []
+        except torch.OutOfMemoryError:
+            if count == 1:
+                raise
+        else:
+            return self.loop.landed(departures, count)
+        half = count // 2  # outside of the except, whose traceback keeps the failed batch's tensors
+        warnings.warn(f"out of memory on {count} samples; they are answered {half} at a time", stacklevel=3)
+        parts = [self._answer(tuple(tensor[part] for tensor in tensors)) for part in (slice(half), slice(half, None))]
+        return Prediction(*(torch.cat(columns) for columns in zip(*parts, strict=True)))
+
+    def _run(self, tensors: tuple[Tensor, ...]) -> list[Departure]:
+        flight: Flight | None = self.loop.enter(tensors)
+        departures: list[Departure] = []
+        for index in range(len(self.loop.program.steps)):
+            if flight is not None:
+                flight, departed = self.loop.advance(flight, index)
+                departures += departed
+        return departures
 
     def map(
         self, batches: Iterable[Any], batch_size: int = 64, max_wait: float = float("inf")
@@ -74,7 +117,7 @@ class Engine:
             raise ExitkitError(f"batch_size={batch_size!r} must be a whole number greater than 0")
         if not max_wait >= 0:
             raise ExitkitError(f"max_wait={max_wait!r} must be a number of seconds of at least 0")
-        return Refill(self.steps, batch_size, max_wait).run(batches)
+        return Refill(replace(self.loop, plan=None), batch_size, max_wait).run(batches)
 
 
 def compile(
@@ -82,6 +125,8 @@ def compile(
     threshold: float | Sequence[float] | None = None,
     *,
     criterion: Criterion | None = None,
+    optimize: bool = False,
+    samples: Any = None,
 ) -> Engine:
     """An engine that really stops each sample at its exit.
 
@@ -90,27 +135,64 @@ def compile(
         threshold: τ, or one τ for each exit before the backbone; by default the one saved with the model. A sample leaves
             at the first exit whose score is strictly above it.
         criterion: ``"confidence"``, ``"entropy"``, ``"margin"`` or ``"patience"``; by default the method's.
+        optimize: compile every stage together with its exit by AOTInductor, for any batch size; on CPU with BatchNorm
+            folded into convolutions. Takes seconds to minutes; later changes of the model's weights have no effect.
+        samples: inputs as they come in use, on which the steps are timed on this device, as one batch. Samples then leave
+            a batch only where going on without them is faster, and an exit that costs more than it saves is left out
+            where no later one reads it. :meth:`Engine.plan` shows it.
 
     Raises:
         ExitkitError: not a multi-exit model, no threshold, one of the wrong length or that is no number, an unknown
-            criterion.
+            criterion, samples that do not fit the model.
     """
     if not isinstance(model, MultiExitModel):
         raise ExitkitError(f"model is {type(model).__name__}; compile takes what exitkit.attach(model) returns")
+    criterion = checked_criterion(model, criterion)
+    thresholds = checked_thresholds(model, threshold)
+    program = program_of(model, criterion)
+    loop = Loop(optimized(program, example_of(model)) if optimize else program, thresholds)
+    return Engine(loop if samples is None else _planned(model, loop, program, samples))
+
+
+def _planned(model: MultiExitModel, loop: Loop, eager: Program, samples: Any) -> Loop:
+    """The loop with a plan measured on ``samples``, without the exits that do not pay."""
+    args, kwargs = as_call(split_batch(samples)[0])
+    tensors = eager.inputs.checked(args, kwargs)
+    if not len(tensors[0]):
+        raise ExitkitError("samples is an empty batch; give inputs as they come in use, as many as in a batch")
+    independent = not (model.combiners or model.method.cascade or eager.criterion == "patience")
+    with torch.inference_mode():
+        plan = measure(loop, eager, tensors, independent)
+    if not plan.skipped:
+        return replace(loop, plan=plan)
+    program = program_of(model, eager.criterion, plan.skipped)
+    if loop.program is not eager:
+        program = optimized(program, example_of(model))
+    return replace(loop, program=program, plan=plan)
+
+
+def checked_criterion(model: MultiExitModel, criterion: Any) -> Criterion:
+    """A known criterion; by default the method's."""
     criterion = criterion or model.method.criterion
     if criterion not in get_args(Criterion):
         raise unknown_name("criterion", criterion, get_args(Criterion))
-    thresholds = _thresholds(model, model.threshold if threshold is None else threshold)
-    return Engine(Steps(model, model.lower(), thresholds, criterion))
+    chosen: Criterion = criterion
+    return chosen
 
 
-def _thresholds(model: MultiExitModel, threshold: Any) -> tuple[float, ...]:
-    exits = len(model.classifiers)
+def checked_thresholds(model: MultiExitModel, threshold: Any) -> tuple[float, ...]:
+    """One τ for each exit before the backbone; by default the one saved with the model."""
+    threshold = model.threshold if threshold is None else threshold
     if threshold is None:
         raise ExitkitError(
             "threshold=None, and none was saved with the model; choose one on held-out samples: "
             "exitkit.collect(ee, loader).curve().at_budget(0.5).threshold"
         )
+    return thresholds_for(len(model.classifiers), threshold)
+
+
+def thresholds_for(exits: int, threshold: Any) -> tuple[float, ...]:
+    """One τ, or a sequence of as many as there are ``exits``, as the latter."""
     values = [threshold] * exits if isinstance(threshold, Real) else list(threshold)
     if len(values) != exits:
         raise ExitkitError(f"threshold has {len(values)} values; give one τ, or one for each of the {exits} exits")

@@ -13,7 +13,7 @@ import torch
 from exitkit.batches import split_batch
 from exitkit.errors import ExitkitError
 from exitkit.runtime.flight import Flight
-from exitkit.runtime.steps import Departure, Prediction, Steps
+from exitkit.runtime.loop import Departure, Loop, Prediction
 from exitkit.surgery.calls import as_call
 
 _AHEAD = 64
@@ -36,11 +36,11 @@ class _Item:
 class Refill:
     """The queues of one run over an iterable; see :meth:`exitkit.Engine.map`."""
 
-    def __init__(self, steps: Steps, batch: int, max_wait: float) -> None:
-        self.steps = steps
+    def __init__(self, loop: Loop, batch: int, max_wait: float) -> None:
+        self.loop = loop
         self.batch = batch
         self.max_wait = max_wait
-        self.queues: list[dict[Any, deque[Flight]]] = [{} for _ in steps.lowered.stages]
+        self.queues: list[dict[Any, deque[Flight]]] = [{} for _ in loop.program.steps]
         self.items: deque[_Item] = deque()
         self.samples = 0
 
@@ -58,16 +58,16 @@ class Refill:
 
     def _accept(self, index: int, batch: Any) -> None:
         args, kwargs = as_call(split_batch(batch)[0])
-        tensors = self.steps.checked(args, kwargs)
+        tensors = self.loop.program.inputs.checked(args, kwargs)
         item = _Item(index, self.samples, len(tensors[0]), time.monotonic())
         self.items.append(item)
         self.samples += item.count
         if item.count:
-            self._queue(0, self.steps.enter(tensors, item.first))
+            self._queue(0, self.loop.enter(tensors, item.first))
 
     def _queue(self, stage: int, flight: Flight) -> None:
         """Flights wait together when they can be merged: everything but the batch has the same size."""
-        axes = self.steps.lowered.axes
+        axes = self.loop.program.axes
         key = tuple(
             (name, *(size for dim, size in enumerate(value.shape) if dim != axes.get(name)))
             for name, value in flight.values.items()
@@ -85,7 +85,7 @@ class Refill:
 
     def _step(self, stage: int, key: Any) -> None:
         """Run one stage on up to a full batch of one of its queues."""
-        flights, axes = self.queues[stage][key], self.steps.lowered.axes
+        flights, axes = self.queues[stage][key], self.loop.program.axes
         taken: list[Flight] = []
         while flights and sum(map(len, taken)) < self.batch:
             taken.append(flights.popleft())
@@ -108,7 +108,7 @@ class Refill:
 
     def _advance(self, flight: Flight, stage: int) -> None:
         with torch.inference_mode():
-            onward, departures = self.steps.advance(flight, stage)
+            onward, departures = self.loop.advance(flight, stage)
         if onward is not None:
             self._queue(stage + 1, onward)
         for departure in departures:
@@ -153,13 +153,13 @@ class Refill:
             item = self.items.popleft()
             if item.error is not None:
                 raise self._failure(item) from item.error
-            yield self.steps.landed(item.departures, item.count, item.first)
+            yield self.loop.landed(item.departures, item.count, item.first)
 
     def _failure(self, failed: _Item) -> ExitkitError:
         """The error of one batch, which carries the answers of those behind it that were already taken."""
         self._drain()
         finished = {
-            item.index: self.steps.landed(item.departures, item.count, item.first)
+            item.index: self.loop.landed(item.departures, item.count, item.first)
             for item in self.items
             if item.error is None
         }

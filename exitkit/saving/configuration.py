@@ -7,7 +7,6 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 from fnmatch import fnmatchcase
-from importlib.metadata import PackageNotFoundError, version
 from numbers import Real
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from exitkit.model import MultiExitModel
 from exitkit.saving.card import identity, measured
 from exitkit.surgery.calls import Example
 from exitkit.surgery.examples import example_for
+from exitkit.versions import versions
 
 CONFIG = "config.json"
 WEIGHTS = f"exits-{'[0-9a-f]' * 16}.safetensors"
@@ -41,7 +41,7 @@ def configuration(model: MultiExitModel, threshold: float | None, outputs: ExitO
     chosen = _finite(model.threshold if threshold is None else threshold)
     return {
         "format": _FORMAT,
-        "versions": {"exitkit": _own_version(), "torch": torch.__version__},
+        "versions": versions(),
         "backbone": identity(model.backbone),
         "exits": [boundary.name for boundary in model.boundaries],
         "method": asdict(model.method),
@@ -68,8 +68,8 @@ def read_configuration(path: Path) -> dict[str, Any]:
     given = config.get("format") if isinstance(config, dict) else None
     if given != _FORMAT and str(given).startswith(_FAMILY):
         raise ExitkitError(
-            f"{str(path)!r} is of format {given!r}, saved by {saved_by(config)}; this is exitkit {_own_version()}, which "
-            f"reads {_FORMAT!r}. Install the version that saved it, or save the exits again"
+            f"{str(path)!r} is of format {given!r}, saved by {saved_by(config)}; this is exitkit {versions()['exitkit']}, "
+            f"which reads {_FORMAT!r}. Install the version that saved it, or save the exits again"
         )
     if given != _FORMAT:
         raise ExitkitError(f"{str(path)!r} is no configuration of exits. {_REMEDY}")
@@ -142,13 +142,6 @@ def _finite(threshold: float | None) -> float | None:
     if isinstance(threshold, bool) or not isinstance(threshold, Real) or not math.isfinite(threshold):
         raise ExitkitError(f"threshold={threshold!r} must be a finite number: the τ above which a sample leaves")
     return float(threshold)
-
-
-def _own_version() -> str:
-    try:
-        return version("exitkit")
-    except PackageNotFoundError:  # a checkout that was never installed
-        return "unknown"
 
 
 def _texts(values: Iterable[Any]) -> bool:

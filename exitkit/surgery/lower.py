@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,14 +38,18 @@ class Lowered:
 
     Attributes:
         inputs: names of the input tensors.
+        sizes: the shape of each input tensor; None where any size is taken (the batch, the length of a text).
         stages: in order.
         axes: the dimension in which a value has its samples, by name, one entry or several consecutive ones for each; a
             value that is not named is the same for every sample.
+        dynamic: the dimensions of each value that follow the batch or the length of a text, by name.
     """
 
     inputs: tuple[str, ...]
+    sizes: tuple[tuple[int | None, ...], ...]
     stages: tuple[Stage, ...]
     axes: dict[str, int]
+    dynamic: dict[str, tuple[int, ...]]
 
     def run(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Run all stages: the feature at each boundary (copies, as a stage may write into its input), then the logits."""
@@ -77,14 +81,20 @@ def lower(captured: Capture, boundaries: Sequence[Boundary]) -> Lowered:
         live = tuple(node.name for node in needed)
         needed = dict.fromkeys([*piece.reads, *(node for node in needed if node not in piece.made)])
         stages.append(build(captured.graph, piece, outputs, live))
-    inputs = tuple(node.name for node in nodes if node.op == "placeholder")
-    return Lowered(inputs, tuple(reversed(stages)), _batch_axes(nodes))
-
-
-def _batch_axes(nodes: Sequence[Node]) -> dict[str, int]:
-    """Read off the symbolic batch size in the shapes: the dimension that has it as a factor holds the samples."""
+    inputs = [node for node in nodes if node.op == "placeholder"]
+    sizes = tuple(tuple(size if type(size) is int else None for size in node.meta["val"].shape) for node in inputs)
     values = {node.name: value for node in nodes if (value := value_of(node)) is not None}
-    batch = next(values[node.name].shape[0] for node in nodes if node.op == "placeholder" and node.name in values)
+    dynamic = {
+        name: tuple(dim for dim, size in enumerate(value.shape) if type(size) is not int)
+        for name, value in values.items()
+    }
+    names = tuple(node.name for node in inputs)
+    return Lowered(names, sizes, tuple(reversed(stages)), _batch_axes(values, names), dynamic)
+
+
+def _batch_axes(values: Mapping[str, Tensor], inputs: Sequence[str]) -> dict[str, int]:
+    """Read off the symbolic batch size in the shapes: the dimension that has it as a factor holds the samples."""
+    batch = next(values[name].shape[0] for name in inputs if name in values)
     axes = {}
     for name, value in values.items():
         dims = [dim for dim, size in enumerate(value.shape) if has_factor(size, batch)]

@@ -1,0 +1,100 @@
+"""The manifest of a package: everything of a program but its steps' code, as JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from typing import Any, Literal
+
+import torch
+
+from exitkit.errors import ExitkitError
+from exitkit.preprocessing import preprocessing_from_json, preprocessing_to_json
+from exitkit.runtime.program import Description, Inputs, Program, Step
+from exitkit.surgery.calls import CallSpec
+from exitkit.versions import versions
+
+FORMAT = "exitkit-package-1"
+Kind = Literal["torch", "compiled", "onnx"]
+
+
+def to_manifest(program: Program, description: Description, kind: Kind) -> dict[str, Any]:
+    """As plain data."""
+    inputs = program.inputs
+    return {
+        "format": FORMAT,
+        "kind": kind,
+        "versions": versions(),
+        "device": inputs.device.type,
+        "inputs": [
+            {"key": key, "name": name, "sizes": sizes, "dtype": str(dtype).removeprefix("torch.")}
+            for key, name, sizes, dtype in zip(
+                inputs.spec.keys, inputs.names, inputs.sizes, inputs.dtypes, strict=True
+            )
+        ],
+        "steps": [{key: value for key, value in vars(step).items() if key != "run"} for step in program.steps],
+        "axes": {name: program.axes[name] for name in _carried(program) if name in program.axes},
+        "criterion": program.criterion,
+        "num_classes": program.num_classes,
+        **asdict(description),
+        "preprocessing": preprocessing_to_json(description.preprocessing),
+    }
+
+
+def description_of(manifest: dict[str, Any]) -> Description:
+    """The inverse of :func:`to_manifest`, as far as it is not the program."""
+    return Description(
+        tuple(manifest["thresholds"]),
+        None if manifest["labels"] is None else tuple(manifest["labels"]),
+        preprocessing_from_json(manifest["preprocessing"]),
+        tuple((name, share) for name, share in manifest["exits"]),
+    )
+
+
+def program_of_manifest(
+    manifest: dict[str, Any], runs: Sequence[Callable[..., Sequence[Any]]], device: torch.device
+) -> Program:
+    """The inverse of :func:`to_manifest`: the program, with the steps' code."""
+    steps = []
+    for run, step in zip(runs, manifest["steps"], strict=True):
+        names = {key: tuple(step[key]) for key in ("inputs", "outputs", "live")}
+        steps.append(Step(run, step["exit"], step["decides"], **names))
+    inputs, criterion = inputs_of(manifest, device), manifest["criterion"]
+    return Program(inputs, tuple(steps), manifest["axes"], {}, criterion, manifest["num_classes"])
+
+
+def inputs_of(manifest: dict[str, Any], device: torch.device) -> Inputs:
+    """What the package's program takes."""
+    entries = manifest["inputs"]
+    keys = tuple(entry["key"] for entry in entries)
+    return Inputs(
+        CallSpec((None,) * sum(isinstance(key, int) for key in keys), (), keys),
+        tuple(entry["name"] for entry in entries),
+        tuple(tuple(entry["sizes"]) for entry in entries),
+        tuple(getattr(torch, entry["dtype"]) for entry in entries),
+        device,
+    )
+
+
+def check_format(manifest: Any, path: str) -> None:
+    """Refuse what is not a package of this format.
+
+    Raises:
+        ExitkitError: another program's file, or a later format.
+    """
+    found = manifest.get("format") if isinstance(manifest, dict) else None
+    if found == FORMAT:
+        return
+    if isinstance(found, str) and found.startswith("exitkit-package-"):
+        writer = manifest.get("versions", {}).get("exitkit")
+        raise ExitkitError(
+            f"{path!r} is a {found} of exitkit {writer}; this is exitkit {versions()['exitkit']}, which reads {FORMAT}: "
+            "update exitkit, or export again"
+        )
+    raise ExitkitError(f"{path!r} is no package of exitkit; write one with exitkit.export(ee, path)")
+
+
+def _carried(program: Program) -> list[str]:
+    """Every value that a step hands on."""
+    names = [*program.inputs.names, *(name for step in program.steps for name in (*step.inputs, *step.live))]
+    return list(dict.fromkeys(names))

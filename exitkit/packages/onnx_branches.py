@@ -1,0 +1,133 @@
+"""One ONNX graph for one sample at a time, in which the exits are ``If`` branches: what is behind a taken exit never runs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from exitkit.errors import ExitkitError
+from exitkit.files import replacing
+from exitkit.packages.manifest import check_format, description_of, inputs_of
+from exitkit.packages.onnx_steps import session, to_onnx
+from exitkit.runtime.loop import Prediction
+from exitkit.runtime.program import Description, Inputs, Program
+
+_METADATA = "exitkit"
+
+
+class Branches(nn.Module):
+    """The steps of a program, each inside the branch of the exit before it: one sample → answer, exit and score."""
+
+    def __init__(self, program: Program, thresholds: Sequence[float]) -> None:
+        super().__init__()
+        self.program = program
+        self.thresholds = tuple(thresholds)
+        self.runs = nn.ModuleList(cast("nn.Module", step.run) for step in program.steps)
+
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return self._from(0, dict(zip(self.program.inputs.names, tensors, strict=True)))
+
+    def _from(self, index: int, values: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+        step = self.program.steps[index]
+        made = self.runs[index](*(values[name] for name in step.inputs))
+        values = values | dict(zip(step.outputs, made, strict=False))
+        answer, score = made[-2:]
+        exit_ = torch.full_like(score, step.exit, dtype=torch.int64)
+        if index == len(self.program.steps) - 1:
+            return answer.clone(), exit_, score.clone()
+
+        def leave(*operands: Tensor) -> tuple[Tensor, ...]:
+            return tuple(operand.clone() for operand in operands[:3])  # a branch may not return what came in
+
+        def stay(*operands: Tensor) -> tuple[Tensor, ...]:
+            return self._from(index + 1, dict(zip(step.live, operands[3:], strict=True)))
+
+        sure = (score.double() > self.thresholds[step.exit]).all()
+        operands = (answer, exit_, score, *(values[name] for name in step.live))
+        result: tuple[Tensor, Tensor, Tensor] = torch.cond(sure, leave, stay, operands)
+        return result
+
+
+def write_branches(
+    path: Path, program: Program, thresholds: Sequence[float], example: Sequence[Tensor], manifest: dict[str, Any]
+) -> None:
+    """Write the graph, with the manifest in its metadata, once it answers the example as the program does.
+
+    Raises:
+        ExitkitError: what cannot be exported, or other answers.
+    """
+    module = Branches(program, thresholds).eval()
+    one = tuple(tensor[:1].contiguous() for tensor in example)
+    try:
+        with torch.no_grad():
+            exported = torch.export.export(module, one, strict=False)
+    except Exception as error:  # torch.export raises dozens of types, most of them private
+        raise ExitkitError(
+            f"the exits cannot be written as branches: {type(error).__name__}: {str(error).splitlines()[0]}; export a .pt2"
+        ) from error
+    content = _with_metadata(to_onnx(exported), manifest)
+    written = OnnxBranches(content, str(path))
+    for row in range(len(example[0])):
+        sample = tuple(tensor[row : row + 1].contiguous() for tensor in example)
+        with torch.no_grad():
+            answer, exit_, score = module(*sample)
+        got = written._one(sample)
+        off = float((answer.float() - got.logits).abs().max())
+        near = any(abs(float(score) - threshold) < 1e-4 for threshold in thresholds)
+        if not near and (int(exit_) != int(got.exit) or off > 1e-3 * max(1.0, float(answer.abs().max()))):
+            raise ExitkitError(
+                f"the ONNX graph answers otherwise than the model (off by {off:.1e}); nothing was written"
+            )
+    with replacing(path) as temporary:
+        temporary.write_bytes(content)
+
+
+class OnnxBranches:
+    """A graph that :func:`write_branches` wrote: answers a batch one sample after another, on CPU.
+
+    Attributes:
+        inputs: what it takes.
+        description: thresholds (which are fixed in the graph), labels, preprocessing, and the exits.
+    """
+
+    def __init__(self, content: bytes, source: str) -> None:
+        self.session = session(content)
+        metadata = self.session.get_modelmeta().custom_metadata_map.get(_METADATA)
+        manifest: Any = None if metadata is None else json.loads(metadata)
+        check_format(manifest, source)
+        self.inputs: Inputs = inputs_of(manifest, torch.device("cpu"))
+        self.description: Description = description_of(manifest)
+        self._classes: int = manifest["num_classes"]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Prediction:
+        """Takes what the model takes, and any number of samples.
+
+        Raises:
+            ExitkitError: other tensors than the model was attached with: names, sizes, dtype or device.
+        """
+        tensors = self.inputs.checked(args, kwargs)
+        answers = [self._one([tensor[row : row + 1] for tensor in tensors]) for row in range(len(tensors[0]))]
+        if not answers:
+            blank = torch.zeros(0)
+            return Prediction(torch.zeros(0, self._classes), blank.long(), blank, blank.bool())
+        return Prediction(*(torch.cat(column) for column in zip(*answers, strict=True)))
+
+    def _one(self, tensors: Sequence[Tensor]) -> Prediction:
+        names = [entry.name for entry in self.session.get_inputs()]
+        feeds = {name: tensor.contiguous().numpy() for name, tensor in zip(names, tensors, strict=True)}
+        logits, exit_, score = (torch.from_numpy(array) for array in self.session.run(None, feeds))
+        return Prediction(logits, exit_, score, ~score.isfinite())
+
+
+def _with_metadata(content: bytes, manifest: dict[str, Any]) -> bytes:
+    import onnx
+
+    model = onnx.load_from_string(content)
+    onnx.helper.set_model_props(model, {_METADATA: json.dumps(manifest)})
+    written: bytes = model.SerializeToString()
+    return written

@@ -1,0 +1,81 @@
+"""Steps as ONNX graphs, for batches: the engine's loop over onnxruntime."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.export import ExportedProgram
+
+from exitkit.errors import ExitkitError
+
+
+def to_onnx(exported: ExportedProgram) -> bytes:
+    """A program of torch.export as an ONNX model.
+
+    Raises:
+        ExitkitError: a missing library, or an operation that ONNX has not.
+    """
+    try:
+        import onnx
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise ExitkitError(f"writing ONNX needs onnx and onnxscript: pip install 'exitkit[onnx]' ({error})") from error
+    disabled = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)  # the exporter reports every pass
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            converted = torch.onnx.export(exported, dynamo=True, verbose=False)
+            model: Any = converted.model_proto  # type: ignore[union-attr]
+    except Exception as error:  # the exporter raises dozens of types, most of them private
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        raise ExitkitError(
+            f"this model cannot be written as ONNX: {type(error).__name__}: {lines[-1] if lines else ''}; export a .pt2"
+        ) from error
+    finally:
+        logging.disable(disabled)
+    if model.ByteSize() > onnx.checker.MAXIMUM_PROTOBUF:
+        raise ExitkitError("ONNX files of more than 2 GiB are not written; export a .pt2")
+    content: bytes = model.SerializeToString()
+    return content
+
+
+def session(content: bytes) -> Any:
+    """An onnxruntime session on CPU.
+
+    Raises:
+        ExitkitError: onnxruntime is missing, or refuses the model.
+    """
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise ExitkitError(f"running ONNX needs onnxruntime: pip install 'exitkit[onnx]' ({error})") from error
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.intra_op_num_threads = torch.get_num_threads()
+    try:
+        return onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime's exceptions have no common base
+        raise ExitkitError(
+            f"onnxruntime {onnxruntime.__version__} does not run this model: {str(error).splitlines()[0]}"
+        ) from error
+
+
+def onnx_run(content: bytes) -> Callable[..., Sequence[Tensor]]:
+    """An ONNX step as a function of tensors."""
+    runner = session(content)
+    names = [entry.name for entry in runner.get_inputs()]
+
+    def run(*tensors: Tensor) -> list[Tensor]:
+        feeds = {name: np.ascontiguousarray(tensor.numpy()) for name, tensor in zip(names, tensors, strict=True)}
+        return [torch.from_numpy(array) for array in runner.run(None, feeds)]
+
+    return run

@@ -1,0 +1,88 @@
+"""Measuring a plan: every step, head and compaction timed on this device, at a few batch sizes."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from exitkit.runtime.flight import Flight
+from exitkit.runtime.loop import Loop
+from exitkit.runtime.plan import Plan
+from exitkit.runtime.program import Program
+from exitkit.runtime.stepping import StageWithExit
+
+_REPEATS = 5
+
+
+def measure(loop: Loop, eager: Program, tensors: Sequence[Tensor], independent: bool) -> Plan:
+    """Time the steps of ``loop`` on samples (N, …), and see where they leave.
+
+    Args:
+        loop: with the thresholds that will be used.
+        eager: the loop's program before any compilation, in which an exit can be timed without its stage.
+        tensors: samples as they come in use.
+        independent: whether no exit reads an earlier one, so that an exit that does not pay can be left out.
+    """
+    count = len(tensors[0])
+    sizes = tuple(dict.fromkeys([*(4**power for power in range(10) if 4**power < count), count]))
+    columns = [_times(loop, eager, [tensor[:size] for tensor in tensors]) for size in sizes]
+    seconds, heads, gathers = (tuple(zip(*rows, strict=True)) for rows in zip(*columns, strict=True))
+    plan = Plan(sizes, seconds, heads, gathers, _reached(loop, tensors))
+    if not independent:
+        return plan
+    return replace(plan, skipped=tuple(m for m in range(len(seconds) - 1) if plan.gain(m, count) <= 0))
+
+
+def _times(loop: Loop, eager: Program, tensors: Sequence[Tensor]) -> tuple[list[float], list[float], list[float]]:
+    """Seconds of every step, exit and compaction, when all samples come to all of them."""
+    everyone = replace(loop, thresholds=(float("inf"),) * len(loop.thresholds), plan=None)
+    axes, steps = loop.program.axes, loop.program.steps
+    flight = everyone.enter(tensors)
+    half = torch.arange((len(flight) + 1) // 2, device=flight.rows.device)
+    seconds, heads, gathers = [], [], []
+    for index, step in enumerate(steps):
+        values = [flight.values[name] for name in step.inputs]
+        gathers.append(_seconds(partial(flight.select, half, axes)))
+        seconds.append(_seconds(partial(step.run, *values)))
+        heads.append(_exit_seconds(eager, index, values))
+        flight = everyone.advance(flight, index)[0] or flight
+    return seconds, heads, gathers
+
+
+def _exit_seconds(eager: Program, index: int, values: Sequence[Any]) -> float:
+    """The exit without its stage."""
+    if index == len(eager.steps) - 1:
+        return 0.0
+    module = cast("StageWithExit", eager.steps[index].run)
+    named = dict(zip(module.inputs, values, strict=True))
+    feature = module.stage(*(named[name] for name in module.stage_inputs))[0]
+    return _seconds(lambda: module.leave(feature, dict(named)))
+
+
+def _reached(loop: Loop, tensors: Sequence[Tensor]) -> tuple[float, ...]:
+    """The share of the samples that comes to each step."""
+    flight: Flight | None = loop.enter(tensors)
+    counts = []
+    for index in range(len(loop.program.steps)):
+        counts.append(0 if flight is None else len(flight))
+        flight = None if flight is None else loop.advance(flight, index)[0]
+    return tuple(count / counts[0] for count in counts)
+
+
+def _seconds(run: Callable[[], Any]) -> float:
+    """The median of several runs, after one to warm up."""
+    times = []
+    for _ in range(_REPEATS + 1):
+        started = time.perf_counter()
+        run()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - started)
+    return statistics.median(times[1:])
