@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import tracemalloc
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -14,7 +16,7 @@ from torch import Tensor, nn
 
 import exitkit
 from exitkit import ExitkitError
-from tests.toy import TinyNet, images
+from tests.toy import TinyNet, images, noisy
 
 METHODS: dict[str, Any] = {
     "sdn": "sdn",
@@ -26,20 +28,11 @@ METHODS: dict[str, Any] = {
 }
 
 
-def _noisy(ee: exitkit.MultiExitModel) -> exitkit.MultiExitModel:
-    """Larger random weights, so that exits disagree and samples leave everywhere."""
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for parameter in ee.added_parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.5)
-    return ee.eval()
-
-
 @pytest.fixture(scope="module")
 def models() -> dict[str, exitkit.MultiExitModel]:
     torch.manual_seed(0)
     net = TinyNet().eval()
-    return {name: _noisy(exitkit.attach(net, images(), method=method)) for name, method in METHODS.items()}
+    return {name: noisy(exitkit.attach(net, images(), method=method)) for name, method in METHODS.items()}
 
 
 def _expected(ee: exitkit.MultiExitModel, x: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
@@ -236,7 +229,7 @@ def test_whatever_travels_with_a_sample_leaves_with_it(build: Callable[[], tuple
     model, batch = build()
     if head == "tail" and build in (_tnt, _msdnet):
         pytest.skip("its last block leaves several activations, or maps of other sizes")
-    ee = _noisy(exitkit.attach(model.eval(), batch, every=1, head=head, method="ztw"))
+    ee = noisy(exitkit.attach(model.eval(), batch, every=1, head=head, method="ztw"))
     scores = exitkit.collect(ee, [batch]).scores()[:, :-1].double()
     thresholds = scores.quantile(0.6, dim=0)
     engine = exitkit.compile(ee, thresholds.tolist())
@@ -254,8 +247,75 @@ def test_whatever_travels_with_a_sample_leaves_with_it(build: Callable[[], tuple
 def test_texts_of_another_length(models: dict[str, exitkit.MultiExitModel]) -> None:
     torch.manual_seed(0)
     model, batch = _bert()
-    ee = _noisy(exitkit.attach(model.eval(), batch, every=1, method="sdn"))
+    ee = noisy(exitkit.attach(model.eval(), batch, every=1, method="sdn"))
     engine = exitkit.compile(ee, 2.0)
     longer = _text(3, 33)
     with torch.no_grad():
         assert torch.equal(engine(**longer).logits, model(**longer).logits)
+
+
+class _FixedLength(nn.Module):
+    """Learned positions for texts of 12 tokens and no others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(20, 8)
+        self.positions = nn.Parameter(torch.randn(1, 12, 8))
+        self.layers = nn.ModuleList(nn.Sequential(nn.Linear(8, 8), nn.ReLU()) for _ in range(4))
+        self.classify = nn.Linear(8, 3)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        x = self.embed(input_ids) + self.positions
+        for layer in self.layers:
+            x = layer(x)
+        logits: Tensor = self.classify(x.mean(1))
+        return logits
+
+
+def test_texts_of_a_length_that_the_model_fixes() -> None:
+    ids = torch.randint(0, 20, (2, 12))
+    engine = exitkit.compile(exitkit.attach(_FixedLength().eval(), {"input_ids": ids}, every=1, method="sdn"), 0.5)
+    assert len(engine(input_ids=ids[:1]).exit) == 1
+    with pytest.raises(ExitkitError, match=r"shape \(2, 7\); the engine was compiled for \(batch, 12\)"):
+        engine(input_ids=ids[:, :7])
+
+
+def test_a_batch_too_large_for_memory_is_answered_in_parts(models: dict[str, exitkit.MultiExitModel]) -> None:
+    engine = exitkit.compile(models["ztw"], 0.5)
+    expected = engine(images(11))
+
+    def small(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+        if len(args[0]) > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    handle = engine.loop.program.steps[0].run.register_forward_pre_hook(small)  # type: ignore[attr-defined]
+    with pytest.warns(UserWarning, match="out of memory on 11 samples; they are answered 5 at a time"):
+        prediction = engine(images(11))
+    handle.remove()
+    assert torch.equal(prediction.exit, expected.exit)
+    torch.testing.assert_close(prediction.logits, expected.logits, rtol=1e-5, atol=1e-5)
+
+
+def test_memory_does_not_grow_over_ten_thousand_calls(models: dict[str, exitkit.MultiExitModel]) -> None:
+    engine, x = exitkit.compile(models["ztw"], 0.5), images(2)
+    for _ in range(100):
+        engine(x)
+    gc.collect()
+    tracemalloc.start()
+    before = tracemalloc.get_traced_memory()[0]
+    tensors = sum(isinstance(item, Tensor) for item in gc.get_objects())
+    for _ in range(10_000):
+        engine(x)
+    gc.collect()
+    grown = tracemalloc.get_traced_memory()[0] - before
+    tracemalloc.stop()
+    assert grown < 100_000
+    assert sum(isinstance(item, Tensor) for item in gc.get_objects()) <= tensors
+
+
+def test_the_heads_own_mode_is_left_alone(models: dict[str, exitkit.MultiExitModel]) -> None:
+    ee = models["sdn"]
+    ee.train()
+    exitkit.compile(ee, 0.5)
+    assert all(module.training for module in ee.classifiers.modules())
+    ee.eval()

@@ -69,3 +69,12 @@ def all_equal(first: Any, second: Any) -> bool:
 class Noise(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return x + torch.rand_like(x)
+
+
+def noisy(ee: exitkit.MultiExitModel) -> exitkit.MultiExitModel:
+    """Larger random weights, so that exits disagree and samples leave everywhere."""
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in ee.added_parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.5)
+    return ee.eval()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,8 +13,9 @@ from torch import nn
 import exitkit
 from exitkit.batches import split_batch
 from exitkit.cli.bench import compare, comparison_table, write_results
-from exitkit.cli.data import load_data
+from exitkit.cli.data import load_data, load_tokenizer
 from exitkit.cli.demo import run_demo
+from exitkit.cli.predict import batch_sizes, latency_table, made_up, predict, read_samples
 from exitkit.cli.sources import load_model
 from exitkit.console import make_console
 from exitkit.errors import ExitkitError
@@ -26,6 +28,7 @@ app = typer.Typer(
 _console = make_console()
 
 Model = Annotated[str, typer.Option(help="torchvision:NAME, timm:NAME, hf:NAME_OR_DIR or package.module:function")]
+Package = Annotated[Path, typer.Argument(help="What exitkit export wrote: .pt2, .onnx or .onnx.zip")]
 Weights = Annotated[str | None, typer.Option(help="State-dict file (.safetensors, .pth), or 'pretrained'")]
 Classes = Annotated[int | None, typer.Option(help="Size of the model's classifier, where not its library's default")]
 
@@ -93,6 +96,54 @@ def bench(
     write_results(results, out, {"model": model, "weights": weights, "data": data, "epochs": epochs, "every": every})
     _console.print(comparison_table(results, f"{model} on {data}"))
     _console.print(f"Written to {out}/: results.json, curve.png, hindsight.png, outputs-METHOD.safetensors")
+
+
+@app.command()
+def export(
+    model: Model,
+    exits: Annotated[str, typer.Option(help="Folder of save_pretrained, or a name on the Hugging Face Hub")],
+    out: Annotated[Path, typer.Option(help="model.pt2, model.onnx (one sample) or model.onnx.zip (batches)")],
+    threshold: Annotated[float | None, typer.Option(help="τ; by default the one saved with the exits")] = None,
+    optimize: Annotated[bool, typer.Option(help="Compile the stages for this device (.pt2; takes minutes)")] = False,
+    weights: Weights = None,
+    num_classes: Classes = None,
+) -> None:
+    """Write a backbone and its saved exits as one file that runs without the model's code."""
+    backbone = load_model(model, weights, num_classes).eval()
+    ee = exitkit.MultiExitModel.from_pretrained(backbone, exits)
+    text = model.startswith("hf:") and ee.example.text
+    tokenizer = load_tokenizer(model.removeprefix("hf:")) if text else None
+    exitkit.export(ee, out, threshold, optimize=optimize, tokenizer=tokenizer)
+    _console.print(f"Written to {out} ({out.stat().st_size / 2**20:.1f} MiB)")
+
+
+@app.command()
+def run(
+    package: Package,
+    inputs: Annotated[list[str], typer.Argument(help="Images and folders; or texts, .txt, .csv, .tsv")],
+    batch_size: Annotated[int, typer.Option(help="Samples answered at once")] = 16,
+    threshold: Annotated[float | None, typer.Option(help="Another τ than the package's")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda")] = None,
+) -> None:
+    """Classify with a package; one JSON line for each input: label, exit and score."""
+    if batch_size < 1:
+        raise ExitkitError(f"--batch-size {batch_size} must be at least 1")
+    for record in predict(exitkit.load(package, threshold=threshold, device=device), inputs, batch_size):
+        typer.echo(json.dumps(record, ensure_ascii=False))
+
+
+@app.command()
+def bench_latency(
+    package: Package,
+    inputs: Annotated[str | None, typer.Option(help=".npy of input tensors; by default random ones")] = None,
+    batches: Annotated[str, typer.Option(help="Comma-separated batch sizes")] = "1,8,64",
+    threshold: Annotated[float | None, typer.Option(help="Another τ than the package's")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda")] = None,
+) -> None:
+    """Time a package at several batch sizes, beside a run in which nobody leaves."""
+    loaded = exitkit.load(package, threshold=threshold, device=device)
+    samples = made_up(loaded) if inputs is None else read_samples(inputs)
+    _console.print(latency_table(loaded, samples, batch_sizes(batches)))
 
 
 @app.command()

@@ -179,12 +179,7 @@ def _text(path: Path, test: str | None, tokenizer: str | None) -> Split:
     """Text in the first column, label in the last, a header above; labels may be words."""
     if tokenizer is None:
         raise ExitkitError(f"--data {str(path)!r} is text; use --model hf:NAME_OR_DIR, whose tokenizer splits it")
-    from transformers import AutoTokenizer
-
-    try:
-        encode = AutoTokenizer.from_pretrained(tokenizer)
-    except (OSError, ValueError) as error:
-        raise ExitkitError(f"--model hf:{tokenizer} has no tokenizer: {error}") from error
+    encode = load_tokenizer(tokenizer)
     rows = _read_text(path)
     names = _label_indices({label for _, label in rows})
 
@@ -202,6 +197,20 @@ def _text(path: Path, test: str | None, tokenizer: str | None) -> Split:
     if unknown := {label for _, label in held_out} - set(names):
         raise ExitkitError(f"--test {test!r} has labels that --data has not: {sorted(unknown)[:5]}")
     return Split(rows, held_out, collate)  # type: ignore[arg-type]
+
+
+def load_tokenizer(name: str) -> Any:
+    """A Hugging Face tokenizer by name or folder.
+
+    Raises:
+        ExitkitError: there is none.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise ExitkitError(f"--model hf:{name} has no tokenizer: {error}") from error
 
 
 def _read_text(path: Path) -> list[tuple[str, str]]:

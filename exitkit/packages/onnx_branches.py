@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.export import Dim
 
 from exitkit.errors import ExitkitError
 from exitkit.files import replacing
@@ -63,9 +64,10 @@ def write_branches(
     """
     module = Branches(program, thresholds).eval()
     one = tuple(tensor[:1].contiguous() for tensor in example)
+    lengths = tuple({dim: Dim.AUTO for dim in program.dynamic[name] if dim > 0} for name in program.inputs.names)
     try:
         with torch.no_grad():
-            exported = torch.export.export(module, one, strict=False)
+            exported = torch.export.export(module, one, dynamic_shapes=(lengths,), strict=False)
     except Exception as error:  # torch.export raises dozens of types, most of them private
         raise ExitkitError(
             f"the exits cannot be written as branches: {type(error).__name__}: {str(error).splitlines()[0]}; export a .pt2"

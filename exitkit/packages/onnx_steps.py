@@ -36,9 +36,10 @@ def to_onnx(exported: ExportedProgram) -> bytes:
             converted = torch.onnx.export(exported, dynamo=True, verbose=False)
             model: Any = converted.model_proto  # type: ignore[union-attr]
     except Exception as error:  # the exporter raises dozens of types, most of them private
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        cause = error.__cause__ or error
         raise ExitkitError(
-            f"this model cannot be written as ONNX: {type(error).__name__}: {lines[-1] if lines else ''}; export a .pt2"
+            f"this model cannot be written as ONNX: {type(cause).__name__}: {' '.join(str(cause).split())[:300]}; export a "
+            ".pt2"
         ) from error
     finally:
         logging.disable(disabled)

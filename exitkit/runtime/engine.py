@@ -22,7 +22,7 @@ from exitkit.runtime.loop import Departure, Loop, Prediction
 from exitkit.runtime.measure import measure
 from exitkit.runtime.optimize import optimized
 from exitkit.runtime.plan import Plan
-from exitkit.runtime.program import Description, Program
+from exitkit.runtime.program import Description, Inputs, Program
 from exitkit.runtime.refill import Refill
 from exitkit.runtime.stepping import program_of
 from exitkit.surgery.calls import as_call
@@ -35,6 +35,19 @@ class Engine:
     loop: Loop
     description: Description | None = None
     """Labels, preprocessing and exits, where the engine was loaded from a package."""
+
+    @property
+    def inputs(self) -> Inputs:
+        """What it takes."""
+        return self.loop.program.inputs
+
+    def at(self, threshold: float | Sequence[float]) -> Engine:
+        """The same engine with another τ, or one for each exit.
+
+        Raises:
+            ExitkitError: as for :func:`compile`.
+        """
+        return replace(self, loop=replace(self.loop, thresholds=thresholds_for(len(self.thresholds), threshold)))
 
     @property
     def thresholds(self) -> tuple[float, ...]:

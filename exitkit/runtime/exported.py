@@ -58,7 +58,7 @@ def _export(program: Program, step: Step, tensors: tuple[Tensor, ...]) -> Export
         node.meta["val"].shape for node in exported.graph.nodes if node.name in exported.graph_signature.user_inputs
     ]
     for name, shape in zip(step.inputs, shapes, strict=True):
-        fixed = [dim for dim in program.dynamic[name] if type(shape[dim]) is int]
+        fixed = [dim for dim in program.dynamic[name] if str(shape[dim]).isdecimal()]  # a SymInt may hold a number
         if fixed:
             raise ExitkitError(
                 f"stage {step.exit} fixes dimension {fixed[0]} of {name!r} to {shape[fixed[0]]}, so it cannot be exported for "

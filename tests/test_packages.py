@@ -1,0 +1,225 @@
+"""Packages: what was exported answers as the engine does, without the model's code."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import exitkit
+from exitkit import ExitkitError
+from tests.toy import TinyNet, images, noisy
+
+METHODS = {"sdn": "sdn", "pbee": "pbee", "ztw": "ztw", "final": exitkit.ZTW(ensemble="additive", ensemble_final=True)}
+
+
+@pytest.fixture(scope="module")
+def models() -> dict[str, exitkit.MultiExitModel]:
+    torch.manual_seed(0)
+    net = TinyNet().eval()
+    every = {name: 1 if name == "pbee" else 2 for name in METHODS}  # a single exit agrees with itself alone
+    return {
+        name: noisy(exitkit.attach(net, images(), every=every[name], method=method))
+        for name, method in METHODS.items()
+    }
+
+
+def _threshold(ee: exitkit.MultiExitModel) -> float:
+    """τ that half of the samples pass."""
+    if ee.method.criterion == "patience":
+        return 1.0
+    return float(exitkit.collect(ee, [images(64)]).scores()[:, 0].median())
+
+
+@pytest.fixture(scope="module")
+def package(models: dict[str, exitkit.MultiExitModel], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("package") / "model.pt2"
+    exitkit.export(models["ztw"], path, 0.5, labels=["cat", "dog", "owl"])
+    return path
+
+
+def _check(engine: Any, loaded: Any, x: Tensor) -> None:
+    expected, got = engine(x), loaded(x)
+    assert len(set(expected.exit.tolist())) > 1  # or nothing was tested
+    assert torch.equal(expected.exit, got.exit)
+    torch.testing.assert_close(got.logits, expected.logits, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(got.score, expected.score, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_package_answers_as_the_engine_does(
+    models: dict[str, exitkit.MultiExitModel], method: str, tmp_path: Path
+) -> None:
+    threshold = _threshold(models[method])
+    exitkit.export(models[method], tmp_path / "model.pt2", threshold)
+    loaded, engine = exitkit.load(tmp_path / "model.pt2"), exitkit.compile(models[method], threshold)
+    for batch in (1, 2, 17):
+        torch.testing.assert_close(loaded(images(batch)).logits, engine(images(batch)).logits, rtol=1e-5, atol=1e-6)
+    _check(engine, loaded, images(64))
+
+
+@pytest.mark.parametrize("ending", [".onnx", ".onnx.zip"])
+@pytest.mark.parametrize("method", ["sdn", "pbee", "ztw"])
+def test_onnxruntime_answers_as_the_engine_does(
+    models: dict[str, exitkit.MultiExitModel], method: str, ending: str, tmp_path: Path
+) -> None:
+    pytest.importorskip("onnxruntime")
+    path = tmp_path / f"model{ending}"
+    threshold = _threshold(models[method])
+    exitkit.export(models[method], path, threshold)
+    _check(exitkit.compile(models[method], threshold), exitkit.load(path), images(64))
+    assert len(exitkit.load(path)(images(3)[:0]).exit) == 0
+
+
+def test_what_is_behind_an_exit_is_inside_its_branch(
+    models: dict[str, exitkit.MultiExitModel], tmp_path: Path
+) -> None:
+    onnx = pytest.importorskip("onnx")
+    exitkit.export(models["sdn"], tmp_path / "model.onnx", 0.5)
+    graph = onnx.load(tmp_path / "model.onnx").graph
+    branches = [node for node in graph.node if node.op_type == "If"]
+    assert len(branches) == 1
+    convolutions = [sum(node.op_type == "Conv" for node in part.node) for part in (graph, _stay(branches[0]))]
+    # Of the nine in the backbone, stem and two blocks come before the exit with its own one, two blocks after it.
+    assert convolutions == [6, 4]
+
+
+def _stay(node: Any) -> Any:
+    return next(attribute.g for attribute in node.attribute if attribute.name == "else_branch")
+
+
+def test_it_runs_in_a_process_that_never_saw_the_model(package: Path, tmp_path: Path) -> None:
+    code = (
+        "import sys, torch, exitkit\n"
+        f"engine = exitkit.load({str(package)!r})\n"
+        "answer = engine(torch.zeros(2, 1, 8, 8))\n"
+        "print(list(answer.logits.shape), engine.description.labels)\n"
+        "print([name for name in ('tests', 'timm', 'transformers') if name in sys.modules])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == ["[2, 3] ('cat', 'dog', 'owl')", "[]"]
+
+
+def test_another_threshold_than_the_packages(package: Path, models: dict[str, exitkit.MultiExitModel]) -> None:
+    loaded = exitkit.load(package, threshold=2.0)
+    assert loaded(images(5)).exit.tolist() == [1] * 5
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(images(5)).logits, models["ztw"].backbone(images(5)))
+    assert [name for name, _ in exitkit.load(package).description.exits] == ["blocks.1", "backbone"]  # type: ignore[union-attr]
+
+
+def test_texts_of_any_length(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.BertConfig(
+        vocab_size=99, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=40,
+        initializer_range=0.3, id2label={0: "no", 1: "yes"},
+    )  # fmt: skip
+    ee = noisy(exitkit.attach(transformers.BertForSequenceClassification(config).eval(), every=1, method="sdn"))
+    exitkit.export(ee, tmp_path / "model.pt2", 0.7)
+    loaded, engine = exitkit.load(tmp_path / "model.pt2"), exitkit.compile(ee, 0.7)
+    assert loaded.description is not None
+    assert loaded.description.labels == ("no", "yes")
+    for batch, length in ((1, 5), (6, 31)):
+        ids = torch.randint(1, 99, (batch, length), generator=torch.Generator().manual_seed(length))
+        mask = torch.ones_like(ids)
+        mask[0, length // 2 :] = 0
+        one, other = loaded(input_ids=ids, attention_mask=mask), engine(input_ids=ids, attention_mask=mask)
+        assert torch.equal(one.exit, other.exit)
+        torch.testing.assert_close(one.logits, other.logits, rtol=1e-4, atol=1e-5)
+
+
+def test_compiled_stages(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Linear(4, 16), torch.nn.ReLU(), torch.nn.Linear(16, 16), torch.nn.Linear(16, 3))
+    ee = noisy(exitkit.attach(net.eval(), torch.randn(2, 4), at=["1"], method="sdn"))
+    x = torch.randn(40, 4, generator=torch.Generator().manual_seed(0))
+    threshold = float(exitkit.collect(ee, [x]).scores()[:, 0].median())
+    exitkit.export(ee, tmp_path / "model.pt2", threshold, optimize=True)
+    loaded, engine = exitkit.load(tmp_path / "model.pt2"), exitkit.compile(ee, threshold)
+    _check(engine, loaded, x)
+    assert torch.equal(loaded(x[:1]).exit, engine(x[:1]).exit)
+    _edit(tmp_path / "model.pt2", lambda manifest: manifest["versions"].update(torch="1.0"))
+    with pytest.raises(ExitkitError, match=r"compiled by torch 1\.0; this is torch .*export it again"):
+        exitkit.load(tmp_path / "model.pt2")
+    with pytest.raises(ExitkitError, match=r"device='cuda'.*was compiled for cpu"):
+        exitkit.load(tmp_path / "model.pt2", device="cuda")
+
+
+def _edit(path: Path, change: Any) -> None:
+    with zipfile.ZipFile(path) as archive:
+        contents = {name: archive.read(name) for name in archive.namelist()}
+    manifest = json.loads(contents["manifest.json"])
+    change(manifest)
+    contents["manifest.json"] = json.dumps(manifest).encode()
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in contents.items():
+            archive.writestr(name, content)
+
+
+def test_a_damaged_package(package: Path, tmp_path: Path) -> None:
+    content = package.read_bytes()
+    cases = {
+        "cut": content[: len(content) // 2],
+        "flipped": content[:5000] + bytes([content[5000] ^ 255]) + content[5001:],
+        "text": b"not a zip",
+    }
+    for name, damaged in cases.items():
+        path = tmp_path / f"{name}.pt2"
+        path.write_bytes(damaged)
+        with pytest.raises(ExitkitError, match=r"is damaged or cut short"):
+            exitkit.load(path)
+
+
+def test_a_package_of_another_kind(package: Path, tmp_path: Path) -> None:
+    foreign = tmp_path / "foreign.pt2"
+    with zipfile.ZipFile(foreign, "w") as archive:
+        archive.writestr("data.pkl", b"")
+    with pytest.raises(ExitkitError, match=r"is no package of exitkit"):
+        exitkit.load(foreign)
+    newer = tmp_path / "newer.pt2"
+    newer.write_bytes(package.read_bytes())
+    _edit(newer, lambda manifest: manifest.update(format="exitkit-package-9"))
+    with pytest.raises(ExitkitError, match=r"is a exitkit-package-9.*update exitkit"):
+        exitkit.load(newer)
+    with pytest.raises(ExitkitError, match=r"nowhere\.pt2' does not exist"):
+        exitkit.load(tmp_path / "nowhere.pt2")
+    if not torch.cuda.is_available():
+        with pytest.raises(ExitkitError, match=r"no CUDA device"):
+            exitkit.load(package, device="cuda")
+
+
+@pytest.mark.parametrize(
+    ("path", "arguments", "message"),
+    [
+        ("model.bin", {}, r"must end in \.pt2, \.onnx or \.onnx\.zip"),
+        ("model.onnx", {"optimize": True}, r"optimize=True compiles \.pt2"),
+        ("model.pt2", {"labels": ["a", "b"]}, r"labels has 2 names; the model has 3 classes"),
+        ("model.pt2", {"criterion": "sureness"}, r"criterion='sureness' is unknown"),
+        ("model.pt2", {"tokenizer": object()}, r"tokenizer is a object without a fast backend"),
+    ],
+)
+def test_arguments_out_of_range(
+    models: dict[str, exitkit.MultiExitModel], tmp_path: Path, path: str, arguments: dict[str, Any], message: str
+) -> None:
+    (tmp_path / path).write_text("older")
+    with pytest.raises(ExitkitError, match=message):
+        exitkit.export(models["sdn"], tmp_path / path, 0.5, **arguments)
+    assert (tmp_path / path).read_text() == "older"
+
+
+def test_a_single_graph_has_its_thresholds_fixed(models: dict[str, exitkit.MultiExitModel], tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    exitkit.export(models["sdn"], tmp_path / "model.onnx", 0.5)
+    with pytest.raises(ExitkitError, match=r"thresholds in the graph"):
+        exitkit.load(tmp_path / "model.onnx", threshold=0.9)
+    (tmp_path / "cut.onnx").write_bytes((tmp_path / "model.onnx").read_bytes()[:100])
+    with pytest.raises(ExitkitError, match=r"does not run this model"):
+        exitkit.load(tmp_path / "cut.onnx")
