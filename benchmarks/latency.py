@@ -1,82 +1,155 @@
-"""Does the wall clock follow the FLOPs? The engine against the eager backbone, and against what is possible.
+"""Does the wall clock follow the FLOPs? The engine against the equally compiled backbone, and against what is possible.
 
-    python benchmarks/latency.py [--models cifar:resnet56 torchvision:resnet50 ...] [--batches 1 8 64] [--threads 1]
+    python benchmarks/latency.py [--models cifar:resnet56 torchvision:resnet50 ...] [--batches 1 8 64] [--optimize]
 
-Weights and images are random, as only time is asked: thresholds are set so that the same share of the samples leaves at
-every exit, chosen so that the average cost is 25, 50 or 75% of the backbone's MACs. For each, three speedups over the
-backbone are printed:
+Only time is asked, so exits are not trained: thresholds are set so that the same share of the samples leaves at every exit,
+chosen so that the average cost is 25, 50 or 75% of the backbone's MACs (100%: nobody leaves). Inputs are random, or CIFAR
+images with ``--images``. The backbone is eager, or with ``--optimize`` compiled as the engine's stages are. Beside its
+milliseconds per batch stand:
 
 * *MAC bound*: 1 / Σ cᵢ sᵢ, where sᵢ is the share of samples that enter stage i and cᵢ its share of the MACs, head included;
-* *time bound*: the backbone's time over the times of the stages that ran, each measured alone (head included) at the batch
-  that entered it;
-* *measured*: the backbone's time over the engine's. Efficiency is measured ÷ time bound: what the loop itself costs.
+* *time bound*: the backbone's time over the times of the steps that ran (stage and exit), each alone at the batch it saw;
+* *measured*: the backbone's time over the engine's. Efficiency is measured ÷ time bound: what the loop itself costs;
+* *map*: the same for ``engine.map``, whose stages run full;
+* *earlyon*: the same for earlyon 0.3.0 with the same exits and thresholds, in which a batch leaves as a whole (``pip install
+  earlyon`` to see it).
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from rich.table import Table
-from torch import Tensor
+from torch import Tensor, nn
 
 import exitkit
 from exitkit.cli.bench import machine
+from exitkit.cli.data import normalise
 from exitkit.cli.sources import load_model
 from exitkit.console import make_console
 from exitkit.files import replacing
 from exitkit.models import cifar_resnet
+from exitkit.models.cifar_resnet import load_weights
+from exitkit.runtime.exported import export_steps
 from exitkit.runtime.flight import Flight
-from exitkit.surgery.calls import call_on
+from exitkit.runtime.optimize import compile_step, load_step
+from exitkit.runtime.stepping import program_of
+from exitkit.surgery.calls import Example, as_call, call_on
 from exitkit.surgery.examples import example_for
 
-TARGETS = (0.25, 0.5, 0.75)
-EXITS, SAMPLES = 4, 256
+TARGETS = (0.25, 0.5, 0.75, 1.0)
+EXITS, SAMPLES, LENGTH = 4, 256, 128
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--models", nargs="+", default=["cifar:resnet56", "torchvision:resnet18", "timm:vit_tiny_patch16_224"]
-    )
+    parser.add_argument("--models", nargs="+", default=["cifar:resnet56", "torchvision:resnet18"])
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8, 64])
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--optimize", action="store_true", help="compile the engine's stages and the backbone")
+    parser.add_argument("--weights", type=Path, help="weights of cifar:resnet56")
+    parser.add_argument("--images", type=Path, help="CIFAR images (.npz) for cifar:resnet56")
     parser.add_argument("--out", type=Path, default=Path("results/latency.json"))
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     console = make_console()
     rows: list[dict[str, Any]] = []
     for name in args.models:
-        rows += measure(name, args.batches)
+        for row in measure(name, args):
+            rows.append(row)
+            console.print(" ".join(f"{key}={value}" for key, value in row.items()), soft_wrap=True)
         console.print(_table(rows))
     console.print(machine()["device"], f"{args.threads} threads")
     with replacing(args.out) as temporary:
         temporary.write_text(json.dumps({"about": machine(), "rows": rows}, indent=1))
 
 
-def measure(name: str, batches: Sequence[int]) -> list[dict[str, Any]]:
+def measure(name: str, args: argparse.Namespace) -> Any:
     """One row for every target and batch size."""
-    backbone = (cifar_resnet(56) if name == "cifar:resnet56" else load_model(name)).eval()
-    shape = example_for(backbone).tensors[0].shape[1:]
+    backbone, samples = _backbone(name, args)
     shares = [(index + 1) / (EXITS + 1) for index in range(EXITS)]
     torch.manual_seed(0)
     ee = exitkit.attach(backbone, at_cost=shares, method="sdn", head="1L").eval()
-    samples = torch.randn(SAMPLES, *shape)
-    scores = exitkit.collect(ee, samples.split(32)).scores()[:, :-1].double()
+    batches = [_rows(samples, start, start + 32) for start in range(0, SAMPLES, 32)]
+    scores = exitkit.collect(ee, batches).scores()[:, :-1].double()
     costs = [exit_.macs_fraction for exit_ in ee.exits]
-    rows = []
+    compiled = exitkit.compile(ee, 2.0, optimize=args.optimize)
+    reference = _compiled(ee) if args.optimize else partial(call_on, backbone)
     for target in TARGETS:
-        thresholds = _thresholds(scores, costs, target)
-        engine = exitkit.compile(ee, thresholds)
-        for batch in batches:
-            rows.append({"model": name, "target": target, "batch": batch} | _row(engine, samples, batch, costs))
-    return rows
+        thresholds = _thresholds(scores, costs, target) if target < 1 else [2.0] * EXITS
+        engine = compiled.at(thresholds)
+        other = _earlyon(ee, thresholds)
+        for batch in args.batches:
+            about = {"model": name, "optimize": args.optimize, "target": target, "batch": batch}
+            yield about | _row(engine, reference, other, samples, batch, costs)
+
+
+def _backbone(name: str, args: argparse.Namespace) -> tuple[nn.Module, Any]:
+    """A model and inputs for it."""
+    if name == "cifar:resnet56":
+        resnet = cifar_resnet(56)
+        if args.weights is not None:
+            load_weights(resnet, args.weights)
+        images = None if args.images is None else normalise(np.load(args.images)["images"][:SAMPLES])
+        return resnet.train(False), torch.randn(SAMPLES, 3, 32, 32) if images is None else images
+    if name == "hf:bert-base":
+        from transformers import BertConfig, BertForSequenceClassification
+
+        ids = torch.randint(1000, 30000, (SAMPLES, LENGTH))
+        return BertForSequenceClassification(BertConfig()).eval(), {
+            "input_ids": ids,
+            "attention_mask": torch.ones_like(ids),
+        }
+    model = load_model(name).eval()
+    return model, torch.randn(SAMPLES, *example_for(model).tensors[0].shape[1:])
+
+
+def _rows(samples: Any, start: int, stop: int) -> Any:
+    example = Example.of(samples)
+    return example.spec.batch(tuple(tensor[start:stop] for tensor in example.tensors))
+
+
+def _compiled(ee: exitkit.MultiExitModel) -> Callable[[Any], Any]:
+    """The backbone alone, compiled as a step is."""
+    alone = copy.copy(ee)
+    alone.specs, alone.classifiers = (), nn.ModuleList()
+    program = program_of(alone, "confidence")
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory) / "backbone.pt2"
+        compile_step(next(export_steps(program, ee.example.with_batch(3).tensors)), path)
+        run = load_step(path)
+    return lambda batch: run(*program.inputs.checked(*as_call(batch)))
+
+
+def _earlyon(ee: exitkit.MultiExitModel, thresholds: Sequence[float]) -> Callable[[Any], Any] | None:
+    """The same backbone, heads and thresholds in earlyon; None for texts, which it does not take."""
+    if find_spec("earlyon") is None or len(ee.example.spec.keys) > 1:
+        return None
+    from earlyon import EarlyExitConfig, EarlyExitWrapper, ExitPoint
+
+    points = [ExitPoint(f"e{m}", boundary.name, 1) for m, boundary in enumerate(ee.boundaries)]
+    heads = {point.name: copy.deepcopy(head) for point, head in zip(points, ee.classifiers, strict=True)}
+    config = EarlyExitConfig("own", ee.num_classes, points, confidence_thresholds=[min(t, 1.0) for t in thresholds])
+    config.enabled_exits = [threshold <= 1 for threshold in thresholds]
+    shape = (1, *ee.example.tensors[0].shape[1:])
+    wrapper = EarlyExitWrapper(copy.deepcopy(ee.backbone), heads, nn.Identity(), config, shape).eval()
+
+    def run(batch: tuple[Tensor]) -> Any:
+        return wrapper(*batch) if len(batch[0]) == 1 else wrapper.forward_inference_batched(*batch)
+
+    return run
 
 
 def _thresholds(scores: Tensor, costs: Sequence[float], target: float) -> list[float]:
@@ -98,14 +171,22 @@ def _thresholds(scores: Tensor, costs: Sequence[float], target: float) -> list[f
     return thresholds
 
 
-def _row(engine: exitkit.Engine, samples: Tensor, batch: int, costs: Sequence[float]) -> dict[str, float]:
-    chunks = samples[: max(64, 4 * batch)].split(batch)
-    backbone = engine.steps.model.backbone
+def _row(
+    engine: exitkit.Engine,
+    reference: Callable[[Any], Any],
+    other: Callable[[Any], Any] | None,
+    samples: Any,
+    batch: int,
+    costs: Sequence[float],
+) -> dict[str, float | None]:
+    chunks = [_rows(samples, start, start + batch) for start in range(0, min(SAMPLES, max(32, 4 * batch)), batch)]
     with torch.inference_mode():
-        full = _seconds(lambda: [call_on(backbone, chunk) for chunk in chunks])
-        own = _seconds(lambda: [engine(chunk) for chunk in chunks])
-        bound = _stage_seconds(engine, chunks)
-    exits = torch.cat([engine(chunk).exit for chunk in chunks])
+        full = _seconds(lambda: [reference(chunk) for chunk in chunks])
+        own = _seconds(lambda: [call_on(engine, chunk) for chunk in chunks])
+        mapped = _seconds(lambda: list(engine.map(chunks, batch)))
+        others = None if other is None else _seconds(lambda: [other(chunk) for chunk in chunks])
+        bound = _step_seconds(engine, chunks)
+    exits = torch.cat([call_on(engine, chunk).exit for chunk in chunks])
     macs = float(torch.tensor(costs)[exits].mean())
     return {
         "backbone_ms": 1e3 * full / len(chunks),
@@ -114,34 +195,27 @@ def _row(engine: exitkit.Engine, samples: Tensor, batch: int, costs: Sequence[fl
         "time_bound": full / bound,
         "measured": full / own,
         "efficiency": bound / own,
+        "map": full / mapped,
+        "earlyon": None if others is None else full / others,
     }
 
 
-def _stage_seconds(engine: exitkit.Engine, chunks: Sequence[Tensor]) -> float:
-    """What the stages that ran take alone, at the batches that entered them."""
-    steps, total = engine.steps, 0.0
+def _step_seconds(engine: exitkit.Engine, chunks: Sequence[Any]) -> float:
+    """What the steps that ran take alone, at the batches that entered them."""
+    loop, total = engine.loop, 0.0
     times: dict[tuple[int, int], float] = {}
     for chunk in chunks:
-        flight: Flight | None = steps.enter([chunk])
-        for stage in range(len(steps.lowered.stages)):
+        flight: Flight | None = loop.enter(Example.of(chunk).tensors)
+        for index, step in enumerate(loop.program.steps):
             if flight is None:
                 break
-            key = stage, len(flight)
+            key = index, len(flight)
             if key not in times:
-                times[key] = _seconds(_alone(engine, flight, stage))
+                values = [flight.values[name] for name in step.inputs]
+                times[key] = _seconds(partial(step.run, *values))
             total += times[key]
-            flight, _ = steps.advance(flight, stage)
+            flight, _ = loop.advance(flight, index)
     return total
-
-
-def _alone(engine: exitkit.Engine, flight: Flight, stage: int) -> Callable[[], Any]:
-    """A stage and its head on what stands before it, without decisions."""
-    module, names = engine.lowered.stages[stage].module, engine.lowered.stages[stage].inputs
-    values = [flight.values[name] for name in names]
-    if stage == len(engine.lowered.stages) - 1:
-        return lambda: module(*values)
-    head = engine.steps.model.classifiers[stage]
-    return lambda: head(module(*values)[0])
 
 
 def _seconds(run: Callable[[], Any], repeats: int = 5) -> float:
@@ -155,28 +229,21 @@ def _seconds(run: Callable[[], Any], repeats: int = 5) -> float:
 
 
 def _table(rows: Sequence[dict[str, Any]]) -> Table:
-    table = Table(title="Speedup over the eager backbone (1×)")
-    for heading in (
-        "model",
-        "compute",
-        "batch",
-        "backbone ms",
-        "engine ms",
-        "MAC bound",
-        "time bound",
-        "measured",
-        "efficiency",
-    ):
-        table.add_column(heading, justify="left" if heading == "model" else "right")
+    table = Table(title="Speedup over the backbone (1×)")
+    headings = "model compute batch backbone_ms engine_ms mac_bound time_bound measured efficiency map earlyon".split()
+    for heading in headings:
+        table.add_column(heading.replace("_", " "), justify="left" if heading == "model" else "right")
     for row in rows:
+        speeds = ["" if row[key] is None else f"{row[key]:.2f}×" for key in ("map", "earlyon")]
         table.add_row(
-            row["model"],
+            row["model"] + (" (compiled)" if row["optimize"] else ""),
             f"{row['target']:.0%}",
             str(row["batch"]),
             f"{row['backbone_ms']:.1f}",
             f"{row['engine_ms']:.1f}",
             *(f"{row[key]:.2f}×" for key in ("mac_bound", "time_bound", "measured")),
             f"{row['efficiency']:.2f}",
+            *speeds,
         )
     return table
 

@@ -12,6 +12,7 @@ from torch.export import Dim, ExportedProgram
 from exitkit.errors import ExitkitError
 from exitkit.model import MultiExitModel
 from exitkit.runtime.program import Program, Step
+from exitkit.surgery.liveness import constant
 
 _BATCH = 3
 """Samples in the batch that steps are exported with: a size unlike those that models fix by themselves."""
@@ -58,7 +59,7 @@ def _export(program: Program, step: Step, tensors: tuple[Tensor, ...]) -> Export
         node.meta["val"].shape for node in exported.graph.nodes if node.name in exported.graph_signature.user_inputs
     ]
     for name, shape in zip(step.inputs, shapes, strict=True):
-        fixed = [dim for dim in program.dynamic[name] if str(shape[dim]).isdecimal()]  # a SymInt may hold a number
+        fixed = [dim for dim in program.dynamic[name] if constant(shape[dim]) is not None]
         if fixed:
             raise ExitkitError(
                 f"stage {step.exit} fixes dimension {fixed[0]} of {name!r} to {shape[fixed[0]]}, so it cannot be exported for "

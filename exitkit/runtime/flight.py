@@ -17,12 +17,14 @@ class Flight:
     Attributes:
         rows: (B,) int64, the callers' numbers of the samples; −1 for one that has its answer and is carried along.
         values: what later steps read, by name.
-        non_finite: (B,) bool, samples with a score that was not finite.
+        total: (B,) float32, the sum of the scores so far, which is not finite once one of them was not.
+        carries: whether some rows are −1.
     """
 
     rows: Tensor
     values: dict[str, Any]
-    non_finite: Tensor
+    total: Tensor
+    carries: bool = False
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -32,7 +34,7 @@ class Flight:
         return Flight(
             self.rows.index_select(0, keep),
             {name: select(value, keep, axes.get(name), len(self)) for name, value in self.values.items()},
-            self.non_finite.index_select(0, keep),
+            self.total.index_select(0, keep),
         )
 
     @staticmethod
@@ -49,7 +51,7 @@ class Flight:
         return Flight(
             torch.cat([flight.rows for flight in flights]),
             {name: joined(name) for name in flights[0].values},
-            torch.cat([flight.non_finite for flight in flights]),
+            torch.cat([flight.total for flight in flights]),
         )
 
 

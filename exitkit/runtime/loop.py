@@ -58,7 +58,7 @@ class Loop:
         """A flight of new samples before step 0, numbered from ``first``."""
         rows = torch.arange(first, first + len(tensors[0]), device=tensors[0].device)
         values = dict(zip(self.program.inputs.names, tensors, strict=True))
-        return Flight(rows, values, torch.zeros(len(rows), dtype=torch.bool, device=rows.device))
+        return Flight(rows, values, torch.zeros(len(rows), device=rows.device))
 
     def advance(self, flight: Flight, index: int) -> tuple[Flight | None, list[Departure]]:
         """Run one step: the samples that go on (None: nobody), and those that leave."""
@@ -69,25 +69,31 @@ class Loop:
         if not step.decides:
             return flight, []
         answer, score = made[-2:]
-        flight.non_finite = flight.non_finite | ~score.isfinite()
-        present = flight.rows >= 0
+        flight.total = flight.total + score
         if index == len(self.program.steps) - 1:
-            return None, _departures(flight, step.exit, answer, score, present)
-        leaves = (score.double() > self.thresholds[step.exit]) & present
-        departures = _departures(flight, step.exit, answer, score, leaves)
-        return self._onward(flight, present & ~leaves if departures else present, index), departures
-
-    def _onward(self, flight: Flight, stays: Tensor, index: int) -> Flight | None:
-        """The samples under way, those that have left carried along where taking them out does not pay."""
-        count = int(stays.sum())
+            leaves = flight.rows >= 0
+        else:
+            leaves = score.double() > self.thresholds[step.exit]
+            leaves = leaves & (flight.rows >= 0) if flight.carries else leaves
+        count = int(leaves.sum())
         if count == 0:
-            return None
+            return flight, []
         if count == len(flight):
+            return None, [Departure(flight.rows, step.exit, answer, score, ~flight.total.isfinite())]
+        go = torch.nonzero(leaves).squeeze(1)
+        departure = Departure(flight.rows[go], step.exit, answer[go], score[go], ~flight.total[go].isfinite())
+        return self._onward(flight, leaves, index), [departure]
+
+    def _onward(self, flight: Flight, left: Tensor, index: int) -> Flight | None:
+        """The samples under way, those that have left carried along where taking them out does not pay."""
+        stays = ~left & (flight.rows >= 0) if flight.carries else ~left
+        keep = torch.nonzero(stays).squeeze(1)
+        if len(keep) == 0 or index == len(self.program.steps) - 1:
+            return None
+        if self.plan is not None and not self.plan.compacts(index + 1, len(flight), len(keep)):
+            flight.rows, flight.carries = torch.where(stays, flight.rows, -1), True
             return flight
-        if self.plan is not None and not self.plan.compacts(index + 1, len(flight), count):
-            flight.rows = torch.where(stays, flight.rows, -1)
-            return flight
-        return flight.select(torch.nonzero(stays).squeeze(1), self.program.axes)
+        return flight.select(keep, self.program.axes)
 
     def landed(self, departures: Sequence[Departure], count: int, first: int = 0) -> Prediction:
         """The answers of the samples numbered from ``first``, in order."""
@@ -102,13 +108,3 @@ class Loop:
             result.score[rows - first] = score
             result.non_finite[rows - first] = non_finite
         return result
-
-
-def _departures(flight: Flight, exit_: int, answer: Tensor, score: Tensor, leaves: Tensor) -> list[Departure]:
-    """Those who leave, if any."""
-    go = torch.nonzero(leaves).squeeze(1)
-    if len(go) == 0:
-        return []
-    if len(go) == len(flight):
-        return [Departure(flight.rows, exit_, answer, score, flight.non_finite)]
-    return [Departure(flight.rows[go], exit_, answer[go], score[go], flight.non_finite[go])]

@@ -40,6 +40,11 @@ def value_of(node: Node) -> Tensor | None:
     return value if isinstance(value, Tensor) else None
 
 
+def constant(size: int | torch.SymInt) -> int | None:
+    """A size that is the same for every input, though a SymInt may hold it; None for others."""
+    return int(str(size)) if str(size).isdecimal() else None
+
+
 def has_factor(size: int | torch.SymInt, batch: int | torch.SymInt) -> bool:
     """Whether a size is the symbolic ``batch`` times something that does not depend on it."""
     if not isinstance(size, torch.SymInt) or not isinstance(batch, torch.SymInt):

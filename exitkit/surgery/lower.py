@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch.fx import GraphModule, Node
 
 from exitkit.surgery.boundaries import Boundary
 from exitkit.surgery.capture import Capture
-from exitkit.surgery.liveness import has_factor, value_of
+from exitkit.surgery.liveness import constant, has_factor, value_of
 
 
 @dataclass(frozen=True)
@@ -82,10 +83,10 @@ def lower(captured: Capture, boundaries: Sequence[Boundary]) -> Lowered:
         needed = dict.fromkeys([*piece.reads, *(node for node in needed if node not in piece.made)])
         stages.append(build(captured.graph, piece, outputs, live))
     inputs = [node for node in nodes if node.op == "placeholder"]
-    sizes = tuple(tuple(size if type(size) is int else None for size in node.meta["val"].shape) for node in inputs)
+    sizes = tuple(tuple(constant(size) for size in node.meta["val"].shape) for node in inputs)
     values = {node.name: value for node in nodes if (value := value_of(node)) is not None}
     dynamic = {
-        name: tuple(dim for dim, size in enumerate(value.shape) if type(size) is not int)
+        name: tuple(dim for dim, size in enumerate(value.shape) if constant(size) is None)
         for name, value in values.items()
     }
     names = tuple(node.name for node in inputs)
@@ -161,8 +162,22 @@ def build(root: GraphModule, piece: Piece, outputs: list[Node], live: tuple[str,
     for node in piece.own:
         copy(node)
     graph.output(tuple(copy(node) for node in outputs))
+    attributes = _flattened(root, graph)
     names = tuple(node.name for node in piece.reads), tuple(node.name for node in outputs)
-    return Stage(GraphModule(root, graph), *names, live)
+    return Stage(GraphModule(attributes, graph), *names, live)
+
+
+def _flattened(root: GraphModule, graph: fx.Graph) -> dict[str, Any]:
+    """What the graph reads from ``root``, under names without dots: looking up a deep path takes longer than a small op."""
+    names: dict[str, str] = {}
+    attributes = {}
+    for node in graph.nodes:
+        if node.op == "get_attr":
+            flat = str(node.target).replace(".", "_")
+            name = names.setdefault(node.target, f"{flat}_{len(names)}" if flat in attributes else flat)
+            attributes[name] = attrgetter(node.target)(root)
+            node.target = name
+    return attributes
 
 
 def _is_integer(node: Node) -> bool:
