@@ -9,9 +9,11 @@ from torch import nn
 
 from exitkit.errors import ExitkitError
 from exitkit.exits.heads import Feature, HeadSpec, InternalClassifier, make_head
+from exitkit.exits.past_future import PastFuture, PastFutureClassifier
 from exitkit.exits.tail import tail_head
 from exitkit.methods import Method, as_method
-from exitkit.model import ExitSpec, MultiExitModel
+from exitkit.model import MultiExitModel
+from exitkit.pricing import ExitSpec
 from exitkit.surgery.boundaries import Anatomy, Boundary, find_boundaries
 from exitkit.surgery.calls import Example
 from exitkit.surgery.capture import Capture, capture
@@ -20,6 +22,9 @@ from exitkit.surgery.placement import place
 from exitkit.surgery.readout import Readout, find_readout
 from exitkit.surgery.tail import find_tail
 from exitkit.surgery.verify import verify
+
+STATE_WIDTH = 128
+"""Of gpf's states where features are no tokens of one width: what Zero Time Waste's code has for ConvNeXt and Swin."""
 
 
 def attach(
@@ -43,7 +48,8 @@ def attach(
         at: boundary names as ``exitkit.inspect(model)`` lists them.
         at_cost: shares of the backbone's MACs, such as ``[.15, .3, .45]``; the nearest block is taken.
         placement: ``"dense-sparse"`` or ``"sparse-dense"`` (Kubaty et al.). By default every block gets an exit.
-        method: ``"sdn"``, ``"pbee"``, ``"ztw"``, or a config such as ``exitkit.ZTW(ensemble="additive")``.
+        method: ``"sdn"``, ``"pbee"``, ``"ztw"``, ``"gpf"``, ``"branchynet"``, or a config such as
+            ``exitkit.ZTW(ensemble="additive")``.
         head: ``"auto"`` (by the feature's shape), ``"conv"``, ``"1L"``, ``"2L-<width>"``, or ``"tail"``: a copy of what
             the backbone does after its last block, with its weights, for features of the same shape, and for maps of
             another one behind a learned 1 × 1 adapter. Its dropout is off and its BatchNorm statistics fixed.
@@ -58,26 +64,42 @@ def attach(
             f"{type(model).__name__} is on the meta device and has no values; load its weights, or model.to_empty(device). "
             "exitkit.inspect takes it as it is"
         )
-    composition = as_method(method)
-    head_spec = HeadSpec.parse(head)
+    composition, head_spec = as_method(method), HeadSpec.parse(head)
     captured = capture(model, example_inputs)
+    num_classes = _num_classes(captured)
     anatomy = find_boundaries(captured)
-    boundaries = place(anatomy, every, at, at_cost, placement)
+    boundaries = _readable(place(anatomy, every, at, at_cost, placement))
+    taps = verify(captured, boundaries, lower(captured, boundaries))
+    make = _tail_maker(captured, anatomy, num_classes) if head_spec.tail else _head_maker(captured, anatomy, head_spec)
+    heads, reads = zip(
+        *(make(boundary, num_classes, composition.cascade and m > 0) for m, boundary in enumerate(boundaries)),
+        strict=True,
+    )
+    specs = [ExitSpec(*read) for read in zip(boundaries, taps, reads, strict=True)]
+    classifiers = _past_future(heads, boundaries, num_classes, composition) if composition.past_future else heads
+    return MultiExitModel(model, classifiers, specs, anatomy, composition, head, num_classes, captured.example)
+
+
+def _readable(boundaries: Sequence[Boundary]) -> Sequence[Boundary]:
+    """``boundaries``, if heads can read all of them."""
     for boundary in boundaries:
         if boundary.layout == "other":
             raise ExitkitError(
                 f"boundary {boundary.name!r} has a feature of shape {boundary.shape} per sample; heads read vectors, tokens, "
                 "sequences and 2-D maps. Choose other boundaries with at="
             )
-    taps = verify(captured, boundaries, lower(captured, boundaries))
-    num_classes = _num_classes(captured)
-    make = _tail_maker(captured, anatomy, num_classes) if head_spec.tail else _head_maker(captured, anatomy, head_spec)
-    specs, classifiers = [], []
-    for index, (boundary, tap) in enumerate(zip(boundaries, taps, strict=True)):
-        classifier, reads = make(boundary, num_classes, composition.cascade and index > 0)
-        classifiers.append(classifier)
-        specs.append(ExitSpec(boundary, tap, reads))
-    return MultiExitModel(model, classifiers, specs, anatomy, composition, head, num_classes, captured.example)
+    return boundaries
+
+
+def _past_future(
+    heads: Sequence[InternalClassifier], boundaries: Sequence[Boundary], num_classes: int, method: Method
+) -> list[PastFutureClassifier]:
+    """The same bodies, joined by one :class:`PastFuture`."""
+    assert method.past_future is not None
+    tokens = {boundary.shape[-1] if boundary.layout == "tokens" else 0 for boundary in boundaries}
+    width = method.width or (tokens.pop() if len(tokens) == 1 else 0) or STATE_WIDTH
+    shared = PastFuture(len(heads), width, num_classes, method.past_future)
+    return [PastFutureClassifier(head.body, head.linear.in_features, m, shared) for m, head in enumerate(heads)]
 
 
 HeadMaker = Callable[[Boundary, int, bool], tuple[InternalClassifier, tuple[int | str, ...]]]

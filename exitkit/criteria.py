@@ -1,6 +1,7 @@
 """Criteria: how sure an exit is. A sample leaves at the first exit whose score is strictly above τ.
 
-Confidence, certainty and margin lie in [0, 1], so that τ > 1 gives the original model; patience counts exits.
+Confidence, certainty and margin lie in [0, 1], so that τ > 1 gives the original model; nats lie in [−ln C, 0], so that
+τ > 0 does; patience counts exits.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from exitkit.errors import unknown_name
 
-Criterion = Literal["confidence", "entropy", "margin", "patience"]
+Criterion = Literal["confidence", "entropy", "nats", "margin", "patience"]
 
 
 def confidence(log_probs: Tensor) -> Tensor:
@@ -22,14 +23,18 @@ def confidence(log_probs: Tensor) -> Tensor:
     return log_probs.amax(-1).exp().clamp(max=1)
 
 
-def entropy(log_probs: Tensor) -> Tensor:
-    """Certainty 1 − H / ln C, so that higher is surer: (..., C) → (...).
+def nats(log_probs: Tensor) -> Tensor:
+    """Minus the entropy, in nats: (..., C) → (...).
 
-    Leaving at an entropy below h nats (BranchyNet, DeeBERT) is τ = 1 − h / ln C.
+    Leaving at an entropy below T, as BranchyNet, DeeBERT and gpf's authors do, is τ = −T.
     """
     probabilities = log_probs.exp()
-    nats = -torch.where(probabilities > 0, probabilities * log_probs, 0).sum(-1)
-    return (1 - nats / math.log(max(log_probs.shape[-1], 2))).clamp(0, 1)
+    return torch.where(probabilities > 0, probabilities * log_probs, 0).sum(-1).clamp(max=0)
+
+
+def entropy(log_probs: Tensor) -> Tensor:
+    """Certainty 1 − H / ln C, in [0, 1] whatever the number of classes: (..., C) → (...)."""
+    return (1 + nats(log_probs) / math.log(max(log_probs.shape[-1], 2))).clamp(0, 1)
 
 
 def margin(log_probs: Tensor) -> Tensor:
@@ -54,6 +59,7 @@ def patience(log_probs: Tensor) -> Tensor:
 CRITERIA: dict[str, Callable[[Tensor], Tensor]] = {
     "confidence": confidence,
     "entropy": entropy,
+    "nats": nats,
     "margin": margin,
     "patience": patience,
 }

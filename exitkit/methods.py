@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args
 
 from exitkit.criteria import Criterion
 from exitkit.errors import ExitkitError, unknown_name
+from exitkit.exits.past_future import Variant
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,9 @@ class Method:
         ensemble: how each exit's answer is combined with those before it.
         ensemble_final: whether the backbone's own answer is combined too (then τ > 1 is not the original model).
         criterion: the score that decides.
+        past_future: instead of a cascade, each exit reads the states of all before it and imitates those to come:
+            ``"paper"``, as its authors have it, or ``"ztw"``, as the code of Zero Time Waste has it.
+        width: of those states; by default that of the tokens where all exits read tokens of one width, otherwise 128.
     """
 
     name: str
@@ -27,8 +31,19 @@ class Method:
     ensemble: Literal["none", "geometric", "additive"] = "none"
     ensemble_final: bool = False
     criterion: Criterion = "confidence"
+    past_future: Variant | None = None
+    width: int | None = None
 
     def __post_init__(self) -> None:
+        if self.past_future not in (None, *get_args(Variant)):
+            raise unknown_name("variant", self.past_future, get_args(Variant))
+        if self.past_future is not None and self.cascade:
+            raise ExitkitError("cascade=True and past_future are two links; choose one")
+        if self.width is not None and (self.past_future is None or not _is_count(self.width)):
+            raise ExitkitError(
+                f"width={self.width!r} must be a whole number greater than 0, and is for past_future alone: the width of "
+                "the states that exits hand on"
+            )
         if self.ensemble not in (allowed := ("none", "geometric", "additive")):
             raise unknown_name("ensemble", self.ensemble, allowed)
         if self.criterion not in get_args(Criterion):
@@ -46,7 +61,25 @@ PBEE = partial(Method, "pbee", criterion="patience")
 ZTW = partial(Method, "ztw", cascade=True, ensemble="geometric")
 """Zero Time Waste (Wołczyk et al. 2021): cascade links and a geometric ensemble, confidence."""
 
-PRESETS: dict[str, Any] = {"sdn": SDN, "pbee": PBEE, "ztw": ZTW}
+
+def GPF(variant: Variant = "paper", width: int | None = None, **parts: Any) -> Method:
+    """Global Past-Future (Liao et al. 2021), as its authors' code has it: leaves at low entropy.
+
+    ``variant="ztw"`` is the reading of Zero Time Waste's code: ReLU, no factor 2, and confidence.
+    """
+    criterion = "confidence" if variant == "ztw" else "entropy"
+    return Method("gpf", past_future=variant, width=width, **{"criterion": criterion, **parts})
+
+
+def BranchyNet(nats: bool = False, **parts: Any) -> Method:
+    """BranchyNet (Teerapittayanon et al. 2016): independent exits, low entropy, with τ = 1 − H / ln C.
+
+    With ``nats=True`` it is leaving at an entropy below T nats, as the paper counts: τ = −T.
+    """
+    return Method("branchynet", **{"criterion": "nats" if nats else "entropy", **parts})
+
+
+PRESETS: dict[str, Any] = {"sdn": SDN, "pbee": PBEE, "ztw": ZTW, "gpf": GPF, "branchynet": BranchyNet}
 
 
 def as_method(method: str | Method) -> Method:
@@ -61,3 +94,7 @@ def as_method(method: str | Method) -> Method:
         made: Method = PRESETS[method]()
         return made
     raise unknown_name("method", method, PRESETS, "Or give a config such as exitkit.ZTW(ensemble='additive').")
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -394,16 +396,23 @@ def test_attach_takes_the_head(tiny_net: TinyNet) -> None:
 @pytest.mark.parametrize(
     ("preset", "parts"),
     [
-        (exitkit.SDN, ("sdn", False, "none", False, "confidence")),
-        (exitkit.PBEE, ("pbee", False, "none", False, "patience")),
-        (exitkit.ZTW, ("ztw", True, "geometric", False, "confidence")),
+        (exitkit.SDN, {"name": "sdn"}),
+        (exitkit.PBEE, {"name": "pbee", "criterion": "patience"}),
+        (exitkit.ZTW, {"name": "ztw", "cascade": True, "ensemble": "geometric"}),
+        (exitkit.GPF, {"name": "gpf", "past_future": "paper", "criterion": "entropy"}),
+        (exitkit.BranchyNet, {"name": "branchynet", "criterion": "entropy"}),
+        (partial(exitkit.BranchyNet, nats=True), {"name": "branchynet", "criterion": "nats"}),
     ],
 )
-def test_presets(preset: type[exitkit.Method], parts: tuple[object, ...]) -> None:
-    assert dataclasses.astuple(preset()) == parts
+def test_presets_differ_from_independent_confident_exits_in_their_own_parts(
+    preset: Callable[[], exitkit.Method], parts: dict[str, object]
+) -> None:
+    config = preset()
+    defaults = {field.name: field.default for field in dataclasses.fields(config)}
+    assert dataclasses.asdict(config) == defaults | parts
 
 
-@pytest.mark.parametrize("name", ["sdn", "pbee", "ztw"])
+@pytest.mark.parametrize("name", ["sdn", "pbee", "ztw", "gpf", "branchynet"])
 def test_attach_takes_preset_names(tiny_net: TinyNet, name: str) -> None:
     assert exitkit.attach(tiny_net, EXAMPLE, every=2, method=name).method.name == name
 

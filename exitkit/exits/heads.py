@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -55,14 +56,31 @@ class Feature:
     image_side: int | None = None
 
 
+class HeadOutput(NamedTuple):
+    """What a head says, and what it leaves behind.
+
+    Attributes:
+        logits: (B, C).
+        carried: (B, K), one row per sample: what the head of the next exit reads. K is the classifier's ``carries``.
+        state: (B, D), where heads imitate each other's states.
+        imagined: (J, B, D), this head's imitations of the states of the J exits still to come.
+    """
+
+    logits: Tensor
+    carried: Tensor
+    state: Tensor | None = None
+    imagined: Tensor | None = None
+
+
 class InternalClassifier(nn.Module):
-    """Body (feature → vector) → cascade link, if any → linear layer: logits (B, C)."""
+    """Body (feature → vector) → cascade link, if any → linear layer: logits (B, C), which are carried on."""
 
     def __init__(self, body: nn.Module, width: int, num_classes: int, cascade: bool) -> None:
         super().__init__()
         self.body = body
         self.link = CascadeLink(num_classes) if cascade else None
         self.linear = nn.Linear(width + (num_classes if cascade else 0), num_classes)
+        self.carries = num_classes
 
     def forward(self, feature: Tensor, previous: Tensor | None = None, inputs: Sequence[Tensor | None] = ()) -> Tensor:
         """Logits from a feature, the logits of the exit before, and those inputs of the model that the body reads."""
@@ -75,6 +93,11 @@ class InternalClassifier(nn.Module):
             vector = self.link(vector, previous)
         logits: Tensor = self.linear(vector)
         return logits
+
+    def step(self, feature: Tensor, carried: Tensor | None, inputs: Sequence[Tensor | None]) -> HeadOutput:
+        """The logits, and what the next exit reads: these logits."""
+        logits = self(feature, carried, inputs)
+        return HeadOutput(logits, logits)
 
 
 class TokenBody(nn.Module):
