@@ -50,9 +50,10 @@ def attach(
         placement: ``"dense-sparse"`` or ``"sparse-dense"`` (Kubaty et al.). By default every block gets an exit.
         method: ``"sdn"``, ``"pbee"``, ``"ztw"``, ``"gpf"``, ``"branchynet"``, or a config such as
             ``exitkit.ZTW(ensemble="additive")``.
-        head: ``"auto"`` (by the feature's shape), ``"conv"``, ``"1L"``, ``"2L-<width>"``, or ``"tail"``: a copy of what
-            the backbone does after its last block, with its weights, for features of the same shape, and for maps of
-            another one behind a learned 1 × 1 adapter. Its dropout is off and its BatchNorm statistics fixed.
+        head: ``"auto"`` (by the feature's shape), ``"conv"``, ``"separable"`` or ``"strided"`` (convolutions for maps),
+            ``"1L"`` (pooling and a linear layer), ``"2L-<width>"``, or ``"tail"``: a copy of what the backbone does after
+            its last block, with its weights, for features of the same shape, and for maps of another one behind a learned
+            1 × 1 adapter. Its dropout is off and its BatchNorm statistics fixed.
 
     Raises:
         ExitkitError: an argument is wrong, the model cannot be captured, or the cut model would not equal it.
@@ -70,7 +71,11 @@ def attach(
     anatomy = find_boundaries(captured)
     boundaries = _readable(place(anatomy, every, at, at_cost, placement))
     taps = verify(captured, boundaries, lower(captured, boundaries))
-    make = _tail_maker(captured, anatomy, num_classes) if head_spec.tail else _head_maker(captured, anatomy, head_spec)
+    make = (
+        _tail_maker(captured, anatomy, num_classes)
+        if head_spec.kind == "tail"
+        else _head_maker(captured, anatomy, head_spec)
+    )
     heads, reads = zip(
         *(make(boundary, num_classes, composition.cascade and m > 0) for m, boundary in enumerate(boundaries)),
         strict=True,

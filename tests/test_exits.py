@@ -364,7 +364,47 @@ def test_head_on_a_vector() -> None:
     assert torch.allclose(classifier(vector), classifier.linear(vector))
 
 
-@pytest.mark.parametrize("spec", ["auto", "1L", "2L-8"])
+def test_separable_head_is_depthwise_then_pointwise_relu_pooling_linear() -> None:
+    classifier, maps = head((4, 8, 8), spec="separable"), torch.randn(2, 4, 8, 8)
+    depthwise, pointwise = (part for part in classifier.modules() if isinstance(part, nn.Conv2d))
+    assert (depthwise.groups, pointwise.kernel_size) == (4, (1, 1))
+    channels = [
+        nn.functional.conv2d(maps[:, c : c + 1], depthwise.weight[c : c + 1], depthwise.bias[c : c + 1], padding=1)
+        for c in range(4)
+    ]
+    mixed = nn.functional.conv2d(torch.cat(channels, 1), pointwise.weight, pointwise.bias).relu()
+    assert torch.allclose(classifier(maps), classifier.linear(SDNPool()(mixed).flatten(1)), atol=1e-5)
+
+
+def test_separable_head_has_the_geometry_of_the_convolution() -> None:
+    classifier = head((64, 32, 32), spec="separable", image_side=224)
+    convolutions = [part for part in classifier.modules() if isinstance(part, nn.Conv2d)]
+    assert [(part.out_channels, part.stride) for part in convolutions] == [(64, (2, 2)), (16, (1, 1))]
+
+
+@pytest.mark.parametrize(("height", "width"), [(8, 8), (9, 7), (3, 3), (4, 12)])
+def test_strided_head_halves_size_and_channels(height: int, width: int) -> None:
+    classifier, maps = head((6, height, width), spec="strided"), torch.randn(2, 6, height, width)
+    conv = first_conv(classifier)
+    assert conv is not None
+    smaller = nn.functional.conv2d(maps.relu(), conv.weight, conv.bias, stride=2)
+    assert smaller.shape[1] == 3
+    assert torch.allclose(classifier(maps), classifier.linear(SDNPool()(smaller).flatten(1)), atol=1e-5)
+
+
+def test_strided_head_needs_three_by_three() -> None:
+    with pytest.raises(exitkit.ExitkitError, match=r"head='strided' needs maps of at least 3 × 3.*8 × 2.*'conv'"):
+        head((6, 8, 2), spec="strided")
+
+
+def test_a_strided_convolution_leaves_the_feature_as_it_was() -> None:
+    maps = torch.randn(2, 6, 8, 8)
+    before = maps.clone()
+    head((6, 8, 8), spec="strided")(maps)
+    assert torch.equal(maps, before)
+
+
+@pytest.mark.parametrize("spec", ["auto", "1L", "2L-8", "separable", "strided"])
 def test_channels_last_maps_give_what_channels_first_maps_give(spec: str) -> None:
     last, first = head((8, 6, 4), "channels_last", spec), head((4, 8, 6), "channels_first", spec)
     for own, other in zip(last.parameters(), first.parameters(), strict=True):
@@ -373,16 +413,17 @@ def test_channels_last_maps_give_what_channels_first_maps_give(spec: str) -> Non
     assert torch.allclose(last(maps.permute(0, 2, 3, 1)), first(maps), atol=1e-6)
 
 
-@pytest.mark.parametrize("spec", ["3L", "2L", "2L-0", "2L--4", "", None, 2])
+@pytest.mark.parametrize("spec", ["linear", "3L", "2L", "2L-0", "2L--4", "", None, 2])
 def test_unknown_heads_are_refused(spec: object) -> None:
     with pytest.raises(exitkit.ExitkitError, match=r"head=.*2L-1024"):
         HeadSpec.parse(spec)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("layout", ["tokens", "vector"])
-def test_a_convolution_needs_maps(layout: str) -> None:
-    with pytest.raises(exitkit.ExitkitError, match="'conv' needs feature maps"):
-        head((3, 4), layout, spec="conv")
+@pytest.mark.parametrize("spec", ["conv", "separable", "strided"])
+def test_a_convolution_needs_maps(layout: str, spec: str) -> None:
+    with pytest.raises(exitkit.ExitkitError, match=f"'{spec}' needs feature maps"):
+        head((3, 4), layout, spec=spec)
 
 
 def test_attach_takes_the_head(tiny_net: TinyNet) -> None:
