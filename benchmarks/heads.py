@@ -66,7 +66,7 @@ def _train(models: Sequence[exitkit.MultiExitModel], batches: Augmented, epochs:
                 features, _ = models[0].run_heads(images)
             losses = [F.cross_entropy(logits, labels) for model in models for logits in _answers(model, features)]
             optimizer.zero_grad()
-            torch.stack(losses).sum().backward()  # type: ignore[no-untyped-call]
+            torch.stack(losses).sum().backward()
             optimizer.step()
             scheduler.step()
 

@@ -10,6 +10,8 @@ from exitkit.criteria import Criterion
 from exitkit.errors import ExitkitError, unknown_name
 from exitkit.exits.past_future import Variant
 
+Ensemble = Literal["none", "geometric", "additive", "mean"]
+
 
 @dataclass(frozen=True)
 class Method:
@@ -18,7 +20,8 @@ class Method:
     Attributes:
         name: what tables call it.
         cascade: each exit also reads the logits of the one before it.
-        ensemble: how each exit's answer is combined with those before it.
+        ensemble: how each exit's answer is combined with those before it: by a fitted product or sum of probabilities, or
+            by their mean (anytime prediction).
         ensemble_final: whether the backbone's own answer is combined too (then τ > 1 is not the original model).
         criterion: the score that decides.
         past_future: instead of a cascade, each exit reads the states of all before it and imitates those to come:
@@ -28,7 +31,7 @@ class Method:
 
     name: str
     cascade: bool = False
-    ensemble: Literal["none", "geometric", "additive"] = "none"
+    ensemble: Ensemble = "none"
     ensemble_final: bool = False
     criterion: Criterion = "confidence"
     past_future: Variant | None = None
@@ -44,12 +47,12 @@ class Method:
                 f"width={self.width!r} must be a whole number greater than 0, and is for past_future alone: the width of "
                 "the states that exits hand on"
             )
-        if self.ensemble not in (allowed := ("none", "geometric", "additive")):
-            raise unknown_name("ensemble", self.ensemble, allowed)
+        if self.ensemble not in get_args(Ensemble):
+            raise unknown_name("ensemble", self.ensemble, get_args(Ensemble))
         if self.criterion not in get_args(Criterion):
             raise unknown_name("criterion", self.criterion, get_args(Criterion))
         if self.ensemble_final and self.ensemble == "none":
-            raise ExitkitError("ensemble_final=True needs an ensemble: set ensemble='geometric' or 'additive'")
+            raise ExitkitError("ensemble_final=True needs an ensemble: set ensemble='geometric', 'additive' or 'mean'")
 
 
 SDN = partial(Method, "sdn")

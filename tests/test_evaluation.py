@@ -307,6 +307,35 @@ def test_hindsight_takes_the_union_of_earlier_exits() -> None:
     assert outputs_of([[1, 0, 0], [0, 1, 0]]).hindsight_improvability().tolist() == [0, 1, 1]
 
 
+# budget mode ---------------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=60, deadline=None, derandomize=True, database=None)
+@given(outputs=drawn_outputs(), budget=st.floats(0.05, 2))
+def test_the_best_exit_is_the_cheapest_of_the_most_accurate_within_the_budget(
+    outputs: ExitOutputs, budget: float
+) -> None:
+    rated = [(-a, c, m) for m, (a, c) in enumerate(zip(outputs.accuracy(), outputs.costs, strict=True)) if c <= budget]
+    if rated:
+        accuracy, cost, exit_ = min(rated)
+        assert outputs.best_exit(budget) == (exit_, -accuracy, cost)
+    else:
+        with pytest.raises(ExitkitError, match=r"budget=.*exit 0 already costs"):
+            outputs.best_exit(budget)
+
+
+def test_the_best_exit_need_not_be_the_last() -> None:
+    outputs = outputs_of([[0, 1, 0], [0, 1, 1]])
+    assert outputs.best_exit() == (1, 1.0, 0.5)
+    assert outputs.best_exit(0.25) == (0, 0.0, 0.25)
+
+
+@pytest.mark.parametrize("budget", [0, -1.0, math.nan])
+def test_a_budget_that_no_exit_keeps(budget: float) -> None:
+    with pytest.raises(ExitkitError, match=rf"budget={budget!r} cannot be kept"):
+        outputs_of([[0, 1, 0]]).best_exit(budget)
+
+
 # criteria ------------------------------------------------------------------------------------------------------------
 
 P = torch.tensor([[0.7, 0.2, 0.1], [1 / 3, 1 / 3, 1 / 3], [1.0, 0.0, 0.0]])

@@ -14,7 +14,15 @@ from hypothesis import strategies as st
 from torch import nn
 
 import exitkit
-from exitkit.exits import AdditiveEnsemble, CascadeLink, GeometricEnsemble, InternalClassifier, SDNPool, TokenPool
+from exitkit.exits import (
+    AdditiveEnsemble,
+    CascadeLink,
+    GeometricEnsemble,
+    InternalClassifier,
+    MeanEnsemble,
+    SDNPool,
+    TokenPool,
+)
 from exitkit.exits.heads import Feature, HeadSpec, make_head
 from tests.toy import TinyNet
 
@@ -192,6 +200,26 @@ def test_additive_ensemble_is_equation_4() -> None:
     w, b = ensemble.log_weights.exp(), ensemble.log_prior.exp()
     mixture = w[0] * p[:, 0] + w[1] * p[:, 1] + w[2] * p[:, 2] + b
     assert torch.allclose(ensemble(p.log()).exp(), mixture / mixture.sum(-1, keepdim=True), atol=1e-6)
+
+
+def test_mean_ensemble_is_the_mean_of_probabilities() -> None:
+    p = torch.softmax(torch.randn(6, 3, 4), -1)
+    p[0, 1] = torch.tensor([0.0, 1.0, 0.0, 0.0])
+    assert torch.allclose(MeanEnsemble(3, 4)(p.log()).exp(), p.mean(1), atol=1e-6)
+
+
+def test_anytime_answers_are_running_means(tiny_net: TinyNet) -> None:
+    method = exitkit.SDN(ensemble="mean", ensemble_final=True)
+    out = exitkit.attach(tiny_net, EXAMPLE, every=1, method=method).eval()(torch.randn(4, 1, 8, 8))
+    p = torch.stack([logits.softmax(-1) for logits in out.heads])
+    for m, logits in enumerate(out.logits):
+        assert torch.allclose(logits.exp(), p[: m + 1].mean(0), atol=1e-6)
+
+
+def test_a_mean_needs_no_fit(tiny_net: TinyNet, loader: Callable[..., object]) -> None:
+    ee = exitkit.attach(tiny_net, EXAMPLE, every=2, method=exitkit.SDN(ensemble="mean"))
+    exitkit.Trainer(ee, epochs=1, show_progress=False).fit(loader())  # type: ignore[arg-type]
+    assert not list(ee.combiners.parameters())
 
 
 def test_geometric_ensemble_starts_as_the_geometric_mean() -> None:

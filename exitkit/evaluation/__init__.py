@@ -2,7 +2,16 @@
 
 from exitkit.evaluation.collect import collect
 from exitkit.evaluation.curve import BudgetPoint, BudgetTable, Curve
-from exitkit.evaluation.outputs import ExitOutputs
+from exitkit.evaluation.outputs import ExitChoice, ExitOutputs
 from exitkit.evaluation.plots import plot_curves, plot_hindsight
 
-__all__ = ["BudgetPoint", "BudgetTable", "Curve", "ExitOutputs", "collect", "plot_curves", "plot_hindsight"]
+__all__ = [
+    "BudgetPoint",
+    "BudgetTable",
+    "Curve",
+    "ExitChoice",
+    "ExitOutputs",
+    "collect",
+    "plot_curves",
+    "plot_hindsight",
+]

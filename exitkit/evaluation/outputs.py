@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,6 +22,14 @@ from exitkit.files import replacing
 
 _FORMAT = "exitkit-outputs-1"
 _NORMALISED = 1e-5
+
+
+class ExitChoice(NamedTuple):
+    """One exit for all samples, its accuracy, and its cost as a share of the backbone."""
+
+    exit: int
+    accuracy: float
+    cost: float
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,6 +117,27 @@ class ExitOutputs:
         return Curve.of(
             self.scores(criterion)[:, :-1].numpy(), self.correct.numpy(), self.macs.numpy(), self.backbone_macs
         )
+
+    def best_exit(self, budget: float = 1.0) -> ExitChoice:
+        """The exit to stop every sample at when the cost of one is limited (Phuong & Lampert 2019, section 3.2).
+
+        Choose on held-out samples. Costs include earlier heads, without which independent exits would cost a little less.
+
+        Args:
+            budget: the most that one sample may cost, as a share of the backbone; of equally accurate exits the cheapest.
+
+        Raises:
+            ExitkitError: no exit costs so little, or no labels.
+        """
+        within = self.costs <= budget
+        if not within.any():
+            raise ExitkitError(
+                f"budget={budget!r} cannot be kept: it is a share of the backbone's cost, and exit 0 already costs "
+                f"{self.costs[0]:.3f}"
+            )
+        accuracy = self.accuracy()
+        exit_ = int(np.where(within, accuracy, -1).argmax())
+        return ExitChoice(exit_, float(accuracy[exit_]), float(self.costs[exit_]))
 
     def hindsight_improvability(self) -> NDArray[np.float64]:
         """(M+1,): share of each exit's mistakes that some earlier exit had right (Zero Time Waste, section 4.2).

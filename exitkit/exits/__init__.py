@@ -1,6 +1,6 @@
 """Exits: heads, links and combiners, each usable on its own."""
 
-from exitkit.exits.combiners import AdditiveEnsemble, GeometricEnsemble
+from exitkit.exits.combiners import AdditiveEnsemble, GeometricEnsemble, MeanEnsemble
 from exitkit.exits.heads import HeadOutput, InternalClassifier
 from exitkit.exits.links import CascadeLink
 from exitkit.exits.past_future import PastFuture, PastFutureClassifier
@@ -12,6 +12,7 @@ __all__ = [
     "GeometricEnsemble",
     "HeadOutput",
     "InternalClassifier",
+    "MeanEnsemble",
     "PastFuture",
     "PastFutureClassifier",
     "SDNPool",
