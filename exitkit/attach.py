@@ -11,7 +11,7 @@ from exitkit.errors import ExitkitError
 from exitkit.exits.heads import Feature, HeadSpec, InternalClassifier, make_head
 from exitkit.exits.past_future import PastFuture, PastFutureClassifier
 from exitkit.exits.tail import tail_head
-from exitkit.methods import Method, as_method
+from exitkit.methods import Method, as_method, for_outputs
 from exitkit.model import MultiExitModel
 from exitkit.pricing import ExitSpec
 from exitkit.surgery.boundaries import Anatomy, Boundary, find_boundaries
@@ -67,7 +67,8 @@ def attach(
         )
     composition, head_spec = as_method(method), HeadSpec.parse(head)
     captured = capture(model, example_inputs)
-    num_classes = _num_classes(captured)
+    num_classes = _num_outputs(captured)
+    composition = for_outputs(composition, num_classes, type(model).__name__)
     anatomy = find_boundaries(captured)
     boundaries = _readable(place(anatomy, every, at, at_cost, placement))
     taps = verify(captured, boundaries, lower(captured, boundaries))
@@ -140,15 +141,9 @@ def _tail_maker(captured: Capture, anatomy: Anatomy, num_classes: int) -> HeadMa
     return make
 
 
-def _num_classes(captured: Capture) -> int:
+def _num_outputs(captured: Capture) -> int:
     output = next(node for node in reversed(captured.graph.graph.nodes) if node.op == "output")
-    classes = int(output.all_input_nodes[0].meta["val"].shape[1])
-    if classes < 2:
-        raise ExitkitError(
-            f"{type(captured.backbone).__name__} has {classes} output; exits need logits of at least two classes. Give a "
-            "binary classifier two outputs (logits 0 and z are the same decision)"
-        )
-    return classes
+    return int(output.all_input_nodes[0].meta["val"].shape[1])
 
 
 def _readout(captured: Capture, anatomy: Anatomy) -> tuple[Readout, int]:

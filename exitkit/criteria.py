@@ -1,7 +1,7 @@
 """Criteria: how sure an exit is. A sample leaves at the first exit whose score is strictly above τ.
 
 Confidence, certainty and margin lie in [0, 1], so that τ > 1 gives the original model; nats lie in [−ln C, 0], so that
-τ > 0 does; patience counts exits.
+τ > 0 does; patience counts exits. Regression has tolerance, at most 0.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from exitkit.errors import unknown_name
 
-Criterion = Literal["confidence", "entropy", "nats", "margin", "patience"]
+Criterion = Literal["confidence", "entropy", "nats", "margin", "patience", "tolerance"]
 
 
 def confidence(log_probs: Tensor) -> Tensor:
@@ -56,6 +56,18 @@ def patience(log_probs: Tensor) -> Tensor:
     return counts.to(log_probs.dtype)
 
 
+def tolerance(predictions: Tensor, times: int = 1) -> Tensor:
+    """Minus the largest of the last ``times`` changes |y_m − y_(m−1)|, for regression: (N, M+1) → (N, M+1).
+
+    Leaving above τ = −a is leaving once ``times`` changes in a row were smaller than a (Zhou et al. 2020, section 3.3). An
+    exit with fewer before it scores the lowest finite number.
+    """
+    scores = torch.full_like(predictions, torch.finfo(predictions.dtype).min)
+    if predictions.shape[1] > times:
+        scores[:, times:] = -predictions.diff(dim=1).abs().unfold(1, times, 1).amax(-1)
+    return scores
+
+
 CRITERIA: dict[str, Callable[[Tensor], Tensor]] = {
     "confidence": confidence,
     "entropy": entropy,
@@ -63,6 +75,7 @@ CRITERIA: dict[str, Callable[[Tensor], Tensor]] = {
     "margin": margin,
     "patience": patience,
 }
+"""Those of classification, which take log-probabilities."""
 
 
 def scores(log_probs: Tensor, criterion: str) -> Tensor:

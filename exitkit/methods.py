@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal, get_args
 
@@ -26,6 +26,7 @@ class Method:
         criterion: the score that decides.
         past_future: instead of a cascade, each exit reads the states of all before it and imitates those to come:
             ``"paper"``, as its authors have it, or ``"ztw"``, as the code of Zero Time Waste has it.
+        times: for the criterion ``"tolerance"``, how many changes in a row must be small.
         width: of those states; by default that of the tokens where all exits read tokens of one width, otherwise 128.
     """
 
@@ -36,6 +37,7 @@ class Method:
     criterion: Criterion = "confidence"
     past_future: Variant | None = None
     width: int | None = None
+    times: int = 1
 
     def __post_init__(self) -> None:
         if self.past_future not in (None, *get_args(Variant)):
@@ -51,6 +53,8 @@ class Method:
             raise unknown_name("ensemble", self.ensemble, get_args(Ensemble))
         if self.criterion not in get_args(Criterion):
             raise unknown_name("criterion", self.criterion, get_args(Criterion))
+        if not _is_count(self.times):
+            raise ExitkitError(f"times={self.times!r} must be a whole number greater than 0")
         if self.ensemble_final and self.ensemble == "none":
             raise ExitkitError("ensemble_final=True needs an ensemble: set ensemble='geometric', 'additive' or 'mean'")
 
@@ -59,7 +63,10 @@ SDN = partial(Method, "sdn")
 """Shallow-Deep Networks (Kaya et al. 2019): independent exits, confidence."""
 
 PBEE = partial(Method, "pbee", criterion="patience")
-"""Patience-based early exit (Zhou et al. 2020): SDN's exits; leave when enough of them agree in a row."""
+"""Patience-based early exit (Zhou et al. 2020): SDN's exits; leave when enough of them agree in a row.
+
+For regression the criterion becomes ``"tolerance"``: leave above τ = −a, when ``times`` changes in a row are below a.
+"""
 
 ZTW = partial(Method, "ztw", cascade=True, ensemble="geometric")
 """Zero Time Waste (Wołczyk et al. 2021): cascade links and a geometric ensemble, confidence."""
@@ -97,6 +104,28 @@ def as_method(method: str | Method) -> Method:
         made: Method = PRESETS[method]()
         return made
     raise unknown_name("method", method, PRESETS, "Or give a config such as exitkit.ZTW(ensemble='additive').")
+
+
+def for_outputs(method: Method, outputs: int, model: str) -> Method:
+    """``method`` for a model with so many outputs; one output is regression.
+
+    Raises:
+        ExitkitError: the method combines or compares probabilities, and there are none, or predictions, and there are none.
+    """
+    if outputs > 1:
+        if method.criterion == "tolerance":
+            raise ExitkitError(
+                f"criterion='tolerance' is for regression, but {model} has {outputs} classes; use 'patience'"
+            )
+        return method
+    independent = not method.cascade and method.past_future is None and method.ensemble == "none"
+    if not independent or method.criterion not in ("patience", "tolerance"):
+        raise ExitkitError(
+            f"{model} has 1 output, which is regression, and method={method.name!r} needs logits of at least two classes. Use "
+            "method='pbee', which leaves once predictions stop changing; or give a binary classifier two outputs (logits 0 "
+            "and z are the same decision)"
+        )
+    return replace(method, criterion="tolerance")
 
 
 def _is_count(value: object) -> bool:

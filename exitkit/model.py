@@ -222,6 +222,11 @@ class MultiExitModel(nn.Module):
         return f"MultiExitModel({type(self.backbone).__name__}, method={self.method.name!r}, exits: {places})"
 
     @property
+    def regression(self) -> bool:
+        """Whether the model has one output, a prediction, instead of one per class."""
+        return self.num_classes == 1
+
+    @property
     def boundaries(self) -> tuple[Boundary, ...]:
         """Where the internal classifiers read, in order."""
         return tuple(spec.boundary for spec in self.specs)

@@ -43,6 +43,7 @@ def measured(model: MultiExitModel, outputs: ExitOutputs, threshold: float | Non
     curve = outputs.curve(model.method.criterion)
     rows = curve.budget_table().rows
     return {
+        "measure": outputs.measure,
         "samples": len(outputs.log_probs),
         "accuracy": outputs.accuracy().tolist(),
         "budgets": {name: None if point is None else point._asdict() for name, point in rows.items()},
@@ -57,7 +58,7 @@ def card(model: MultiExitModel, config: Mapping[str, Any], source: str) -> str:
         library_name="exitkit",
         tags=["early-exit"],
         base_model=backbone["hub_name"],
-        metrics=["accuracy"] if metrics else None,
+        metrics=[metrics["measure"].split()[0].lower()] if metrics else None,
     )
     kind = backbone["class"].rpartition(".")[2]
     threshold = (
@@ -90,7 +91,7 @@ def _exits(model: MultiExitModel, metrics: Mapping[str, Any] | None) -> str:
     if metrics is None:
         return _table(["exit", "reads", "cost to answer here"], rows)
     accurate = [[*row, f"{accuracy:.2%}"] for row, accuracy in zip(rows, metrics["accuracy"], strict=True)]
-    return _table(["exit", "reads", "cost to answer here", "accuracy on all samples"], accurate)
+    return _table(["exit", "reads", "cost to answer here", f"{metrics['measure']} on all samples"], accurate)
 
 
 def _budgets(metrics: Mapping[str, Any]) -> str:
@@ -104,7 +105,7 @@ def _budgets(metrics: Mapping[str, Any]) -> str:
     return f"""
 On {metrics["samples"]:,} samples, each of which leaves at the first exit whose score is above τ:
 
-{_table(["budget", "accuracy", "average cost", "τ"], rows)}
+{_table(["budget", metrics["measure"], "average cost", "τ"], rows)}
 """
 
 
