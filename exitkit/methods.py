@@ -44,7 +44,7 @@ class Method:
             raise unknown_name("variant", self.past_future, get_args(Variant))
         if self.past_future is not None and self.cascade:
             raise ExitkitError("cascade=True and past_future are two links; choose one")
-        if self.width is not None and (self.past_future is None or not _is_count(self.width)):
+        if self.width is not None and (self.past_future is None or not is_count(self.width)):
             raise ExitkitError(
                 f"width={self.width!r} must be a whole number greater than 0, and is for past_future alone: the width of "
                 "the states that exits hand on"
@@ -53,7 +53,7 @@ class Method:
             raise unknown_name("ensemble", self.ensemble, get_args(Ensemble))
         if self.criterion not in get_args(Criterion):
             raise unknown_name("criterion", self.criterion, get_args(Criterion))
-        if not _is_count(self.times):
+        if not is_count(self.times):
             raise ExitkitError(f"times={self.times!r} must be a whole number greater than 0")
         if self.ensemble_final and self.ensemble == "none":
             raise ExitkitError("ensemble_final=True needs an ensemble: set ensemble='geometric', 'additive' or 'mean'")
@@ -128,5 +128,6 @@ def for_outputs(method: Method, outputs: int, model: str) -> Method:
     return replace(method, criterion="tolerance")
 
 
-def _is_count(value: object) -> bool:
+def is_count(value: object) -> bool:
+    """Whether ``value`` is a whole number greater than 0."""
     return isinstance(value, int) and not isinstance(value, bool) and value > 0

@@ -56,6 +56,7 @@ class MultiExitModel(nn.Module):
 
     Attributes:
         exits: name and price of each exit, the backbone's own classifier last.
+        new_head: state-dict names of the backbone's last layer, where ``attach`` replaced it; it needs training too.
         threshold: the τ chosen for these exits, saved and loaded with them; None where none was chosen.
     """
 
@@ -69,6 +70,7 @@ class MultiExitModel(nn.Module):
         head: str,
         num_classes: int,
         example: Example,
+        new_head: Sequence[str] = (),
     ) -> None:
         super().__init__()
         self.backbone = backbone
@@ -80,6 +82,7 @@ class MultiExitModel(nn.Module):
         self.head = head
         self.num_classes = num_classes
         self.example = example
+        self.new_head = tuple(new_head)
         self.threshold: float | None = None
         reference = next(parameter for parameter in backbone.parameters() if parameter.is_floating_point())
         self.classifiers.to(reference.device, reference.dtype)
@@ -128,8 +131,9 @@ class MultiExitModel(nn.Module):
         return self
 
     def added_parameters(self) -> list[nn.Parameter]:
-        """The parameters that exitkit added: heads, links and combiners."""
-        return [*self.classifiers.parameters(), *self.combiners.parameters()]
+        """The parameters that exitkit added: heads, links, combiners, and the backbone's last layer if it was replaced."""
+        replaced = (value for name, value in self.backbone.named_parameters() if name in self.new_head)
+        return [*self.classifiers.parameters(), *self.combiners.parameters(), *replaced]
 
     def lower(self) -> Lowered:
         """The inference view: the backbone captured anew and split at the exits, its parameters shared."""
@@ -143,13 +147,14 @@ class MultiExitModel(nn.Module):
         threshold: float | None = None,
         outputs: ExitOutputs | None = None,
     ) -> None:
-        """Write what was added, and nothing of the backbone: safetensors, ``config.json``, a model card (``README.md``).
+        """Write what was added, and nothing else of the backbone: safetensors, ``config.json``, a model card (``README.md``).
 
         An older save there is replaced as a whole; when writing is interrupted, it stays.
 
         Args:
             directory: made where it does not exist.
-            threshold: the τ chosen for these exits, which comes back as ``threshold``; by default the one there is.
+            new_head: state-dict names of the backbone's last layer, where ``attach`` replaced it; it needs training too.
+        threshold: the τ chosen for these exits, which comes back as ``threshold``; by default the one there is.
             outputs: what :func:`exitkit.collect` returned for held-out samples with labels; then the card tells accuracies.
 
         Raises:
@@ -263,7 +268,7 @@ class MultiExitModel(nn.Module):
 
 
 def detach(model: MultiExitModel) -> nn.Module:
-    """The user's own model, as it was before :func:`exitkit.attach`."""
+    """The user's own model, as it was before :func:`exitkit.attach`, but for a last layer that ``attach`` replaced."""
     if not isinstance(model, MultiExitModel):
         raise ExitkitError(f"detach takes what exitkit.attach returned, not {type(model).__name__}")
     return model.backbone

@@ -71,7 +71,7 @@ def card(model: MultiExitModel, config: Mapping[str, Any], source: str) -> str:
 # Early exits for {backbone["hub_name"] or backbone["architecture"] or kind}
 
 Exits for a `{backbone["class"]}`: method `{model.method.name}`, heads `{model.head}`, criterion `{model.method.criterion}`;
-made with exitkit {config["versions"]["exitkit"]}. Only the exits are here; the backbone is not.
+made with exitkit {config["versions"]["exitkit"]}. Only the exits are here{_new_head(model)}; the backbone is not.
 
 ```python
 import exitkit
@@ -84,6 +84,14 @@ Costs are multiply-accumulates per sample, as a share of the backbone's {model.a
 
 {_exits(model, metrics)}
 {_budgets(metrics) if metrics else ""}"""
+
+
+def _new_head(model: MultiExitModel) -> str:
+    return (
+        f", and the backbone's last layer, which was replaced by one with {model.num_classes} outputs"
+        if model.new_head
+        else ""
+    )
 
 
 def _exits(model: MultiExitModel, metrics: Mapping[str, Any] | None) -> str:
