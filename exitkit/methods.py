@@ -26,8 +26,8 @@ class Method:
         criterion: the score that decides.
         past_future: instead of a cascade, each exit reads the states of all before it and imitates those to come:
             ``"paper"``, as its authors have it, or ``"ztw"``, as the code of Zero Time Waste has it.
-        times: for the criterion ``"tolerance"``, how many changes in a row must be small.
         width: of those states; by default that of the tokens where all exits read tokens of one width, otherwise 128.
+        times: for the criterion ``"tolerance"``, how many changes in a row must be small.
     """
 
     name: str

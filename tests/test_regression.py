@@ -121,8 +121,10 @@ def test_equal_predictions_correlate_with_nothing() -> None:
 
 def test_the_table_names_the_measure() -> None:
     outputs = RegressionOutputs(torch.randn(9, 3), torch.randn(9), [1, 2, 3], 4.0)
-    assert "pearson" in str(outputs.curve().budget_table())
-    assert "accuracy" not in str(outputs.curve().budget_table())
+    table = str(outputs.curve().budget_table())
+    assert "pearson" in table
+    assert "accuracy" not in table
+    assert {len(line) for line in table.splitlines()} == {44}  # also where τ is the lowest number there is
 
 
 # from model to outputs -----------------------------------------------------------------------------------------------

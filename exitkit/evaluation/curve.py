@@ -127,5 +127,6 @@ class BudgetTable:
             if point is None:
                 lines.append(f"{name:<15}{'-':>9}{'-':>9}{'-':>11}")
             else:
-                lines.append(f"{name:<15}{point.accuracy:>9.2%}{point.cost:>9.1%}{point.threshold:>11.6f}")
+                threshold = f"{point.threshold:.6f}" if abs(point.threshold) < 1e6 else f"{point.threshold:.2e}"
+                lines.append(f"{name:<15}{point.accuracy:>9.2%}{point.cost:>9.1%}{threshold:>11}")
         return "\n".join(lines)
