@@ -41,9 +41,8 @@ class PastFuture(nn.Module):
         self.num_classes = num_classes
         self.scale = reading.scale
         self.activation = reading.activation()
-        self.imitate = nn.Parameter(
-            torch.randn(exits - 1, width, width) * deviation
-        )  # row j is for the state of j + 1
+        # nobody imitates the first state: row j stands for that of exit j + 1
+        self.imitate = nn.Parameter(torch.randn(exits - 1, width, width) * deviation)
         self.imitate_bias = nn.Parameter(torch.zeros(exits - 1, 1, width))
         self.project = nn.Parameter(torch.randn(exits, width, 2 * num_classes) * deviation)
         self.project_bias = nn.Parameter(torch.zeros(exits, 1, 2 * num_classes))
