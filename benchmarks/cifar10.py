@@ -69,8 +69,8 @@ def main() -> None:
     setting = {**(FULL if args.full else SHORT)}
     setting |= {name: value for name, value in vars(args).items() if name in setting and value is not None}
     console = make_console()
-    train = _load(args.data / "cifar10_train.npz", setting["images"])
-    test = _load(args.data / "cifar10_test.npz", args.test_images)
+    train = load(args.data / "cifar10_train.npz", setting["images"])
+    test = load(args.data / "cifar10_test.npz", args.test_images)
     batches = [(images, labels) for images, labels in zip(test[0].split(500), test[1].split(500), strict=True)]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     backbone = cifar_resnet(args.depth, weights=args.weights).to(device)
@@ -148,7 +148,7 @@ def _write(runs: list[dict[str, ExitOutputs]], args: argparse.Namespace, about: 
         temporary.write_text(json.dumps(summary, indent=2))
 
 
-def _load(path: Path, limit: int | None) -> tuple[Tensor, Tensor]:
+def load(path: Path, limit: int | None) -> tuple[Tensor, Tensor]:
     with np.load(path) as arrays:
         return normalise(arrays["images"][:limit]), torch.from_numpy(arrays["labels"][:limit].astype(np.int64))
 

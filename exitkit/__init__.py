@@ -9,7 +9,7 @@ from exitkit.attach import attach  # noqa: E402
 from exitkit.errors import ExitkitError  # noqa: E402
 from exitkit.evaluation import ExitOutputs, collect  # noqa: E402
 from exitkit.inspect import inspect  # noqa: E402
-from exitkit.methods import PBEE, SDN, ZTW, Method  # noqa: E402
+from exitkit.methods import GPF, PBEE, SDN, ZTW, BranchyNet, Method  # noqa: E402
 from exitkit.model import MultiExitModel, MultiExitOutput, detach  # noqa: E402
 from exitkit.packages import export, load  # noqa: E402
 from exitkit.preprocessing import ImagePreprocessing, TextPreprocessing  # noqa: E402
@@ -17,9 +17,11 @@ from exitkit.runtime import Engine, Prediction, compile  # noqa: E402
 from exitkit.training import Trainer  # noqa: E402
 
 __all__ = [
+    "GPF",
     "PBEE",
     "SDN",
     "ZTW",
+    "BranchyNet",
     "Engine",
     "ExitOutputs",
     "ExitkitError",

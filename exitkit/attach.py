@@ -9,17 +9,24 @@ from torch import nn
 
 from exitkit.errors import ExitkitError
 from exitkit.exits.heads import Feature, HeadSpec, InternalClassifier, make_head
+from exitkit.exits.past_future import PastFuture, PastFutureClassifier
 from exitkit.exits.tail import tail_head
-from exitkit.methods import Method, as_method
-from exitkit.model import ExitSpec, MultiExitModel
+from exitkit.methods import Method, as_method, for_outputs, is_count
+from exitkit.model import MultiExitModel
+from exitkit.pricing import ExitSpec
+from exitkit.surgery.admission import admit
 from exitkit.surgery.boundaries import Anatomy, Boundary, find_boundaries
 from exitkit.surgery.calls import Example
 from exitkit.surgery.capture import Capture, capture
+from exitkit.surgery.classifier import outputs_of, unchanged_on_error, with_outputs
 from exitkit.surgery.lower import lower
 from exitkit.surgery.placement import place
 from exitkit.surgery.readout import Readout, find_readout
 from exitkit.surgery.tail import find_tail
 from exitkit.surgery.verify import verify
+
+STATE_WIDTH = 128
+"""Of gpf's states where features are no tokens of one width: what Zero Time Waste's code has for ConvNeXt and Swin."""
 
 
 def attach(
@@ -32,8 +39,13 @@ def attach(
     placement: str | None = None,
     method: str | Method = "ztw",
     head: str = "auto",
+    num_classes: int | None = None,
+    num_outputs: int | None = None,
 ) -> MultiExitModel:
     """Attach early exits to a pretrained classifier. The model, its weights and its flags stay as they are.
+
+    All but one thing: where ``num_classes`` differs from what the model gives, its last linear layer is replaced in place by
+    a freshly initialised one (transfer learning), which belongs to the exits: it is saved with them.
 
     Args:
         model: any classifier whose output is logits (B, C): torchvision, timm, Hugging Face or your own.
@@ -43,41 +55,93 @@ def attach(
         at: boundary names as ``exitkit.inspect(model)`` lists them.
         at_cost: shares of the backbone's MACs, such as ``[.15, .3, .45]``; the nearest block is taken.
         placement: ``"dense-sparse"`` or ``"sparse-dense"`` (Kubaty et al.). By default every block gets an exit.
-        method: ``"sdn"``, ``"pbee"``, ``"ztw"``, or a config such as ``exitkit.ZTW(ensemble="additive")``.
-        head: ``"auto"`` (by the feature's shape), ``"conv"``, ``"1L"``, ``"2L-<width>"``, or ``"tail"``: a copy of what
-            the backbone does after its last block, with its weights, for features of the same shape, and for maps of
-            another one behind a learned 1 × 1 adapter. Its dropout is off and its BatchNorm statistics fixed.
+        method: ``"sdn"``, ``"pbee"``, ``"ztw"``, ``"gpf"``, ``"branchynet"``, or a config such as
+            ``exitkit.ZTW(ensemble="additive")``.
+        head: ``"auto"`` (by the feature's shape), ``"conv"``, ``"separable"`` or ``"strided"`` (convolutions for maps),
+            ``"1L"`` (pooling and a linear layer), ``"2L-<width>"``, or ``"tail"``: a copy of what the backbone does after
+            its last block, with its weights, for features of the same shape, and for maps of another one behind a learned
+            1 × 1 adapter. Its dropout is off and its BatchNorm statistics fixed.
+        num_classes: how many classes the backbone and the exits shall tell apart; by default as many as it does.
+        num_outputs: 1 for regression, which a model with one output (B, 1) is anyway.
 
     Raises:
-        ExitkitError: an argument is wrong, the model cannot be captured, or the cut model would not equal it.
+        ExitkitError: an argument is wrong, the model cannot be captured, or the cut model would not equal it. The model is
+            then as it was.
     """
     if isinstance(model, MultiExitModel):
         raise ExitkitError("model already has exits; attach to exitkit.detach(model) for other ones")
-    if isinstance(model, nn.Module) and any(parameter.is_meta for parameter in model.parameters()):
+    admit(model)
+    if any(parameter.is_meta for parameter in model.parameters()):
         raise ExitkitError(
             f"{type(model).__name__} is on the meta device and has no values; load its weights, or model.to_empty(device). "
             "exitkit.inspect takes it as it is"
         )
-    composition = as_method(method)
-    head_spec = HeadSpec.parse(head)
-    captured = capture(model, example_inputs)
-    anatomy = find_boundaries(captured)
-    boundaries = place(anatomy, every, at, at_cost, placement)
+    composition, head_spec, outputs = as_method(method), HeadSpec.parse(head), _outputs(num_classes, num_outputs)
+    with unchanged_on_error(model):
+        captured, new_head = with_outputs(capture(model, example_inputs), outputs)
+        anatomy = find_boundaries(captured)
+        boundaries = _readable(place(anatomy, every, at, at_cost, placement))
+        return _assemble(captured, anatomy, boundaries, composition, head_spec, head, new_head)
+
+
+def _assemble(
+    captured: Capture,
+    anatomy: Anatomy,
+    boundaries: Sequence[Boundary],
+    method: Method,
+    spec: HeadSpec,
+    head: str,
+    new_head: Sequence[str],
+) -> MultiExitModel:
+    """Exits at ``boundaries``, once the cut model was found to equal the model."""
+    outputs = outputs_of(captured)
+    method = for_outputs(method, outputs, type(captured.backbone).__name__)
+    taps = verify(captured, boundaries, lower(captured, boundaries))
+    make = _tail_maker(captured, anatomy, outputs) if spec.kind == "tail" else _head_maker(captured, anatomy, spec)
+    made = [make(boundary, outputs, method.cascade and m > 0) for m, boundary in enumerate(boundaries)]
+    heads, reads = zip(*made, strict=True)
+    specs = [ExitSpec(*read) for read in zip(boundaries, taps, reads, strict=True)]
+    classifiers = _past_future(heads, boundaries, outputs, method) if method.past_future else heads
+    return MultiExitModel(
+        captured.backbone, classifiers, specs, anatomy, method, head, outputs, captured.example, new_head
+    )
+
+
+def _outputs(num_classes: int | None, num_outputs: int | None) -> int | None:
+    """How many outputs are asked for; None where nobody asks."""
+    if num_classes is not None and num_outputs is not None:
+        raise ExitkitError(
+            f"num_classes={num_classes!r} and num_outputs={num_outputs!r} were given together; give one"
+        )
+    if num_classes is not None and (not is_count(num_classes) or num_classes < 2):
+        raise ExitkitError(
+            f"num_classes={num_classes!r} must be a whole number of at least 2; num_outputs=1 is for regression"
+        )
+    if num_outputs not in (None, 1) or isinstance(num_outputs, bool):
+        raise ExitkitError(f"num_outputs={num_outputs!r} must be 1, for regression; classes are given as num_classes")
+    return num_classes if num_outputs is None else num_outputs
+
+
+def _readable(boundaries: Sequence[Boundary]) -> Sequence[Boundary]:
+    """``boundaries``, if heads can read all of them."""
     for boundary in boundaries:
         if boundary.layout == "other":
             raise ExitkitError(
                 f"boundary {boundary.name!r} has a feature of shape {boundary.shape} per sample; heads read vectors, tokens, "
                 "sequences and 2-D maps. Choose other boundaries with at="
             )
-    taps = verify(captured, boundaries, lower(captured, boundaries))
-    num_classes = _num_classes(captured)
-    make = _tail_maker(captured, anatomy, num_classes) if head_spec.tail else _head_maker(captured, anatomy, head_spec)
-    specs, classifiers = [], []
-    for index, (boundary, tap) in enumerate(zip(boundaries, taps, strict=True)):
-        classifier, reads = make(boundary, num_classes, composition.cascade and index > 0)
-        classifiers.append(classifier)
-        specs.append(ExitSpec(boundary, tap, reads))
-    return MultiExitModel(model, classifiers, specs, anatomy, composition, head, num_classes, captured.example)
+    return boundaries
+
+
+def _past_future(
+    heads: Sequence[InternalClassifier], boundaries: Sequence[Boundary], num_classes: int, method: Method
+) -> list[PastFutureClassifier]:
+    """The same bodies, joined by one :class:`PastFuture`."""
+    assert method.past_future is not None
+    tokens = {boundary.shape[-1] if boundary.layout == "tokens" else 0 for boundary in boundaries}
+    width = method.width or (tokens.pop() if len(tokens) == 1 else 0) or STATE_WIDTH
+    shared = PastFuture(len(heads), width, num_classes, method.past_future)
+    return [PastFutureClassifier(head.body, head.linear.in_features, m, shared) for m, head in enumerate(heads)]
 
 
 HeadMaker = Callable[[Boundary, int, bool], tuple[InternalClassifier, tuple[int | str, ...]]]
@@ -111,17 +175,6 @@ def _tail_maker(captured: Capture, anatomy: Anatomy, num_classes: int) -> HeadMa
         return tail_head(feature, target, tail.body, tail.linear, cascade), tail.inputs
 
     return make
-
-
-def _num_classes(captured: Capture) -> int:
-    output = next(node for node in reversed(captured.graph.graph.nodes) if node.op == "output")
-    classes = int(output.all_input_nodes[0].meta["val"].shape[1])
-    if classes < 2:
-        raise ExitkitError(
-            f"{type(captured.backbone).__name__} has {classes} output; exits need logits of at least two classes. Give a "
-            "binary classifier two outputs (logits 0 and z are the same decision)"
-        )
-    return classes
 
 
 def _readout(captured: Capture, anatomy: Anatomy) -> tuple[Readout, int]:

@@ -28,10 +28,10 @@ def split_batch(batch: Any) -> tuple[Any, Tensor | None]:
 
 
 def check_labels(labels: Any, num_classes: int, batch: int) -> Tensor:
-    """Class labels as an int64 tensor (batch,), each from 0 to ``num_classes`` − 1.
+    """Class labels as an int64 tensor (batch,), each from 0 to ``num_classes`` − 1; for one output, float32 targets.
 
     Raises:
-        ExitkitError: missing labels, another shape or dtype, or a label out of range.
+        ExitkitError: missing labels, another shape or dtype, a label out of range, or a target that is not finite.
     """
     if labels is None:
         raise ExitkitError("the loader yields no labels; yield (inputs, labels) or a dict with the key 'labels'")
@@ -41,6 +41,8 @@ def check_labels(labels: Any, num_classes: int, batch: int) -> Tensor:
         raise ExitkitError(
             f"labels are no class indices: {error}; give whole numbers from 0 to {num_classes - 1}"
         ) from error
+    if num_classes == 1:
+        return _check_targets(labels, batch)
     if labels.is_floating_point() or labels.shape != (batch,):
         raise ExitkitError(
             f"labels have dtype {labels.dtype} and shape {tuple(labels.shape)}; expected class indices of shape ({batch},)"
@@ -52,6 +54,15 @@ def check_labels(labels: Any, num_classes: int, batch: int) -> Tensor:
         )
     classes: Tensor = labels.long()
     return classes
+
+
+def _check_targets(targets: Tensor, batch: int) -> Tensor:
+    if targets.shape not in ((batch,), (batch, 1)) or not bool(targets.isfinite().all()):
+        raise ExitkitError(
+            f"labels have shape {tuple(targets.shape)}; a model with one output needs one finite number per sample, shape "
+            f"({batch},)"
+        )
+    return targets.reshape(batch).float()
 
 
 def checked(loader: Iterable[Any], name: str) -> Iterable[Any]:

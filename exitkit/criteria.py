@@ -1,6 +1,7 @@
 """Criteria: how sure an exit is. A sample leaves at the first exit whose score is strictly above τ.
 
-Confidence, certainty and margin lie in [0, 1], so that τ > 1 gives the original model; patience counts exits.
+Confidence, certainty and margin lie in [0, 1], so that τ > 1 gives the original model; nats lie in [−ln C, 0], so that
+τ > 0 does; patience counts exits. Regression has tolerance, at most 0.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from exitkit.errors import unknown_name
 
-Criterion = Literal["confidence", "entropy", "margin", "patience"]
+Criterion = Literal["confidence", "entropy", "nats", "margin", "patience", "tolerance"]
 
 
 def confidence(log_probs: Tensor) -> Tensor:
@@ -22,14 +23,18 @@ def confidence(log_probs: Tensor) -> Tensor:
     return log_probs.amax(-1).exp().clamp(max=1)
 
 
-def entropy(log_probs: Tensor) -> Tensor:
-    """Certainty 1 − H / ln C, so that higher is surer: (..., C) → (...).
+def nats(log_probs: Tensor) -> Tensor:
+    """Minus the entropy, in nats: (..., C) → (...).
 
-    Leaving at an entropy below h nats (BranchyNet, DeeBERT) is τ = 1 − h / ln C.
+    Leaving at an entropy below T, as BranchyNet, DeeBERT and gpf's authors do, is τ = −T.
     """
     probabilities = log_probs.exp()
-    nats = -torch.where(probabilities > 0, probabilities * log_probs, 0).sum(-1)
-    return (1 - nats / math.log(max(log_probs.shape[-1], 2))).clamp(0, 1)
+    return torch.where(probabilities > 0, probabilities * log_probs, 0).sum(-1).clamp(max=0)
+
+
+def entropy(log_probs: Tensor) -> Tensor:
+    """Certainty 1 − H / ln C, in [0, 1] whatever the number of classes: (..., C) → (...)."""
+    return (1 + nats(log_probs) / math.log(max(log_probs.shape[-1], 2))).clamp(0, 1)
 
 
 def margin(log_probs: Tensor) -> Tensor:
@@ -51,12 +56,26 @@ def patience(log_probs: Tensor) -> Tensor:
     return counts.to(log_probs.dtype)
 
 
+def tolerance(predictions: Tensor, times: int = 1) -> Tensor:
+    """Minus the largest of the last ``times`` changes |y_m − y_(m−1)|, for regression: (N, M+1) → (N, M+1).
+
+    Leaving above τ = −a is leaving once ``times`` changes in a row were smaller than a (Zhou et al. 2020, section 3.3). An
+    exit with fewer before it scores the lowest finite number.
+    """
+    scores = torch.full_like(predictions, torch.finfo(predictions.dtype).min)
+    if predictions.shape[1] > times:
+        scores[:, times:] = -predictions.diff(dim=1).abs().unfold(1, times, 1).amax(-1)
+    return scores
+
+
 CRITERIA: dict[str, Callable[[Tensor], Tensor]] = {
     "confidence": confidence,
     "entropy": entropy,
+    "nats": nats,
     "margin": margin,
     "patience": patience,
 }
+"""Those of classification, which take log-probabilities."""
 
 
 def scores(log_probs: Tensor, criterion: str) -> Tensor:

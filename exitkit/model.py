@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from inspect import signature
 from os import PathLike
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,15 +14,16 @@ from torch.nn import functional as F
 
 from exitkit.errors import ExitkitError
 from exitkit.exits.combiners import COMBINERS
-from exitkit.exits.heads import InternalClassifier
+from exitkit.exits.heads import HeadOutput
+from exitkit.exits.past_future import Classifier, imitation_losses
 from exitkit.methods import Method
+from exitkit.pricing import ExitSpec, price
 from exitkit.surgery.boundaries import Anatomy, Boundary, find_boundaries
 from exitkit.surgery.calls import Example
 from exitkit.surgery.capture import capture, logits_of
 from exitkit.surgery.lower import Lowered, lower
-from exitkit.surgery.macs import count_macs
 from exitkit.surgery.placement import place
-from exitkit.surgery.taps import Tap, tapped
+from exitkit.surgery.taps import tapped
 
 if TYPE_CHECKING:
     from exitkit.evaluation.outputs import ExitOutputs
@@ -37,41 +37,14 @@ class MultiExitOutput:
         logits: one tensor (B, C) per exit, after the method's ensemble; the backbone's own is last.
         features: the activations at the boundaries, batch first.
         heads: the internal classifiers' own logits (B, C), before any ensemble; the backbone's own is last.
+        auxiliary: one scalar per internal classifier, a loss to be added to that of its logits (gpf's imitation loss);
+            None where the method has none, and where gradients are off.
     """
 
     logits: tuple[Tensor, ...]
     features: tuple[Tensor, ...]
     heads: tuple[Tensor, ...]
-
-
-@dataclass(frozen=True)
-class Exit:
-    """One exit and its price.
-
-    Attributes:
-        name: the boundary it reads; the last exit is the backbone's own classifier, ``"backbone"``.
-        macs: MACs per sample to answer here: the backbone up to the boundary, and every head, link and combiner so far.
-        macs_fraction: ``macs`` as a share of the unmodified backbone.
-    """
-
-    name: str
-    macs: int
-    macs_fraction: float
-
-
-@dataclass(frozen=True)
-class ExitSpec:
-    """Where an internal classifier reads.
-
-    Attributes:
-        boundary: the cut it sits at.
-        tap: where its feature is read while the backbone runs.
-        inputs: the model's inputs that its head reads beside the feature, by position or keyword (an attention mask).
-    """
-
-    boundary: Boundary
-    tap: Tap
-    inputs: tuple[int | str, ...] = ()
+    auxiliary: tuple[Tensor, ...] | None = None
 
 
 class MultiExitModel(nn.Module):
@@ -83,19 +56,21 @@ class MultiExitModel(nn.Module):
 
     Attributes:
         exits: name and price of each exit, the backbone's own classifier last.
+        new_head: state-dict names of the backbone's last layer, where ``attach`` replaced it; it needs training too.
         threshold: the τ chosen for these exits, saved and loaded with them; None where none was chosen.
     """
 
     def __init__(
         self,
         backbone: nn.Module,
-        classifiers: Sequence[InternalClassifier],
+        classifiers: Sequence[Classifier],
         specs: Sequence[ExitSpec],
         anatomy: Anatomy,
         method: Method,
         head: str,
         num_classes: int,
         example: Example,
+        new_head: Sequence[str] = (),
     ) -> None:
         super().__init__()
         self.backbone = backbone
@@ -107,29 +82,39 @@ class MultiExitModel(nn.Module):
         self.head = head
         self.num_classes = num_classes
         self.example = example
+        self.new_head = tuple(new_head)
         self.threshold: float | None = None
         reference = next(parameter for parameter in backbone.parameters() if parameter.is_floating_point())
         self.classifiers.to(reference.device, reference.dtype)
         self.combiners.to(reference.device)  # float32: they add up logarithms
-        self.exits = self._price()
+        self.exits = price(classifiers, self.combiners, self.specs, anatomy, example, num_classes)
 
     def forward(self, *args: Any, **kwargs: Any) -> MultiExitOutput:
         """Run every exit. Takes what the backbone takes."""
-        features, heads = self.run_heads(*args, **kwargs)
-        return MultiExitOutput(self.combine(heads), features, heads)
+        features, steps, final = self._steps(args, kwargs)
+        heads = (*(step.logits for step in steps), final)
+        auxiliary = imitation_losses(steps) if torch.is_grad_enabled() else None
+        return MultiExitOutput(self.combine(heads), features, heads, auxiliary)
 
     def run_heads(self, *args: Any, **kwargs: Any) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         """The features at the boundaries and every head's logits (the backbone's last), without the ensemble."""
+        features, steps, final = self._steps(args, kwargs)
+        return features, (*(step.logits for step in steps), final)
+
+    def _steps(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Tensor, ...], list[HeadOutput], Tensor]:
+        """Features, heads and the backbone's logits."""
         taps = [spec.tap for spec in self.specs]
         trains = any(parameter.requires_grad for parameter in self.backbone.parameters())
         with tapped(self.backbone, taps) as read, torch.set_grad_enabled(torch.is_grad_enabled() and trains):
             final = logits_of(self.backbone(*args, **kwargs))
         features = tuple(self._found(slot, feature) for slot, feature in enumerate(read))
-        heads: list[Tensor] = []
-        for classifier, feature, spec in zip(self.classifiers, features, self.specs, strict=True):
+        steps: list[HeadOutput] = []
+        for feature, spec in zip(features, self.specs, strict=True):
             inputs = [self._argument(key, args, kwargs) for key in spec.inputs]
-            heads.append(self._classify(classifier, feature, heads, inputs))
-        return features, (*heads, final)
+            steps.append(self._step(len(steps), feature, steps[-1].carried if steps else None, inputs))
+        return features, steps, final
 
     def combine(self, heads: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Each exit's answer from its own and all earlier heads' logits (B, C): the method's ensemble, if it has one."""
@@ -146,8 +131,9 @@ class MultiExitModel(nn.Module):
         return self
 
     def added_parameters(self) -> list[nn.Parameter]:
-        """The parameters that exitkit added: heads, links and combiners."""
-        return [*self.classifiers.parameters(), *self.combiners.parameters()]
+        """The parameters that exitkit added: heads, links, combiners, and the backbone's last layer if it was replaced."""
+        replaced = (value for name, value in self.backbone.named_parameters() if name in self.new_head)
+        return [*self.classifiers.parameters(), *self.combiners.parameters(), *replaced]
 
     def lower(self) -> Lowered:
         """The inference view: the backbone captured anew and split at the exits, its parameters shared."""
@@ -161,13 +147,14 @@ class MultiExitModel(nn.Module):
         threshold: float | None = None,
         outputs: ExitOutputs | None = None,
     ) -> None:
-        """Write what was added, and nothing of the backbone: safetensors, ``config.json``, a model card (``README.md``).
+        """Write what was added, and nothing else of the backbone: safetensors, ``config.json``, a model card (``README.md``).
 
         An older save there is replaced as a whole; when writing is interrupted, it stays.
 
         Args:
             directory: made where it does not exist.
-            threshold: the τ chosen for these exits, which comes back as ``threshold``; by default the one there is.
+            new_head: state-dict names of the backbone's last layer, where ``attach`` replaced it; it needs training too.
+        threshold: the τ chosen for these exits, which comes back as ``threshold``; by default the one there is.
             outputs: what :func:`exitkit.collect` returned for held-out samples with labels; then the card tells accuracies.
 
         Raises:
@@ -240,24 +227,26 @@ class MultiExitModel(nn.Module):
         return f"MultiExitModel({type(self.backbone).__name__}, method={self.method.name!r}, exits: {places})"
 
     @property
+    def regression(self) -> bool:
+        """Whether the model has one output, a prediction, instead of one per class."""
+        return self.num_classes == 1
+
+    @property
     def boundaries(self) -> tuple[Boundary, ...]:
         """Where the internal classifiers read, in order."""
         return tuple(spec.boundary for spec in self.specs)
 
-    def _classify(
-        self, classifier: nn.Module, feature: Tensor, heads: list[Tensor], inputs: list[Tensor | None]
-    ) -> Tensor:
+    def _step(self, m: int, feature: Tensor, carried: Tensor | None, inputs: list[Tensor | None]) -> HeadOutput:
         try:
-            logits: Tensor = classifier(feature, heads[-1] if heads else None, inputs)
+            return cast("Classifier", self.classifiers[m]).step(feature, carried, inputs)
         except RuntimeError as error:
-            boundary = self.boundaries[len(heads)]
+            boundary = self.boundaries[m]
             if tuple(feature.shape[1:]) == boundary.shape:
                 raise
             raise ExitkitError(
-                f"exit {len(heads)} was made for features of shape {boundary.shape}, but {boundary.name!r} gives "
+                f"exit {m} was made for features of shape {boundary.shape}, but {boundary.name!r} gives "
                 f"{tuple(feature.shape[1:])}; attach again with example_inputs of the size that the model is used with"
             ) from error
-        return logits
 
     def _argument(self, key: int | str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
         """An input of this call, whether it was attached and is now passed by position or by keyword."""
@@ -277,37 +266,9 @@ class MultiExitModel(nn.Module):
             )
         return feature
 
-    def _price(self) -> tuple[Exit, ...]:
-        spent, exits = 0, []
-        reference = next(self.classifiers.parameters())
-        logits = reference.new_zeros(1, self.num_classes)
-        sample = dict(zip(self.example.spec.keys, self.example.with_batch(1).tensors, strict=True))
-        for m, (boundary, spec) in enumerate(zip(self.boundaries, self.specs, strict=True)):
-            feature = reference.new_zeros(1, *boundary.shape)
-            tensors = [feature, *([logits] if m else []), *(sample[key] for key in spec.inputs)]
-            spent += count_macs(partial(self._head, m), *tensors)
-            spent += self._combiner_macs(m, logits)
-            exits.append(self._exit(boundary.name, boundary.macs + spent))
-        spent += self._combiner_macs(len(self.boundaries), logits)
-        return (*exits, self._exit("backbone", self.anatomy.macs + spent))
-
-    def _head(self, m: int, feature: Tensor, *rest: Tensor) -> Tensor:
-        """Head ``m`` on a feature, the logits before it (but for the first), and the inputs that it reads."""
-        previous, inputs = (rest[0], rest[1:]) if m else (None, rest)
-        logits: Tensor = self.classifiers[m](feature, previous, inputs)
-        return logits
-
-    def _combiner_macs(self, m: int, logits: Tensor) -> int:
-        if m >= len(self.combiners):
-            return 0
-        return count_macs(self.combiners[m], torch.zeros(1, m + 1, self.num_classes, device=logits.device))
-
-    def _exit(self, name: str, macs: int) -> Exit:
-        return Exit(name, macs, macs / max(self.anatomy.macs, 1))
-
 
 def detach(model: MultiExitModel) -> nn.Module:
-    """The user's own model, as it was before :func:`exitkit.attach`."""
+    """The user's own model, as it was before :func:`exitkit.attach`, but for a last layer that ``attach`` replaced."""
     if not isinstance(model, MultiExitModel):
         raise ExitkitError(f"detach takes what exitkit.attach returned, not {type(model).__name__}")
     return model.backbone

@@ -23,7 +23,7 @@ import exitkit
 from exitkit import ExitkitError, ExitOutputs, criteria, evaluation
 from tests.toy import TinyNet
 
-CRITERIA = ["confidence", "entropy", "margin", "patience"]
+CRITERIA = ["confidence", "entropy", "margin", "nats", "patience"]
 PNG = b"\x89PNG\r\n\x1a\n"
 
 
@@ -307,6 +307,35 @@ def test_hindsight_takes_the_union_of_earlier_exits() -> None:
     assert outputs_of([[1, 0, 0], [0, 1, 0]]).hindsight_improvability().tolist() == [0, 1, 1]
 
 
+# budget mode ---------------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=60, deadline=None, derandomize=True, database=None)
+@given(outputs=drawn_outputs(), budget=st.floats(0.05, 2))
+def test_the_best_exit_is_the_cheapest_of_the_most_accurate_within_the_budget(
+    outputs: ExitOutputs, budget: float
+) -> None:
+    rated = [(-a, c, m) for m, (a, c) in enumerate(zip(outputs.accuracy(), outputs.costs, strict=True)) if c <= budget]
+    if rated:
+        accuracy, cost, exit_ = min(rated)
+        assert outputs.best_exit(budget) == (exit_, -accuracy, cost)
+    else:
+        with pytest.raises(ExitkitError, match=r"budget=.*exit 0 already costs"):
+            outputs.best_exit(budget)
+
+
+def test_the_best_exit_need_not_be_the_last() -> None:
+    outputs = outputs_of([[0, 1, 0], [0, 1, 1]])
+    assert outputs.best_exit() == (1, 1.0, 0.5)
+    assert outputs.best_exit(0.25) == (0, 0.0, 0.25)
+
+
+@pytest.mark.parametrize("budget", [0, -1.0, math.nan])
+def test_a_budget_that_no_exit_keeps(budget: float) -> None:
+    with pytest.raises(ExitkitError, match=rf"budget={budget!r} cannot be kept"):
+        outputs_of([[0, 1, 0]]).best_exit(budget)
+
+
 # criteria ------------------------------------------------------------------------------------------------------------
 
 P = torch.tensor([[0.7, 0.2, 0.1], [1 / 3, 1 / 3, 1 / 3], [1.0, 0.0, 0.0]])
@@ -319,6 +348,23 @@ def test_confidence_is_the_highest_probability() -> None:
 def test_entropy_is_one_minus_normalised_entropy() -> None:
     nats = -(0.7 * math.log(0.7) + 0.2 * math.log(0.2) + 0.1 * math.log(0.1))
     assert criteria.entropy(P.log()).tolist() == pytest.approx([1 - nats / math.log(3), 0, 1], abs=1e-6)
+
+
+def test_nats_are_minus_the_entropy() -> None:
+    nats = [0.5 * math.log(0.5) + 0.5 * math.log(0.25), math.log(1 / 3), 0]
+    p = torch.tensor([[0.5, 0.25, 0.25], [1 / 3, 1 / 3, 1 / 3], [1.0, 0.0, 0.0]])
+    assert criteria.nats(p.log()).tolist() == pytest.approx(nats, abs=1e-6)
+
+
+@pytest.mark.parametrize("below", [0.05, 0.4, 1.2])
+def test_leaving_below_an_entropy_is_one_threshold_in_either_unit(below: float) -> None:
+    outputs = some_outputs()
+    certainty = 1 - below / math.log(5)
+    assert outputs.exits_at(-below, "nats").tolist() == outputs.exits_at(certainty, "entropy").tolist()
+    probabilities = outputs.log_probs.exp()
+    low = (-(probabilities * outputs.log_probs).sum(-1) < below)[:, :-1]
+    expected = [next((m for m, leaves in enumerate(row) if leaves), 3) for row in low.tolist()]
+    assert outputs.exits_at(-below, "nats").tolist() == expected
 
 
 def test_margin_is_first_minus_second() -> None:

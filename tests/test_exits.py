@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -12,7 +14,15 @@ from hypothesis import strategies as st
 from torch import nn
 
 import exitkit
-from exitkit.exits import AdditiveEnsemble, CascadeLink, GeometricEnsemble, InternalClassifier, SDNPool, TokenPool
+from exitkit.exits import (
+    AdditiveEnsemble,
+    CascadeLink,
+    GeometricEnsemble,
+    InternalClassifier,
+    MeanEnsemble,
+    SDNPool,
+    TokenPool,
+)
 from exitkit.exits.heads import Feature, HeadSpec, make_head
 from tests.toy import TinyNet
 
@@ -192,6 +202,26 @@ def test_additive_ensemble_is_equation_4() -> None:
     assert torch.allclose(ensemble(p.log()).exp(), mixture / mixture.sum(-1, keepdim=True), atol=1e-6)
 
 
+def test_mean_ensemble_is_the_mean_of_probabilities() -> None:
+    p = torch.softmax(torch.randn(6, 3, 4), -1)
+    p[0, 1] = torch.tensor([0.0, 1.0, 0.0, 0.0])
+    assert torch.allclose(MeanEnsemble(3, 4)(p.log()).exp(), p.mean(1), atol=1e-6)
+
+
+def test_anytime_answers_are_running_means(tiny_net: TinyNet) -> None:
+    method = exitkit.SDN(ensemble="mean", ensemble_final=True)
+    out = exitkit.attach(tiny_net, EXAMPLE, every=1, method=method).eval()(torch.randn(4, 1, 8, 8))
+    p = torch.stack([logits.softmax(-1) for logits in out.heads])
+    for m, logits in enumerate(out.logits):
+        assert torch.allclose(logits.exp(), p[: m + 1].mean(0), atol=1e-6)
+
+
+def test_a_mean_needs_no_fit(tiny_net: TinyNet, loader: Callable[..., object]) -> None:
+    ee = exitkit.attach(tiny_net, EXAMPLE, every=2, method=exitkit.SDN(ensemble="mean"))
+    exitkit.Trainer(ee, epochs=1, show_progress=False).fit(loader())  # type: ignore[arg-type]
+    assert not list(ee.combiners.parameters())
+
+
 def test_geometric_ensemble_starts_as_the_geometric_mean() -> None:
     p = torch.softmax(torch.randn(6, 2, 4), -1)
     mean = (p[:, 0] * p[:, 1]).sqrt()
@@ -362,7 +392,47 @@ def test_head_on_a_vector() -> None:
     assert torch.allclose(classifier(vector), classifier.linear(vector))
 
 
-@pytest.mark.parametrize("spec", ["auto", "1L", "2L-8"])
+def test_separable_head_is_depthwise_then_pointwise_relu_pooling_linear() -> None:
+    classifier, maps = head((4, 8, 8), spec="separable"), torch.randn(2, 4, 8, 8)
+    depthwise, pointwise = (part for part in classifier.modules() if isinstance(part, nn.Conv2d))
+    assert (depthwise.groups, pointwise.kernel_size) == (4, (1, 1))
+    channels = [
+        nn.functional.conv2d(maps[:, c : c + 1], depthwise.weight[c : c + 1], depthwise.bias[c : c + 1], padding=1)
+        for c in range(4)
+    ]
+    mixed = nn.functional.conv2d(torch.cat(channels, 1), pointwise.weight, pointwise.bias).relu()
+    assert torch.allclose(classifier(maps), classifier.linear(SDNPool()(mixed).flatten(1)), atol=1e-5)
+
+
+def test_separable_head_has_the_geometry_of_the_convolution() -> None:
+    classifier = head((64, 32, 32), spec="separable", image_side=224)
+    convolutions = [part for part in classifier.modules() if isinstance(part, nn.Conv2d)]
+    assert [(part.out_channels, part.stride) for part in convolutions] == [(64, (2, 2)), (16, (1, 1))]
+
+
+@pytest.mark.parametrize(("height", "width"), [(8, 8), (9, 7), (3, 3), (4, 12)])
+def test_strided_head_halves_size_and_channels(height: int, width: int) -> None:
+    classifier, maps = head((6, height, width), spec="strided"), torch.randn(2, 6, height, width)
+    conv = first_conv(classifier)
+    assert conv is not None
+    smaller = nn.functional.conv2d(maps.relu(), conv.weight, conv.bias, stride=2)
+    assert smaller.shape[1] == 3
+    assert torch.allclose(classifier(maps), classifier.linear(SDNPool()(smaller).flatten(1)), atol=1e-5)
+
+
+def test_strided_head_needs_three_by_three() -> None:
+    with pytest.raises(exitkit.ExitkitError, match=r"head='strided' needs maps of at least 3 × 3.*8 × 2.*'conv'"):
+        head((6, 8, 2), spec="strided")
+
+
+def test_a_strided_convolution_leaves_the_feature_as_it_was() -> None:
+    maps = torch.randn(2, 6, 8, 8)
+    before = maps.clone()
+    head((6, 8, 8), spec="strided")(maps)
+    assert torch.equal(maps, before)
+
+
+@pytest.mark.parametrize("spec", ["auto", "1L", "2L-8", "separable", "strided"])
 def test_channels_last_maps_give_what_channels_first_maps_give(spec: str) -> None:
     last, first = head((8, 6, 4), "channels_last", spec), head((4, 8, 6), "channels_first", spec)
     for own, other in zip(last.parameters(), first.parameters(), strict=True):
@@ -371,16 +441,17 @@ def test_channels_last_maps_give_what_channels_first_maps_give(spec: str) -> Non
     assert torch.allclose(last(maps.permute(0, 2, 3, 1)), first(maps), atol=1e-6)
 
 
-@pytest.mark.parametrize("spec", ["3L", "2L", "2L-0", "2L--4", "", None, 2])
+@pytest.mark.parametrize("spec", ["linear", "3L", "2L", "2L-0", "2L--4", "", None, 2])
 def test_unknown_heads_are_refused(spec: object) -> None:
     with pytest.raises(exitkit.ExitkitError, match=r"head=.*2L-1024"):
         HeadSpec.parse(spec)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("layout", ["tokens", "vector"])
-def test_a_convolution_needs_maps(layout: str) -> None:
-    with pytest.raises(exitkit.ExitkitError, match="'conv' needs feature maps"):
-        head((3, 4), layout, spec="conv")
+@pytest.mark.parametrize("spec", ["conv", "separable", "strided"])
+def test_a_convolution_needs_maps(layout: str, spec: str) -> None:
+    with pytest.raises(exitkit.ExitkitError, match=f"'{spec}' needs feature maps"):
+        head((3, 4), layout, spec=spec)
 
 
 def test_attach_takes_the_head(tiny_net: TinyNet) -> None:
@@ -394,16 +465,23 @@ def test_attach_takes_the_head(tiny_net: TinyNet) -> None:
 @pytest.mark.parametrize(
     ("preset", "parts"),
     [
-        (exitkit.SDN, ("sdn", False, "none", False, "confidence")),
-        (exitkit.PBEE, ("pbee", False, "none", False, "patience")),
-        (exitkit.ZTW, ("ztw", True, "geometric", False, "confidence")),
+        (exitkit.SDN, {"name": "sdn"}),
+        (exitkit.PBEE, {"name": "pbee", "criterion": "patience"}),
+        (exitkit.ZTW, {"name": "ztw", "cascade": True, "ensemble": "geometric"}),
+        (exitkit.GPF, {"name": "gpf", "past_future": "paper", "criterion": "entropy"}),
+        (exitkit.BranchyNet, {"name": "branchynet", "criterion": "entropy"}),
+        (partial(exitkit.BranchyNet, nats=True), {"name": "branchynet", "criterion": "nats"}),
     ],
 )
-def test_presets(preset: type[exitkit.Method], parts: tuple[object, ...]) -> None:
-    assert dataclasses.astuple(preset()) == parts
+def test_presets_differ_from_independent_confident_exits_in_their_own_parts(
+    preset: Callable[[], exitkit.Method], parts: dict[str, object]
+) -> None:
+    config = preset()
+    defaults = {field.name: field.default for field in dataclasses.fields(config)}
+    assert dataclasses.asdict(config) == defaults | parts
 
 
-@pytest.mark.parametrize("name", ["sdn", "pbee", "ztw"])
+@pytest.mark.parametrize("name", ["sdn", "pbee", "ztw", "gpf", "branchynet"])
 def test_attach_takes_preset_names(tiny_net: TinyNet, name: str) -> None:
     assert exitkit.attach(tiny_net, EXAMPLE, every=2, method=name).method.name == name
 

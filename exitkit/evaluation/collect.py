@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from exitkit.batches import check_labels, checked, move, split_batch
 from exitkit.errors import ExitkitError
 from exitkit.evaluation.outputs import ExitOutputs
+from exitkit.evaluation.regression import RegressionOutputs
 from exitkit.model import MultiExitModel
 from exitkit.surgery.calls import call_on
 from exitkit.surgery.capture import evaluation_mode
@@ -26,24 +27,24 @@ def collect(model: MultiExitModel, loader: Iterable[Any]) -> ExitOutputs:
 
     Raises:
         ExitkitError: an empty loader, labels out of range, labels in some batches only, or NaN in the outputs.
+
+    Returns:
+        For a model with one output :class:`RegressionOutputs`, whose labels are numbers.
     """
     if not isinstance(model, MultiExitModel):
         raise ExitkitError(f"model is {type(model).__name__}; collect takes what exitkit.attach(model) returns")
     device = next(model.parameters()).device
-    log_probs: list[Tensor] = []
+    answers: list[Tensor] = []
     labels: list[Tensor] = []
     with evaluation_mode(model), torch.no_grad():
         for batch in checked(loader, "loader"):
             inputs, batch_labels = split_batch(batch)
             logits = torch.stack(call_on(model, move(inputs, device)).logits, dim=1)
-            log_probs.append(F.log_softmax(logits.float(), dim=-1).cpu())
+            answers.append((logits.float() if model.regression else F.log_softmax(logits.float(), dim=-1)).cpu())
             if batch_labels is not None or labels:
                 labels.append(check_labels(batch_labels, model.num_classes, len(logits)).cpu())
     macs = torch.tensor([exit_.macs for exit_ in model.exits], dtype=torch.float64)
-    return ExitOutputs(
-        torch.cat(log_probs),
-        torch.cat(labels) if labels else None,
-        macs,
-        float(model.anatomy.macs),
-        model.method.criterion,
-    )
+    given = (torch.cat(answers), torch.cat(labels) if labels else None, macs, float(model.anatomy.macs))
+    if model.regression:
+        return RegressionOutputs(*given, times=model.method.times)
+    return ExitOutputs(*given, model.method.criterion)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,37 +27,25 @@ class BudgetPoint(NamedTuple):
 class Curve:
     """Accuracy and average cost at every distinct threshold, in ascending order.
 
+    For regression, ``accuracy`` holds another measure, higher is better, that ``measure`` names.
+
     Attributes:
         thresholds: (T,) values of τ. At the first everybody leaves at exit 0; at the last (and above) nobody leaves.
         accuracy: (T,) accuracy over all samples at each τ.
         cost: (T,) average MACs per sample at each τ, as a share of the unmodified backbone; never falls with τ.
+        measure: what ``accuracy`` is.
     """
 
     thresholds: Array
     accuracy: Array
     cost: Array
+    measure: str = "accuracy"
 
     @classmethod
     def of(cls, scores: NDArray[np.floating], correct: NDArray[np.bool_], macs: Array, backbone_macs: float) -> Curve:
-        """The curve from scores (N, M) of the exits, and correctness (N, M+1) and MACs (M+1,) of exits and backbone.
-
-        A sample passes exit m exactly when τ reaches the running maximum of its scores up to m, so each of the N·M
-        running maxima is one event that moves one sample one exit further; sorted, their sums are the curve. MACs are
-        summed as they are and divided once, so that no rounding pushes a cost over a budget.
-        """
-        samples, exits = scores.shape
-        events = np.maximum.accumulate(scores.astype(np.float64), axis=1).ravel()
-        order = np.argsort(events, kind="stable")
-        events = events[order]
-        last_of_value = np.append(np.flatnonzero(np.diff(events)), len(events) - 1)
-        gained = np.diff(correct.astype(np.int64), axis=1).ravel()[order]
-        spent = np.broadcast_to(np.diff(macs), (samples, exits)).ravel()[order]
-        lowest = events[0]
-        return cls(
-            np.concatenate([[0.0 if lowest > 0 else np.nextafter(lowest, -np.inf)], events[last_of_value]]),
-            np.concatenate([[correct[:, 0].mean()], (correct[:, 0].sum() + gained.cumsum()[last_of_value]) / samples]),
-            (macs[0] * samples + np.concatenate([[0.0], spent.cumsum()[last_of_value]])) / (samples * backbone_macs),
-        )
+        """The curve from scores (N, M) of the exits, and correctness (N, M+1) and MACs (M+1,) of exits and backbone."""
+        thresholds, right, cost = sweep(scores, correct.astype(np.int64), macs, backbone_macs)
+        return cls(thresholds, right / len(scores), cost)
 
     def at_budget(self, budget: float) -> BudgetPoint:
         """The highest threshold whose average cost stays under ``budget`` (a share of the backbone).
@@ -91,14 +79,39 @@ class Curve:
         rows: dict[str, BudgetPoint | None] = {
             f"{budget:.0%}": self.at_budget(budget) if self.cost[0] < budget else None for budget in BUDGETS
         }
-        return BudgetTable(rows | {"Max (no limit)": self.no_limit(), "Max (best τ)": self.best()})
+        return BudgetTable(rows | {"Max (no limit)": self.no_limit(), "Max (best τ)": self.best()}, self.measure)
 
     def plot(self, path: str | Path) -> None:
         """Write the picture of accuracy against cost to ``path`` (png, svg or pdf)."""
-        plot_curves({"early exits": self}, path)
+        plot_curves({"early exits": self}, path, self.measure)
 
     def _point(self, index: int) -> BudgetPoint:
         return BudgetPoint(float(self.thresholds[index]), float(self.accuracy[index]), float(self.cost[index]))
+
+
+def sweep(
+    scores: NDArray[np.floating], values: NDArray[Any], macs: Array, backbone_macs: float
+) -> tuple[Array, NDArray[Any], Array]:
+    """Every distinct threshold in ascending order, the sum of ``values`` (N, M+1, …) over the samples there, and the cost.
+
+    A sample passes exit m exactly when τ reaches the running maximum of its scores (N, M) up to m, so each of the N·M
+    running maxima is one event that moves one sample one exit further; sorted, their sums are the curve. MACs are
+    summed as they are and divided once, so that no rounding pushes a cost over a budget.
+    """
+    samples, exits = scores.shape
+    events = np.maximum.accumulate(scores.astype(np.float64), axis=1).ravel()
+    order = np.argsort(events, kind="stable")
+    events = events[order]
+    last_of_value = np.append(np.flatnonzero(np.diff(events)), len(events) - 1)
+    gained = np.diff(values, axis=1).reshape(samples * exits, *values.shape[2:])[order]
+    spent = np.broadcast_to(np.diff(macs), (samples, exits)).ravel()[order]
+    lowest = events[0]
+    first = values[:, :1].sum(0)
+    return (
+        np.concatenate([[0.0 if lowest > 0 else np.nextafter(lowest, -np.inf)], events[last_of_value]]),
+        np.concatenate([first, first + gained.cumsum(0)[last_of_value]]),
+        (macs[0] * samples + np.concatenate([[0.0], spent.cumsum()[last_of_value]])) / (samples * backbone_macs),
+    )
 
 
 @dataclass(frozen=True)
@@ -106,12 +119,14 @@ class BudgetTable:
     """Rows by name; None where even the first exit is over the budget. Prints as a small text table."""
 
     rows: dict[str, BudgetPoint | None]
+    measure: str = "accuracy"
 
     def __str__(self) -> str:
-        lines = [f"{'budget':<15}{'accuracy':>9}{'cost':>9}{'τ':>11}"]
+        lines = [f"{'budget':<15}{self.measure:>9}{'cost':>9}{'τ':>11}"]
         for name, point in self.rows.items():
             if point is None:
                 lines.append(f"{name:<15}{'-':>9}{'-':>9}{'-':>11}")
             else:
-                lines.append(f"{name:<15}{point.accuracy:>9.2%}{point.cost:>9.1%}{point.threshold:>11.6f}")
+                threshold = f"{point.threshold:.6f}" if abs(point.threshold) < 1e6 else f"{point.threshold:.2e}"
+                lines.append(f"{name:<15}{point.accuracy:>9.2%}{point.cost:>9.1%}{threshold:>11}")
         return "\n".join(lines)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -20,8 +20,16 @@ from exitkit.errors import ExitkitError
 from exitkit.evaluation.curve import Curve
 from exitkit.files import replacing
 
-_FORMAT = "exitkit-outputs-1"
+_SETTINGS: dict[str, Callable[[str], Any]] = {"backbone_macs": float, "criterion": str, "times": int}
 _NORMALISED = 1e-5
+
+
+class ExitChoice(NamedTuple):
+    """One exit for all samples, its accuracy, and its cost as a share of the backbone."""
+
+    exit: int
+    accuracy: float
+    cost: float
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,8 +53,11 @@ class ExitOutputs:
     backbone_macs: float
     criterion: str = "confidence"
 
+    measure: ClassVar[str] = "accuracy"
+    _format: ClassVar[str] = "exitkit-outputs-1"
+
     def __post_init__(self) -> None:
-        log_probs = _check_log_probs(torch.as_tensor(self.log_probs).detach().cpu())
+        log_probs = self._checked(torch.as_tensor(self.log_probs).detach().cpu())
         object.__setattr__(self, "log_probs", log_probs)
         macs = torch.as_tensor(self.macs, dtype=torch.float64).detach().cpu().contiguous()
         rising = macs.shape == log_probs.shape[1:2] and bool((macs.diff() >= 0).all())
@@ -110,6 +121,27 @@ class ExitOutputs:
             self.scores(criterion)[:, :-1].numpy(), self.correct.numpy(), self.macs.numpy(), self.backbone_macs
         )
 
+    def best_exit(self, budget: float = 1.0) -> ExitChoice:
+        """The exit to stop every sample at when the cost of one is limited (Phuong & Lampert 2019, section 3.2).
+
+        Choose on held-out samples. Costs include earlier heads, without which independent exits would cost a little less.
+
+        Args:
+            budget: the most that one sample may cost, as a share of the backbone; of equally accurate exits the cheapest.
+
+        Raises:
+            ExitkitError: no exit costs so little, or no labels.
+        """
+        within = self.costs <= budget
+        if not within.any():
+            raise ExitkitError(
+                f"budget={budget!r} cannot be kept: it is a share of the backbone's cost, and exit 0 already costs "
+                f"{self.costs[0]:.3f}"
+            )
+        accuracy = self.accuracy()
+        exit_ = int(np.where(within, accuracy, -1).argmax())
+        return ExitChoice(exit_, float(accuracy[exit_]), float(self.costs[exit_]))
+
     def hindsight_improvability(self) -> NDArray[np.float64]:
         """(M+1,): share of each exit's mistakes that some earlier exit had right (Zero Time Waste, section 4.2).
 
@@ -128,12 +160,13 @@ class ExitOutputs:
         tensors = {"log_probs": self.log_probs, "macs": self.macs}
         if self.labels is not None:
             tensors["labels"] = self.labels
-        header = {"format": _FORMAT, "backbone_macs": json.dumps(self.backbone_macs), "criterion": self.criterion}
+        settings = {field.name: str(getattr(self, field.name)) for field in fields(self) if field.name in _SETTINGS}
+        header = {"format": self._format, **settings}
         with replacing(path) as temporary:
             save_file(tensors, temporary, metadata=header)
 
     @classmethod
-    def load(cls, path: str | Path) -> ExitOutputs:
+    def load(cls, path: str | Path) -> Self:
         """Read what :meth:`save` wrote.
 
         Raises:
@@ -145,31 +178,29 @@ class ExitOutputs:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no iterator
         except (OSError, SafetensorError) as error:
             raise ExitkitError(f"path={str(path)!r} cannot be read as saved outputs: {error}") from error
-        if header.get("format") != _FORMAT:
-            raise ExitkitError(f"path={str(path)!r} is no file of saved outputs; write one with outputs.save(path)")
-        return cls(
-            tensors["log_probs"],
-            tensors.get("labels"),
-            tensors["macs"],
-            float(json.loads(header["backbone_macs"])),
-            header["criterion"],
-        )
+        if header.get("format") != cls._format:
+            raise ExitkitError(
+                f"path={str(path)!r} is no file of saved outputs for {cls.__name__} (its format is {header.get('format')!r}); "
+                "write one with outputs.save(path)"
+            )
+        settings = {name: read(header[name]) for name, read in _SETTINGS.items() if name in header}
+        return cls(tensors["log_probs"], tensors.get("labels"), tensors["macs"], **settings)
 
-
-def _check_log_probs(given: Tensor) -> Tensor:
-    """Checked and normalised float32 log-probabilities; rows that are normalised already keep every bit."""
-    if given.dim() != 3 or not given.is_floating_point() or 0 in given.shape or given.shape[2] < 2:
-        raise ExitkitError(
-            f"log_probs has dtype {given.dtype} and shape {tuple(given.shape)}; expected floating point of shape (samples, "
-            "exits + 1, classes), with at least two classes"
-        )
-    log_probs = given.float()
-    normaliser = log_probs.logsumexp(-1, keepdim=True)
-    broken = ~normaliser.isfinite().squeeze(-1)
-    if bool(broken.any()):
-        exit_ = int(broken.any(0).int().argmax())
-        raise ExitkitError(
-            f"log_probs holds NaN, infinite or all-impossible rows: exit {exit_} on {int(broken[:, exit_].sum())} of "
-            f"{len(given)} samples. The model overflowed there; check its inputs (normalised?) and run in float32"
-        )
-    return torch.where(normaliser.abs() < _NORMALISED, log_probs, log_probs - normaliser).contiguous()
+    @staticmethod
+    def _checked(given: Tensor) -> Tensor:
+        """Checked and normalised float32 log-probabilities; rows that are normalised already keep every bit."""
+        if given.dim() != 3 or not given.is_floating_point() or 0 in given.shape or given.shape[2] < 2:
+            raise ExitkitError(
+                f"log_probs has dtype {given.dtype} and shape {tuple(given.shape)}; expected floating point of shape "
+                "(samples, exits + 1, classes), with at least two classes"
+            )
+        log_probs = given.float()
+        normaliser = log_probs.logsumexp(-1, keepdim=True)
+        broken = ~normaliser.isfinite().squeeze(-1)
+        if bool(broken.any()):
+            exit_ = int(broken.any(0).int().argmax())
+            raise ExitkitError(
+                f"log_probs holds NaN, infinite or all-impossible rows: exit {exit_} on {int(broken[:, exit_].sum())} of "
+                f"{len(given)} samples. The model overflowed there; check its inputs (normalised?) and run in float32"
+            )
+        return torch.where(normaliser.abs() < _NORMALISED, log_probs, log_probs - normaliser).contiguous()

@@ -27,14 +27,15 @@ class Points(Protocol):
     def accuracy(self) -> Array: ...
 
 
-def plot_curves(curves: Mapping[str, Points], path: str | Path) -> None:
+def plot_curves(curves: Mapping[str, Points], path: str | Path, measure: str = "accuracy") -> None:
     """Accuracy against average cost for each method; the unmodified backbone is the dashed line.
 
-    The backbone's accuracy is read where nobody leaves, so methods that combine its answer show their own.
+    ``measure`` is what is drawn instead of accuracy. The backbone's is read where nobody leaves, so methods that combine
+    its answer show their own.
     """
     if not curves:
         raise ExitkitError("curves={} is empty; give at least one curve by name")
-    figure, axes = _figure("average cost (share of the backbone's MACs)", "accuracy")
+    figure, axes = _figure("average cost (share of the backbone's MACs)", measure)
     for name, curve in curves.items():
         axes.step(curve.cost, curve.accuracy, where="post", label=name, linewidth=1.8)
     axes.axhline(next(iter(curves.values())).accuracy[-1], color="0.4", linestyle="--", linewidth=1, label="backbone")

@@ -1,4 +1,4 @@
-"""Combiners: one answer from the predictions of several exits (Zero Time Waste, equations 2 and 4)."""
+"""Combiners: one answer from the predictions of several exits."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _SMALL_PRIOR = 0.01
 
 
 class GeometricEnsemble(nn.Module):
-    """q = (1/Z) · b · Π_j p_j^(w_j), one weight per member and one prior per class, both positive (equation 2).
+    """q = (1/Z) · b · Π_j p_j^(w_j), one weight per member and one prior per class, both positive (ZTW, equation 2).
 
     Log-probabilities (B, members, C) → log q (B, C). Positive by construction: w and b are stored as logarithms.
     """
@@ -30,7 +30,7 @@ class GeometricEnsemble(nn.Module):
 
 
 class AdditiveEnsemble(nn.Module):
-    """q = (1/Z) · (Σ_j w_j p_j + b), one weight per member and one prior per class, both positive (equation 4).
+    """q = (1/Z) · (Σ_j w_j p_j + b), one weight per member and one prior per class, both positive (ZTW, equation 4).
 
     Log-probabilities (B, members, C) → log q (B, C).
     """
@@ -48,7 +48,21 @@ class AdditiveEnsemble(nn.Module):
         return mixture.log() - mixture.sum(-1, keepdim=True).log()
 
 
-COMBINERS: dict[str, type[GeometricEnsemble] | type[AdditiveEnsemble]] = {
+class MeanEnsemble(nn.Module):
+    """q = (1/m) · Σ_j p_j, the mean of all exits so far: the anytime mode of Phuong & Lampert (2019), section 3.2.
+
+    Log-probabilities (B, members, C) → log q (B, C). Nothing in it is fitted.
+    """
+
+    def __init__(self, members: int, num_classes: int) -> None:
+        super().__init__()
+
+    def forward(self, log_probs: Tensor) -> Tensor:
+        return log_probs.logsumexp(1) - math.log(log_probs.shape[1])
+
+
+COMBINERS: dict[str, type[GeometricEnsemble] | type[AdditiveEnsemble] | type[MeanEnsemble]] = {
     "geometric": GeometricEnsemble,
     "additive": AdditiveEnsemble,
+    "mean": MeanEnsemble,
 }

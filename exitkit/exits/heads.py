@@ -6,18 +6,27 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple, get_args
 
-import torch
 from torch import Tensor, nn
 
 from exitkit.errors import ExitkitError
 from exitkit.exits.links import CascadeLink
-from exitkit.exits.pooling import ReadoutKind, SDNPool, TokenPool, pooled_size
+from exitkit.exits.maps import Convolution, map_body
+from exitkit.exits.pooling import ReadoutKind, TokenPool
 
 _HEADS = (
-    "'auto', 'conv' (maps only), '1L' (pooling and one linear layer), '2L-1024' (one hidden layer of 1024), 'tail' (a copy "
-    "of the backbone's own read-out)"
+    "'auto', 'conv', 'separable' and 'strided' (maps only), '1L' (pooling and one linear layer), '2L-1024' (one hidden layer "
+    "of 1024), 'tail' (a copy of the backbone's own read-out)"
 )
+_CONVOLUTIONS: dict[str, Convolution | None] = {
+    "auto": "conv",
+    "conv": "conv",
+    "separable": "separable",
+    "strided": "strided",
+    "linear": None,
+}
+"""What stands before pooling on maps, by the kind of head."""
 
 
 @dataclass(frozen=True)
@@ -25,23 +34,21 @@ class HeadSpec:
     """A parsed ``head=``.
 
     Attributes:
-        conv: convolutional or not; None: by the feature's shape.
+        kind: ``"auto"``, a convolution's name, ``"linear"`` (none), or ``"tail"``: the backbone's own read-out, copied.
         hidden: width of a hidden layer.
-        tail: the backbone's own read-out, copied.
     """
 
-    conv: bool | None = None
+    kind: str = "auto"
     hidden: int | None = None
-    tail: bool = False
 
     @classmethod
     def parse(cls, head: str) -> HeadSpec:
-        if head in ("auto", "conv", "1L", "tail"):
-            return cls({"auto": None, "conv": True}.get(head, False), tail=head == "tail")
-        match = re.fullmatch(r"2L-([1-9]\d*)", head) if isinstance(head, str) else None
+        if head == "tail" or (head in _CONVOLUTIONS and head != "linear"):
+            return cls(head)
+        match = re.fullmatch(r"1L|2L-([1-9]\d*)", head) if isinstance(head, str) else None
         if match is None:
             raise ExitkitError(f"head={head!r} is unknown; allowed are {_HEADS}")
-        return cls(False, int(match[1]))
+        return cls("linear", int(match[1]) if match[1] else None)
 
 
 @dataclass(frozen=True)
@@ -55,14 +62,31 @@ class Feature:
     image_side: int | None = None
 
 
+class HeadOutput(NamedTuple):
+    """What a head says, and what it leaves behind.
+
+    Attributes:
+        logits: (B, C).
+        carried: (B, K), one row per sample: what the head of the next exit reads. K is the classifier's ``carries``.
+        state: (B, D), where heads imitate each other's states.
+        imagined: (J, B, D), this head's imitations of the states of the J exits still to come.
+    """
+
+    logits: Tensor
+    carried: Tensor
+    state: Tensor | None = None
+    imagined: Tensor | None = None
+
+
 class InternalClassifier(nn.Module):
-    """Body (feature → vector) → cascade link, if any → linear layer: logits (B, C)."""
+    """Body (feature → vector) → cascade link, if any → linear layer: logits (B, C), which are carried on."""
 
     def __init__(self, body: nn.Module, width: int, num_classes: int, cascade: bool) -> None:
         super().__init__()
         self.body = body
         self.link = CascadeLink(num_classes) if cascade else None
         self.linear = nn.Linear(width + (num_classes if cascade else 0), num_classes)
+        self.carries = num_classes
 
     def forward(self, feature: Tensor, previous: Tensor | None = None, inputs: Sequence[Tensor | None] = ()) -> Tensor:
         """Logits from a feature, the logits of the exit before, and those inputs of the model that the body reads."""
@@ -75,6 +99,11 @@ class InternalClassifier(nn.Module):
             vector = self.link(vector, previous)
         logits: Tensor = self.linear(vector)
         return logits
+
+    def step(self, feature: Tensor, carried: Tensor | None, inputs: Sequence[Tensor | None]) -> HeadOutput:
+        """The logits, and what the next exit reads: these logits."""
+        logits = self(feature, carried, inputs)
+        return HeadOutput(logits, logits)
 
 
 class TokenBody(nn.Module):
@@ -97,10 +126,13 @@ def make_head(feature: Feature, num_classes: int, spec: HeadSpec, cascade: bool)
         ExitkitError: a convolutional head for a feature that is no map.
     """
     is_map = feature.layout in ("channels_first", "channels_last")
-    if spec.conv and not is_map:
-        raise ExitkitError(f"head='conv' needs feature maps, but this boundary's is {feature.layout} {feature.shape}")
+    if spec.kind in get_args(Convolution) and not is_map:
+        raise ExitkitError(
+            f"head={spec.kind!r} needs feature maps, but this boundary's is {feature.layout} {feature.shape}; use head='auto'"
+        )
     if is_map:
-        body, width = _map_body(feature, convolve=spec.conv is not False)
+        convolution = _CONVOLUTIONS[spec.kind]
+        body, width = map_body(feature.shape, feature.layout == "channels_last", feature.image_side, convolution)
     elif feature.layout in ("tokens", "sequence"):
         sequence = feature.layout == "sequence"
         hidden, width = _hidden(feature.shape[0 if sequence else -1], spec.hidden)
@@ -112,38 +144,7 @@ def make_head(feature: Feature, num_classes: int, spec: HeadSpec, cascade: bool)
     return InternalClassifier(nn.Sequential(*body, hidden), width, num_classes, cascade)
 
 
-def conv_geometry(channels: int, height: int, width: int, image_side: int | None) -> tuple[int, int]:
-    """Stride and output channels of the IC's convolution (Zero Time Waste, appendix A.1).
-
-    CIFAR-sized input (side up to 32): stride 1 and as many channels as come in. Larger input: stride 2 where the map
-    is larger than 8 × 8. ImageNet-sized input (side above 64): also a quarter of the channels.
-    """
-    side = image_side or 0
-    stride = 2 if side > 32 and min(height, width) > 8 else 1
-    return stride, max(1, channels // 4) if side > 64 else channels
-
-
-def _map_body(feature: Feature, convolve: bool) -> tuple[nn.Sequential, int]:
-    layers: list[nn.Module] = []
-    if feature.layout == "channels_last":
-        height, width, channels = feature.shape
-        layers.append(_ChannelsFirst())
-    else:
-        channels, height, width = feature.shape
-    if convolve:
-        stride, out = conv_geometry(channels, height, width, feature.image_side)
-        layers += [nn.Conv2d(channels, out, 3, stride=stride, padding=1), nn.ReLU()]
-        channels, height, width = out, math.ceil(height / stride), math.ceil(width / stride)
-    layers += [SDNPool(), nn.Flatten()]
-    return nn.Sequential(*layers), channels * math.prod(pooled_size(height, width))
-
-
 def _hidden(width: int, hidden: int | None) -> tuple[nn.Module, int]:
     if hidden is None:
         return nn.Identity(), width
     return nn.Sequential(nn.Linear(width, hidden), nn.ReLU()), hidden
-
-
-class _ChannelsFirst(nn.Module):
-    def forward(self, maps: Tensor) -> Tensor:
-        return torch.permute(maps, (0, 3, 1, 2))

@@ -43,6 +43,7 @@ def measured(model: MultiExitModel, outputs: ExitOutputs, threshold: float | Non
     curve = outputs.curve(model.method.criterion)
     rows = curve.budget_table().rows
     return {
+        "measure": outputs.measure,
         "samples": len(outputs.log_probs),
         "accuracy": outputs.accuracy().tolist(),
         "budgets": {name: None if point is None else point._asdict() for name, point in rows.items()},
@@ -57,7 +58,7 @@ def card(model: MultiExitModel, config: Mapping[str, Any], source: str) -> str:
         library_name="exitkit",
         tags=["early-exit"],
         base_model=backbone["hub_name"],
-        metrics=["accuracy"] if metrics else None,
+        metrics=[metrics["measure"].split()[0].lower()] if metrics else None,
     )
     kind = backbone["class"].rpartition(".")[2]
     threshold = (
@@ -70,7 +71,7 @@ def card(model: MultiExitModel, config: Mapping[str, Any], source: str) -> str:
 # Early exits for {backbone["hub_name"] or backbone["architecture"] or kind}
 
 Exits for a `{backbone["class"]}`: method `{model.method.name}`, heads `{model.head}`, criterion `{model.method.criterion}`;
-made with exitkit {config["versions"]["exitkit"]}. Only the exits are here; the backbone is not.
+made with exitkit {config["versions"]["exitkit"]}. Only the exits are here{_new_head(model)}; the backbone is not.
 
 ```python
 import exitkit
@@ -85,12 +86,20 @@ Costs are multiply-accumulates per sample, as a share of the backbone's {model.a
 {_budgets(metrics) if metrics else ""}"""
 
 
+def _new_head(model: MultiExitModel) -> str:
+    return (
+        f", and the backbone's last layer, which was replaced by one with {model.num_classes} outputs"
+        if model.new_head
+        else ""
+    )
+
+
 def _exits(model: MultiExitModel, metrics: Mapping[str, Any] | None) -> str:
     rows = [[str(m), f"`{exit_.name}`", f"{exit_.macs_fraction:.1%}"] for m, exit_ in enumerate(model.exits)]
     if metrics is None:
         return _table(["exit", "reads", "cost to answer here"], rows)
     accurate = [[*row, f"{accuracy:.2%}"] for row, accuracy in zip(rows, metrics["accuracy"], strict=True)]
-    return _table(["exit", "reads", "cost to answer here", "accuracy on all samples"], accurate)
+    return _table(["exit", "reads", "cost to answer here", f"{metrics['measure']} on all samples"], accurate)
 
 
 def _budgets(metrics: Mapping[str, Any]) -> str:
@@ -104,7 +113,7 @@ def _budgets(metrics: Mapping[str, Any]) -> str:
     return f"""
 On {metrics["samples"]:,} samples, each of which leaves at the first exit whose score is above τ:
 
-{_table(["budget", "accuracy", "average cost", "τ"], rows)}
+{_table(["budget", metrics["measure"], "average cost", "τ"], rows)}
 """
 
 

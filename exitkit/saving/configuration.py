@@ -28,7 +28,7 @@ WEIGHTS = f"exits-{'[0-9a-f]' * 16}.safetensors"
 """Pattern of the name of the weights file, which the configuration holds."""
 
 _FAMILY = "exitkit-exits-"
-_FORMAT = f"{_FAMILY}2"
+_FORMAT = f"{_FAMILY}3"
 _REMEDY = "Give what save_pretrained or push_to_hub wrote"
 
 
@@ -51,7 +51,9 @@ def configuration(model: MultiExitModel, threshold: float | None, outputs: ExitO
         "metrics": None if outputs is None else measured(model, outputs, chosen),
         "inputs": _described(model.example),
         "blocks": block_lines(model.anatomy.blocks),
-        "tensors": tensor_lines(model.backbone),
+        "outputs": model.num_classes,
+        "new_head": list(model.new_head),
+        "tensors": without(tensor_lines(model.backbone), model.new_head),
     }
 
 
@@ -79,6 +81,11 @@ def read_configuration(path: Path) -> dict[str, Any]:
             raise ExitkitError(f"{str(path)!r} is damaged: {key!r} is {value}. {_REMEDY}")
     checked: dict[str, Any] = config
     return checked
+
+
+def without(lines: Mapping[str, str], names: Iterable[str]) -> dict[str, str]:
+    """The lines of a backbone but for those of its replaced last layer, which are no part of what it was."""
+    return {name: line for name, line in lines.items() if name not in set(names)}
 
 
 def saved_by(config: Mapping[str, Any]) -> str:
@@ -172,6 +179,8 @@ _FIELDS: dict[str, Callable[[Any], bool]] = {
         or (isinstance(value, list) and all(map(_is_input, value)))
         or (isinstance(value, dict) and all(map(_is_input, value.values())))
     ),
+    "outputs": lambda value: isinstance(value, int) and value > 0,
+    "new_head": lambda value: isinstance(value, list) and _texts(value),
     "blocks": lambda value: isinstance(value, dict) and _texts(value.values()),
     "tensors": lambda value: isinstance(value, dict) and _texts(value.values()),
     "weights": lambda value: isinstance(value, str) and fnmatchcase(value, WEIGHTS),

@@ -29,7 +29,16 @@ from exitkit.methods import Method
 from exitkit.model import MultiExitModel
 from exitkit.saving import hub
 from exitkit.saving.card import card
-from exitkit.saving.configuration import CONFIG, WEIGHTS, configuration, example_inputs, read_configuration, saved_by
+from exitkit.saving.configuration import (
+    CONFIG,
+    WEIGHTS,
+    configuration,
+    example_inputs,
+    read_configuration,
+    saved_by,
+    without,
+)
+from exitkit.surgery.classifier import unchanged_on_error
 
 CARD = "README.md"
 Source = str | os.PathLike[str]
@@ -72,19 +81,30 @@ def load_exits(
     folder = hub.fetch(source, [CONFIG, WEIGHTS], revision, token)
     config = read_configuration(folder / CONFIG)
     weights = _read_weights(folder / config["weights"])
-    _compare(config["tensors"], tensor_lines(backbone), source, backbone)
+    _compare(config["tensors"], without(tensor_lines(backbone), config["new_head"]), source, backbone)
+    with unchanged_on_error(backbone):
+        model = _attached(backbone, inputs, config, source)
+        _compare(config["blocks"], block_lines(model.anatomy.blocks), source, backbone)
+        _fill(model, weights, getattr(torch, config["dtype"]), folder / config["weights"])
+    model.threshold = config["threshold"]
+    return model
+
+
+def _attached(backbone: nn.Module, inputs: Any, config: Mapping[str, Any], source: Source) -> MultiExitModel:
+    """Fresh exits as configured; a last layer that was replaced is replaced again, or filled where it has the same outputs."""
+    outputs = (
+        {("num_outputs" if config["outputs"] == 1 else "num_classes"): config["outputs"]} if config["new_head"] else {}
+    )
     try:
         method = Method(**config["method"])
         inputs = example_inputs(backbone, config) if inputs is None else inputs
-        model = attach(backbone, inputs, at=config["exits"], method=method, head=config["head"])
+        model = attach(backbone, inputs, at=config["exits"], method=method, head=config["head"], **outputs)
     except (ExitkitError, TypeError) as error:
         raise ExitkitError(
             f"the exits in {str(source)!r}, saved by {saved_by(config)}, cannot be attached to this "
             f"{type(backbone).__name__}: {error}"
         ) from error
-    _compare(config["blocks"], block_lines(model.anatomy.blocks), source, backbone)
-    _fill(model, weights, getattr(torch, config["dtype"]), folder / config["weights"])
-    model.threshold = config["threshold"]
+    model.new_head = tuple(config["new_head"])
     return model
 
 
@@ -136,12 +156,14 @@ def _fill(model: MultiExitModel, saved: Mapping[str, Tensor], dtype: torch.dtype
 
 def _added(model: MultiExitModel) -> dict[str, Tensor]:
     parts = {"classifiers": model.classifiers, "combiners": model.combiners}
-    return {f"{part}.{name}": tensor for part, owner in parts.items() for name, tensor in owner.state_dict().items()}
+    added = {f"{part}.{name}": tensor for part, owner in parts.items() for name, tensor in owner.state_dict().items()}
+    backbone = model.backbone.state_dict() if model.new_head else {}
+    return added | {f"backbone.{name}": backbone[name] for name in model.new_head if name in backbone}
 
 
 def _copies(model: MultiExitModel, dtype: torch.dtype) -> dict[str, Tensor]:
     """What is in the file: heads in ``dtype``, combiners in float32, each tensor for itself even where two are tied."""
-    kept = {"classifiers": dtype, "combiners": torch.float32}
+    kept = {"classifiers": dtype, "backbone": dtype, "combiners": torch.float32}
     return {
         name: tensor.detach()
         .to("cpu", kept[name.partition(".")[0]] if tensor.is_floating_point() else tensor.dtype)

@@ -34,6 +34,8 @@ def fit_ensemble(model: MultiExitModel, loader: Iterable[Any]) -> list[float]:
     Returns:
         The cross-entropy of each fitted combiner.
     """
+    if not list(model.combiners.parameters()):  # a mean has nothing to fit
+        return []
     log_probs, labels = _cache(model, loader)
     return [_fit(combiner, log_probs[:, : m + 1], labels, m) for m, combiner in enumerate(model.combiners)]
 

@@ -1,0 +1,131 @@
+"""``RegressionOutputs``: what every exit of a model with one output predicted about every sample."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from exitkit.criteria import tolerance
+from exitkit.errors import ExitkitError, unknown_name
+from exitkit.evaluation.curve import Curve, sweep
+from exitkit.evaluation.outputs import ExitOutputs
+
+Measure = Literal["pearson", "r2"]
+
+
+@dataclass(frozen=True, eq=False)
+class RegressionOutputs(ExitOutputs):
+    """Predictions of M exits and the backbone (exit M) on N samples; ``accuracy`` is Pearson's correlation with the labels.
+
+    Attributes:
+        log_probs: the predictions, float32, given as (N, M+1) and held as (N, M+1, 1).
+        labels: (N,) float32, or None when there are none.
+        criterion: ``"tolerance"``, see :func:`exitkit.criteria.tolerance`; a sample leaves above τ = −a.
+        times: how many changes in a row must be smaller than a.
+
+    Raises:
+        ExitkitError: shapes that do not fit together, numbers that are not finite, or costs that fall.
+    """
+
+    criterion: str = "tolerance"
+    times: int = 1
+
+    measure: ClassVar[str] = "Pearson correlation"
+    _format: ClassVar[str] = "exitkit-regression-1"
+
+    @property
+    def predictions(self) -> Tensor:
+        """(N, M+1)."""
+        return self.log_probs[:, :, 0]
+
+    @property
+    def correct(self) -> Tensor:
+        """Regression has no right and wrong."""
+        raise ExitkitError("regression has no right and wrong predictions; use mse(), accuracy() (Pearson) or curve()")
+
+    def accuracy(self) -> NDArray[np.float64]:
+        """(M+1,): Pearson's correlation of each exit's predictions with the labels; 0 where they are all the same."""
+        return _correlation(self._moments().sum(0), self._targets())
+
+    def mse(self) -> NDArray[np.float64]:
+        """(M+1,): mean squared error of each exit."""
+        errors: NDArray[np.float64] = self._squared_errors().mean(0)
+        return errors
+
+    def scores(self, criterion: str | None = None) -> Tensor:
+        """(N, M+1): minus the largest of the last ``times`` changes."""
+        if criterion not in (None, "tolerance"):
+            raise unknown_name("criterion", criterion, ["tolerance"], "The others compare probabilities of classes.")
+        return tolerance(self.predictions, self.times)
+
+    def curve(self, criterion: str | None = None, measure: Measure = "pearson") -> Curve:
+        """The measure and the average cost at every distinct threshold.
+
+        Args:
+            criterion: ``"tolerance"``.
+            measure: ``"pearson"``, or ``"r2"``, the share of the labels' variance that is explained: 1 − MSE / variance.
+        """
+        if measure not in ("pearson", "r2"):
+            raise unknown_name("measure", measure, ["pearson", "r2"])
+        targets = self._targets()
+        values = self._moments() if measure == "pearson" else self._squared_errors()
+        scores = self.scores(criterion)[:, :-1].numpy()
+        thresholds, sums, cost = sweep(scores, values, self.macs.numpy(), self.backbone_macs)
+        if measure == "pearson":
+            return Curve(thresholds, _correlation(sums, targets), cost, measure)
+        return Curve(thresholds, 1 - sums / (targets - targets.mean()).dot(targets - targets.mean()), cost, measure)
+
+    def _targets(self) -> NDArray[np.float64]:
+        """The labels, which must differ for anything to be correlated with or explained."""
+        if self.labels is None:
+            raise ExitkitError("labels=None: how good predictions are needs labels")
+        if bool((self.labels == self.labels[0]).all()):
+            raise ExitkitError(
+                "labels are all the same, so that nothing correlates with them; use mse(), or more samples"
+            )
+        return self.labels.double().numpy()
+
+    def _squared_errors(self) -> NDArray[np.float64]:
+        if self.labels is None:
+            raise ExitkitError("labels=None: how good predictions are needs labels")
+        errors: NDArray[np.float64] = (self.predictions.double() - self.labels[:, None]).square().numpy()
+        return errors
+
+    def _moments(self) -> NDArray[np.float64]:
+        """(N, M+1, 3): prediction, its square, and its product with the label, both centred for precision."""
+        targets = self._targets()
+        predictions = self.predictions.double().numpy() - targets.mean()
+        products = predictions * (targets - targets.mean())[:, None]
+        return np.stack([predictions, predictions**2, products], axis=-1)
+
+    @staticmethod
+    def _checked(given: Tensor) -> Tensor:
+        """Finite float32 predictions (N, M+1, 1)."""
+        predictions = given[..., None] if given.dim() == 2 else given
+        if predictions.dim() != 3 or predictions.shape[2] != 1 or 0 in given.shape or not given.is_floating_point():
+            raise ExitkitError(
+                f"predictions have dtype {given.dtype} and shape {tuple(given.shape)}; expected floating point of shape "
+                "(samples, exits + 1)"
+            )
+        if not bool(given.isfinite().all()):
+            exit_ = int((~predictions.isfinite()).any(0).int().argmax())
+            raise ExitkitError(
+                f"predictions hold NaN or infinity: exit {exit_} on {int((~predictions[:, exit_].isfinite()).sum())} of "
+                f"{len(given)} samples; check the model's inputs (normalised?) and run in float32"
+            )
+        return predictions.float().contiguous()
+
+
+def _correlation(sums: NDArray[np.float64], targets: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Pearson's correlation from sums (…, 3) of moments over the samples; labels are centred, so theirs is 0."""
+    count, spread = len(targets), ((targets - targets.mean()) ** 2).sum()
+    first, second, product = np.moveaxis(sums, -1, 0)
+    variance = np.clip(second - first**2 / count, 0, None) * spread
+    correlation: NDArray[np.float64] = np.divide(
+        product, np.sqrt(variance), out=np.zeros_like(product), where=variance > 1e-12 * (second * spread)
+    )
+    return correlation
