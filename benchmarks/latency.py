@@ -108,11 +108,9 @@ def _backbone(name: str, args: argparse.Namespace) -> tuple[nn.Module, Any]:
         from transformers import BertConfig, BertForSequenceClassification
 
         ids = torch.randint(1000, 30000, (SAMPLES, LENGTH))
-        return BertForSequenceClassification(BertConfig()).eval(), {
-            "input_ids": ids,
-            "attention_mask": torch.ones_like(ids),
-        }
-    model = load_model(name).eval()
+        bert: nn.Module = BertForSequenceClassification(BertConfig()).train(False)
+        return bert, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    model = load_model(name).train(False)
     return model, torch.randn(SAMPLES, *example_for(model).tensors[0].shape[1:])
 
 

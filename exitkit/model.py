@@ -153,8 +153,7 @@ class MultiExitModel(nn.Module):
 
         Args:
             directory: made where it does not exist.
-            new_head: state-dict names of the backbone's last layer, where ``attach`` replaced it; it needs training too.
-        threshold: the τ chosen for these exits, which comes back as ``threshold``; by default the one there is.
+            threshold: the τ chosen for these exits, which comes back as ``threshold``; by default the one there is.
             outputs: what :func:`exitkit.collect` returned for held-out samples with labels; then the card tells accuracies.
 
         Raises:

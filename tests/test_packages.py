@@ -17,14 +17,20 @@ import exitkit
 from exitkit import ExitkitError
 from tests.toy import TinyNet, images, noisy
 
-METHODS = {"sdn": "sdn", "pbee": "pbee", "ztw": "ztw", "final": exitkit.ZTW(ensemble="additive", ensemble_final=True)}
+METHODS = {
+    "sdn": "sdn",
+    "pbee": "pbee",
+    "ztw": "ztw",
+    "final": exitkit.ZTW(ensemble="additive", ensemble_final=True),
+    "gpf": "gpf",
+}
 
 
 @pytest.fixture(scope="module")
 def models() -> dict[str, exitkit.MultiExitModel]:
     torch.manual_seed(0)
     net = TinyNet().eval()
-    every = {name: 1 if name == "pbee" else 2 for name in METHODS}  # a single exit agrees with itself alone
+    every = {name: 1 if name in ("pbee", "gpf") else 2 for name in METHODS}  # a single exit agrees with itself alone
     return {
         name: noisy(exitkit.attach(net, images(), every=every[name], method=method))
         for name, method in METHODS.items()

@@ -147,7 +147,8 @@ def compile(
         model: what :func:`exitkit.attach` returned. Its weights are shared; it runs in eval mode.
         threshold: τ, or one τ for each exit before the backbone; by default the one saved with the model. A sample leaves
             at the first exit whose score is strictly above it.
-        criterion: ``"confidence"``, ``"entropy"``, ``"margin"`` or ``"patience"``; by default the method's.
+        criterion: ``"confidence"``, ``"entropy"``, ``"nats"``, ``"margin"`` or ``"patience"``, for regression
+            ``"tolerance"``; by default the method's.
         optimize: compile every stage together with its exit by AOTInductor, for any batch size; on CPU with BatchNorm
             folded into convolutions. Takes seconds to minutes; later changes of the model's weights have no effect.
         samples: inputs as they come in use, on which the steps are timed on this device, as one batch. Samples then leave
@@ -173,7 +174,9 @@ def _planned(model: MultiExitModel, loop: Loop, eager: Program, samples: Any) ->
     tensors = eager.inputs.checked(args, kwargs)
     if not len(tensors[0]):
         raise ExitkitError("samples is an empty batch; give inputs as they come in use, as many as in a batch")
-    independent = not (model.combiners or model.method.cascade or eager.criterion == "patience")
+    method = model.method
+    linked = method.cascade or method.past_future is not None or model.combiners
+    independent = not linked and eager.criterion not in ("patience", "tolerance")
     with torch.inference_mode():
         plan = measure(loop, eager, tensors, independent)
     if not plan.skipped:
@@ -189,6 +192,10 @@ def checked_criterion(model: MultiExitModel, criterion: Any) -> Criterion:
     criterion = criterion or model.method.criterion
     if criterion not in get_args(Criterion):
         raise unknown_name("criterion", criterion, get_args(Criterion))
+    if (criterion == "tolerance") != model.regression:
+        raise ExitkitError(
+            f"criterion={criterion!r} is not for this model: 'tolerance' is for regression, the others are for classes"
+        )
     chosen: Criterion = criterion
     return chosen
 

@@ -10,15 +10,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from exitkit.criteria import CRITERIA, Criterion
+from exitkit.criteria import CRITERIA, Criterion, tolerance
 from exitkit.model import MultiExitModel
 from exitkit.runtime.program import Inputs, Program, Step
 from exitkit.surgery.lower import Lowered, Stage
 
-PREVIOUS, ANSWERS, LATEST, AGREED = "exit.previous", "exit.answers", "exit.latest", "exit.agreed"
-"""What exits pass on: the last logits (B, C), every log-probability (B, exits so far, C), the last class and how many exits
-in a row gave it (B,)."""
-_STATE = PREVIOUS, ANSWERS, LATEST, AGREED
+CARRIED, ANSWERS, LATEST, AGREED, HISTORY = (
+    f"exit.{name}" for name in ("carried", "answers", "latest", "agreed", "history")
+)
+"""What exits pass on: what the last head carries on (B, K), every log-probability (B, exits so far, C), the last class and
+how many exits in a row gave it (B,), and the last predictions (B, some) of a regression."""
+_STATE = CARRIED, ANSWERS, LATEST, AGREED, HISTORY
 
 
 class StageWithExit(nn.Module):
@@ -29,6 +31,7 @@ class StageWithExit(nn.Module):
         classifier: the head, or None after the last stage, whose result is the backbone's own logits.
         combiner: the method's ensemble up to here, if it has one.
         criterion: how the answer is scored.
+        times: for the criterion ``"tolerance"``, how many changes in a row must be small.
         head_inputs: the model's inputs that the head reads, by value name.
         inputs, outputs: as a :class:`Step` has them.
         decides: whether anyone may leave here; without, the stage runs alone.
@@ -40,6 +43,7 @@ class StageWithExit(nn.Module):
         classifier: nn.Module | None,
         combiner: nn.Module | None,
         criterion: Criterion,
+        times: int,
         head_inputs: Sequence[str],
         inputs: Sequence[str],
         outputs: Sequence[str],
@@ -48,8 +52,9 @@ class StageWithExit(nn.Module):
         super().__init__()
         self.stage = stage.module
         self.stage_inputs, self.stage_outputs = stage.inputs, stage.outputs
-        self.classifier, self.combiner = _in_eval(classifier), _in_eval(combiner)
-        self.criterion = criterion
+        self.classifier, self.combiner = classifier, combiner
+        self.shared = getattr(classifier, "shared", None)  # registered with one exit, read by all
+        self.criterion, self.times = criterion, times
         self.head_inputs = tuple(head_inputs)
         self.inputs, self.outputs = tuple(inputs), tuple(outputs)
         self.decides = decides
@@ -66,8 +71,7 @@ class StageWithExit(nn.Module):
         logits = feature
         if self.classifier is not None:
             read = [named[name] for name in self.head_inputs]
-            logits = self.classifier(feature, named.get(PREVIOUS), read)
-        named[PREVIOUS] = logits
+            logits, named[CARRIED] = cast("Any", self.classifier).step(feature, named.get(CARRIED), read)[:2]
         answer = self._combined(logits, named)
         return answer, self._score(answer, named)
 
@@ -81,6 +85,10 @@ class StageWithExit(nn.Module):
         return answer
 
     def _score(self, answer: Tensor, named: dict[str, Any]) -> Tensor:
+        if self.criterion == "tolerance":
+            seen = torch.cat([named[HISTORY], answer.float()], 1) if HISTORY in named else answer.float()
+            named[HISTORY] = seen[:, -self.times - 1 :]
+            return tolerance(named[HISTORY], self.times)[:, -1]
         log_probs = F.log_softmax(answer.float(), dim=-1)
         if self.criterion != "patience":
             return CRITERIA[self.criterion](log_probs)
@@ -92,11 +100,10 @@ class StageWithExit(nn.Module):
         return agreed.float()
 
 
-def _in_eval(module: nn.Module | None) -> nn.Module | None:
-    """The module in eval mode, its weights shared and its own mode left alone."""
-    if module is None:
-        return None
-    return deepcopy(module, {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}).eval()
+def _in_eval(modules: nn.ModuleList) -> list[nn.Module]:
+    """The modules in eval mode, their weights shared and their own mode left alone."""
+    tensors = (*modules.parameters(), *modules.buffers())
+    return list(deepcopy(modules, {id(tensor): tensor for tensor in tensors}).eval())
 
 
 def program_of(model: MultiExitModel, criterion: Criterion, skipped: Sequence[int] = ()) -> Program:
@@ -104,16 +111,15 @@ def program_of(model: MultiExitModel, criterion: Criterion, skipped: Sequence[in
     lowered = model.lower()
     names = dict(zip(model.example.spec.keys, lowered.inputs, strict=True))
     reads = [[names[key] for key in spec.inputs] for spec in model.specs] + [[]]
-    classifiers = [*model.classifiers, None]
-    combiners = [*model.combiners, *(None for _ in classifiers)]
+    classifiers = [*_in_eval(model.classifiers), None]
+    combiners = [*_in_eval(model.combiners), *(None for _ in classifiers)]
     steps: list[Step] = []
     needed: set[str] = set()
     for m in reversed(range(len(classifiers))):
         stage, state_in, state_out = lowered.stages[m], _state(model, criterion, m), _state(model, criterion, m + 1)
         inputs = tuple(dict.fromkeys([*stage.inputs, *reads[m], *state_in]))
         outputs = tuple(name for name in (*stage.outputs, *state_out) if name in needed)
-        classifier = cast("nn.Module | None", classifiers[m])
-        parts = stage, classifier, combiners[m], criterion, reads[m]
+        parts = stage, classifiers[m], combiners[m], criterion, model.method.times, reads[m]
         run = StageWithExit(*parts, inputs, outputs, decides=m not in skipped)
         steps.append(Step(run, m, m not in skipped, inputs, outputs, tuple(sorted(needed))))
         needed = (needed - set(outputs)) | set(inputs)
@@ -142,7 +148,7 @@ def _state(model: MultiExitModel, criterion: Criterion, m: int) -> tuple[str, ..
     """What exit ``m`` takes over from those before it."""
     if m == 0:
         return ()
-    cascade = model.method.cascade and m < len(model.classifiers)
+    linked = (model.method.cascade or model.method.past_future is not None) and m < len(model.classifiers)
     ensemble = m < len(model.combiners)
-    patience = criterion == "patience"
-    return (PREVIOUS,) * cascade + (ANSWERS,) * ensemble + (LATEST, AGREED) * patience
+    counted = {"patience": (LATEST, AGREED), "tolerance": (HISTORY,)}
+    return (CARRIED,) * linked + (ANSWERS,) * ensemble + counted.get(criterion, ())
