@@ -7,7 +7,7 @@ _make_torchvision_importable()
 from exitkit import evaluation, models, training  # noqa: E402
 from exitkit.attach import attach  # noqa: E402
 from exitkit.errors import ExitkitError  # noqa: E402
-from exitkit.evaluation import ExitOutputs, collect  # noqa: E402
+from exitkit.evaluation import ExitOutputs, choose_threshold, collect  # noqa: E402
 from exitkit.inspect import inspect  # noqa: E402
 from exitkit.methods import PBEE, SDN, ZTW, Method  # noqa: E402
 from exitkit.model import MultiExitModel, MultiExitOutput, detach  # noqa: E402
@@ -27,6 +27,7 @@ __all__ = [
     "Prediction",
     "Trainer",
     "attach",
+    "choose_threshold",
     "collect",
     "compile",
     "detach",

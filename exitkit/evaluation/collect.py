@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from exitkit.batches import check_labels, checked, move, split_batch
 from exitkit.errors import ExitkitError
+from exitkit.evaluation.hashes import hash_samples
 from exitkit.evaluation.outputs import ExitOutputs
 from exitkit.model import MultiExitModel
 from exitkit.surgery.calls import call_on
@@ -32,9 +33,11 @@ def collect(model: MultiExitModel, loader: Iterable[Any]) -> ExitOutputs:
     device = next(model.parameters()).device
     log_probs: list[Tensor] = []
     labels: list[Tensor] = []
+    hashes: list[Tensor] = []
     with evaluation_mode(model), torch.no_grad():
         for batch in checked(loader, "loader"):
             inputs, batch_labels = split_batch(batch)
+            hashes.append(hash_samples(inputs))
             logits = torch.stack(call_on(model, move(inputs, device)).logits, dim=1)
             log_probs.append(F.log_softmax(logits.float(), dim=-1).cpu())
             if batch_labels is not None or labels:
@@ -46,4 +49,6 @@ def collect(model: MultiExitModel, loader: Iterable[Any]) -> ExitOutputs:
         macs,
         float(model.anatomy.macs),
         model.method.criterion,
+        torch.cat(hashes),
+        str(logits.dtype).removeprefix("torch."),
     )

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,8 @@ class ExitOutputs:
         macs: (M+1,) float64: MACs per sample to answer at each exit, earlier heads included.
         backbone_macs: MACs per sample of the unmodified backbone; costs are shares of it.
         criterion: the score used unless another is asked for.
+        hashes: (N,) int64, the samples' content hashes (:func:`exitkit.evaluation.content_hashes`), or None.
+        dtype: what the model computed in, ``"float32"``; a threshold is safest used in the same.
 
     Raises:
         ExitkitError: shapes that do not fit together, NaN, labels out of range, or costs that fall.
@@ -44,6 +47,8 @@ class ExitOutputs:
     macs: Tensor
     backbone_macs: float
     criterion: str = "confidence"
+    hashes: Tensor | None = None
+    dtype: str = "float32"
 
     def __post_init__(self) -> None:
         log_probs = _check_log_probs(torch.as_tensor(self.log_probs).detach().cpu())
@@ -63,6 +68,27 @@ class ExitOutputs:
         if self.labels is not None:
             labels = check_labels(self.labels, log_probs.shape[2], log_probs.shape[0]).cpu().contiguous()
             object.__setattr__(self, "labels", labels)
+        if self.hashes is not None and (self.hashes.shape != log_probs.shape[:1] or self.hashes.dtype != torch.int64):
+            raise ExitkitError(
+                f"hashes have dtype {self.hashes.dtype} and shape {tuple(self.hashes.shape)}; expected int64 of shape "
+                f"({len(log_probs)},), as exitkit.evaluation.content_hashes(loader) gives them"
+            )
+
+    def __len__(self) -> int:
+        return len(self.log_probs)
+
+    def __getitem__(self, rows: slice | Tensor | NDArray[Any]) -> ExitOutputs:
+        """Some of the samples: ``outputs[:2000]``, a mask or indices; this is how one collection becomes several splits.
+
+        Raises:
+            ExitkitError: no sample is left.
+        """
+        return replace(
+            self,
+            log_probs=self.log_probs[rows],
+            labels=None if self.labels is None else self.labels[rows],
+            hashes=None if self.hashes is None else self.hashes[rows],
+        )
 
     @property
     def costs(self) -> NDArray[np.float64]:
@@ -89,13 +115,22 @@ class ExitOutputs:
         """(N, M+1): how sure each exit is; a sample leaves at the first exit whose score is strictly above τ."""
         return scores(self.log_probs, criterion or self.criterion)
 
-    def exits_at(self, threshold: float, criterion: str | None = None) -> NDArray[np.int64]:
-        """(N,): the exit at which each sample leaves; M where no exit before it is sure enough."""
-        sure = self.scores(criterion)[:, :-1].double() > threshold  # in float32 τ would be rounded
+    def exits_at(self, threshold: float | Sequence[float], criterion: str | None = None) -> NDArray[np.int64]:
+        """(N,): the exit at which each sample leaves, for one τ or one per exit; M where no exit before it is sure enough.
+
+        Raises:
+            ExitkitError: another number of thresholds than 1 or M.
+        """
+        taus = torch.as_tensor(threshold, dtype=torch.float64)  # in float32 τ would be rounded
+        if tuple(taus.shape) not in ((), (len(self.macs) - 1,)):
+            raise ExitkitError(
+                f"threshold has shape {tuple(taus.shape)}; give one τ, or one for each of the {len(self.macs) - 1} exits"
+            )
+        sure = self.scores(criterion)[:, :-1].double() > taus
         exits: NDArray[np.int64] = torch.where(sure.any(1), sure.int().argmax(1), sure.shape[1]).numpy()
         return exits
 
-    def exit_rates(self, threshold: float, criterion: str | None = None) -> NDArray[np.float64]:
+    def exit_rates(self, threshold: float | Sequence[float], criterion: str | None = None) -> NDArray[np.float64]:
         """(M+1,): share of the samples that leave at each exit."""
         exits = self.exits_at(threshold, criterion)
         return np.bincount(exits, minlength=len(self.macs)) / len(exits)
@@ -128,7 +163,14 @@ class ExitOutputs:
         tensors = {"log_probs": self.log_probs, "macs": self.macs}
         if self.labels is not None:
             tensors["labels"] = self.labels
-        header = {"format": _FORMAT, "backbone_macs": json.dumps(self.backbone_macs), "criterion": self.criterion}
+        if self.hashes is not None:
+            tensors["hashes"] = self.hashes.contiguous()
+        header = {
+            "format": _FORMAT,
+            "backbone_macs": json.dumps(self.backbone_macs),
+            "criterion": self.criterion,
+            "dtype": self.dtype,
+        }
         with replacing(path) as temporary:
             save_file(tensors, temporary, metadata=header)
 
@@ -153,6 +195,8 @@ class ExitOutputs:
             tensors["macs"],
             float(json.loads(header["backbone_macs"])),
             header["criterion"],
+            tensors.get("hashes"),
+            header.get("dtype", "float32"),
         )
 
 
