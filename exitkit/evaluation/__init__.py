@@ -4,6 +4,7 @@ from exitkit.evaluation.choose import ChosenThreshold, ThresholdPath, choose_thr
 from exitkit.evaluation.collect import collect
 from exitkit.evaluation.curve import BudgetPoint, BudgetTable, Curve
 from exitkit.evaluation.hashes import content_hashes
+from exitkit.evaluation.monitor import ShiftMonitor, ShiftReport
 from exitkit.evaluation.outputs import ExitOutputs
 from exitkit.evaluation.plots import plot_curves, plot_hindsight
 
@@ -13,6 +14,8 @@ __all__ = [
     "ChosenThreshold",
     "Curve",
     "ExitOutputs",
+    "ShiftMonitor",
+    "ShiftReport",
     "ThresholdPath",
     "choose_threshold",
     "collect",
