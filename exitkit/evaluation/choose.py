@@ -166,6 +166,11 @@ def choose_threshold(
     )
 
 
+def never_leave(criterion: str, exits: int) -> float:
+    """A τ that no score of ``exits`` exits is above."""
+    return float(exits) if criterion == "patience" else 1.0
+
+
 def refuse_shared(outputs: ExitOutputs, other: ExitOutputs | Tensor | None, name: str) -> None:
     """Refuse samples that are in ``other`` (outputs, or hashes of them) too.
 
@@ -217,7 +222,7 @@ def _walk(
 def _rows(outputs: ExitOutputs, criterion: str, path: ThresholdPath | None) -> NDArray[np.float64]:
     """(T, M) thresholds in the order they are tried; nobody leaves at the first."""
     exits = len(outputs.macs) - 1
-    nobody = np.full((1, exits), float(exits) if criterion == "patience" else 1.0)
+    nobody = np.full((1, exits), never_leave(criterion, exits))
     if path is None:
         grid = np.arange(exits)[::-1] if criterion == "patience" else expit(np.linspace(16, -7, _GRID))
         return np.vstack([nobody, np.repeat(grid[:, None], exits, axis=1)])

@@ -31,11 +31,13 @@ class Curve:
         thresholds: (T,) values of τ. At the first everybody leaves at exit 0; at the last (and above) nobody leaves.
         accuracy: (T,) accuracy over all samples at each τ.
         cost: (T,) average MACs per sample at each τ, as a share of the unmodified backbone; never falls with τ.
+        milliseconds: where costs are measured times instead of MACs, the time that a cost of 1 stands for; else None.
     """
 
     thresholds: Array
     accuracy: Array
     cost: Array
+    milliseconds: float | None = None
 
     @classmethod
     def of(cls, scores: NDArray[np.floating], correct: NDArray[np.bool_], macs: Array, backbone_macs: float) -> Curve:
@@ -59,12 +61,20 @@ class Curve:
             (macs[0] * samples + np.concatenate([[0.0], spent.cumsum()[last_of_value]])) / (samples * backbone_macs),
         )
 
-    def at_budget(self, budget: float) -> BudgetPoint:
-        """The highest threshold whose average cost stays under ``budget`` (a share of the backbone).
+    def at_budget(self, budget: float | None = None, *, ms: float | None = None) -> BudgetPoint:
+        """The highest threshold whose average cost stays under ``budget``, a share of the backbone, or under ``ms``.
 
         Raises:
-            ExitkitError: a budget that even leaving at exit 0 does not stay under.
+            ExitkitError: a budget that even leaving at exit 0 does not stay under, or milliseconds on a curve of MACs.
         """
+        if (budget is None) == (ms is None) or (ms is not None and self.milliseconds is None):
+            raise ExitkitError(
+                f"budget={budget!r}, ms={ms!r}: give one of them, and ms only to a curve of measured times, "
+                "outputs.curve(milliseconds=[...])"
+            )
+        if ms is not None and self.milliseconds is not None:
+            budget = ms / self.milliseconds
+        assert budget is not None
         below = int(np.searchsorted(self.cost, budget, side="left")) - 1
         if not budget > 0 or below < 0:
             raise ExitkitError(

@@ -101,10 +101,30 @@ class ExitOutputs:
         """(N, M+1) bool: which exits are right about which samples."""
         if self.labels is None:
             raise ExitkitError(
-                "labels=None: accuracy needs labels. To measure agreement with the full model instead, build "
-                "ExitOutputs with labels=log_probs[:, -1].argmax(-1)"
+                "labels=None: accuracy needs labels. To measure agreement with the full model instead, use "
+                "outputs.against_backbone()"
             )
         return self.log_probs.argmax(-1) == self.labels[:, None]
+
+    def against_backbone(self) -> ExitOutputs:
+        """The same outputs with the full model's answers as labels: accuracy is then agreement with it."""
+        return replace(self, labels=self.log_probs[:, -1].argmax(-1))
+
+    def calibrated(self, temperatures: Sequence[float]) -> ExitOutputs:
+        """The outputs with each exit's logits divided by its temperature (:func:`exitkit.evaluation.fit_temperatures`).
+
+        Answers stay the same; scores, and so thresholds, do not.
+
+        Raises:
+            ExitkitError: another number than one per exit and one for the backbone, or one that is not positive.
+        """
+        divisors = torch.as_tensor(temperatures, dtype=torch.float32)
+        if divisors.shape != self.macs.shape or not bool(((divisors > 0) & divisors.isfinite()).all()):
+            raise ExitkitError(
+                f"temperatures={list(temperatures)!r} must be {len(self.macs)} positive numbers, one per exit and the "
+                "backbone's last"
+            )
+        return replace(self, log_probs=self.log_probs / divisors[:, None])
 
     def accuracy(self) -> NDArray[np.float64]:
         """(M+1,): accuracy of each exit over all samples; the backbone's is last."""
@@ -135,15 +155,31 @@ class ExitOutputs:
         exits = self.exits_at(threshold, criterion)
         return np.bincount(exits, minlength=len(self.macs)) / len(exits)
 
-    def curve(self, criterion: str | None = None) -> Curve:
-        """Accuracy and average cost at every distinct threshold."""
+    def curve(self, criterion: str | None = None, *, milliseconds: Sequence[float] | None = None) -> Curve:
+        """Accuracy and average cost at every distinct threshold.
+
+        Args:
+            criterion: the score; by default that of these outputs.
+            milliseconds: (M+1,) measured time to answer at each exit; costs are then shares of the last one instead of the
+                backbone's MACs, and ``at_budget(ms=3.0)`` is available.
+
+        Raises:
+            ExitkitError: no labels, no exits before the backbone, or times that fall or are of another number.
+        """
         if len(self.macs) < 2:
             raise ExitkitError(
                 "log_probs holds the backbone alone, shape (N, 1, C); a curve needs at least one exit before it"
             )
-        return Curve.of(
-            self.scores(criterion)[:, :-1].numpy(), self.correct.numpy(), self.macs.numpy(), self.backbone_macs
-        )
+        scores, correct = self.scores(criterion)[:, :-1].numpy(), self.correct.numpy()
+        if milliseconds is None:
+            return Curve.of(scores, correct, self.macs.numpy(), self.backbone_macs)
+        times = np.asarray(milliseconds, dtype=np.float64)
+        if times.shape != (len(self.macs),) or not (times > 0).all() or not (np.diff(times) >= 0).all():
+            raise ExitkitError(
+                f"milliseconds={list(milliseconds)!r} must hold {len(self.macs)} positive times, to answer at each exit and "
+                "at the backbone, none below the one before it"
+            )
+        return replace(Curve.of(scores, correct, times, times[-1]), milliseconds=float(times[-1]))
 
     def hindsight_improvability(self) -> NDArray[np.float64]:
         """(M+1,): share of each exit's mistakes that some earlier exit had right (Zero Time Waste, section 4.2).
