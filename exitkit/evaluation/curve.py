@@ -96,6 +96,22 @@ class Curve:
         """Nobody leaves: what any τ above every score gives."""
         return self._point(len(self.thresholds) - 1)
 
+    def auc(self, low: float | None = None, high: float = 1.0) -> float:
+        """Average accuracy over all budgets from ``low`` (by default the cheapest point) to ``high``: the area, normalised.
+
+        At each budget it is the accuracy of the highest τ whose cost stays under it, as in :meth:`at_budget`.
+
+        Raises:
+            ExitkitError: budgets that end before they begin, or begin below the cheapest point.
+        """
+        low = float(self.cost[0]) if low is None else low
+        if not self.cost[0] <= low * (1 + 1e-12) < high:  # shares computed elsewhere may round otherwise
+            raise ExitkitError(
+                f"low={low!r}, high={high!r}: budgets must rise, from {self.cost[0]:.3f} (leaving at the first exit) on"
+            )
+        widths = np.diff(np.clip(np.append(self.cost, np.inf), low, high))
+        return float((widths * self.accuracy).sum() / (high - low))
+
     def budget_table(self) -> BudgetTable:
         """The rows of the papers' tables: 25, 50, 75 and 100% of the unmodified backbone, and two readings of Max."""
         rows: dict[str, BudgetPoint | None] = {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.nn import functional as F
 
 from exitkit.batches import check_labels
 from exitkit.criteria import scores
@@ -23,6 +24,8 @@ from exitkit.files import replacing
 
 _FORMAT = "exitkit-outputs-1"
 _NORMALISED = 1e-5
+_CHUNK = 1024
+"""Samples that are looked at together: what is computed on the way is this much and no more."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,7 +33,8 @@ class ExitOutputs:
     """Predictions of M exits and the backbone (exit M) on N samples.
 
     Attributes:
-        log_probs: (N, M+1, C), float32; logits or log-probabilities are given, normalised ones are kept.
+        log_probs: (N, M+1, C), float32; logits or log-probabilities are given, normalised ones are kept. float16 stays
+            float16, for half the memory, and is normalised in float32 where it is used (:meth:`chunks`).
         labels: (N,) int64, or None when there are none (then nothing that needs accuracy is available).
         macs: (M+1,) float64: MACs per sample to answer at each exit, earlier heads included.
         backbone_macs: MACs per sample of the unmodified backbone; costs are shares of it.
@@ -90,6 +94,16 @@ class ExitOutputs:
             hashes=None if self.hashes is None else self.hashes[rows],
         )
 
+    def chunks(self) -> Iterator[Tensor]:
+        """The log-probabilities in float32, normalised, some samples (n, M+1, C) at a time, in order."""
+        for rows in self.log_probs.split(_CHUNK):
+            yield rows if rows.dtype == torch.float32 else F.log_softmax(rows.float(), dim=-1)
+
+    @property
+    def answers(self) -> Tensor:
+        """(N, M+1) int64: the class that each exit gives each sample."""
+        return torch.cat([rows.argmax(-1) for rows in self.chunks()])
+
     @property
     def costs(self) -> NDArray[np.float64]:
         """(M+1,): cost to answer at each exit, as a share of the unmodified backbone."""
@@ -104,11 +118,11 @@ class ExitOutputs:
                 "labels=None: accuracy needs labels. To measure agreement with the full model instead, use "
                 "outputs.against_backbone()"
             )
-        return self.log_probs.argmax(-1) == self.labels[:, None]
+        return self.answers == self.labels[:, None]
 
     def against_backbone(self) -> ExitOutputs:
         """The same outputs with the full model's answers as labels: accuracy is then agreement with it."""
-        return replace(self, labels=self.log_probs[:, -1].argmax(-1))
+        return replace(self, labels=self.answers[:, -1])
 
     def calibrated(self, temperatures: Sequence[float]) -> ExitOutputs:
         """The outputs with each exit's logits divided by its temperature (:func:`exitkit.evaluation.fit_temperatures`).
@@ -124,7 +138,7 @@ class ExitOutputs:
                 f"temperatures={list(temperatures)!r} must be {len(self.macs)} positive numbers, one per exit and the "
                 "backbone's last"
             )
-        return replace(self, log_probs=self.log_probs / divisors[:, None])
+        return replace(self, log_probs=_by_chunks(self.log_probs, lambda rows: rows / divisors[:, None]))
 
     def accuracy(self) -> NDArray[np.float64]:
         """(M+1,): accuracy of each exit over all samples; the backbone's is last."""
@@ -133,7 +147,7 @@ class ExitOutputs:
 
     def scores(self, criterion: str | None = None) -> Tensor:
         """(N, M+1): how sure each exit is; a sample leaves at the first exit whose score is strictly above τ."""
-        return scores(self.log_probs, criterion or self.criterion)
+        return torch.cat([scores(rows, criterion or self.criterion) for rows in self.chunks()])
 
     def exits_at(self, threshold: float | Sequence[float], criterion: str | None = None) -> NDArray[np.int64]:
         """(N,): the exit at which each sample leaves, for one τ or one per exit; M where no exit before it is sure enough.
@@ -194,9 +208,16 @@ class ExitOutputs:
         share: NDArray[np.float64] = (improvable.double() / mistakes.clamp(min=1)).numpy()
         return share
 
-    def save(self, path: str | Path) -> None:
-        """Write to a safetensors file; an existing one is replaced only by a complete one."""
-        tensors = {"log_probs": self.log_probs, "macs": self.macs}
+    def save(self, path: str | Path, *, half: bool = False) -> None:
+        """Write to a safetensors file; an existing one is replaced only by a complete one.
+
+        Args:
+            path: the file; its folder is made where it does not exist.
+            half: log-probabilities in float16: half the size. Scores stay within 5e-4; answers change where two classes
+                are as close as that.
+        """
+        log_probs = self.log_probs.half() if half else self.log_probs
+        tensors = {"log_probs": log_probs, "macs": self.macs}
         if self.labels is not None:
             tensors["labels"] = self.labels
         if self.hashes is not None:
@@ -237,14 +258,13 @@ class ExitOutputs:
 
 
 def _check_log_probs(given: Tensor) -> Tensor:
-    """Checked and normalised float32 log-probabilities; rows that are normalised already keep every bit."""
+    """Checked log-probabilities: float16 as it is, else normalised float32; rows that are normalised keep every bit."""
     if given.dim() != 3 or not given.is_floating_point() or 0 in given.shape or given.shape[2] < 2:
         raise ExitkitError(
             f"log_probs has dtype {given.dtype} and shape {tuple(given.shape)}; expected floating point of shape (samples, "
             "exits + 1, classes), with at least two classes"
         )
-    log_probs = given.float()
-    normaliser = log_probs.logsumexp(-1, keepdim=True)
+    normaliser = torch.cat([rows.float().logsumexp(-1, keepdim=True) for rows in given.split(_CHUNK)])
     broken = ~normaliser.isfinite().squeeze(-1)
     if bool(broken.any()):
         exit_ = int(broken.any(0).int().argmax())
@@ -252,4 +272,19 @@ def _check_log_probs(given: Tensor) -> Tensor:
             f"log_probs holds NaN, infinite or all-impossible rows: exit {exit_} on {int(broken[:, exit_].sum())} of "
             f"{len(given)} samples. The model overflowed there; check its inputs (normalised?) and run in float32"
         )
-    return torch.where(normaliser.abs() < _NORMALISED, log_probs, log_probs - normaliser).contiguous()
+    normalised = normaliser.abs() < _NORMALISED
+    if given.dtype == torch.float16 or (given.dtype == torch.float32 and bool(normalised.all())):
+        return given.contiguous()
+    log_probs = torch.empty(given.shape, dtype=torch.float32)
+    parts = (tensor.split(_CHUNK) for tensor in (log_probs, given, normaliser, normalised))
+    for kept, rows, total, fine in zip(*parts, strict=True):
+        kept[:] = torch.where(fine, rows.float(), rows.float() - total)
+    return log_probs
+
+
+def _by_chunks(log_probs: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
+    """A tensor of the same shape and dtype, computed in float32 some samples at a time."""
+    changed = torch.empty_like(log_probs)
+    for kept, rows in zip(changed.split(_CHUNK), log_probs.split(_CHUNK), strict=True):
+        kept[:] = F.log_softmax(change(rows.float()), dim=-1)
+    return changed

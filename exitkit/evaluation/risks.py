@@ -85,15 +85,18 @@ def _net_lost(outputs: ExitOutputs) -> Tensor:
 
 
 def _disagrees(outputs: ExitOutputs) -> Tensor:
-    answers = outputs.log_probs.argmax(-1)
+    answers = outputs.answers
     return answers != answers[:, -1:]
 
 
 def _brier_excess(outputs: ExitOutputs) -> Tensor:
     if outputs.labels is None:
         raise ExitkitError("labels=None: risk='brier' needs labels; risk='disagreement' does not")
-    truth = F.one_hot(outputs.labels, outputs.log_probs.shape[2])[:, None]
-    scores = (outputs.log_probs.exp() - truth).square().sum(-1) / 2
+    chunks, start = [], 0
+    for log_probs in outputs.chunks():
+        labels = outputs.labels[start : (start := start + len(log_probs))]
+        chunks.append((log_probs.exp() - F.one_hot(labels, log_probs.shape[2])[:, None]).square().sum(-1) / 2)
+    scores = torch.cat(chunks)
     return (scores - scores[:, -1:]).clamp(0, 1)
 
 
