@@ -147,7 +147,7 @@ def test_thresholds_are_those_of_mapies_fixed_sequence() -> None:
     control = pytest.importorskip("mapie.risk_control.fwer_control")
     for seed in range(10):
         outputs = world(600, seed)
-        losses = as_risk("accuracy_drop").losses(outputs)
+        losses = as_risk("accuracy_drop").losses(outputs)[0]
         left = [outputs.exits_at(row) for row in LINE.tolist()]
         p_values = [binom.cdf(losses[np.arange(600), exits].sum(), 600, BOUND) for exits in left]
         passed = control.control_fwer(np.array(p_values), 0.05, "fixed_sequence")
@@ -159,7 +159,7 @@ def test_the_last_threshold_that_passes_is_taken_not_the_first_that_fails() -> N
     outputs = world(800, 3)
     chosen = choose_threshold(outputs, BOUND, path=ThresholdPath(LINE, "margin"))
     row = int(np.flatnonzero((chosen.threshold == LINE).all(1))[0])
-    losses = as_risk("accuracy_drop").losses(outputs)
+    losses = as_risk("accuracy_drop").losses(outputs)[0]
 
     def p_value(number: int) -> float:
         lost = losses[np.arange(800), outputs.exits_at(LINE[number].tolist())].sum()
@@ -280,10 +280,17 @@ def test_a_function_is_a_risk() -> None:
     assert chosen.threshold == choose_threshold(outputs, BOUND).threshold
 
 
+def test_only_a_risk_that_says_so_is_taken_to_be_zero_or_one() -> None:
+    """Values that happen to be 0 and 1 get the p-value of values in between, which is larger."""
+    outputs = world(1_000, 0)
+    real = choose_threshold(outputs, BOUND, risk=lambda o: (o.correct[:, -1:] & ~o.correct).double())
+    assert real.threshold > choose_threshold(outputs, BOUND).threshold  # type: ignore[operator]
+
+
 def test_brier_excess_by_hand() -> None:
     p = torch.tensor([[0.6, 0.9], [0.2, 0.9], [0.95, 0.9]], dtype=torch.float64)
     outputs = ExitOutputs(torch.stack([p, 1 - p], -1).log(), torch.zeros(3).long(), [1, 2], 2.0)
-    assert as_risk("brier").losses(outputs)[:, 0] == pytest.approx([0.4**2 - 0.1**2, 0.8**2 - 0.1**2, 0], abs=1e-6)
+    assert as_risk("brier").losses(outputs)[0][:, 0] == pytest.approx([0.4**2 - 0.1**2, 0.8**2 - 0.1**2, 0], abs=1e-6)
 
 
 def test_a_chosen_threshold_goes_through_json() -> None:

@@ -124,7 +124,7 @@ def choose_threshold(
         risk: ``"accuracy_drop"`` (the full model right and the exit wrong: what exits put right is not credited, so it
             bounds the drop from above, and losses are 0 or 1), ``"net_accuracy_drop"`` (with that credit; in [−1, 1], for
             ``"ucb"``), ``"disagreement"`` (needs no labels), ``"brier"``, or a function from outputs to losses (N, M+1)
-            in [0, 1].
+            in [0, 1], a bool tensor where they are 0 or 1.
         method: ``"ltt"`` tests with exact binomial p-values where losses are 0 or 1, Hoeffding-Bentkus ones elsewhere;
             ``"ucb"`` with the betting bound of Waudby-Smith and Ramdas, better for small or signed losses; ``"crc"``
             bounds the risk in expectation only (conformal risk control), and needs the fewest samples.
@@ -140,8 +140,8 @@ def choose_threshold(
     chosen, criterion = as_risk(risk), criterion or outputs.criterion
     refuse_shared(outputs, exclude, "exclude")
     rows = _rows(outputs, criterion, path)
-    losses = chosen.losses(outputs)
-    passes = _test(method, chosen.limit(max_drop), 1 - confidence, binary=bool(np.isin(losses, (0, 1)).all()))
+    losses, binary = chosen.losses(outputs)
+    passes = _test(method, chosen.limit(max_drop), 1 - confidence, binary)
     _check_count(len(outputs), passes, chosen, max_drop)
     scores = outputs.scores(criterion)[:, :-1].double().numpy()
     last, exits = _walk(scores, losses, rows, passes, monotone=method == "crc")

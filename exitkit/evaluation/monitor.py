@@ -82,12 +82,12 @@ class ShiftMonitor:
         *,
         criterion: str | None = None,
         window: int = 500,
-        false_alarm: float = 0.001,
+        false_alarm: float = 1e-4,
     ) -> None:
         if not isinstance(window, int) or window < 20:
             raise ExitkitError(f"window={window!r} must be a whole number of samples, at least 20; 500 is usual")
         if not 0 < false_alarm < 1:
-            raise ExitkitError(f"false_alarm={false_alarm!r} must lie between 0 and 1, both excluded; 0.001 is usual")
+            raise ExitkitError(f"false_alarm={false_alarm!r} must lie between 0 and 1, both excluded; 1e-4 is usual")
         self._exits = outputs.exits_at(threshold, criterion)
         self._scores = outputs.scores(criterion).double().numpy()[np.arange(len(outputs)), self._exits]
         self._last_exit = len(outputs.macs) - 1

@@ -26,7 +26,7 @@ class Risk:
     Attributes:
         name: what results call it.
         words: its average, in words.
-        loss: (N, M+1) from outputs; the last column is the full model's.
+        loss: (N, M+1) from outputs, bool where it can only be 0 or 1; the last column is the full model's.
         lowest: the least value a loss can have; the most is 1.
     """
 
@@ -35,21 +35,21 @@ class Risk:
     loss: RiskFunction
     lowest: float = 0.0
 
-    def losses(self, outputs: ExitOutputs) -> NDArray[np.float64]:
-        """(N, M+1) losses, scaled from [lowest, 1] to [0, 1].
+    def losses(self, outputs: ExitOutputs) -> tuple[NDArray[np.float64], bool]:
+        """(N, M+1) losses, scaled from [lowest, 1] to [0, 1], and whether they can be 0 and 1 only (a bool tensor).
 
         Raises:
             ExitkitError: no labels where they are needed; another shape, NaN or values out of range.
         """
-        values = torch.as_tensor(self.loss(outputs)).detach().cpu().double()
+        given = torch.as_tensor(self.loss(outputs))
+        values = given.detach().cpu().double()
         expected = tuple(outputs.log_probs.shape[:2])
         if tuple(values.shape) != expected or not bool(((values >= self.lowest) & (values <= 1)).all()):
             raise ExitkitError(
                 f"risk={self.name!r} gave losses of shape {tuple(values.shape)} from {values.min():g} to "
                 f"{values.max():g}; expected shape {expected} (samples, exits + 1), without NaN, from {self.lowest:g} to 1"
             )
-        losses: NDArray[np.float64] = ((values - self.lowest) / (1 - self.lowest)).numpy()
-        return losses
+        return ((values - self.lowest) / (1 - self.lowest)).numpy(), given.dtype == torch.bool
 
     def limit(self, value: float) -> float:
         """A risk on the scale of :meth:`losses`."""
