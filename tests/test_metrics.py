@@ -205,7 +205,7 @@ def test_outputs_that_cannot_be_compared_are_refused(other: ExitOutputs, message
 
 
 def test_one_method_cannot_be_compared() -> None:
-    with pytest.raises(ExitkitError, match=r"outputs=\['a'\]: give at least two"):
+    with pytest.raises(ExitkitError, match=r"outputs=\['a'\]: give a dict of at least two"):
         paired_tests({"a": random_outputs()})
 
 

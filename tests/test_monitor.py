@@ -73,6 +73,12 @@ def test_batches_of_any_size_are_their_samples_one_by_one() -> None:
     assert whole.report() == batched.report() == single.report()
 
 
+def test_scores_in_any_precision_are_taken() -> None:
+    monitor = ShiftMonitor(calibration(), TAU)
+    monitor.update(torch.tensor([0, 1]), torch.tensor([0.9, 0.875], dtype=torch.bfloat16))
+    assert monitor.report().samples == 2
+
+
 def test_the_alarm_stays_on() -> None:
     monitor = ShiftMonitor(calibration(), TAU)
     monitor.update(*stream(1_000, 1, shift=0.2))
@@ -132,6 +138,8 @@ def test_what_is_no_prediction_is_refused_and_not_counted(exit_: Any, score: Any
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"outputs": None}, "outputs is NoneType; give those"),
+        ({"threshold": "high"}, "threshold is str, no number"),
         ({"window": 10}, "window=10 must be .* at least 20"),
         ({"window": 100.0}, "window=100.0 must be a whole number"),
         ({"false_alarm": 0}, "false_alarm=0 must lie between 0 and 1"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import UserDict
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -332,6 +333,12 @@ def too_much(outputs: ExitOutputs) -> Tensor:
         ({"max_drop": 0}, r"max_drop=0 must lie between 0 and 1.*use the full model"),
         ({"max_drop": 1}, r"max_drop=1 must lie between 0 and 1"),
         ({"max_drop": math.nan}, r"max_drop=nan must lie between 0 and 1"),
+        ({"max_drop": "1%"}, r"max_drop='1%' must be a number"),
+        ({"confidence": None}, r"confidence=None must be a number"),
+        ({"risk": ["accuracy_drop"]}, r"risk=\['accuracy_drop'\] is unknown"),
+        ({"risk": lambda outputs: 0.5}, r"risk='<lambda>' gave float; expected a tensor"),
+        ({"path": LINE}, r"path is ndarray; give ThresholdPath"),
+        ({"exclude": [1, 2]}, r"exclude is list; give ExitOutputs or Tensor"),
         ({"confidence": 1.0}, r"confidence=1.0 must lie between"),
         ({"confidence": 0}, r"confidence=0 must lie between"),
         ({"risk": "accuracy"}, r"risk='accuracy' is unknown. Did you mean 'accuracy_drop'"),
@@ -420,6 +427,14 @@ def test_every_tensor_of_a_sample_is_hashed() -> None:
     assert hashes[0] != hashes[1]
 
 
+def test_inputs_in_any_nesting_are_hashed() -> None:
+    """What tokenisers return is a mapping, but no dict."""
+    ids = torch.arange(6).view(2, 3)
+    plain = content_hashes([{"input_ids": ids}])
+    assert torch.equal(plain, content_hashes([(UserDict(input_ids=ids), torch.zeros(2))]))
+    assert torch.equal(plain, content_hashes([([[ids]], torch.zeros(2))]))
+
+
 def test_inputs_without_tensors_are_refused() -> None:
     with pytest.raises(ExitkitError, match="without any tensor"):
         content_hashes([["a text"]])
@@ -438,6 +453,12 @@ def test_outputs_are_split_by_samples() -> None:
 def test_hashes_of_another_length_are_refused() -> None:
     with pytest.raises(ExitkitError, match=r"hashes have .*shape \(3,\); expected int64 of shape \(10,\)"):
         replace(world(10, 0), hashes=torch.arange(3))
+
+
+@pytest.mark.parametrize("threshold", ["high", None, ["a", "b"]])
+def test_thresholds_that_are_no_numbers_are_refused(threshold: Any) -> None:
+    with pytest.raises(ExitkitError, match=r"threshold is .*, no number: give one τ"):
+        world(10, 0).exits_at(threshold)
 
 
 def test_thresholds_of_another_number_of_exits_are_refused() -> None:

@@ -11,6 +11,7 @@ import math
 from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
+from numbers import Real
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -35,7 +36,7 @@ _MOST_SAMPLES = 1_000_000
 _GRID = 500
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ThresholdPath:
     """An order in which thresholds are tried, fixed without the calibration split.
 
@@ -137,6 +138,11 @@ def choose_threshold(
             shared with ``exclude`` or ``path``, a path of other exits or another criterion.
     """
     _check(outputs, max_drop, confidence, method)
+    for name, value, kinds in (("path", path, (ThresholdPath,)), ("exclude", exclude, (ExitOutputs, Tensor))):
+        if value is not None and not isinstance(value, kinds):
+            raise ExitkitError(
+                f"{name} is {type(value).__name__}; give {' or '.join(kind.__name__ for kind in kinds)}"
+            )
     chosen, criterion = as_risk(risk), criterion or outputs.criterion
     refuse_shared(outputs, exclude, "exclude")
     rows = _rows(outputs, criterion, path)
@@ -253,6 +259,9 @@ def _check(outputs: ExitOutputs, max_drop: float, confidence: float, method: str
         raise ExitkitError("outputs hold the backbone alone; there is no exit to choose a threshold for")
     if method not in get_args(Procedure):
         raise unknown_name("method", method, get_args(Procedure))
+    for name, value in (("max_drop", max_drop), ("confidence", confidence)):
+        if not isinstance(value, Real):
+            raise ExitkitError(f"{name}={value!r} must be a number between 0 and 1")
     if not 0 < max_drop < 1:
         raise ExitkitError(
             f"max_drop={max_drop!r} must lie between 0 and 1, both excluded: no number of samples shows that nothing is ever "

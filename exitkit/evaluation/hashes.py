@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from exitkit.batches import checked, split_batch
 from exitkit.errors import ExitkitError
@@ -29,7 +28,7 @@ def content_hashes(loader: Iterable[Any]) -> Tensor:
 
 def hash_samples(inputs: Any) -> Tensor:
     """(B,) int64: a hash of each sample over all tensors in ``inputs``, which are batch first."""
-    tensors = [leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor) and leaf.dim() > 0]
+    tensors = [tensor for tensor in _tensors(inputs) if tensor.dim() > 0]
     if not tensors:
         raise ExitkitError(f"inputs are {type(inputs).__name__} without any tensor; there is nothing to hash")
     batch = len(tensors[0])
@@ -40,3 +39,11 @@ def hash_samples(inputs: Any) -> Tensor:
     )
     joined = b"".join(digest.digest() for digest in digests)
     return torch.from_numpy(np.frombuffer(joined, np.int64).copy())
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping | tuple | list):
+        for item in value.values() if isinstance(value, Mapping) else value:
+            yield from _tensors(item)

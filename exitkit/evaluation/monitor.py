@@ -84,6 +84,8 @@ class ShiftMonitor:
         window: int = 500,
         false_alarm: float = 1e-4,
     ) -> None:
+        if not isinstance(outputs, ExitOutputs):
+            raise ExitkitError(f"outputs is {type(outputs).__name__}; give those that the threshold was calibrated on")
         if not isinstance(window, int) or window < 20:
             raise ExitkitError(f"window={window!r} must be a whole number of samples, at least 20; 500 is usual")
         if not 0 < false_alarm < 1:
@@ -180,4 +182,6 @@ class ShiftMonitor:
 
 
 def _array(value: Any) -> NDArray[Any]:
-    return np.atleast_1d(value.detach().cpu().numpy() if isinstance(value, Tensor) else np.asarray(value))
+    if isinstance(value, Tensor):
+        value = (value.double() if value.is_floating_point() else value).cpu().numpy()
+    return np.atleast_1d(np.asarray(value))

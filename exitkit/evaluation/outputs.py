@@ -153,9 +153,15 @@ class ExitOutputs:
         """(N,): the exit at which each sample leaves, for one τ or one per exit; M where no exit before it is sure enough.
 
         Raises:
-            ExitkitError: another number of thresholds than 1 or M.
+            ExitkitError: no numbers, or another number of them than 1 or M.
         """
-        taus = torch.as_tensor(threshold, dtype=torch.float64)  # in float32 τ would be rounded
+        try:
+            taus = torch.as_tensor(threshold, dtype=torch.float64)  # in float32 τ would be rounded
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ExitkitError(
+                f"threshold is {type(threshold).__name__}, no number: give one τ, or one per exit, such as "
+                "choose_threshold(...).threshold"
+            ) from error
         if tuple(taus.shape) not in ((), (len(self.macs) - 1,)):
             raise ExitkitError(
                 f"threshold has shape {tuple(taus.shape)}; give one τ, or one for each of the {len(self.macs) - 1} exits"

@@ -120,8 +120,8 @@ def _auc_difference(one: ExitOutputs, two: ExitOutputs, resamples: int, seed: in
 
 
 def _check(outputs: Mapping[str, ExitOutputs]) -> None:
-    if len(outputs) < 2:
-        raise ExitkitError(f"outputs={list(outputs)!r}: give at least two by name to compare")
+    if not isinstance(outputs, Mapping) or len(outputs) < 2:
+        raise ExitkitError(f"outputs={list(outputs)!r}: give a dict of at least two, by name")
     (name, first), *others = outputs.items()
     for other, candidate in others:
         if candidate.labels is None or first.labels is None:

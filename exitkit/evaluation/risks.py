@@ -41,7 +41,11 @@ class Risk:
         Raises:
             ExitkitError: no labels where they are needed; another shape, NaN or values out of range.
         """
-        given = torch.as_tensor(self.loss(outputs))
+        given = self.loss(outputs)
+        if not isinstance(given, Tensor):
+            raise ExitkitError(
+                f"risk={self.name!r} gave {type(given).__name__}; expected a tensor (samples, exits + 1)"
+            )
         values = given.detach().cpu().double()
         expected = tuple(outputs.log_probs.shape[:2])
         if tuple(values.shape) != expected or not bool(((values >= self.lowest) & (values <= 1)).all()):
@@ -69,7 +73,7 @@ def as_risk(risk: RiskName | RiskFunction) -> Risk:
     if callable(risk):
         name = getattr(risk, "__name__", type(risk).__name__)
         return Risk(name, f"the average {name}", risk)
-    if risk not in _RISKS:
+    if not isinstance(risk, str) or risk not in _RISKS:
         raise unknown_name("risk", risk, _RISKS, "Or give a function from outputs to losses (N, M+1) in [0, 1].")
     return _RISKS[risk]
 
