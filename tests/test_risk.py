@@ -109,9 +109,9 @@ def test_conformal_risk_control_keeps_the_mean() -> None:
 
 
 def test_the_finer_grid_of_one_threshold_keeps_the_promise_too() -> None:
-    taus = np.array([choose_threshold(world(SAMPLES, seed), BOUND, 1 - DELTA).threshold for seed in range(200)])
+    taus = np.array([choose_threshold(world(SAMPLES, seed), BOUND, 1 - DELTA).threshold for seed in range(100)])
     risks = true_risk(np.stack([taus, taus], -1))
-    assert 0 < (risks > BOUND).mean() <= DELTA + 3 * math.sqrt(DELTA * (1 - DELTA) / 200)
+    assert 0 < (risks > BOUND).mean() <= DELTA + 3 * math.sqrt(DELTA * (1 - DELTA) / 100)
 
 
 def test_more_samples_come_nearer_to_the_bound() -> None:
@@ -194,9 +194,9 @@ def test_betting_follows_the_published_recursion() -> None:
 def test_p_values_of_a_true_hypothesis_are_small_as_rarely_as_they_say(
     test: Callable[[NDArray[np.float64], float], float],
 ) -> None:
-    draws = np.random.default_rng(0).beta(0.2, 1.8, (1000, 300))  # mean 0.1
+    draws = np.random.default_rng(0).beta(0.2, 1.8, (500, 300))  # mean 0.1
     p_values = np.array([test(losses, 0.1) for losses in draws])
-    assert (p_values <= 0.1).mean() <= 0.1 + 3 * math.sqrt(0.09 / 1000)
+    assert (p_values <= 0.1).mean() <= 0.1 + 3 * math.sqrt(0.09 / 500)
 
 
 # what is returned ----------------------------------------------------------------------------------------------------
@@ -215,11 +215,11 @@ def test_accuracy_really_falls_by_no_more_than_was_measured() -> None:
 
 def test_the_cost_interval_holds_for_new_samples_as_often_as_it_says() -> None:
     fresh, held = world(50_000, 10_000), 0
-    for seed in range(100):
+    for seed in range(50):
         chosen = choose_threshold(world(500, seed), BOUND)
         low, high = chosen.cost_interval
         held += low <= fresh.costs[fresh.exits_at(chosen.threshold)].mean() <= high
-    assert held >= 88
+    assert held >= 43  # 47.5 expected, standard deviation 1.5
 
 
 def test_a_path_gives_one_threshold_per_exit_that_the_outputs_take() -> None:

@@ -33,7 +33,7 @@ from exitkit.evaluation.risks import Risk, RiskFunction, RiskName, as_risk
 Procedure = Literal["ltt", "ucb", "crc"]
 _Passes = Callable[[NDArray[np.float64]], bool]
 _MOST_SAMPLES = 1_000_000
-_GRID = 500
+_GRID = 1_000
 
 
 @dataclass(frozen=True, eq=False)
