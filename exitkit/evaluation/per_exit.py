@@ -23,6 +23,7 @@ from exitkit.evaluation.outputs import ExitOutputs
 _LEVELS = 32
 _PRICES = np.geomspace(1e-3, 30, 40)
 _BOXES = 3_000
+_ROUNDS = 100
 _Levels = tuple[int, ...]
 
 
@@ -151,11 +152,13 @@ class _Search:
     def ascend(self, levels: _Levels, price: float) -> _Levels:
         """Improve one exit's threshold after another, each exactly, until nothing gains at this price."""
         worth = self.right - price * self.costs / self.costs[-1]
-        current, before = list(levels), None
-        while current != before:
+        current = list(levels)
+        for _ in range(_ROUNDS):
             before = list(current)
             for exit_ in range(len(current)):
                 current[exit_] = self._best_level(worth, current, exit_)
+            if current == before:
+                break
         return tuple(current)
 
     def branch(self, best: _Levels, budget: float) -> tuple[_Levels, float]:
