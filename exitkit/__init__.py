@@ -7,7 +7,7 @@ _make_torchvision_importable()
 from exitkit import evaluation, models, training  # noqa: E402
 from exitkit.attach import attach  # noqa: E402
 from exitkit.errors import ExitkitError  # noqa: E402
-from exitkit.evaluation import ExitOutputs, collect  # noqa: E402
+from exitkit.evaluation import ExitOutputs, choose_threshold, collect  # noqa: E402
 from exitkit.inspect import inspect  # noqa: E402
 from exitkit.methods import GPF, PBEE, SDN, ZTW, BranchyNet, Method  # noqa: E402
 from exitkit.model import MultiExitModel, MultiExitOutput, detach  # noqa: E402
@@ -33,6 +33,7 @@ __all__ = [
     "TextPreprocessing",
     "Trainer",
     "attach",
+    "choose_threshold",
     "collect",
     "compile",
     "detach",

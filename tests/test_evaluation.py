@@ -484,7 +484,16 @@ def fields(outputs: ExitOutputs) -> list[Any]:
     return [value.tolist() if isinstance(value, Tensor) else value for value in values]
 
 
-@pytest.mark.parametrize("options", [{}, {"labels": None}, {"criterion": "patience"}, {"backbone_macs": 1e9 / 3}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"labels": None},
+        {"criterion": "patience"},
+        {"backbone_macs": 1e9 / 3},
+        {"hashes": torch.arange(50), "dtype": "bfloat16"},
+    ],
+)
 def test_saved_outputs_load_as_they_were(tmp_path: Path, options: dict[str, Any]) -> None:
     outputs = some_outputs(**options)
     outputs.save(tmp_path / "o.safetensors")

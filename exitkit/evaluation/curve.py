@@ -34,12 +34,14 @@ class Curve:
         accuracy: (T,) accuracy over all samples at each τ.
         cost: (T,) average MACs per sample at each τ, as a share of the unmodified backbone; never falls with τ.
         measure: what ``accuracy`` is.
+        milliseconds: where costs are measured times instead of MACs, the time that a cost of 1 stands for; else None.
     """
 
     thresholds: Array
     accuracy: Array
     cost: Array
     measure: str = "accuracy"
+    milliseconds: float | None = None
 
     @classmethod
     def of(cls, scores: NDArray[np.floating], correct: NDArray[np.bool_], macs: Array, backbone_macs: float) -> Curve:
@@ -47,12 +49,20 @@ class Curve:
         thresholds, right, cost = sweep(scores, correct.astype(np.int64), macs, backbone_macs)
         return cls(thresholds, right / len(scores), cost)
 
-    def at_budget(self, budget: float) -> BudgetPoint:
-        """The highest threshold whose average cost stays under ``budget`` (a share of the backbone).
+    def at_budget(self, budget: float | None = None, *, ms: float | None = None) -> BudgetPoint:
+        """The highest threshold whose average cost stays under ``budget``, a share of the backbone, or under ``ms``.
 
         Raises:
-            ExitkitError: a budget that even leaving at exit 0 does not stay under.
+            ExitkitError: a budget that even leaving at exit 0 does not stay under, or milliseconds on a curve of MACs.
         """
+        if (budget is None) == (ms is None) or (ms is not None and self.milliseconds is None):
+            raise ExitkitError(
+                f"budget={budget!r}, ms={ms!r}: give one of them, and ms only to a curve of measured times, "
+                "outputs.curve(milliseconds=[...])"
+            )
+        if ms is not None and self.milliseconds is not None:
+            budget = ms / self.milliseconds
+        assert budget is not None
         below = int(np.searchsorted(self.cost, budget, side="left")) - 1
         if not budget > 0 or below < 0:
             raise ExitkitError(
@@ -73,6 +83,22 @@ class Curve:
     def no_limit(self) -> BudgetPoint:
         """Nobody leaves: what any τ above every score gives."""
         return self._point(len(self.thresholds) - 1)
+
+    def auc(self, low: float | None = None, high: float = 1.0) -> float:
+        """Average accuracy over all budgets from ``low`` (by default the cheapest point) to ``high``: the area, normalised.
+
+        At each budget it is the accuracy of the highest τ whose cost stays under it, as in :meth:`at_budget`.
+
+        Raises:
+            ExitkitError: budgets that end before they begin, or begin below the cheapest point.
+        """
+        low = float(self.cost[0]) if low is None else low
+        if not self.cost[0] <= low * (1 + 1e-12) < high:  # shares computed elsewhere may round otherwise
+            raise ExitkitError(
+                f"low={low!r}, high={high!r}: budgets must rise, from {self.cost[0]:.3f} (leaving at the first exit) on"
+            )
+        widths = np.diff(np.clip(np.append(self.cost, np.inf), low, high))
+        return float((widths * self.accuracy).sum() / (high - low))
 
     def budget_table(self) -> BudgetTable:
         """The rows of the papers' tables: 25, 50, 75 and 100% of the unmodified backbone, and two readings of Max."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -62,22 +63,30 @@ class RegressionOutputs(ExitOutputs):
             raise unknown_name("criterion", criterion, ["tolerance"], "The others compare probabilities of classes.")
         return tolerance(self.predictions, self.times)
 
-    def curve(self, criterion: str | None = None, measure: Measure = "pearson") -> Curve:
+    def curve(
+        self,
+        criterion: str | None = None,
+        measure: Measure = "pearson",
+        *,
+        milliseconds: Sequence[float] | None = None,
+    ) -> Curve:
         """The measure and the average cost at every distinct threshold.
 
         Args:
             criterion: ``"tolerance"``.
             measure: ``"pearson"``, or ``"r2"``, the share of the labels' variance that is explained: 1 − MSE / variance.
+            milliseconds: as for :meth:`ExitOutputs.curve`.
         """
         if measure not in ("pearson", "r2"):
             raise unknown_name("measure", measure, ["pearson", "r2"])
         targets = self._targets()
         values = self._moments() if measure == "pearson" else self._squared_errors()
         scores = self.scores(criterion)[:, :-1].numpy()
-        thresholds, sums, cost = sweep(scores, values, self.macs.numpy(), self.backbone_macs)
-        if measure == "pearson":
-            return Curve(thresholds, _correlation(sums, targets), cost, measure)
-        return Curve(thresholds, 1 - sums / (targets - targets.mean()).dot(targets - targets.mean()), cost, measure)
+        prices, whole = self._prices(milliseconds)
+        thresholds, sums, cost = sweep(scores, values, prices, whole)
+        spread = ((targets - targets.mean()) ** 2).sum()
+        reached = _correlation(sums, targets) if measure == "pearson" else 1 - sums / spread
+        return Curve(thresholds, reached, cost, measure, None if milliseconds is None else whole)
 
     def _targets(self) -> NDArray[np.float64]:
         """The labels, which must differ for anything to be correlated with or explained."""

@@ -1,0 +1,144 @@
+"""Metrics of exits beside accuracy: calibration, overthinking, who leaves where, and how sure the numbers are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import stats
+
+from exitkit.errors import ExitkitError
+from exitkit.evaluation.outputs import ExitOutputs
+
+Array = NDArray[np.float64]
+
+
+class Reliability(NamedTuple):
+    """Each (M+1, bins): confidence (mean probability of the answer), accuracy (NaN in empty bins), share of the samples."""
+
+    confidence: Array
+    accuracy: Array
+    share: Array
+
+
+class Overthinking(NamedTuple):
+    """How later exits undo or mend earlier ones (Kaya et al. 2019, section 5).
+
+    Attributes:
+        destructive: (M,) share of samples that the exit has right and the backbone wrong.
+        mended: (M,) share of samples that the exit has wrong and the backbone right.
+        ever_destructive: share of samples that the backbone has wrong and any exit right.
+        wasteful: share of samples that the backbone has right, as some exit had before: work for nothing.
+    """
+
+    destructive: Array
+    mended: Array
+    ever_destructive: float
+    wasteful: float
+
+
+class Interval(NamedTuple):
+    """A value and its confidence interval."""
+
+    low: float
+    value: float
+    high: float
+
+
+def reliability(outputs: ExitOutputs, bins: int = 15) -> Reliability:
+    """Confidence and accuracy of every exit in equal bins of confidence: the reliability diagram (Guo et al. 2017).
+
+    Raises:
+        ExitkitError: no labels, or no positive number of bins.
+    """
+    if not isinstance(bins, int) or bins < 1:
+        raise ExitkitError(f"bins={bins!r} must be a whole number greater than 0")
+    confidence, correct = outputs.scores("confidence").double().numpy(), outputs.correct.double().numpy()
+    columns = [
+        [
+            stats.binned_statistic(sure, values, statistic, bins, range=(0, 1)).statistic
+            for values, statistic in ((sure, "mean"), (right, "mean"), (sure, "count"))
+        ]
+        for sure, right in zip(confidence.T, correct.T, strict=True)
+    ]
+    means, accuracies, counts = np.moveaxis(np.array(columns, dtype=np.float64), 1, 0)
+    return Reliability(means, accuracies, counts / len(outputs))
+
+
+def calibration_error(outputs: ExitOutputs, bins: int = 15) -> Array:
+    """(M+1,): expected calibration error of every exit (Guo et al. 2017, equation 3): mean |accuracy − confidence|.
+
+    Raises:
+        ExitkitError: no labels, or no positive number of bins.
+    """
+    confidence, accuracy, share = reliability(outputs, bins)
+    error: Array = np.nansum(share * np.abs(accuracy - confidence), axis=1)
+    return error
+
+
+def overthinking(outputs: ExitOutputs) -> Overthinking:
+    """What the layers after each exit spoil and mend.
+
+    Raises:
+        ExitkitError: no labels.
+    """
+    right = outputs.correct.numpy()
+    exits, backbone = right[:, :-1], right[:, -1:]
+    before = exits.any(1, keepdims=True)
+    return Overthinking(
+        (exits & ~backbone).mean(0),
+        (~exits & backbone).mean(0),
+        float((before & ~backbone).mean()),
+        float((before & backbone).mean()),
+    )
+
+
+def exit_rates_by_class(outputs: ExitOutputs, threshold: float | Sequence[float]) -> Array:
+    """(C, M+1): of each class's samples, the share that leaves at each exit; NaN for classes without samples.
+
+    Raises:
+        ExitkitError: no labels.
+    """
+    if outputs.labels is None:
+        raise ExitkitError("labels=None: rates per class need labels")
+    classes, exits = outputs.log_probs.shape[2], len(outputs.macs)
+    counts = np.zeros((classes, exits))
+    np.add.at(counts, (outputs.labels.numpy(), outputs.exits_at(threshold)), 1)
+    samples = counts.sum(1, keepdims=True)
+    rates: Array = np.divide(counts, samples, out=np.full_like(counts, np.nan), where=samples > 0)
+    return rates
+
+
+def bootstrap(
+    outputs: ExitOutputs,
+    statistic: Callable[[ExitOutputs], float],
+    *,
+    resamples: int = 1_000,
+    confidence: float = 0.95,
+    seed: int = 0,
+) -> Interval:
+    """A statistic of the outputs and its percentile bootstrap interval over the samples.
+
+    Such as ``bootstrap(outputs, lambda o: o.curve().at_budget(0.5).accuracy)``.
+
+    Raises:
+        ExitkitError: fewer than two samples, no resamples, or a confidence outside (0, 1).
+    """
+    if len(outputs) < 2 or resamples < 1 or not 0 < confidence < 1:
+        raise ExitkitError(
+            f"resamples={resamples!r} must be at least 1, confidence={confidence!r} between 0 and 1, and the outputs, "
+            f"{len(outputs)} samples, at least 2"
+        )
+    result = stats.bootstrap(
+        (np.arange(len(outputs)),),
+        lambda rows: statistic(outputs[rows]),
+        vectorized=False,
+        n_resamples=resamples,
+        confidence_level=confidence,
+        method="percentile",
+        rng=np.random.default_rng(seed),
+    )
+    low, high = result.confidence_interval
+    return Interval(float(low), float(statistic(outputs)), float(high))

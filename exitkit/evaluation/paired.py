@@ -1,0 +1,142 @@
+"""Methods or models side by side on the same samples, with tests that use that the samples are the same."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import combinations
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy.stats import binomtest
+
+from exitkit.errors import ExitkitError
+from exitkit.evaluation.curve import Curve
+from exitkit.evaluation.metrics import Interval
+from exitkit.evaluation.outputs import ExitOutputs
+
+
+@dataclass(frozen=True)
+class PairedTest:
+    """Two of the outputs compared.
+
+    Attributes:
+        first, second: their names.
+        budget: the share of the backbone's MACs at which accuracies are compared.
+        accuracies: of the two at the budget.
+        only_first, only_second: how many samples only the one, or only the other, has right there.
+        p_value: McNemar's exact test of the hypothesis that these are equally probable.
+        auc: first minus second of the mean accuracy over the budgets both can keep, with a paired bootstrap interval.
+    """
+
+    first: str
+    second: str
+    budget: float
+    accuracies: tuple[float, float]
+    only_first: int
+    only_second: int
+    p_value: float
+    auc: Interval
+
+
+@dataclass(frozen=True)
+class PairedTests:
+    """All pairs; prints as a table. p-values are not corrected for the number of pairs."""
+
+    pairs: tuple[PairedTest, ...]
+
+    def __str__(self) -> str:
+        lines = [f"{'pair':<26}{'accuracy':>17}{'only 1st':>9}{'only 2nd':>9}{'p':>9}{'AUC difference':>27}"]
+        for pair in self.pairs:
+            accuracies = "{:.2%} {:.2%}".format(*pair.accuracies)
+            auc = f"{pair.auc.value:+.4f} ({pair.auc.low:+.4f} … {pair.auc.high:+.4f})"
+            name = f"{pair.first} – {pair.second}"
+            lines.append(
+                f"{name:<26}{accuracies:>17}{pair.only_first:>9}{pair.only_second:>9}{pair.p_value:>9.2g}{auc:>27}"
+            )
+        return "\n".join(lines)
+
+
+def paired_tests(
+    outputs: Mapping[str, ExitOutputs], budget: float = 0.5, *, resamples: int = 500, seed: int = 0
+) -> PairedTests:
+    """Compare every two of several methods' or models' outputs on the same samples.
+
+    Each uses its own criterion, and the highest τ whose cost stays under the budget on these samples.
+
+    Args:
+        outputs: by name, at least two, with labels and in the same order of samples.
+        budget: share of the backbone's MACs.
+        resamples: of the bootstrap.
+        seed: of the bootstrap.
+
+    Raises:
+        ExitkitError: other samples, another backbone, no labels, or a budget that one of them cannot keep.
+    """
+    _check(outputs)
+    pairs = [_pair(one, two, outputs, budget, resamples, seed) for one, two in combinations(outputs, 2)]
+    return PairedTests(tuple(pairs))
+
+
+def _pair(
+    one: str, two: str, outputs: Mapping[str, ExitOutputs], budget: float, resamples: int, seed: int
+) -> PairedTest:
+    first, second = _right_at(outputs[one], budget), _right_at(outputs[two], budget)
+    only_first, only_second = int((first & ~second).sum()), int((second & ~first).sum())
+    differing = only_first + only_second
+    return PairedTest(
+        one,
+        two,
+        budget,
+        (float(first.mean()), float(second.mean())),
+        only_first,
+        only_second,
+        float(binomtest(only_first, differing).pvalue) if differing else 1.0,
+        _auc_difference(outputs[one], outputs[two], resamples, seed),
+    )
+
+
+def _right_at(outputs: ExitOutputs, budget: float) -> NDArray[np.bool_]:
+    exits = outputs.exits_at(outputs.curve().at_budget(budget).threshold)
+    right: NDArray[np.bool_] = outputs.correct.numpy()[np.arange(len(outputs)), exits]
+    return right
+
+
+def _auc_difference(one: ExitOutputs, two: ExitOutputs, resamples: int, seed: int) -> Interval:
+    low = max(one.costs[0], two.costs[0])
+    parts = [(o.scores()[:, :-1].numpy(), o.correct.numpy(), o.macs.numpy(), o.backbone_macs) for o in (one, two)]
+
+    def difference(rows: NDArray[np.int64]) -> float:
+        first, second = (
+            Curve.of(scores[rows], right[rows], macs, backbone).auc(low) for scores, right, macs, backbone in parts
+        )
+        return first - second
+
+    generator = np.random.default_rng(seed)
+    drawn = [difference(generator.integers(0, len(one), len(one))) for _ in range(resamples)]
+    lowest, highest = np.quantile(drawn, [0.025, 0.975])
+    return Interval(float(lowest), difference(np.arange(len(one))), float(highest))
+
+
+def _check(outputs: Mapping[str, ExitOutputs]) -> None:
+    if not isinstance(outputs, Mapping) or len(outputs) < 2:
+        raise ExitkitError(f"outputs={list(outputs)!r}: give a dict of at least two, by name")
+    (name, first), *others = outputs.items()
+    for other, candidate in others:
+        if candidate.labels is None or first.labels is None:
+            raise ExitkitError(f"labels=None in {other!r} or {name!r}: comparing accuracies needs labels")
+        if len(candidate) != len(first) or not torch.equal(candidate.labels, first.labels):
+            raise ExitkitError(
+                f"{other!r} and {name!r} have other labels ({len(candidate)} and {len(first)} samples): collect both from "
+                "one loader, in one order (shuffle=False)"
+            )
+        hashes = candidate.hashes, first.hashes
+        if hashes[0] is not None and hashes[1] is not None and not torch.equal(hashes[0], hashes[1]):
+            raise ExitkitError(f"{other!r} and {name!r} were collected on other inputs, though their labels agree")
+        if candidate.backbone_macs != first.backbone_macs:
+            raise ExitkitError(
+                f"{other!r} and {name!r} are of different backbones ({candidate.backbone_macs:g} and {first.backbone_macs:g} "
+                "MACs), so that their costs are shares of different things. To compare them all the same, measure both by "
+                f"one: dataclasses.replace(outputs, backbone_macs={first.backbone_macs:g})"
+            )
