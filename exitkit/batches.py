@@ -54,6 +54,50 @@ def check_labels(labels: Any, num_classes: int, batch: int) -> Tensor:
     return classes
 
 
+UNLABELLED = -1
+"""The class index that says: this sample has no label."""
+
+
+def check_targets(labels: Any, num_classes: int, batch: int) -> Tensor:
+    """What the exits should learn, in one of three forms.
+
+    * class indices, int64 (batch,); ``-1`` marks a sample without a label;
+    * class probabilities (batch, C), non-negative and of sum 1 (MixUp, CutMix, an expert's answers), float32;
+    * for a model of one output, the values to regress: (batch,) or (batch, 1), returned as float32 (batch,).
+
+    Raises:
+        ExitkitError: another shape or dtype, or values out of range.
+    """
+    try:
+        labels = torch.as_tensor(labels)
+    except (TypeError, ValueError) as error:
+        raise ExitkitError(f"labels are no tensor of numbers: {error}") from error
+    targets: Tensor = labels
+    if num_classes == 1:
+        if targets.shape not in ((batch,), (batch, 1)) or not targets.float().isfinite().all():
+            raise ExitkitError(
+                f"labels have shape {tuple(targets.shape)}; a model of one output regresses one finite value per sample: "
+                f"shape ({batch},) or ({batch}, 1)"
+            )
+        return targets.reshape(batch).float()
+    if targets.is_floating_point() and targets.shape == (batch, num_classes):
+        if (targets < 0).any() or not torch.allclose(
+            targets.sum(1).float(), targets.new_ones(batch).float(), atol=1e-2
+        ):
+            raise ExitkitError(
+                f"labels of shape {tuple(targets.shape)} are soft ones: probabilities, each row of sum 1"
+            )
+        return targets.float()
+    if not targets.is_floating_point() and targets.shape == (batch,) and bool((targets == UNLABELLED).any()):
+        check_labels(targets.clamp(min=0), num_classes, batch)
+        if int(targets.min()) < UNLABELLED:
+            raise ExitkitError(
+                f"labels go down to {int(targets.min())}; -1 marks a sample without a label, nothing less"
+            )
+        return targets.long()
+    return check_labels(targets, num_classes, batch)
+
+
 def checked(loader: Iterable[Any], name: str) -> Iterable[Any]:
     """Yield from ``loader``; an :class:`ExitkitError` that names it when nothing came."""
     empty = True
