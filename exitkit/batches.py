@@ -28,10 +28,10 @@ def split_batch(batch: Any) -> tuple[Any, Tensor | None]:
 
 
 def check_labels(labels: Any, num_classes: int, batch: int) -> Tensor:
-    """Class labels as an int64 tensor (batch,), each from 0 to ``num_classes`` − 1.
+    """Class labels as an int64 tensor (batch,), each from 0 to ``num_classes`` − 1; for one output, float32 targets.
 
     Raises:
-        ExitkitError: missing labels, another shape or dtype, or a label out of range.
+        ExitkitError: missing labels, another shape or dtype, a label out of range, or a target that is not finite.
     """
     if labels is None:
         raise ExitkitError("the loader yields no labels; yield (inputs, labels) or a dict with the key 'labels'")
@@ -41,6 +41,8 @@ def check_labels(labels: Any, num_classes: int, batch: int) -> Tensor:
         raise ExitkitError(
             f"labels are no class indices: {error}; give whole numbers from 0 to {num_classes - 1}"
         ) from error
+    if num_classes == 1:
+        return _check_targets(labels, batch)
     if labels.is_floating_point() or labels.shape != (batch,):
         raise ExitkitError(
             f"labels have dtype {labels.dtype} and shape {tuple(labels.shape)}; expected class indices of shape ({batch},)"
@@ -54,48 +56,40 @@ def check_labels(labels: Any, num_classes: int, batch: int) -> Tensor:
     return classes
 
 
+def _check_targets(targets: Tensor, batch: int) -> Tensor:
+    if targets.shape not in ((batch,), (batch, 1)) or not bool(targets.isfinite().all()):
+        raise ExitkitError(
+            f"labels have shape {tuple(targets.shape)}; a model with one output needs one finite number per sample, shape "
+            f"({batch},)"
+        )
+    return targets.reshape(batch).float()
+
+
 UNLABELLED = -1
 """The class index that says: this sample has no label."""
 
 
-def check_targets(labels: Any, num_classes: int, batch: int) -> Tensor:
-    """What the exits should learn, in one of three forms.
+def check_training_labels(labels: Any, num_classes: int, batch: int) -> Tensor:
+    """As :func:`check_labels`, and beside class indices two things that a loss can use and an accuracy cannot.
 
-    * class indices, int64 (batch,); ``-1`` marks a sample without a label;
-    * class probabilities (batch, C), non-negative and of sum 1 (MixUp, CutMix, an expert's answers), float32;
-    * for a model of one output, the values to regress: (batch,) or (batch, 1), returned as float32 (batch,).
+    ``-1`` marks a sample without a label; probabilities (batch, C), non-negative and of sum 1, are soft labels (MixUp,
+    CutMix, an expert's answers), returned as float32.
 
     Raises:
         ExitkitError: another shape or dtype, or values out of range.
     """
-    try:
-        labels = torch.as_tensor(labels)
-    except (TypeError, ValueError) as error:
-        raise ExitkitError(f"labels are no tensor of numbers: {error}") from error
-    targets: Tensor = labels
-    if num_classes == 1:
-        if targets.shape not in ((batch,), (batch, 1)) or not targets.float().isfinite().all():
+    if not isinstance(labels, Tensor) or num_classes == 1:
+        return check_labels(labels, num_classes, batch)
+    if labels.is_floating_point() and labels.shape == (batch, num_classes):
+        if bool((labels < 0).any()) or not bool((labels.sum(1).float() - 1).abs().le(1e-2).all()):
             raise ExitkitError(
-                f"labels have shape {tuple(targets.shape)}; a model of one output regresses one finite value per sample: "
-                f"shape ({batch},) or ({batch}, 1)"
+                f"labels of shape {tuple(labels.shape)} are soft ones: probabilities, each row of sum 1"
             )
-        return targets.reshape(batch).float()
-    if targets.is_floating_point() and targets.shape == (batch, num_classes):
-        if (targets < 0).any() or not torch.allclose(
-            targets.sum(1).float(), targets.new_ones(batch).float(), atol=1e-2
-        ):
-            raise ExitkitError(
-                f"labels of shape {tuple(targets.shape)} are soft ones: probabilities, each row of sum 1"
-            )
-        return targets.float()
-    if not targets.is_floating_point() and targets.shape == (batch,) and bool((targets == UNLABELLED).any()):
-        check_labels(targets.clamp(min=0), num_classes, batch)
-        if int(targets.min()) < UNLABELLED:
-            raise ExitkitError(
-                f"labels go down to {int(targets.min())}; -1 marks a sample without a label, nothing less"
-            )
-        return targets.long()
-    return check_labels(targets, num_classes, batch)
+        return labels.float()
+    if not labels.is_floating_point() and labels.shape == (batch,) and bool((labels == UNLABELLED).any()):
+        check_labels(labels.where(labels != UNLABELLED, 0), num_classes, batch)
+        return labels.long()
+    return check_labels(labels, num_classes, batch)
 
 
 def checked(loader: Iterable[Any], name: str) -> Iterable[Any]:

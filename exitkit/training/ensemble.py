@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from exitkit.batches import check_targets, checked, move, split_batch
+from exitkit.batches import check_training_labels, checked, move, split_batch
 from exitkit.errors import ExitkitError
 from exitkit.model import MultiExitModel
 from exitkit.surgery.calls import call_on
@@ -42,6 +42,8 @@ def fit_ensemble(model: MultiExitModel, loader: Iterable[Any]) -> list[float]:
 
 def fit_ensemble_on(model: MultiExitModel, loader: Iterable[Any], gather: Callable[[Any], Any]) -> list[float]:
     """:func:`fit_ensemble` on a process's part of the data, where ``gather`` brings all parts together."""
+    if not list(model.combiners.parameters()):  # a mean has nothing to fit
+        return []
     log_probs, targets = _cache(model, loader, gather)
     return [_fit(combiner, log_probs[:, : m + 1], targets, m) for m, combiner in enumerate(model.combiners)]
 
@@ -79,7 +81,7 @@ def _targets(labels: Any, num_classes: int, batch: int) -> Tensor:
     """Labels as probabilities (batch, C); zeros for a sample without one."""
     if labels is None:
         return torch.zeros(batch, num_classes)
-    targets = check_targets(labels, num_classes, batch)
+    targets = check_training_labels(labels, num_classes, batch)
     if targets.dim() == 2:
         return targets
     return F.one_hot(targets + 1, num_classes + 1)[:, 1:].float()

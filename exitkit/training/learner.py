@@ -11,9 +11,8 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from exitkit.batches import check_targets, move, split_batch
+from exitkit.batches import check_training_labels, move, split_batch
 from exitkit.errors import ExitkitError
-from exitkit.model import MultiExitModel
 from exitkit.surgery.calls import call_on
 from exitkit.surgery.capture import logits_of
 from exitkit.training.freezing import Stages, learn
@@ -22,17 +21,6 @@ from exitkit.training.regimes import Phase
 
 if TYPE_CHECKING:
     from exitkit.training.trainer import Trainer
-
-
-class _Heads(nn.Module):
-    """The training view as a module, for torch.compile and DistributedDataParallel: inputs → every exit's logits."""
-
-    def __init__(self, model: MultiExitModel) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
-        return self.model.run_heads(*args, **kwargs)[1]
 
 
 class Learner:
@@ -56,7 +44,7 @@ class Learner:
         self.scheduler = _scheduler(self.optimizer, trainer.milestones, epochs)
         accelerator.free_memory()  # forgets the optimiser of the phase before
         self.stepper = accelerator.prepare_optimizer(self.optimizer)
-        self.heads = _wrapped(trainer, accelerator)
+        self.view = _wrapped(trainer, accelerator)
 
     def step(self, batches: Sequence[Any], weights: Sequence[float], epoch: int, step: int) -> tuple[Tensor, int]:
         """One optimiser step on one or more batches: the summed losses of ``phase.exits_at(step)``, the number of samples."""
@@ -85,13 +73,18 @@ class Learner:
         inputs, labels = split_batch(batch)
         inputs = self.inputs(inputs)
         with self.accelerator.autocast(), _batch_norm_explained():
-            heads = call_on(self.heads, inputs)
+            output = call_on(self.view, inputs)
+            heads = output.heads
             teacher = self._teacher(inputs, heads[-1])
         size = len(heads[-1])
-        targets = None if labels is None else check_targets(labels, self.trainer.model.num_classes, size)
+        targets = None if labels is None else check_training_labels(labels, self.trainer.model.num_classes, size)
         if targets is not None:
             targets = targets.to(heads[-1].device)
         losses = self.objective.losses(heads, targets, exits, teacher)
+        if output.auxiliary is not None:
+            losses = losses + torch.stack(
+                [output.auxiliary[m] if m < len(output.auxiliary) else losses[0] * 0 for m in exits]
+            )
         return losses, size, self._unused(heads, exits)
 
     def _teacher(self, inputs: Any, logits: Tensor) -> Tensor | None:
@@ -110,10 +103,10 @@ class Learner:
     def _unused(self, heads: Sequence[Tensor], exits: Sequence[int]) -> Tensor | float:
         """DDP waits for a gradient of every parameter; exits that do not count in this step give zeros."""
         rest = [heads[m].sum() * 0 for m in self.phase.exits if m not in exits]
-        return torch.stack(rest).sum() if rest and isinstance(self.heads, DistributedDataParallel) else 0.0
+        return torch.stack(rest).sum() if rest and isinstance(self.view, DistributedDataParallel) else 0.0
 
     def _unsynchronised(self) -> Any:
-        return self.heads.no_sync() if isinstance(self.heads, DistributedDataParallel) else nullcontext()
+        return self.view.no_sync() if isinstance(self.view, DistributedDataParallel) else nullcontext()
 
     def _check_finite(self, losses: Tensor, exits: Sequence[int], epoch: int, step: int) -> None:
         """Stop before a loss that is not finite reaches the weights."""
@@ -158,13 +151,11 @@ def _scheduler(
 
 
 def _wrapped(trainer: Trainer, accelerator: Accelerator) -> nn.Module:
-    heads: Any = _Heads(trainer.model)
-    if trainer.compile:
-        heads = torch.compile(heads)
+    view: Any = torch.compile(trainer.model) if trainer.compile else trainer.model
     if accelerator.num_processes > 1:
         cuda = accelerator.device.type == "cuda"
-        return DistributedDataParallel(heads, device_ids=[accelerator.device] if cuda else None)
-    return heads  # type: ignore[no-any-return]
+        return DistributedDataParallel(view, device_ids=[accelerator.device] if cuda else None)
+    return view  # type: ignore[no-any-return]
 
 
 def _channels_last(value: Any) -> Any:

@@ -180,7 +180,7 @@ class Objective:
 
         Args:
             heads: logits (B, C) of every exit, the backbone's last.
-            targets: what :func:`exitkit.batches.check_targets` returned; None without labels.
+            targets: what :func:`exitkit.batches.check_training_labels` returned; None without labels.
             exits: those whose losses count.
             teacher: logits (B, C) of another model.
 
@@ -288,19 +288,17 @@ def check_loss(loss: Loss, phases: Sequence[Phase], model: MultiExitModel) -> No
             "regime='mixed' or leave it out"
         )
     if model.num_classes == 1:
-        _check_regression(loss, model)
+        _check_regression(loss)
     elif loss.distillation is not None:
         _check_teachers(loss.distillation, phases, model, last)
 
 
-def _check_regression(loss: Loss, model: MultiExitModel) -> None:
+def _check_regression(loss: Loss) -> None:
     reason = "the model has one output, which is trained as a regression by the squared error"
     if loss.label_smoothing:
         raise ExitkitError(f"label_smoothing={loss.label_smoothing} needs classes, but {reason}")
     if loss.distillation is not None:
         raise ExitkitError(f"distillation compares class probabilities, but {reason}")
-    if len(model.combiners):
-        raise ExitkitError(f"method={model.method.name!r} ensembles class probabilities, but {reason}; use 'sdn'")
 
 
 def _check_teachers(distillation: Distillation, phases: Sequence[Phase], model: MultiExitModel, last: int) -> None:

@@ -14,7 +14,7 @@ from accelerate.utils import broadcast
 from torch import Tensor
 from torch.nn import functional as F
 
-from exitkit.batches import check_labels, check_targets, checked, split_batch
+from exitkit.batches import check_labels, checked, split_batch
 from exitkit.errors import ExitkitError
 from exitkit.fingerprint import weights_digest
 from exitkit.surgery.calls import call_on
@@ -159,8 +159,7 @@ class Run:
                 inputs, labels = split_batch(batch)
                 _, heads = call_on(self.model.run_heads, learner.inputs(inputs))
                 answers = torch.stack([logits.float() for logits in heads], 1)
-                check = check_targets if classes == 1 and labels is not None else check_labels
-                targets = check(labels, classes, len(answers)).to(answers.device)
+                targets = check_labels(labels, classes, len(answers)).to(answers.device)
                 answers, targets = (part.cpu() for part in self.accelerator.gather_for_metrics((answers, targets)))
                 samples += len(answers)
                 losses += _sample_losses(answers, targets).sum(0)

@@ -172,10 +172,9 @@ class Trainer:
                 self._display(accelerator.is_main_process, length(train)) as display,
             ):
                 Run(self, accelerator, train, val, stages, display, interrupted, self.history).train()
-            if self.model.combiners:
-                self.model.combiners.requires_grad_(True)
-                seed_everything(train, self.seed * EPOCHS)
-                fit_ensemble_on(self.model, train, accelerator.gather_for_metrics)
+            self.model.combiners.requires_grad_(True)
+            seed_everything(train, self.seed * EPOCHS)
+            fit_ensemble_on(self.model, train, accelerator.gather_for_metrics)
         return self.history
 
     def _place(self, device: torch.device) -> None:
