@@ -6,6 +6,7 @@ import copy
 import math
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -494,3 +495,13 @@ def test_a_batch_of_one_and_batch_norm() -> None:
     with pytest.raises(ExitkitError, match=r"a batch of one sample has no statistics.*drop_last=True"):
         trainer(ee, "mixed").fit(batch)
     assert len(trainer(ee).fit(batch)) == 1
+
+
+def test_a_methods_own_loss_is_added(ee: MultiExitModel, loader: Loaders, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a model returns as ``auxiliary`` (gpf's imitation) counts with the exit's loss."""
+    plain = trainer(copy.deepcopy(ee), "mixed", lr=1e-12).fit(loader())[0].loss
+    forward = MultiExitModel.forward
+    own = tuple(torch.tensor(float(m + 1), requires_grad=True) for m in range(LAST))
+    monkeypatch.setattr(MultiExitModel, "forward", lambda self, *x: replace(forward(self, *x), auxiliary=own))
+    with_it = trainer(ee, "mixed", lr=1e-12).fit(loader())[0].loss
+    assert [b - a for a, b in zip(plain, with_it, strict=True)] == pytest.approx([1, 2, 3, 0], abs=1e-3)

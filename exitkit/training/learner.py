@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
@@ -63,6 +64,12 @@ class Learner:
         self.stepper.step()
         self.stepper.zero_grad()
         return summed, samples
+
+    def end_epoch(self) -> None:
+        """The schedule goes on. It warns where no step came before, as when an epoch was interrupted at its end."""
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Detected call of .lr_scheduler.step")
+            self.scheduler.step()
 
     def inputs(self, inputs: Any) -> Any:
         """A batch's inputs on the device, maps in the memory format asked for."""

@@ -108,7 +108,7 @@ class Run:
         while done < epochs and not self.stopping.stop:
             record = self._epoch(learner, progress=done / epochs)
             self.history.append(record)
-            learner.scheduler.step()
+            learner.end_epoch()
             self._keep_best(record)
             self.tally = Tally.empty(len(self.model.exits))
             self.display.epoch(record)

@@ -257,7 +257,7 @@ def _checkpointed(backbone: nn.Module, wanted: bool) -> Iterator[None]:
             f"gradient_checkpointing=True, but {type(backbone).__name__} has no gradient_checkpointing_enable(), as Hugging "
             "Face models do; leave it out"
         )
-    before = bool(getattr(backbone, "is_gradient_checkpointing", False))
+    before = bool(getattr(backbone, f"is_{kind}_checkpointing", False))
     getattr(backbone, f"{kind}_checkpointing_enable")({"use_reentrant": False})
     try:
         yield
