@@ -21,7 +21,7 @@ import exitkit
 from exitkit import ExitkitError, MultiExitModel, Trainer
 from exitkit.batches import check_training_labels
 from exitkit.training import Distillation, Loss, Phase
-from exitkit.training.losses import Objective
+from exitkit.training.objective import Objective
 from tests.toy import TinyNet
 
 Loaders = Callable[..., DataLoader[tuple[Tensor, ...]]]

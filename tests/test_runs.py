@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,6 +25,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import exitkit
 from exitkit import ExitkitError, MultiExitModel, Trainer
 from exitkit.training import Distillation, Loss
+from exitkit.training.processes import own_part
 from exitkit.training.progress import Display, Epoch
 from tests.toy import TinyNet
 
@@ -277,15 +279,8 @@ def test_two_processes_end_with_the_weights_of_one(tmp_path: Path) -> None:
 
 
 def test_several_processes_need_something_to_divide() -> None:
-    code = (
-        "import torch, exitkit\n"
-        "from tests.toy import TinyNet\n"
-        "ee = exitkit.attach(TinyNet(), torch.zeros(2, 1, 8, 8), every=1, method='sdn')\n"
-        "exitkit.Trainer(ee, epochs=1).fit([(torch.zeros(2, 1, 8, 8), torch.tensor([0, 1]))])\n"
-    )
-    result = launched(2, code)
-    assert result.returncode != 0
-    assert "train_loader is a list; 2 processes need a torch DataLoader" in result.stdout
+    with pytest.raises(ExitkitError, match="train_loader is a list; 2 processes need a torch DataLoader"):
+        own_part(SimpleNamespace(num_processes=2), [1, 2], "train_loader")  # type: ignore[arg-type]
 
 
 # runs that are ended -------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from exitkit.errors import ExitkitError
 from exitkit.surgery.calls import call_on
 from exitkit.surgery.capture import logits_of
 from exitkit.training.freezing import Stages, learn
-from exitkit.training.losses import Objective
+from exitkit.training.objective import Objective
 from exitkit.training.regimes import Phase
 
 if TYPE_CHECKING:

@@ -22,7 +22,7 @@ from exitkit.surgery.capture import evaluation_mode
 from exitkit.training.checkpoint import a_full_disk_survived, load_checkpoint, remove_leftovers, save_checkpoint
 from exitkit.training.freezing import Stages
 from exitkit.training.learner import Learner
-from exitkit.training.losses import Objective
+from exitkit.training.objective import Objective
 from exitkit.training.processes import random_state, seed_everything, set_random_state
 from exitkit.training.progress import Display, Epoch, write_log
 from exitkit.training.stopping import EarlyStopping
