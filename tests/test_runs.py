@@ -497,8 +497,10 @@ def test_many_exits_are_shown_by_six_of_them() -> None:
 def test_time_left_counts_the_epochs_to_come(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
-    display = Display(False, epochs=3, phases=1, steps=10)
+    display = Display(False, epochs=4, phases=1, steps=10)
+    display.resume(1)
     now[0] = 5.0
     for _ in range(5):
         display.step(torch.ones(2), 16)
-    assert display._left() == "0:00:25 left"
+    assert display._left(5) == "0:00:25 left"
+    assert display._left(10) == "0:00:20 left"

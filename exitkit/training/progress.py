@@ -77,22 +77,27 @@ class Display:
             TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[status]}")
         )
         self.task = self.bar.add_task("epoch 1", total=steps, status="")
-        self._restart()
+        self._restart(0)
+
+    def resume(self, epochs: int) -> None:
+        """So many epochs were over before this run took them up."""
+        self._restart(epochs)
 
     def step(self, losses: Tensor, samples: int) -> None:
         """A step is done: its losses, and the samples in it."""
-        self._done += 1
+        self._steps += 1
         self._samples += samples
         speed = self._samples / max(time.monotonic() - self._started, 1e-9)
-        status = f"loss {float(losses.mean()):.3f}  {speed:,.0f} samples/s  {self._left()}"
+        status = f"loss {float(losses.mean()):.3f}  {speed:,.0f} samples/s  {self._left(self._steps)}"
         self.bar.update(self.task, advance=1, status=status)
 
     def epoch(self, record: Epoch) -> None:
         """An epoch is over."""
         self.records.append(record)
+        self._over = record.epoch + 1
         if self.lines:
-            print(f"{record.line()}  {self._left()}".rstrip(), file=sys.stderr, flush=True)
-        self._restart(record.epoch + 1)
+            print(f"{record.line()}  {self._left(0)}".rstrip(), file=sys.stderr, flush=True)
+        self._restart(self._over)
 
     def __rich__(self) -> Group:
         return Group(self._table(), self.bar) if self.records else Group(self.bar)
@@ -110,18 +115,17 @@ class Display:
             table.add_row(str(record.epoch + 1), *phase, loss, validated, f"{record.speed:,.0f}")
         return table
 
-    def _restart(self, epoch: int = 0) -> None:
-        self._started, self._done, self._samples = time.monotonic(), 0, 0
-        self.bar.reset(self.task, description=f"epoch {min(epoch + 1, self.epochs)} of {self.epochs}", status="")
+    def _restart(self, over: int) -> None:
+        self._started, self._over, self._steps, self._samples = time.monotonic(), over, 0, 0
+        self.bar.reset(self.task, description=f"epoch {min(over + 1, self.epochs)} of {self.epochs}", status="")
 
-    def _left(self) -> str:
-        """The time that the remaining epochs take at the pace of this one; an early stop ends before."""
-        if not self._done:
+    def _left(self, done: int) -> str:
+        """The time that the epochs to come, less the ``done`` steps, take at the pace so far; an early stop ends before."""
+        if not self._steps or self._over == self.epochs:
             return ""
-        pace = (time.monotonic() - self._started) / self._done
-        whole = self.steps if self.steps is not None else self._done
-        epochs_left = self.epochs - len(self.records)
-        seconds = int(pace * (whole * epochs_left - self._done)) if epochs_left else 0
+        pace = (time.monotonic() - self._started) / self._steps
+        whole = self.steps if self.steps is not None else self._steps
+        seconds = int(pace * (whole * (self.epochs - self._over) - done))
         return f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02} left"
 
 

@@ -265,10 +265,11 @@ class Run:
         learner.scheduler.load_state_dict(state["scheduler"])
         if self.accelerator.scaler is not None and state["scaler"] is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
-        self.best = state["best"]
+        self.best = None if self.trainer.patience is None else state["best"] or self._weights()
         self.objective.temperature = state["temperature"]
         self.stopping.restore(state["stopping"])
         self.history[:] = [Epoch(**record) for record in state["history"]]
+        self.display.resume(len(self.history))
         self.tally = Tally(**state["tally"])
         if not self.accelerator.is_main_process:  # the main process has everyone's sums
             self.tally.totals.zero_()
