@@ -116,6 +116,7 @@ class Run:
                 with a_full_disk_survived(self.trainer.directory):
                     write_log(self.trainer.directory, self.trainer.log, self.history)
             self._save(learner)
+            self._leave_if_asked(learner)
             done += 1
         if self.best is not None:
             self.model.load_state_dict(self.best, strict=False)
