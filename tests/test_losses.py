@@ -408,6 +408,9 @@ def test_targets_that_are_none_are_refused(labels: Any, classes: int, message: s
     [
         (lambda: Loss(weights="rising"), "weights='rising' is unknown.*'increasing'"),  # type: ignore[arg-type]
         (lambda: Loss(weights=[1, -1]), r"weights=\[1, -1\] must be a name or numbers of at least 0"),
+        (lambda: Loss(weights=None), "weights=None must be a name or numbers"),  # type: ignore[arg-type]
+        (lambda: Loss(label_smoothing="a"), "label_smoothing='a' must be at least 0"),  # type: ignore[arg-type]
+        (lambda: Distillation(temperature="hot"), "temperature='hot' of the distillation"),  # type: ignore[arg-type]
         (lambda: Loss(reduction="max"), "reduction='max' is unknown"),  # type: ignore[arg-type]
         (lambda: Loss(label_smoothing=1), "label_smoothing=1 must be at least 0 and below 1"),
         (lambda: Loss(distillation="last"), "distillation='last' must be exitkit"),  # type: ignore[arg-type]
@@ -437,7 +440,9 @@ def test_losses_that_make_no_sense_are_refused(make: Callable[[], Any], message:
         ),
         ((Phase((3,), (3,)),), Loss(distillation=Distillation()), "gives them no later exit"),
         ("disjoint", Loss(distillation=Distillation({0: [0]})), "maps exit 0 to .* none teaches itself"),
-        ("disjoint", Loss(distillation=Distillation({0: [4]})), "exits are 0 to 3"),
+        ("disjoint", Loss(distillation=Distillation({0: 3})), "maps exit 0 to 3; give a tuple of exits"),  # type: ignore[dict-item]
+        ("disjoint", Loss(distillation=Distillation({0: "last"})), "maps exit 0 to 'last'"),
+        ("disjoint", Loss(distillation=Distillation({0: [4]})), "exits from 0 to 3"),
         ("disjoint", "sum", "loss='sum' must be exitkit"),
     ],
 )

@@ -231,6 +231,9 @@ def test_a_users_own_phases(ee: MultiExitModel, loader: Loaders) -> None:
         ((1,), "nor a tuple of exitkit"),
         (None, "is neither a name"),
         ((Phase(()),), "phase 1 needs exits"),
+        ((Phase(1),), "phase 1 has exits=1; give numbers"),  # type: ignore[arg-type]
+        ((Phase((1,), None),), "phase 1 has stages=None; give numbers"),  # type: ignore[arg-type]
+        ((Phase((1,), share="x"),), "share above 0; it has .* 'x'"),  # type: ignore[arg-type]
         ((Phase((0,), share=0),), "share above 0"),
         ((Phase((0,)), Phase((4,))), r"phase 2 has exits=\(4,\); give numbers from 0 to 3"),
         ((Phase((1, 0)),), "rising, each once"),

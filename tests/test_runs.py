@@ -169,13 +169,21 @@ def test_gradient_checkpointing_that_a_model_cannot_is_refused(ee: MultiExitMode
         ({"max_grad_norm": 0}, "max_grad_norm=0 must be greater than 0"),
         ({"backbone_lr": -1}, "backbone_lr=-1 must be greater than 0"),
         ({"backbone_lr": "fast"}, "backbone_lr='fast' must be a number"),
-        ({"optimizer": "adamw"}, r"optimizer='adamw' must be a function such as torch\.optim\.AdamW"),
+        ({"optimizer": "adamw"}, r"optimizer= is a str; give a function that makes one, such as torch\.optim\.AdamW"),
+        ({"milestones": "15"}, "milestones='15' must be whole numbers of epochs"),
+        ({"milestones": [0]}, r"milestones=\[0\] must be whole numbers"),
         ({"optimizer": lambda groups: groups}, "returned list; give a function from parameter groups"),
     ],
 )
 def test_bad_options_are_refused(ee: MultiExitModel, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ExitkitError, match=message):
         trainer(ee, **options)
+
+
+def test_a_run_directory_that_is_a_file_is_refused(tmp_path: Path, ee: MultiExitModel, loader: Loaders) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ExitkitError, match="file' is a file; give a folder"):
+        trainer(ee, output_dir=tmp_path / "file").fit(loader(16))
 
 
 def test_a_bad_loss_names_step_exit_and_rates(ee: MultiExitModel, loader: Loaders) -> None:

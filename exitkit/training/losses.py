@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeGuard, get_args
 
 from torch import nn
 
@@ -56,11 +56,12 @@ class Distillation:
         if self.divergence not in get_args(Divergence):
             raise unknown_name("divergence", self.divergence, get_args(Divergence))
         for name, value in (("weight", self.weight), ("temperature", self.temperature)):
-            if not 0 < value < float("inf"):
+            if not _is_number(value) or not 0 < value < float("inf"):
                 raise ExitkitError(f"{name}={value!r} of the distillation must be greater than 0")
-        if self.confidence_limit is not None and not 0 < self.confidence_limit < 1:
-            raise ExitkitError(f"confidence_limit={self.confidence_limit!r} must be between 0 and 1, or None")
-        if not 1 < self.multiplier < float("inf"):
+        limit = self.confidence_limit
+        if limit is not None and (not _is_number(limit) or not 0 < limit < 1):
+            raise ExitkitError(f"confidence_limit={limit!r} must be between 0 and 1, or None")
+        if not _is_number(self.multiplier) or not 1 < self.multiplier < float("inf"):
             raise ExitkitError(f"multiplier={self.multiplier!r} must be greater than 1")
 
     def of(self, student: int, last: int) -> tuple[int, ...]:
@@ -108,11 +109,13 @@ class Loss:
         if isinstance(self.weights, str):
             if self.weights not in get_args(Weights):
                 raise unknown_name("weights", self.weights, get_args(Weights), "Or one number per exit.")
-        elif not all(isinstance(w, int | float) and 0 <= w < float("inf") for w in self.weights):
+        elif not isinstance(self.weights, Sequence) or not all(
+            _is_number(weight) and 0 <= weight < float("inf") for weight in self.weights
+        ):
             raise ExitkitError(f"weights={self.weights!r} must be a name or numbers of at least 0, one per exit")
         if self.reduction not in get_args(Reduction):
             raise unknown_name("reduction", self.reduction, get_args(Reduction))
-        if not 0 <= self.label_smoothing < 1:
+        if not _is_number(self.label_smoothing) or not 0 <= self.label_smoothing < 1:
             raise ExitkitError(f"label_smoothing={self.label_smoothing!r} must be at least 0 and below 1")
         if self.distillation is not None and not isinstance(self.distillation, Distillation):
             raise ExitkitError(
@@ -145,6 +148,10 @@ class Loss:
                 distillation["teachers"] = {student: list(those) for student, those in teachers.items()}
         weights = self.weights if isinstance(self.weights, str) else [float(weight) for weight in self.weights]
         return {**vars(self), "weights": weights, "distillation": distillation}
+
+
+def _is_number(value: object) -> TypeGuard[float]:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def check_loss(loss: Loss, phases: Sequence[Phase], model: MultiExitModel) -> None:
@@ -188,9 +195,11 @@ def _check_teachers(distillation: Distillation, phases: Sequence[Phase], model: 
         return
     if isinstance(teachers, Mapping):
         for student, those in teachers.items():
-            if student not in range(last + 1) or student in those or any(t not in range(last + 1) for t in those):
+            known = set(range(last + 1)) - {student}
+            if student not in range(last + 1) or not isinstance(those, tuple | list) or not set(those) <= known:
                 raise ExitkitError(
-                    f"teachers maps exit {student!r} to {list(those)}; exits are 0 to {last}, and none teaches itself"
+                    f"teachers maps exit {student!r} to {those!r}; give a tuple of exits from 0 to {last}, where none teaches "
+                    "itself"
                 )
     if not any(distillation.of(m, last) for phase in phases for m in phase.exits):
         counted = sorted({m for phase in phases for m in phase.exits})

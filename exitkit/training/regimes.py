@@ -105,10 +105,14 @@ def epochs_of(phases: Sequence[Phase], epochs: int) -> tuple[int, ...]:
 
 def _check(phase: Phase, number: int, last: int) -> None:
     for name, given in (("exits", phase.exits), ("stages", phase.stages), ("alternate", phase.alternate or ())):
-        if any(not isinstance(m, int) or not 0 <= m <= last for m in given) or sorted(set(given)) != list(given):
+        if (
+            not isinstance(given, tuple | list)
+            or any(not isinstance(m, int) or not 0 <= m <= last for m in given)
+            or sorted(set(given)) != list(given)
+        ):
             raise ExitkitError(f"phase {number} has {name}={given}; give numbers from 0 to {last}, rising, each once")
-    if not phase.exits or not 0 < phase.share < float("inf"):
-        raise ExitkitError(f"phase {number} needs exits and a share above 0; it has {phase.exits} and {phase.share}")
+    if not phase.exits or not isinstance(phase.share, int | float) or not 0 < phase.share < float("inf"):
+        raise ExitkitError(f"phase {number} needs exits and a share above 0; it has {phase.exits} and {phase.share!r}")
     if not set(phase.alternate or phase.exits) <= set(phase.exits):
         raise ExitkitError(f"phase {number} alternates with exits {phase.alternate} that are not among {phase.exits}")
     if phase.stages and phase.stages[-1] > phase.exits[-1]:

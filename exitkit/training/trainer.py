@@ -156,6 +156,8 @@ class Trainer:
         """
         if self.patience is not None and val_loader is None:
             raise ExitkitError("patience is set, but there is no val_loader to measure improvement on; give one")
+        if self.directory is not None and self.directory.exists() and not self.directory.is_dir():
+            raise ExitkitError(f"output_dir={str(self.directory)!r} is a file; give a folder")
         if self.directory is not None:
             self.directory.mkdir(parents=True, exist_ok=True)
         accelerator = make_accelerator(self.mixed_precision)
@@ -210,7 +212,9 @@ class Trainer:
         if not isinstance(self.loss, Loss):
             raise ExitkitError(f"loss={self.loss!r} must be exitkit.training.Loss(...)")
         if not callable(self.optimizer):
-            raise ExitkitError(f"optimizer={self.optimizer!r} must be a function such as torch.optim.AdamW")
+            raise ExitkitError(
+                f"optimizer= is a {type(self.optimizer).__name__}; give a function that makes one, such as torch.optim.AdamW"
+            )
 
     def _check_numbers(self) -> None:
         optional = (("backbone_lr", self.backbone_lr), ("max_grad_norm", self.max_grad_norm))
@@ -224,6 +228,11 @@ class Trainer:
             raise ExitkitError(f"weight_decay={self.weight_decay!r} must be at least 0")
         if not isinstance(self.seed, int) or self.seed < 0:
             raise ExitkitError(f"seed={self.seed!r} must be a whole number of at least 0")
+        milestones = () if self.milestones is None else self.milestones
+        if not isinstance(milestones, tuple | list) or any(
+            not isinstance(epoch, int) or epoch < 1 for epoch in milestones
+        ):
+            raise ExitkitError(f"milestones={milestones!r} must be whole numbers of epochs, such as [15]")
         counts = (("epochs", self.epochs), ("patience", self.patience), ("accumulate", self.accumulate))
         for name, number in counts:
             if number is not None and (not isinstance(number, int) or isinstance(number, bool) or number < 1):
