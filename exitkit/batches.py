@@ -65,6 +65,33 @@ def _check_targets(targets: Tensor, batch: int) -> Tensor:
     return targets.reshape(batch).float()
 
 
+UNLABELLED = -1
+"""The class index that says: this sample has no label."""
+
+
+def check_training_labels(labels: Any, num_classes: int, batch: int) -> Tensor:
+    """As :func:`check_labels`, and beside class indices two things that a loss can use and an accuracy cannot.
+
+    ``-1`` marks a sample without a label; probabilities (batch, C), non-negative and of sum 1, are soft labels (MixUp,
+    CutMix, an expert's answers), returned as float32.
+
+    Raises:
+        ExitkitError: another shape or dtype, or values out of range.
+    """
+    if not isinstance(labels, Tensor) or num_classes == 1:
+        return check_labels(labels, num_classes, batch)
+    if labels.is_floating_point() and labels.shape == (batch, num_classes):
+        if bool((labels < 0).any()) or not bool((labels.sum(1).float() - 1).abs().le(1e-2).all()):
+            raise ExitkitError(
+                f"labels of shape {tuple(labels.shape)} are soft ones: probabilities, each row of sum 1"
+            )
+        return labels.float()
+    if not labels.is_floating_point() and labels.shape == (batch,) and bool((labels == UNLABELLED).any()):
+        check_labels(labels.where(labels != UNLABELLED, 0), num_classes, batch)
+        return labels.long()
+    return check_labels(labels, num_classes, batch)
+
+
 def checked(loader: Iterable[Any], name: str) -> Iterable[Any]:
     """Yield from ``loader``; an :class:`ExitkitError` that names it when nothing came."""
     empty = True

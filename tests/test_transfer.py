@@ -242,3 +242,22 @@ def test_no_final_linear_layer(kind: str) -> None:
 def test_numbers_that_are_refused(tiny_net: TinyNet, arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ExitkitError, match=message):
         exitkit.attach(tiny_net, X, **arguments)
+
+
+def test_a_frozen_backbones_new_layer_learns_with_the_exits(tmp_path: Path) -> None:
+    """And nothing else of it; a killed run goes on with the layer as it was."""
+    torch.manual_seed(0)
+    net = TinyNet(num_classes=7)
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    ee = exitkit.attach(net, torch.randn(2, 1, 8, 8), num_classes=2, method="sdn")
+    fresh = ee.backbone.state_dict()["linear.weight"].clone()
+    x = torch.randn(64, 1, 8, 8)
+    batches = [(part, (part.mean((1, 2, 3)) > 0).long()) for part in x.split(16)]
+    exitkit.Trainer(ee, epochs=12, lr=1e-2, output_dir=tmp_path, show_progress=False).fit(batches)
+    after = ee.backbone.state_dict()
+    assert not torch.equal(after["linear.weight"], fresh)
+    assert all(torch.equal(after[name], before[name]) for name in before if not name.startswith("linear."))
+    other = exitkit.attach(TinyNet(num_classes=7), torch.randn(2, 1, 8, 8), num_classes=2, method="sdn")
+    other.backbone.load_state_dict({**after, "linear.weight": fresh})
+    exitkit.Trainer(other, epochs=12, lr=1e-2, output_dir=tmp_path, show_progress=False).fit(batches)
+    assert torch.equal(other.backbone.state_dict()["linear.weight"], after["linear.weight"])

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +13,28 @@ import torch
 from exitkit.errors import ExitkitError
 from exitkit.files import replacing
 
-_FORMAT = "exitkit-checkpoint-1"
+_FORMAT = "exitkit-checkpoint-2"
 NAME = "checkpoint.pt"
 
 
 def save_checkpoint(directory: Path, settings: dict[str, Any], state: dict[str, Any]) -> None:
     """Write ``state`` to the run directory; the previous checkpoint stays until the new one is complete."""
-    with replacing(directory / NAME) as temporary:
+    with a_full_disk_survived(directory), replacing(directory / NAME) as temporary:
         torch.save({"format": _FORMAT, "settings": settings, **state}, temporary)
+
+
+@contextmanager
+def a_full_disk_survived(directory: Path) -> Iterator[None]:
+    """A file that cannot be written costs this file, with a warning, and not the run."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:  # torch's own writer raises RuntimeError for a full disk
+        reason = next(iter(str(error).splitlines()), "no message")
+        warnings.warn(
+            f"nothing was written to {str(directory)!r} ({type(error).__name__}: {reason}); the run goes on, and what was "
+            "written before stays",
+            stacklevel=4,
+        )
 
 
 def load_checkpoint(directory: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
@@ -44,3 +61,9 @@ def load_checkpoint(directory: Path, settings: dict[str, Any]) -> dict[str, Any]
                 "use the same settings to continue, another output_dir, or resume='never' to start again"
             )
     return state
+
+
+def remove_leftovers(directory: Path) -> None:
+    """Half-written checkpoints of a run that was killed while it wrote one."""
+    for leftover in directory.glob(f".{Path(NAME).stem}-*{Path(NAME).suffix}"):
+        leftover.unlink(missing_ok=True)

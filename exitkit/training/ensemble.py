@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from exitkit.batches import check_labels, checked, move, split_batch
+from exitkit.batches import check_training_labels, checked, move, split_batch
 from exitkit.errors import ExitkitError
 from exitkit.model import MultiExitModel
 from exitkit.surgery.calls import call_on
@@ -31,13 +31,21 @@ def fit_ensemble(model: MultiExitModel, loader: Iterable[Any]) -> list[float]:
     the m members. Without it they grow without bound where the exits have memorised the training set, and confidences
     become exactly 1, which no threshold can tell apart.
 
+    Labels may be class probabilities (B, C). Samples without a label are left out; where none has one, the backbone's own
+    probabilities stand in.
+
     Returns:
         The cross-entropy of each fitted combiner.
     """
+    return fit_ensemble_on(model, loader, lambda part: part)
+
+
+def fit_ensemble_on(model: MultiExitModel, loader: Iterable[Any], gather: Callable[[Any], Any]) -> list[float]:
+    """:func:`fit_ensemble` on a process's part of the data, where ``gather`` brings all parts together."""
     if not list(model.combiners.parameters()):  # a mean has nothing to fit
         return []
-    log_probs, labels = _cache(model, loader)
-    return [_fit(combiner, log_probs[:, : m + 1], labels, m) for m, combiner in enumerate(model.combiners)]
+    log_probs, targets = _cache(model, loader, gather)
+    return [_fit(combiner, log_probs[:, : m + 1], targets, m) for m, combiner in enumerate(model.combiners)]
 
 
 def penalty(combiner: nn.Module) -> Tensor:
@@ -46,34 +54,52 @@ def penalty(combiner: nn.Module) -> Tensor:
     return PENALTY * (weights + math.log(len(weights))).square().sum()
 
 
-def _cache(model: MultiExitModel, loader: Iterable[Any]) -> tuple[Tensor, Tensor]:
+def _cache(model: MultiExitModel, loader: Iterable[Any], gather: Callable[[Any], Any]) -> tuple[Tensor, Tensor]:
+    """Log-probabilities of every head (N, M + 1, C), and class probabilities to learn (N, C)."""
     device = next(model.parameters()).device
     kept: list[Tensor] = []
-    labels: list[Tensor] = []
+    wanted: list[Tensor] = []
     with evaluation_mode(model), torch.no_grad():
         for batch in checked(loader, "train_loader"):
-            inputs, batch_labels = split_batch(batch)
+            inputs, labels = split_batch(batch)
             _, heads = call_on(model.run_heads, move(inputs, device))
-            kept.append(torch.stack([F.log_softmax(logits.float(), -1) for logits in heads], 1))
-            labels.append(check_labels(batch_labels, model.num_classes, len(kept[-1])).to(device))
+            log_probs = torch.stack([F.log_softmax(logits.float(), -1) for logits in heads], 1)
+            targets = _targets(labels, model.num_classes, len(log_probs)).to(device)
+            log_probs, targets = gather((log_probs, targets))
+            kept.append(log_probs)
+            wanted.append(targets)
             if sum(part.numel() for part in kept) > _CACHED_FLOATS:
                 break
-    return torch.cat(kept), torch.cat(labels)
+    everything, targets = torch.cat(kept), torch.cat(wanted)
+    labelled = targets.sum(1) > 0
+    if not bool(labelled.any()):
+        return everything, everything[:, -1].exp()
+    return everything[labelled], targets[labelled]
 
 
-def _fit(combiner: nn.Module, log_probs: Tensor, labels: Tensor, exit_: int) -> float:
+def _targets(labels: Any, num_classes: int, batch: int) -> Tensor:
+    """Labels as probabilities (batch, C); zeros for a sample without one."""
+    if labels is None:
+        return torch.zeros(batch, num_classes)
+    targets = check_training_labels(labels, num_classes, batch)
+    if targets.dim() == 2:
+        return targets
+    return F.one_hot(targets + 1, num_classes + 1)[:, 1:].float()
+
+
+def _fit(combiner: nn.Module, log_probs: Tensor, targets: Tensor, exit_: int) -> float:
     optimizer = torch.optim.LBFGS(combiner.parameters(), max_iter=_STEPS, line_search_fn="strong_wolfe")
 
     def loss() -> Tensor:
         optimizer.zero_grad()
-        value = F.nll_loss(combiner(log_probs), labels) + penalty(combiner)
+        value = F.cross_entropy(combiner(log_probs), targets) + penalty(combiner)
         value.backward()
         return value
 
     with torch.enable_grad():
         optimizer.step(loss)
     with torch.no_grad():
-        final = float(F.nll_loss(combiner(log_probs), labels))
+        final = float(F.cross_entropy(combiner(log_probs), targets))
     if not final < float("inf"):
         raise ExitkitError(f"the ensemble of exit {exit_} diverged (cross-entropy {final}); its heads are not trained")
     return final

@@ -1,26 +1,132 @@
-"""Regimes: which part of a multi-exit model is trained."""
+"""Regimes: what is trained, what is frozen and which exits' losses count, phase by phase, as data."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
 
-from torch import nn
-
-from exitkit.surgery.capture import evaluation_mode
-
-REGIMES = ("disjoint",)
-"""``disjoint``: the backbone is frozen, all exits are trained in parallel."""
+from exitkit.errors import ExitkitError, unknown_name
 
 
-@contextmanager
-def frozen(module: nn.Module) -> Iterator[None]:
-    """Parameters without gradient, BatchNorm statistics and dropout at rest; all as it was afterwards."""
-    gradients = [(parameter, parameter.requires_grad) for parameter in module.parameters()]
-    module.requires_grad_(False)
-    try:
-        with evaluation_mode(module):
-            yield
-    finally:
-        for parameter, requires_grad in gradients:
-            parameter.requires_grad_(requires_grad)
+@dataclass(frozen=True)
+class Phase:
+    """A stretch of training with an optimiser, a schedule and early stopping of its own.
+
+    Exits are counted 0 … M, the backbone's own classifier being M. Stage m of the backbone ends at exit m, stage M at the
+    backbone's logits. What is not named is frozen: parameters, BatchNorm statistics and dropout.
+
+    Attributes:
+        exits: those whose losses count; their internal classifiers learn.
+        stages: the stages of the backbone that learn.
+        alternate: exits whose losses alone count in every other step, beginning with the first.
+        share: how much of the run's epochs, relative to the other phases.
+    """
+
+    exits: tuple[int, ...]
+    stages: tuple[int, ...] = ()
+    alternate: tuple[int, ...] | None = None
+    share: float = 1.0
+
+    def exits_at(self, step: int) -> tuple[int, ...]:
+        """The exits whose losses count in a step (from 0) of an epoch."""
+        return self.exits if self.alternate is None or step % 2 else self.alternate
+
+
+def _range(start: int, stop: int) -> tuple[int, ...]:
+    return tuple(range(start, stop))
+
+
+def _everything(last: int) -> tuple[Phase, ...]:
+    return (Phase(_range(0, last + 1), _range(0, last + 1)),)
+
+
+REGIMES: dict[str, Callable[[int], tuple[Phase, ...]]] = {
+    "disjoint": lambda last: (Phase(_range(0, last)),),
+    "joint": _everything,
+    "mixed": _everything,
+    "mixed-gradual": lambda last: tuple(
+        Phase(_range(last - i, last + 1), _range(0, last + 1)) for i in range(1, last + 1)
+    ),
+    "branch-wise": lambda last: tuple(Phase((m,), (m,)) for m in range(last + 1)),
+    "separate": lambda last: tuple(Phase(_range(0, m + 1), _range(0, m + 1)) for m in range(last + 1)),
+    "alternating": lambda last: (Phase(_range(0, last + 1), _range(0, last + 1), alternate=(last,)),),
+}
+"""Each regime's phases for a model whose backbone is exit ``last`` (Kubaty et al., section 2 and appendix A).
+
+The backbone comes with weights, so that the paper's phase 1 (the backbone alone) is over: ``disjoint`` is its phase 3,
+``mixed`` its phase 2. ``joint`` is phase 2 too: what differs in the paper is where the backbone starts, which is the
+user's doing (attach to a fresh model, or to a pretrained one); no regime ever resets a weight. For phase 1, give
+``(Phase((M,), range(M + 1)), …)``.
+
+``mixed-gradual`` optimises the last i exits together with the backbone's own in phase i, so that the first of the paper's
+phases is over as well. ``separate`` unfreezes the whole model in the paper; stages behind the last exit that counts would
+have no gradient, so they are left out here.
+"""
+
+
+def phases_of(regime: str | Sequence[Phase], last: int, new_head: bool = False) -> tuple[Phase, ...]:
+    """A regime's phases by its name, or a user's own, checked.
+
+    With ``new_head``, the backbone's last layer was replaced and has learned nothing: it learns wherever exit ``last``
+    counts, and in ``disjoint`` that counts too.
+
+    Raises:
+        ExitkitError: an unknown name, an exit or a stage that there is not, or a phase in which something cannot learn.
+    """
+    if isinstance(regime, str):
+        if regime not in REGIMES:
+            raise unknown_name("regime", regime, REGIMES, "Or give phases: a tuple of exitkit.training.Phase.")
+        if regime == "disjoint" and new_head:
+            return (Phase(_range(0, last + 1)),)
+        return REGIMES[regime](last)
+    phases = tuple(regime) if isinstance(regime, Iterable) else ()
+    if not phases or not all(isinstance(phase, Phase) for phase in phases):
+        raise ExitkitError(
+            f"regime={regime!r} is neither a name ({', '.join(map(repr, REGIMES))}) nor a tuple of "
+            "exitkit.training.Phase"
+        )
+    for number, phase in enumerate(phases, 1):
+        _check(phase, number, last, new_head)
+    return phases
+
+
+def epochs_of(phases: Sequence[Phase], epochs: int) -> tuple[int, ...]:
+    """How many of the run's epochs each phase has, by its share.
+
+    Raises:
+        ExitkitError: too few for every phase to have one.
+    """
+    total = sum(phase.share for phase in phases)
+    ends = [int(epochs * share / total + 0.5) for share in accumulate(phase.share for phase in phases)]
+    lengths = tuple(end - start for start, end in pairwise([0, *ends]))
+    if min(lengths) < 1:
+        raise ExitkitError(
+            f"epochs={epochs} are too few for {len(phases)} phases: their lengths would be {list(lengths)}; every phase "
+            f"needs an epoch at least"
+        )
+    return lengths
+
+
+def _check(phase: Phase, number: int, last: int, new_head: bool) -> None:
+    for name, given in (("exits", phase.exits), ("stages", phase.stages), ("alternate", phase.alternate or ())):
+        if (
+            not isinstance(given, tuple | list)
+            or any(not isinstance(m, int) or not 0 <= m <= last for m in given)
+            or sorted(set(given)) != list(given)
+        ):
+            raise ExitkitError(f"phase {number} has {name}={given}; give numbers from 0 to {last}, rising, each once")
+    if not phase.exits or not isinstance(phase.share, int | float) or not 0 < phase.share < float("inf"):
+        raise ExitkitError(f"phase {number} needs exits and a share above 0; it has {phase.exits} and {phase.share!r}")
+    if not set(phase.alternate or phase.exits) <= set(phase.exits):
+        raise ExitkitError(f"phase {number} alternates with exits {phase.alternate} that are not among {phase.exits}")
+    if phase.stages and phase.stages[-1] > phase.exits[-1]:
+        raise ExitkitError(
+            f"phase {number} trains stage {phase.stages[-1]} of the backbone, but no exit behind it counts "
+            f"(exits={phase.exits}), so that it would have no gradient"
+        )
+    if last in phase.exits and not phase.stages and not new_head:
+        raise ExitkitError(
+            f"phase {number} counts exit {last}, the backbone's own, and freezes the whole backbone; name its stages, "
+            f"or leave exit {last} out"
+        )

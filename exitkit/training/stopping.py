@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,19 +12,20 @@ from typing import Any
 class EarlyStopping:
     """Stop when no exit improved for ``patience`` evaluations (Kubaty et al., appendix A).
 
-    ``patience`` None never stops. An exit's counter is reset by a strictly better accuracy.
+    ``patience`` None never stops. An exit's counter is reset by a strictly better score: accuracy, or for regression the
+    negative loss (section 4.1).
     """
 
     patience: int | None
     best: list[float] = field(default_factory=list)
     waited: list[int] = field(default_factory=list)
 
-    def update(self, accuracy: Sequence[float]) -> bool:
+    def update(self, scores: Sequence[float]) -> bool:
         """Record an evaluation; whether any exit improved."""
         if not self.best:
-            self.best, self.waited = [-1.0] * len(accuracy), [0] * len(accuracy)
-        improved = [new > old for new, old in zip(accuracy, self.best, strict=True)]
-        self.best = [max(new, old) for new, old in zip(accuracy, self.best, strict=True)]
+            self.best, self.waited = [-math.inf] * len(scores), [0] * len(scores)
+        improved = [new > old for new, old in zip(scores, self.best, strict=True)]
+        self.best = [max(new, old) for new, old in zip(scores, self.best, strict=True)]
         self.waited = [0 if better else waited + 1 for better, waited in zip(improved, self.waited, strict=True)]
         return any(improved)
 

@@ -1,277 +1,276 @@
-"""The trainer: heads on a frozen backbone, all in parallel, then the ensemble."""
+"""The trainer: what a user asks for, checked, and ``fit``."""
 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterable, Sequence, Sized
-from copy import deepcopy
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState
-from accelerate.utils import set_seed
-from torch import Tensor
-from torch.nn import functional as F
+from torch import nn
 
-from exitkit.batches import check_labels, checked, move, split_batch
 from exitkit.errors import ExitkitError, unknown_name
-from exitkit.fingerprint import weights_digest
 from exitkit.model import MultiExitModel
-from exitkit.surgery.calls import call_on
 from exitkit.surgery.capture import evaluation_mode
-from exitkit.training.checkpoint import load_checkpoint, save_checkpoint
-from exitkit.training.ensemble import fit_ensemble
-from exitkit.training.progress import Bar, Epoch, progress_bar, write_log
-from exitkit.training.regimes import REGIMES, frozen
-from exitkit.training.stopping import EarlyStopping
+from exitkit.training.ensemble import fit_ensemble_on
+from exitkit.training.freezing import Stages, flags_restored, stages_of
+from exitkit.training.interruption import sigterm_noted
+from exitkit.training.losses import Loss, check_loss
+from exitkit.training.processes import length, make_accelerator, own_part, seed_everything
+from exitkit.training.progress import Epoch, displayed
+from exitkit.training.regimes import Phase, epochs_of, phases_of
+from exitkit.training.run import EPOCHS, Run
 
-_EPOCHS = 100_003
-"""Epochs apart that the seeds of two runs lie, so that run 1 does not repeat run 0's orders one epoch later."""
 
-
+@dataclass(eq=False)
 class Trainer:
-    """Train the exits of a multi-exit model.
+    """Train the exits of a multi-exit model, and its backbone where the regime says so.
 
     Args:
         model: what :func:`exitkit.attach` returned.
-        regime: ``"disjoint"``: the backbone is frozen, in eval mode, and not changed in any way.
-        epochs: passes over the training set.
-        lr: Adam's learning rate (1e-3 in Zero Time Waste, appendix A.1).
-        weight_decay: Adam's L2 penalty.
-        milestones: epochs after which the rate is divided by ten (the paper: [15] of 50); a cosine to 0 by default.
-        patience: stop when no exit's validation accuracy (before the ensemble) improved for so many epochs; the heads of
-            the last epoch in which any exit improved are restored (Kubaty et al.). Without it the last epoch's are kept.
+        regime: a name, or phases of one's own (a tuple of :class:`exitkit.training.Phase`). All start from the weights that
+            the model has; none is ever reset.
+
+            * ``"disjoint"``: the backbone is frozen, in eval mode, and not changed in any way; all exits learn at once, and
+              with them the backbone's last layer where ``attach(num_classes=)`` replaced it.
+            * ``"mixed"``: backbone and exits learn together, from a backbone that is trained already (recommended by Kubaty
+              et al. where the backbone may change).
+            * ``"joint"``: the same steps. The paper's joint regime differs by its start, a backbone with random weights:
+              attach to an untrained model for it. A pretrained one keeps its weights here, and is then trained as in
+              ``"mixed"``.
+            * ``"mixed-gradual"``: as mixed, exits joining one after another, from the last to the first.
+            * ``"branch-wise"``: one exit after another, with its stage of the backbone alone.
+            * ``"separate"``: one exit more at a time, together with those before it and the backbone up to it.
+            * ``"alternating"``: steps on the backbone's own loss and on all losses, in turn.
+        epochs: passes over the training set, divided among the phases.
+        lr: the heads' learning rate (1e-3 in Zero Time Waste, appendix A.1).
+        backbone_lr: the backbone's; ``lr`` by default.
+        weight_decay: handed to the optimiser.
+        optimizer: makes the optimiser from parameter groups, which carry ``lr`` and ``weight_decay``: ``torch.optim.AdamW``,
+            ``functools.partial(torch.optim.SGD, momentum=0.9)``. Each phase has one of its own.
+        milestones: epochs of a phase after which the rate is divided by ten (the paper: [15] of 50); a cosine to 0 by
+            default.
+        loss: what the exits minimise.
+        patience: stop a phase when none of its exits improved on the validation set (in accuracy before the ensemble, or in
+            squared error) for so many epochs; everything trained is restored as it was in the last epoch in which any of
+            them improved (Kubaty et al., section 4.1). Without it the last epoch's state is kept.
+        accumulate: batches per optimiser step.
+        max_grad_norm: the gradient of everything that learns is scaled down to this norm.
         mixed_precision: ``"no"``, ``"fp16"`` or ``"bf16"``, passed to accelerate.
+        compile: run the training steps through :func:`torch.compile`.
+        channels_last: keep convolution weights and image batches in that memory format, which stays afterwards.
+        gradient_checkpointing: recompute the backbone's blocks in the backward pass (Hugging Face models).
         seed: every epoch is seeded from it, so that a killed run continues to the same weights.
-        output_dir: where a checkpoint and a log go after every epoch; nothing is written by default.
+        output_dir: where a checkpoint and a log go after every epoch; nothing is written by default. With it, SIGTERM
+            writes a checkpoint after the current step and ends the process with status 143.
         resume: ``"auto"`` continues from the checkpoint in ``output_dir``, ``"never"`` starts again.
         log: ``"csv"`` or ``"tensorboard"``.
-        show_progress: draw a progress bar where there is a terminal.
+        show_progress: draw a table where there is a terminal, print a line per epoch (to stderr) where there is none.
+
+    Attributes:
+        history: the record of every epoch of the last fit.
 
     Raises:
-        ExitkitError: an unknown name or a value out of range.
+        ExitkitError: an unknown name, a value out of range, or options that contradict each other.
     """
 
-    def __init__(
-        self,
-        model: MultiExitModel,
-        regime: str = "disjoint",
-        *,
-        epochs: int = 15,
-        lr: float = 1e-3,
-        weight_decay: float = 0.0,
-        milestones: Sequence[int] | None = None,
-        patience: int | None = None,
-        mixed_precision: Literal["no", "fp16", "bf16"] = "no",
-        seed: int = 0,
-        output_dir: str | Path | None = None,
-        resume: Literal["auto", "never"] = "auto",
-        log: Literal["csv", "tensorboard"] = "csv",
-        show_progress: bool = True,
-    ) -> None:
-        if not isinstance(model, MultiExitModel):
-            raise ExitkitError(f"model is {type(model).__name__}; train what exitkit.attach(model) returns")
-        for name, value, allowed in (
-            ("regime", regime, REGIMES),
-            ("mixed_precision", mixed_precision, ("no", "fp16", "bf16")),
-            ("resume", resume, ("auto", "never")),
-            ("log", log, ("csv", "tensorboard")),
-        ):
-            if value not in allowed:
-                raise unknown_name(name, value, allowed)
-        if log == "tensorboard" and importlib.util.find_spec("tensorboard") is None:
+    model: MultiExitModel
+    regime: str | Sequence[Phase] = "disjoint"
+    _: KW_ONLY
+    epochs: int = 15
+    lr: float = 1e-3
+    backbone_lr: float | None = None
+    weight_decay: float = 0.0
+    optimizer: Callable[[list[dict[str, Any]]], torch.optim.Optimizer] = torch.optim.Adam
+    milestones: Sequence[int] | None = None
+    loss: Loss = field(default_factory=Loss)
+    patience: int | None = None
+    accumulate: int = 1
+    max_grad_norm: float | None = None
+    mixed_precision: Literal["no", "fp16", "bf16"] = "no"
+    compile: bool = False
+    channels_last: bool = False
+    gradient_checkpointing: bool = False
+    seed: int = 0
+    output_dir: str | Path | None = None
+    resume: Literal["auto", "never"] = "auto"
+    log: Literal["csv", "tensorboard"] = "csv"
+    show_progress: bool = True
+    history: list[Epoch] = field(init=False, default_factory=list)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.model, MultiExitModel):
+            raise ExitkitError(f"model is {type(self.model).__name__}; train what exitkit.attach(model) returns")
+        self._check_names()
+        self._check_numbers()
+        if self.log == "tensorboard" and importlib.util.find_spec("tensorboard") is None:
             raise ExitkitError("log='tensorboard' needs TensorBoard: pip install tensorboard")
-        for name, real in (("lr", lr), ("weight_decay", weight_decay)):
-            if not isinstance(real, int | float):
-                raise ExitkitError(f"{name}={real!r} must be a number")
-        if not isinstance(seed, int) or seed < 0:
-            raise ExitkitError(f"seed={seed!r} must be a whole number of at least 0")
-        for name, number in (("epochs", epochs), ("patience", 1 if patience is None else patience)):
-            if not isinstance(number, int) or isinstance(number, bool) or number < 1:
-                raise ExitkitError(f"{name}={number!r} must be a whole number greater than 0")
-        if not 0 < lr < float("inf") or not 0 <= weight_decay < float("inf"):
-            raise ExitkitError(f"lr={lr!r} must be greater than 0, and weight_decay={weight_decay!r} at least 0")
-        self.model = model
-        self.epochs = epochs
-        self.lr = lr
-        self.weight_decay = weight_decay
-        self.milestones = None if milestones is None else list(milestones)
-        self.seed = seed
-        self.output_dir = None if output_dir is None else Path(output_dir)
-        self.resume = resume
-        self.log = log
-        self.show_progress = show_progress
-        self.patience = patience
-        self.mixed_precision = mixed_precision
-        self.history: list[Epoch] = []
-        self.stopping = EarlyStopping(patience)
+        self.phases = phases_of(self.regime, len(self.model.classifiers), bool(self.model.new_head))
+        self.lengths = epochs_of(self.phases, self.epochs)
+        if self.backbone_lr is not None and not self.trains_backbone:
+            raise ExitkitError(f"backbone_lr={self.backbone_lr!r} is set, but the regime freezes the backbone")
+        check_loss(self.loss, self.phases, self.model)
+        self.optimizer_name = _name(self.make_optimizer([nn.Parameter(torch.zeros(1))], []))
+        self.directory = None if self.output_dir is None else Path(self.output_dir)
+
+    @property
+    def trains_backbone(self) -> bool:
+        return any(phase.stages for phase in self.phases)
+
+    @property
+    def teacher(self) -> nn.Module | None:
+        """The model that teaches the exits, where the loss has one."""
+        distillation = self.loss.distillation
+        teachers = None if distillation is None else distillation.teachers
+        return teachers if isinstance(teachers, nn.Module) else None
+
+    def make_optimizer(self, heads: Sequence[nn.Parameter], backbone: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
+        """The user's optimiser, or Adam: the heads at ``lr``, the backbone at ``backbone_lr``."""
+        rates = ((heads, self.lr), (backbone, self.lr if self.backbone_lr is None else self.backbone_lr))
+        groups = [
+            {"params": list(part), "lr": rate, "weight_decay": self.weight_decay} for part, rate in rates if part
+        ]
+        optimizer = self.optimizer(groups)
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            raise ExitkitError(
+                f"optimizer= returned {type(optimizer).__name__}; give a function from parameter groups to an optimiser, such "
+                "as torch.optim.AdamW or functools.partial(torch.optim.SGD, momentum=0.9)"
+            )
+        return optimizer
 
     def fit(self, train_loader: Iterable[Any], val_loader: Iterable[Any] | None = None) -> list[Epoch]:
-        """Train the heads, then fit the ensemble; the model is changed in place. Returns the record of every epoch.
+        """Train phase by phase, then fit the ensemble; the model is changed in place. Returns the record of every epoch.
+
+        Under ``accelerate launch`` or ``torchrun`` each process takes every n-th batch and the gradients are averaged.
 
         Args:
-            train_loader: yields ``(inputs, labels)`` or dicts with ``labels``.
-            val_loader: the same, for per-exit accuracy and early stopping.
+            train_loader: yields ``(inputs, labels)`` or dicts with ``labels``: class indices (-1 for none), class
+                probabilities (B, C), or values to regress where the model has one output. With distillation, inputs alone
+                will do.
+            val_loader: the same, with class indices, for per-exit accuracy and early stopping.
 
         Raises:
             ExitkitError: an empty loader, labels out of range, a loss that is not finite, an unusable checkpoint.
         """
         if self.patience is not None and val_loader is None:
             raise ExitkitError("patience is set, but there is no val_loader to measure improvement on; give one")
-        if self.output_dir is not None:
-            self.output_dir.mkdir(parents=True, exist_ok=True)
-        self.history, self.stopping = [], EarlyStopping(self.patience)
-        self.accelerator = _accelerator(self.mixed_precision)
-        self.model.to(self.accelerator.device)
-        with frozen(self.model.backbone):
-            self._train_heads(train_loader, val_loader)
-            if self.model.combiners:
-                _seed(train_loader, self.seed * _EPOCHS)
-                fit_ensemble(self.model, train_loader)
+        if self.directory is not None and self.directory.exists() and not self.directory.is_dir():
+            raise ExitkitError(f"output_dir={str(self.directory)!r} is a file; give a folder")
+        if self.directory is not None:
+            self.directory.mkdir(parents=True, exist_ok=True)
+        accelerator = make_accelerator(self.mixed_precision)
+        train = own_part(accelerator, train_loader, "train_loader")
+        val = None if val_loader is None else own_part(accelerator, val_loader, "val_loader")
+        self._place(accelerator.device)
+        self.history = []
+        with flags_restored(self.model):
+            stages = self._stages()
+            with (
+                _checkpointed(self.model.backbone, self.gradient_checkpointing),
+                _resting(self.teacher),
+                sigterm_noted(self.directory is not None) as interrupted,
+                self._display(accelerator.is_main_process, length(train)) as display,
+            ):
+                Run(self, accelerator, train, val, stages, display, interrupted, self.history).train()
+            self.model.combiners.requires_grad_(True)
+            seed_everything(train, self.seed * EPOCHS)
+            fit_ensemble_on(self.model, train, accelerator.gather_for_metrics)
         return self.history
 
-    def _train_heads(self, train_loader: Iterable[Any], val_loader: Iterable[Any] | None) -> None:
-        parameters = list(self.model.classifiers.parameters())
-        optimizer = torch.optim.Adam(parameters, lr=self.lr, weight_decay=self.weight_decay)
-        scheduler = self._scheduler(optimizer)
-        best = self._state()
-        settings = self._settings()
-        state = self._load(settings, optimizer, scheduler)
-        if state is not None:
-            best = state["best"]
-        prepared = self.accelerator.prepare(optimizer)
-        steps = _length(train_loader)
-        with progress_bar(None if steps is None else steps * self.epochs, self.show_progress) as bar:
-            bar.skip((steps or 0) * len(self.history))
-            while len(self.history) < self.epochs and not self.stopping.stop:
-                record = self._epoch(train_loader, val_loader, prepared, bar)
-                scheduler.step()
-                improved = record.accuracy is None or self.stopping.update(record.accuracy[:-1])
-                if improved or self.patience is None:
-                    best = self._state()
-                self.history.append(record)
-                bar.epoch(record)
-                self._save(settings, optimizer, scheduler, best)
-        self.model.classifiers.load_state_dict(best)
+    def _place(self, device: torch.device) -> None:
+        self.model.to(device)
+        if self.channels_last:
+            self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        if self.teacher is not None:
+            self.teacher.to(device)
 
-    def _epoch(self, train_loader: Iterable[Any], val_loader: Iterable[Any] | None, optimizer: Any, bar: Bar) -> Epoch:
-        epoch = len(self.history)
-        _seed(train_loader, self.seed * _EPOCHS + epoch)
-        total, batches = torch.zeros(len(self.model.classifiers)), 0
-        for batch in checked(train_loader, "train_loader"):
-            losses = self._losses(batch)
-            self._check_finite(losses, epoch, batches)
-            optimizer.zero_grad()
-            self.accelerator.backward(losses.sum())
-            optimizer.step()
-            total += losses.detach().cpu()
-            batches += 1
-            bar.step(float(losses.detach().mean()))
-        return Epoch(
-            epoch, tuple((total / batches).tolist()), None if val_loader is None else self._accuracy(val_loader)
-        )
-
-    def _check_finite(self, losses: Tensor, epoch: int, step: int) -> None:
-        """Stop before a loss that is not finite reaches the weights."""
-        if not bool(losses.isfinite().all()):
-            exit_ = int(losses.isfinite().int().argmin())
+    def _stages(self) -> Stages | None:
+        if not self.trains_backbone:
+            return None
+        stages = stages_of(self.model)
+        if self.loss.gradient_equilibrium and stages.shared:
             raise ExitkitError(
-                f"the loss of exit {exit_} is {losses[exit_].item()} in epoch {epoch + 1}, step {step + 1}, at lr={self.lr}; "
-                "lower lr, or check the inputs (normalised? NaN?)"
+                f"gradient_equilibrium divides each stage's gradient by another number, but {stages.shared[0]!r} is read "
+                "in several stages; train this backbone without it"
+            )
+        return stages
+
+    def _display(self, main: bool, steps: int | None) -> Any:
+        steps = None if steps is None else -(-steps // self.accumulate)
+        return displayed(self.show_progress and main, self.epochs, len(self.phases), steps)
+
+    def _check_names(self) -> None:
+        for name, value, allowed in (
+            ("mixed_precision", self.mixed_precision, ("no", "fp16", "bf16")),
+            ("resume", self.resume, ("auto", "never")),
+            ("log", self.log, ("csv", "tensorboard")),
+        ):
+            if value not in allowed:
+                raise unknown_name(name, value, allowed)
+        if not isinstance(self.loss, Loss):
+            raise ExitkitError(f"loss={self.loss!r} must be exitkit.training.Loss(...)")
+        if not callable(self.optimizer):
+            raise ExitkitError(
+                f"optimizer= is a {type(self.optimizer).__name__}; give a function that makes one, such as torch.optim.AdamW"
             )
 
-    def _losses(self, batch: Any) -> Tensor:
-        """Cross-entropy of each head (M,); their sum trains every head by its own loss alone."""
-        inputs, labels = split_batch(batch)
-        with self.accelerator.autocast():
-            _, heads = call_on(self.model.run_heads, move(inputs, self.accelerator.device))
-        targets = check_labels(labels, self.model.num_classes, len(heads[-1])).to(self.accelerator.device)
-        return torch.stack([F.cross_entropy(logits.float(), targets) for logits in heads[:-1]])
-
-    def _accuracy(self, loader: Iterable[Any]) -> tuple[float, ...]:
-        """Accuracy of every head, the backbone's last."""
-        right, samples = torch.zeros(len(self.model.exits)), 0
-        with evaluation_mode(self.model), torch.no_grad(), self.accelerator.autocast():
-            for batch in checked(loader, "val_loader"):
-                inputs, labels = split_batch(batch)
-                _, heads = call_on(self.model.run_heads, move(inputs, self.accelerator.device))
-                answers = torch.stack([logits.argmax(-1) for logits in heads]).cpu()
-                right += (answers == check_labels(labels, self.model.num_classes, answers.shape[1]).cpu()).sum(1)
-                samples += answers.shape[1]
-        return tuple((right / samples).tolist())
-
-    def _scheduler(self, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
-        if self.milestones is not None:
-            return torch.optim.lr_scheduler.MultiStepLR(optimizer, self.milestones)
-        return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.epochs)
-
-    def _state(self) -> dict[str, Tensor]:
-        return deepcopy(self.model.classifiers.state_dict())
-
-    def _settings(self) -> dict[str, Any]:
-        method, backbone = self.model.method, weights_digest(self.model.backbone)
-        exits = [boundary.name for boundary in self.model.boundaries]
-        parts = {"exits": exits, "method": method.name, "cascade": method.cascade, "backbone": backbone}
-        schedule = {
-            "epochs": self.epochs,
-            "lr": self.lr,
-            "milestones": self.milestones,
-            "weight_decay": self.weight_decay,
-        }
-        return {**parts, **schedule, "seed": self.seed, "mixed_precision": self.mixed_precision}
-
-    def _save(self, settings: dict[str, Any], optimizer: Any, scheduler: Any, best: dict[str, Tensor]) -> None:
-        if self.output_dir is None:
-            return
-        write_log(self.output_dir, self.log, self.history)
-        state = {
-            "classifiers": self.model.classifiers.state_dict(),
-            "optimizer": optimizer.state_dict(),
-            "scheduler": scheduler.state_dict(),
-            "best": best,
-            "stopping": self.stopping.state(),
-            "history": [(record.epoch, record.loss, record.accuracy) for record in self.history],
-        }
-        save_checkpoint(self.output_dir, settings, state)
-
-    def _load(self, settings: dict[str, Any], optimizer: Any, scheduler: Any) -> dict[str, Any] | None:
-        if self.output_dir is None or self.resume == "never":
-            return None
-        state = load_checkpoint(self.output_dir, settings)
-        if state is not None:
-            try:
-                self.model.classifiers.load_state_dict(state["classifiers"])
-            except RuntimeError as error:
-                raise ExitkitError(
-                    f"the checkpoint in output_dir={str(self.output_dir)!r} belongs to other heads; use another output_dir"
-                ) from error
-            optimizer.load_state_dict(state["optimizer"])
-            scheduler.load_state_dict(state["scheduler"])
-            self.stopping.restore(state["stopping"])
-            self.history = [Epoch(*record) for record in state["history"]]
-        return state
+    def _check_numbers(self) -> None:
+        optional = (("backbone_lr", self.backbone_lr), ("max_grad_norm", self.max_grad_norm))
+        for name, real in (("lr", self.lr), ("weight_decay", self.weight_decay), *optional):
+            if real is not None and not isinstance(real, int | float):
+                raise ExitkitError(f"{name}={real!r} must be a number")
+        for name, real in (("lr", self.lr), *optional):
+            if real is not None and not 0 < real < float("inf"):
+                raise ExitkitError(f"{name}={real!r} must be greater than 0")
+        if not 0 <= self.weight_decay < float("inf"):
+            raise ExitkitError(f"weight_decay={self.weight_decay!r} must be at least 0")
+        if not isinstance(self.seed, int) or self.seed < 0:
+            raise ExitkitError(f"seed={self.seed!r} must be a whole number of at least 0")
+        milestones = () if self.milestones is None else self.milestones
+        if not isinstance(milestones, tuple | list) or any(
+            not isinstance(epoch, int) or epoch < 1 for epoch in milestones
+        ):
+            raise ExitkitError(f"milestones={milestones!r} must be whole numbers of epochs, such as [15]")
+        counts = (("epochs", self.epochs), ("patience", self.patience), ("accumulate", self.accumulate))
+        for name, number in counts:
+            if number is not None and (not isinstance(number, int) or isinstance(number, bool) or number < 1):
+                raise ExitkitError(f"{name}={number!r} must be a whole number greater than 0")
 
 
-def _seed(loader: Iterable[Any], seed: int) -> None:
-    """A seed per epoch instead of stored generator states: initial order, shuffling and augmentation follow from it."""
-    set_seed(seed)
-    for owner in (loader, getattr(loader, "sampler", None), getattr(loader, "batch_sampler", None)):
-        if isinstance(generator := getattr(owner, "generator", None), torch.Generator):
-            generator.manual_seed(seed)
+def _name(optimizer: torch.optim.Optimizer) -> str:
+    """Its type and what it was given, for a checkpoint to compare."""
+    options = ", ".join(f"{name}={value!r}" for name, value in optimizer.defaults.items())
+    return f"{type(optimizer).__name__}({options})"
 
 
-def _length(loader: Iterable[Any]) -> int | None:
-    """Batches per epoch; None for a loader that cannot know (an iterable data set)."""
+@contextmanager
+def _resting(teacher: nn.Module | None) -> Iterator[None]:
+    if teacher is None:
+        yield
+    else:
+        with evaluation_mode(teacher):
+            yield
+
+
+@contextmanager
+def _checkpointed(backbone: nn.Module, wanted: bool) -> Iterator[None]:
+    """Gradient checkpointing by the model's own method, without reentrance: exits read features inside its blocks."""
+    if not wanted:
+        yield
+        return
+    kind = next((k for k in ("activation", "gradient") if hasattr(backbone, f"{k}_checkpointing_enable")), None)
+    if kind is None:
+        raise ExitkitError(
+            f"gradient_checkpointing=True, but {type(backbone).__name__} has no gradient_checkpointing_enable(), as Hugging "
+            "Face models do; leave it out"
+        )
+    before = bool(getattr(backbone, f"is_{kind}_checkpointing", False))
+    getattr(backbone, f"{kind}_checkpointing_enable")({"use_reentrant": False})
     try:
-        return len(cast("Sized", loader))
-    except TypeError:
-        return None
-
-
-def _accelerator(mixed_precision: str) -> Accelerator:
-    """accelerate keeps one precision per process; every fit brings its own, so an earlier one is forgotten first."""
-    if AcceleratorState._shared_state and AcceleratorState().mixed_precision != mixed_precision:
-        AcceleratorState._reset_state()
-    return Accelerator(mixed_precision=mixed_precision)
+        yield
+    finally:
+        if not before:
+            getattr(backbone, f"{kind}_checkpointing_disable")()

@@ -1,0 +1,186 @@
+"""A phase at work: what it optimises, and one step of it."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from exitkit.batches import check_training_labels, move, split_batch
+from exitkit.errors import ExitkitError
+from exitkit.surgery.calls import call_on
+from exitkit.surgery.capture import logits_of
+from exitkit.training.freezing import Stages, learn
+from exitkit.training.objective import Objective
+from exitkit.training.regimes import Phase
+
+if TYPE_CHECKING:
+    from exitkit.training.trainer import Trainer
+
+
+class Learner:
+    """What a phase optimises. Everything is frozen or thawed before the optimiser and DDP see it."""
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        accelerator: Accelerator,
+        phase: Phase,
+        stages: Stages | None,
+        objective: Objective,
+        epochs: int,
+    ) -> None:
+        self.trainer, self.accelerator, self.phase, self.stages = trainer, accelerator, phase, stages
+        self.objective = objective
+        learn(trainer.model, phase, stages)
+        self.optimizer = trainer.make_optimizer(
+            *(_learning(part) for part in (trainer.model.classifiers, trainer.model.backbone))
+        )
+        self.scheduler = _scheduler(self.optimizer, trainer.milestones, epochs)
+        accelerator.free_memory()  # forgets the optimiser of the phase before
+        self.stepper = accelerator.prepare_optimizer(self.optimizer)
+        self.view = _wrapped(trainer, accelerator)
+
+    def step(self, batches: Sequence[Any], weights: Sequence[float], epoch: int, step: int) -> tuple[Tensor, int]:
+        """One optimiser step on one or more batches: the summed losses of ``phase.exits_at(step)``, the number of samples."""
+        exits = self.phase.exits_at(step)
+        summed, samples = torch.zeros(len(exits)), 0
+        for index, batch in enumerate(batches):
+            with nullcontext() if index == len(batches) - 1 else self._unsynchronised():
+                losses, size, unused = self._losses(batch, exits)
+                self._check_finite(losses, exits, epoch, step)
+                total = self.objective.total(losses, weights, exits) + unused
+                self.accelerator.backward(total / len(batches))
+            self._anneal()
+            summed += losses.detach().cpu()
+            samples += size
+        self._adjust_gradients(exits)
+        self.stepper.step()
+        self.stepper.zero_grad()
+        return summed, samples
+
+    def end_epoch(self) -> None:
+        """The schedule goes on. It warns where no step came before, as when an epoch was interrupted at its end."""
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Detected call of .lr_scheduler.step")
+            self.scheduler.step()
+
+    def inputs(self, inputs: Any) -> Any:
+        """A batch's inputs on the device, maps in the memory format asked for."""
+        moved = move(inputs, self.accelerator.device)
+        return _channels_last(moved) if self.trainer.channels_last else moved
+
+    def _losses(self, batch: Any, exits: Sequence[int]) -> tuple[Tensor, int, Tensor | float]:
+        inputs, labels = split_batch(batch)
+        inputs = self.inputs(inputs)
+        with self.accelerator.autocast(), _batch_norm_explained():
+            output = call_on(self.view, inputs)
+            heads = output.heads
+            teacher = self._teacher(inputs, heads[-1])
+        size = len(heads[-1])
+        targets = None if labels is None else check_training_labels(labels, self.trainer.model.num_classes, size)
+        if targets is not None:
+            targets = targets.to(heads[-1].device)
+        losses = self.objective.losses(heads, targets, exits, teacher)
+        if output.auxiliary is not None:
+            losses = losses + torch.stack(
+                [output.auxiliary[m] if m < len(output.auxiliary) else losses[0] * 0 for m in exits]
+            )
+        return losses, size, self._unused(heads, exits)
+
+    def _teacher(self, inputs: Any, logits: Tensor) -> Tensor | None:
+        teacher = self.trainer.teacher
+        if teacher is None:
+            return None
+        with torch.no_grad():
+            taught = logits_of(call_on(teacher, inputs))
+        if taught.shape != logits.shape:
+            raise ExitkitError(
+                f"the teacher's logits have shape {tuple(taught.shape)}, the exits' {tuple(logits.shape)}; teacher and "
+                "model must have the same classes"
+            )
+        return taught
+
+    def _unused(self, heads: Sequence[Tensor], exits: Sequence[int]) -> Tensor | float:
+        """DDP waits for a gradient of every parameter; exits that do not count in this step give zeros."""
+        rest = [heads[m].sum() * 0 for m in self.phase.exits if m not in exits]
+        return torch.stack(rest).sum() if rest and isinstance(self.view, DistributedDataParallel) else 0.0
+
+    def _unsynchronised(self) -> Any:
+        return self.view.no_sync() if isinstance(self.view, DistributedDataParallel) else nullcontext()
+
+    def _check_finite(self, losses: Tensor, exits: Sequence[int], epoch: int, step: int) -> None:
+        """Stop before a loss that is not finite reaches the weights."""
+        if not bool(losses.isfinite().all()):
+            index = int(losses.isfinite().int().argmin())
+            rates = dict.fromkeys(f"{group['lr']:g}" for group in self.optimizer.param_groups)
+            raise ExitkitError(
+                f"the loss of exit {exits[index]} is {losses[index].item()} in epoch {epoch + 1}, step {step + 1}, at "
+                f"lr={' and '.join(rates)}; lower lr, or check the inputs (normalised? NaN?)"
+            )
+
+    def _anneal(self) -> None:
+        if self.objective.confidence is not None:
+            self.objective.anneal(float(self.accelerator.reduce(self.objective.confidence, "mean")))
+
+    def _adjust_gradients(self, exits: Sequence[int]) -> None:
+        model = self.trainer.model
+        for m in set(self.phase.exits) - {*exits, len(model.classifiers)}:
+            for parameter in model.classifiers[m].parameters():
+                parameter.grad = None
+        if self.trainer.loss.gradient_equilibrium and self.stages is not None:
+            for stage in self.phase.stages:
+                behind = sum(m >= stage for m in exits)
+                for parameter in self.stages.parameters[stage]:
+                    if parameter.grad is not None:
+                        parameter.grad /= behind
+        if self.trainer.max_grad_norm is not None:
+            learning = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+            self.accelerator.clip_grad_norm_(learning, self.trainer.max_grad_norm)
+
+
+def _learning(part: nn.Module) -> list[nn.Parameter]:
+    return [parameter for parameter in part.parameters() if parameter.requires_grad]
+
+
+def _scheduler(
+    optimizer: torch.optim.Optimizer, milestones: Sequence[int] | None, epochs: int
+) -> torch.optim.lr_scheduler.LRScheduler:
+    if milestones is not None:
+        return torch.optim.lr_scheduler.MultiStepLR(optimizer, list(milestones))
+    return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
+
+
+def _wrapped(trainer: Trainer, accelerator: Accelerator) -> nn.Module:
+    view: Any = torch.compile(trainer.model) if trainer.compile else trainer.model
+    if accelerator.num_processes > 1:
+        cuda = accelerator.device.type == "cuda"
+        return DistributedDataParallel(view, device_ids=[accelerator.device] if cuda else None)
+    return view  # type: ignore[no-any-return]
+
+
+def _channels_last(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(memory_format=torch.channels_last) if value.dim() == 4 else value
+    if isinstance(value, dict):
+        return {key: _channels_last(item) for key, item in value.items()}
+    return type(value)(map(_channels_last, value)) if isinstance(value, tuple | list) else value
+
+
+@contextmanager
+def _batch_norm_explained() -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        raise ExitkitError(
+            "a batch of one sample has no statistics for the backbone's BatchNorm, which this regime trains; use a larger "
+            "batch_size, drop_last=True, or regime='disjoint'"
+        ) from error

@@ -1,0 +1,133 @@
+"""A loss at work: from every exit's logits to a number to minimise."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from exitkit.batches import UNLABELLED
+from exitkit.errors import ExitkitError
+from exitkit.training.losses import Divergence, Loss
+
+
+@dataclass
+class Objective:
+    """A :class:`Loss` at work, with the temperature it has reached.
+
+    Attributes:
+        loss: what is minimised.
+        last: the number of the backbone's own exit.
+        temperature: τ of the distillation.
+        confidence: the teachers' mean confidence at τ in the last batch; None without teachers.
+    """
+
+    loss: Loss
+    last: int
+    temperature: float = field(init=False)
+    confidence: Tensor | None = field(init=False, default=None)
+
+    def __post_init__(self) -> None:
+        self.temperature = 1.0 if self.loss.distillation is None else self.loss.distillation.temperature
+
+    def losses(
+        self,
+        heads: Sequence[Tensor],
+        targets: Tensor | None,
+        exits: Sequence[int],
+        teacher: Tensor | None = None,
+    ) -> Tensor:
+        """The loss of each of ``exits``, unweighted.
+
+        Args:
+            heads: logits (B, C) of every exit, the backbone's last.
+            targets: what :func:`exitkit.batches.check_training_labels` returned; None without labels.
+            exits: those whose losses count.
+            teacher: logits (B, C) of another model.
+
+        Raises:
+            ExitkitError: samples without labels that have nothing else to learn from.
+        """
+        logits = {m: heads[m].float() for m in range(len(heads))}
+        self._check_teachable(targets, exits)
+        classified = [classification(logits[m], targets, self.loss.label_smoothing) for m in exits]
+        if self.loss.distillation is None:
+            return torch.stack(classified)
+        taught = self._distil(logits, exits, None if teacher is None else teacher.float())
+        return torch.stack([own + taught[m] for m, own in zip(exits, classified, strict=True)])
+
+    def total(self, losses: Tensor, weights: Sequence[float], exits: Sequence[int]) -> Tensor:
+        """The weighted sum, or mean, of the losses of ``exits``, given the weights of all exits."""
+        weighted = losses * losses.new_tensor([weights[m] for m in exits])
+        return weighted.mean() if self.loss.reduction == "mean" else weighted.sum()
+
+    def anneal(self, confidence: float) -> None:
+        """Let τ grow if the teachers are surer than the limit (algorithm 1, line 11)."""
+        config = self.loss.distillation
+        if config is not None and config.confidence_limit is not None and confidence > config.confidence_limit:
+            self.temperature *= config.multiplier
+
+    def _check_teachable(self, targets: Tensor | None, exits: Sequence[int]) -> None:
+        config = self.loss.distillation
+        if config is None:
+            if targets is None:
+                raise ExitkitError(
+                    "the loader yields no labels; yield (inputs, labels) or a dict with the key 'labels', or learn without "
+                    "labels by loss=exitkit.training.Loss(distillation=exitkit.training.Distillation())"
+                )
+            if targets.dim() == 1 and not targets.is_floating_point() and bool((targets == UNLABELLED).any()):
+                raise ExitkitError(
+                    "some labels are -1, which marks samples without one, but the loss needs labels; add distillation= to it"
+                )
+        elif targets is None and not isinstance(config.teachers, nn.Module):
+            untaught = [m for m in exits if not config.of(m, self.last)]
+            if untaught:
+                raise ExitkitError(
+                    f"the loader yields no labels, and exits {untaught} have no teacher; freeze the backbone "
+                    "(regime='disjoint'), give a model as teachers=, or mark single samples without a label by -1"
+                )
+
+    def _distil(self, logits: Mapping[int, Tensor], exits: Sequence[int], teacher: Tensor | None) -> dict[int, Tensor]:
+        """The weighted distillation term of each exit (0 without a teacher); notes the teachers' confidence."""
+        config = self.loss.distillation
+        assert config is not None
+        outside = teacher is not None
+        teaching = {m: ((-1,) if outside else config.of(m, self.last)) for m in exits}
+        answers: dict[int, Tensor] = {}
+        for t in {t for those in teaching.values() for t in those}:
+            source = logits[t] if teacher is None else teacher
+            answers[t] = F.softmax(source.detach() / self.temperature, dim=-1)
+        self.confidence = None
+        if answers:
+            self.confidence = torch.stack([answer.amax(-1).mean() for answer in answers.values()]).mean()
+        zero = logits[self.last].new_zeros(())
+        terms: dict[int, Tensor] = {}
+        for m, those in teaching.items():
+            student = F.log_softmax(logits[m] / self.temperature, dim=-1)
+            each = [_divergence(answers[t], student, config.divergence) for t in those]
+            scale = config.weight * self.temperature**2
+            terms[m] = scale * torch.stack(each).mean() if each else zero
+        return terms
+
+
+def classification(logits: Tensor, targets: Tensor | None, label_smoothing: float = 0.0) -> Tensor:
+    """Mean cross-entropy over the samples with a label, or mean squared error for one output; 0 without any."""
+    if targets is None:
+        return logits.sum() * 0
+    if logits.shape[1] == 1:
+        return F.mse_loss(logits[:, 0], targets)
+    if targets.dim() == 1:
+        labelled = targets != UNLABELLED
+        if not bool(labelled.any()):
+            return logits.sum() * 0
+        return F.cross_entropy(logits, targets, ignore_index=UNLABELLED, label_smoothing=label_smoothing)
+    return F.cross_entropy(logits, targets, label_smoothing=label_smoothing)
+
+
+def _divergence(teacher: Tensor, student: Tensor, kind: Divergence) -> Tensor:
+    """Mean cross-entropy or KL divergence of a student's log-probabilities from a teacher's probabilities."""
+    cross = -(teacher * student).sum(-1).mean()
+    return cross if kind == "cross_entropy" else cross + torch.special.xlogy(teacher, teacher).sum(-1).mean()

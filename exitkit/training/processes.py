@@ -1,0 +1,78 @@
+"""One process or several: devices, seeds, and each process's part of the data."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Sized
+from typing import Any, cast
+
+import numpy as np
+import torch
+from accelerate import Accelerator, DataLoaderConfiguration
+from accelerate.state import AcceleratorState
+from accelerate.utils import set_seed
+from torch.utils.data import DataLoader
+
+from exitkit.errors import ExitkitError
+
+
+def make_accelerator(mixed_precision: str) -> Accelerator:
+    """accelerate keeps one precision per process; every fit brings its own, so an earlier one is forgotten first."""
+    if AcceleratorState._shared_state and AcceleratorState().mixed_precision != mixed_precision:
+        AcceleratorState._reset_state()
+    return Accelerator(mixed_precision=mixed_precision, dataloader_config=DataLoaderConfiguration(even_batches=True))
+
+
+def own_part(accelerator: Accelerator, loader: Iterable[Any], name: str) -> Iterable[Any]:
+    """The batches of this process: every n-th of the loader's, so that a step takes n of them.
+
+    Raises:
+        ExitkitError: several processes, and something that cannot be divided among them.
+    """
+    if accelerator.num_processes == 1:
+        return loader
+    if not isinstance(loader, DataLoader):
+        raise ExitkitError(
+            f"{name} is a {type(loader).__name__}; {accelerator.num_processes} processes need a torch DataLoader, whose "
+            "batches can be divided among them"
+        )
+    prepared: Iterable[Any] = accelerator.prepare_data_loader(loader, device_placement=False)
+    return prepared
+
+
+def seed_everything(loader: Iterable[Any], seed: int) -> None:
+    """A seed per epoch instead of stored generator states: initial order, shuffling and augmentation follow from it."""
+    set_seed(seed)
+    inner = getattr(getattr(loader, "batch_sampler", None), "batch_sampler", None)  # of a loader divided by accelerate
+    owners = (loader, getattr(loader, "sampler", None), getattr(loader, "batch_sampler", None))
+    for owner in (*owners, getattr(inner, "sampler", None)):
+        if isinstance(generator := getattr(owner, "generator", None), torch.Generator):
+            generator.manual_seed(seed)
+
+
+def length(loader: Iterable[Any]) -> int | None:
+    """Batches per epoch; None for a loader that cannot know (an iterable data set)."""
+    try:
+        return len(cast("Sized", loader))
+    except TypeError:
+        return None
+
+
+def random_state() -> dict[str, Any]:
+    """Where the random number generators of torch, numpy and Python stand, in values that load without unpickling."""
+    name, keys, *rest = np.random.get_state(legacy=True)
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "numpy": [name, torch.from_numpy(np.asarray(keys).astype(np.int64)), *rest],
+        "python": random.getstate(),
+    }
+
+
+def set_random_state(state: dict[str, Any]) -> None:
+    torch.set_rng_state(state["torch"])
+    if torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(state["cuda"])
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
+    random.setstate(state["python"])
