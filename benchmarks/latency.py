@@ -33,6 +33,7 @@ import numpy as np
 import torch
 from rich.table import Table
 from torch import Tensor, nn
+from torch.export import Dim
 
 import exitkit
 from exitkit.cli.bench import machine
@@ -42,15 +43,15 @@ from exitkit.console import make_console
 from exitkit.files import replacing
 from exitkit.models import cifar_resnet
 from exitkit.models.cifar_resnet import load_weights
-from exitkit.runtime.exported import export_steps
 from exitkit.runtime.flight import Flight
 from exitkit.runtime.optimize import compile_step, load_step
-from exitkit.runtime.stepping import program_of
-from exitkit.surgery.calls import Example, as_call, call_on
+from exitkit.surgery.calls import Example, call_on
+from exitkit.surgery.capture import capture
 from exitkit.surgery.examples import example_for
+from exitkit.surgery.lower import lower
 
 TARGETS = (0.25, 0.5, 0.75, 1.0)
-EXITS, SAMPLES, LENGTH = 4, 256, 128
+EXITS, SAMPLES, LENGTH, ROUNDS = 4, 256, 128, 5
 
 
 def main() -> None:
@@ -121,14 +122,15 @@ def _rows(samples: Any, start: int, stop: int) -> Any:
 
 def _compiled(ee: exitkit.MultiExitModel) -> Callable[[Any], Any]:
     """The backbone alone, compiled as a step is."""
-    alone = copy.copy(ee)
-    alone.specs, alone.classifiers = (), nn.ModuleList()
-    program = program_of(alone, "confidence")
-    with tempfile.TemporaryDirectory() as directory:
+    tensors = ee.example.with_batch(3).tensors
+    lowered = lower(capture(ee.backbone, ee.example.spec.batch(ee.example.tensors)), ())
+    dims = tuple(dict.fromkeys(lowered.dynamic[name], Dim.AUTO) for name in lowered.inputs)
+    with tempfile.TemporaryDirectory() as directory, torch.no_grad():
         path = Path(directory) / "backbone.pt2"
-        compile_step(next(export_steps(program, ee.example.with_batch(3).tensors)), path)
+        exported = torch.export.export(lowered.stages[0].module, tensors, dynamic_shapes=dims, strict=False)
+        compile_step(exported, path)
         run = load_step(path)
-    return lambda batch: run(*program.inputs.checked(*as_call(batch)))
+    return lambda batch: run(*ee.example.spec.tensors(batch))
 
 
 def _earlyon(ee: exitkit.MultiExitModel, thresholds: Sequence[float]) -> Callable[[Any], Any] | None:
@@ -177,53 +179,53 @@ def _row(
     batch: int,
     costs: Sequence[float],
 ) -> dict[str, float | None]:
-    chunks = [_rows(samples, start, start + batch) for start in range(0, min(SAMPLES, max(32, 4 * batch)), batch)]
+    chunks = [_rows(samples, start, start + batch) for start in range(0, min(SAMPLES, max(32, 2 * batch)), batch)]
+    runs: dict[str, Callable[[], Any]] = {
+        "backbone": lambda: [reference(chunk) for chunk in chunks],
+        "engine": lambda: [call_on(engine, chunk) for chunk in chunks],
+        "steps": _steps_alone(engine, chunks),
+        "map": lambda: list(engine.map(chunks, batch)),
+    }
+    if other is not None:
+        runs["earlyon"] = lambda: [other(chunk) for chunk in chunks]
     with torch.inference_mode():
-        full = _seconds(lambda: [reference(chunk) for chunk in chunks])
-        own = _seconds(lambda: [call_on(engine, chunk) for chunk in chunks])
-        mapped = _seconds(lambda: list(engine.map(chunks, batch)))
-        others = None if other is None else _seconds(lambda: [other(chunk) for chunk in chunks])
-        bound = _step_seconds(engine, chunks)
+        seconds = _interleaved(runs)
     exits = torch.cat([call_on(engine, chunk).exit for chunk in chunks])
     macs = float(torch.tensor(costs)[exits].mean())
+    full, own = seconds["backbone"], seconds["engine"]
     return {
         "backbone_ms": 1e3 * full / len(chunks),
         "engine_ms": 1e3 * own / len(chunks),
         "mac_bound": 1 / macs,
-        "time_bound": full / bound,
+        "time_bound": full / seconds["steps"],
         "measured": full / own,
-        "efficiency": bound / own,
-        "map": full / mapped,
-        "earlyon": None if others is None else full / others,
+        "efficiency": seconds["steps"] / own,
+        "map": full / seconds["map"],
+        "earlyon": None if other is None else full / seconds["earlyon"],
     }
 
 
-def _step_seconds(engine: exitkit.Engine, chunks: Sequence[Any]) -> float:
-    """What the steps that ran take alone, at the batches that entered them."""
-    loop, total = engine.loop, 0.0
-    times: dict[tuple[int, int], float] = {}
+def _steps_alone(engine: exitkit.Engine, chunks: Sequence[Any]) -> Callable[[], Any]:
+    """The steps that run on these batches, on what stands before them, without the loop."""
+    loop, runs = engine.loop, []
     for chunk in chunks:
         flight: Flight | None = loop.enter(Example.of(chunk).tensors)
         for index, step in enumerate(loop.program.steps):
-            if flight is None:
-                break
-            key = index, len(flight)
-            if key not in times:
-                values = [flight.values[name] for name in step.inputs]
-                times[key] = _seconds(partial(step.run, *values))
-            total += times[key]
-            flight, _ = loop.advance(flight, index)
-    return total
+            if flight is not None:
+                runs.append(partial(step.run, *(flight.values[name] for name in step.inputs)))
+                flight, _ = loop.advance(flight, index)
+    return lambda: [run() for run in runs]
 
 
-def _seconds(run: Callable[[], Any], repeats: int = 5) -> float:
-    """The median of several runs, after one to warm up."""
-    times = []
-    for _ in range(repeats + 1):
-        started = time.perf_counter()
-        run()
-        times.append(time.perf_counter() - started)
-    return statistics.median(times[1:])
+def _interleaved(runs: dict[str, Callable[[], Any]]) -> dict[str, float]:
+    """Seconds of each, in turn, so that they share whatever else the machine does: medians, after one round to warm up."""
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(ROUNDS + 1):
+        for name, run in runs.items():
+            started = time.perf_counter()
+            run()
+            times[name].append(time.perf_counter() - started)
+    return {name: statistics.median(measured[1:]) for name, measured in times.items()}
 
 
 def _table(rows: Sequence[dict[str, Any]]) -> Table:

@@ -27,6 +27,9 @@ from exitkit.runtime.refill import Refill
 from exitkit.runtime.stepping import program_of
 from exitkit.surgery.calls import as_call
 
+_LARGEST_RECORDED = 256
+"""Batches above run without CUDA graphs."""
+
 
 @dataclass(frozen=True)
 class Engine:
@@ -150,7 +153,8 @@ def compile(
         criterion: ``"confidence"``, ``"entropy"``, ``"nats"``, ``"margin"`` or ``"patience"``, for regression
             ``"tolerance"``; by default the method's.
         optimize: compile every stage together with its exit by AOTInductor, for any batch size; on CPU with BatchNorm
-            folded into convolutions. Takes seconds to minutes; later changes of the model's weights have no effect.
+            folded into convolutions, on CUDA replayed from CUDA graphs, with the decision in one kernel. Takes seconds
+            to minutes; later changes of the model's weights have no effect.
         samples: inputs as they come in use, on which the steps are timed on this device, as one batch. Samples then leave
             a batch only where going on without them is faster, and an exit that costs more than it saves is left out
             where no later one reads it. :meth:`Engine.plan` shows it.
@@ -164,8 +168,19 @@ def compile(
     criterion = checked_criterion(model, criterion)
     thresholds = checked_thresholds(model, threshold)
     program = program_of(model, criterion)
-    loop = Loop(optimized(program, example_of(model)) if optimize else program, thresholds)
+    loop = _optimized(model, program, thresholds) if optimize else Loop(program, thresholds)
     return Engine(loop if samples is None else _planned(model, loop, program, samples))
+
+
+def _optimized(model: MultiExitModel, program: Program, thresholds: tuple[float, ...]) -> Loop:
+    """Compiled steps; on CUDA also recorded, and the decision in one kernel."""
+    compiled = optimized(program, example_of(model))
+    if program.inputs.device.type != "cuda":
+        return Loop(compiled, thresholds)
+    from exitkit.runtime.cuda.graphs import graphed
+    from exitkit.runtime.cuda.kernels import split
+
+    return Loop(graphed(compiled, _LARGEST_RECORDED), thresholds, split=split)
 
 
 def _planned(model: MultiExitModel, loop: Loop, eager: Program, samples: Any) -> Loop:
@@ -182,9 +197,9 @@ def _planned(model: MultiExitModel, loop: Loop, eager: Program, samples: Any) ->
     if not plan.skipped:
         return replace(loop, plan=plan)
     program = program_of(model, eager.criterion, plan.skipped)
-    if loop.program is not eager:
-        program = optimized(program, example_of(model))
-    return replace(loop, program=program, plan=plan)
+    if loop.program is eager:
+        return replace(loop, program=program, plan=plan)
+    return replace(_optimized(model, program, loop.thresholds), plan=plan)
 
 
 def checked_criterion(model: MultiExitModel, criterion: Any) -> Criterion:

@@ -18,13 +18,11 @@ class Flight:
         rows: (B,) int64, the callers' numbers of the samples; −1 for one that has its answer and is carried along.
         values: what later steps read, by name.
         total: (B,) float32, the sum of the scores so far, which is not finite once one of them was not.
-        carries: whether some rows are −1.
     """
 
     rows: Tensor
     values: dict[str, Any]
     total: Tensor
-    carries: bool = False
 
     def __len__(self) -> int:
         return len(self.rows)

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from exitkit.runtime.decision import Split, split
 from exitkit.runtime.flight import Flight
 from exitkit.runtime.plan import Plan
 from exitkit.runtime.program import Program
@@ -48,11 +49,13 @@ class Loop:
         program: what runs.
         thresholds: τ of each exit before the backbone.
         plan: where samples that have their answer leave the batch; everywhere, without one.
+        split: the decision.
     """
 
     program: Program
     thresholds: tuple[float, ...]
     plan: Plan | None = None
+    split: Split = split
 
     def enter(self, tensors: Sequence[Tensor], first: int = 0) -> Flight:
         """A flight of new samples before step 0, numbered from ``first``."""
@@ -71,27 +74,23 @@ class Loop:
         answer, score = made[-2:]
         flight.total = flight.total + score
         if index == len(self.program.steps) - 1:
-            leaves = flight.rows >= 0
+            go, keep = torch.nonzero(flight.rows >= 0).squeeze(1), flight.rows[:0]
         else:
-            leaves = score.double() > self.thresholds[step.exit]
-            leaves = leaves & (flight.rows >= 0) if flight.carries else leaves
-        count = int(leaves.sum())
-        if count == 0:
+            go, keep = self.split(score, flight.rows, self.thresholds[step.exit])
+        if len(go) == 0:
             return flight, []
-        if count == len(flight):
+        if len(go) == len(flight):
             return None, [Departure(flight.rows, step.exit, answer, score, ~flight.total.isfinite())]
-        go = torch.nonzero(leaves).squeeze(1)
         departure = Departure(flight.rows[go], step.exit, answer[go], score[go], ~flight.total[go].isfinite())
-        return self._onward(flight, leaves, index), [departure]
+        return self._onward(flight, keep, index), [departure]
 
-    def _onward(self, flight: Flight, left: Tensor, index: int) -> Flight | None:
-        """The samples under way, those that have left carried along where taking them out does not pay."""
-        stays = ~left & (flight.rows >= 0) if flight.carries else ~left
-        keep = torch.nonzero(stays).squeeze(1)
-        if len(keep) == 0 or index == len(self.program.steps) - 1:
+    def _onward(self, flight: Flight, keep: Tensor, index: int) -> Flight | None:
+        """The samples ``keep``; those that have left are carried along where taking them out does not pay."""
+        if len(keep) == 0:
             return None
         if self.plan is not None and not self.plan.compacts(index + 1, len(flight), len(keep)):
-            flight.rows, flight.carries = torch.where(stays, flight.rows, -1), True
+            rows = torch.full_like(flight.rows, -1)
+            flight.rows = rows.index_copy(0, keep, flight.rows[keep])
             return flight
         return flight.select(keep, self.program.axes)
 
