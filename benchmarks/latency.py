@@ -128,8 +128,7 @@ def _compiled(ee: exitkit.MultiExitModel) -> Callable[[Any], Any]:
     with tempfile.TemporaryDirectory() as directory, torch.no_grad():
         path = Path(directory) / "backbone.pt2"
         exported = torch.export.export(lowered.stages[0].module, tensors, dynamic_shapes=dims, strict=False)
-        compile_step(exported, path)
-        run = load_step(path)
+        run = load_step(path, compile_step(exported, path))
     return lambda batch: run(*ee.example.spec.tensors(batch))
 
 

@@ -23,6 +23,7 @@ from exitkit.packages.onnx_steps import onnx_run, to_onnx
 from exitkit.preprocessing import ImagePreprocessing, Preprocessing, TextPreprocessing
 from exitkit.runtime.engine import checked_criterion, checked_thresholds
 from exitkit.runtime.exported import example_of, export_steps
+from exitkit.runtime.memory_format import is_channels_last
 from exitkit.runtime.optimize import compile_step, load_step
 from exitkit.runtime.program import Description, Program
 from exitkit.runtime.stepping import program_of
@@ -80,9 +81,10 @@ def export(
         write_branches(target, program, description.thresholds, example, manifest)
         return
     steps, runs = [], []
-    for content, run in _converted(kind, program, example):
+    for content, run, formats in _converted(kind, program, example):
         steps.append(content)
         runs.append(run)
+        manifest["steps"][len(steps) - 1]["channels_last"] = formats
     _compare(program, program_of_manifest(manifest, runs, program.inputs.device), example)
     write_archive(target, manifest, steps)
 
@@ -100,25 +102,26 @@ def _kind(path: Path, optimize: bool) -> Kind | None:
 
 def _converted(
     kind: Kind, program: Program, example: Sequence[Tensor]
-) -> Iterator[tuple[bytes, Callable[..., Sequence[Any]]]]:
-    """Every step as the bytes that are written, and as a function that runs what was written."""
-    for exported in export_steps(program, example):
+) -> Iterator[tuple[bytes, Callable[..., Sequence[Any]], list[bool]]]:
+    """Every step as the bytes that are written, as a function that runs them, and in which memory formats it takes values."""
+    for exported in export_steps(program, example, channels_last=kind == "compiled"):
+        formats = [is_channels_last(tensor) for tensor in exported.example_inputs[0]]
         if kind == "torch":
             buffer = io.BytesIO()
             torch.export.save(exported, buffer)
-            yield buffer.getvalue(), exported.module(check_guards=False)
+            yield buffer.getvalue(), exported.module(check_guards=False), formats
         elif kind == "onnx":
             content = to_onnx(exported)
-            yield content, onnx_run(content)
+            yield content, onnx_run(content), formats
         else:
-            yield _compiled(exported)
+            yield *_compiled(exported), formats
 
 
 def _compiled(exported: ExportedProgram) -> tuple[bytes, Callable[..., Sequence[Any]]]:
     with tempfile.TemporaryDirectory(prefix="exitkit-") as directory:
         path = Path(directory) / "step.pt2"
-        compile_step(exported, path)
-        return path.read_bytes(), load_step(path)
+        formats = compile_step(exported, path)
+        return path.read_bytes(), load_step(path, formats)
 
 
 def _compare(program: Program, written: Program, example: Sequence[Tensor]) -> None:

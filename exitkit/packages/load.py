@@ -58,7 +58,10 @@ def load(
     )
     target = _device(manifest, device, str(source))
     try:
-        runs = [_run(manifest["kind"], content, target) for content in contents]
+        runs = [
+            _run(manifest["kind"], content, step["channels_last"], target)
+            for content, step in zip(contents, manifest["steps"], strict=True)
+        ]
     except ExitkitError:
         raise
     except Exception as error:  # torch raises dozens of types on what it does not understand
@@ -97,14 +100,16 @@ def _device(manifest: dict[str, Any], device: str | torch.device | None, path: s
     return chosen
 
 
-def _run(kind: str, content: bytes, device: torch.device) -> Callable[..., Sequence[Any]]:
+def _run(
+    kind: str, content: bytes, channels_last: Sequence[bool], device: torch.device
+) -> Callable[..., Sequence[Any]]:
     if kind == "onnx":
         return onnx_run(content)
     if kind == "compiled":
         with tempfile.TemporaryDirectory(prefix="exitkit-") as directory:
             file = Path(directory) / "step.pt2"
             file.write_bytes(content)
-            return load_step(file)
+            return load_step(file, channels_last)
     exported = torch.export.load(io.BytesIO(content))
     moved = move_to_device_pass(exported, str(device))
     run: Callable[..., Sequence[Any]] = moved.module(check_guards=False)

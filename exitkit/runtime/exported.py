@@ -11,6 +11,7 @@ from torch.export import Dim, ExportedProgram
 
 from exitkit.errors import ExitkitError
 from exitkit.model import MultiExitModel
+from exitkit.runtime.memory_format import in_format, is_channels_last
 from exitkit.runtime.program import Program, Step
 from exitkit.surgery.liveness import constant
 
@@ -23,8 +24,13 @@ def example_of(model: MultiExitModel) -> tuple[Tensor, ...]:
     return model.example.with_batch(_BATCH).tensors
 
 
-def export_steps(program: Program, example: Sequence[Tensor]) -> Iterator[ExportedProgram]:
+def export_steps(
+    program: Program, example: Sequence[Tensor], channels_last: bool = False
+) -> Iterator[ExportedProgram]:
     """Each step of an eager program, exported on what the example makes of it; it takes contiguous tensors.
+
+    With ``channels_last`` images come in that memory format, and a step takes maps in the format that the one before it
+    leaves them in: ``exported.example_inputs`` shows it.
 
     Args:
         program: made by :func:`exitkit.runtime.stepping.program_of`.
@@ -33,7 +39,8 @@ def export_steps(program: Program, example: Sequence[Tensor]) -> Iterator[Export
     Raises:
         ExitkitError: a step that fixes the batch size, or that needs a size the feature does not show.
     """
-    values = dict(zip(program.inputs.names, example, strict=True))
+    start = [in_format(tensor, channels_last and tensor.dim() == 4) for tensor in example]
+    values = dict(zip(program.inputs.names, start, strict=True))
     for step in program.steps:
         taken = [values[name] for name in step.inputs]
         sized = [name for name, value in zip(step.inputs, taken, strict=True) if not isinstance(value, Tensor)]
@@ -42,7 +49,9 @@ def export_steps(program: Program, example: Sequence[Tensor]) -> Iterator[Export
                 f"stage {step.exit} reads the sizes {sized}, which are no tensors: it cannot be exported"
             )
         with torch.no_grad():
-            exported = _export(program, step, tuple(tensor.contiguous() for tensor in taken))
+            exported = _export(
+                program, step, tuple(in_format(tensor, channels_last and is_channels_last(tensor)) for tensor in taken)
+            )
             values.update(zip(step.outputs, step.run(*taken), strict=False))
         yield exported
 

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from exitkit.runtime.memory_format import is_channels_last
+
 
 @dataclass
 class Flight:
@@ -58,6 +60,8 @@ def select(value: Any, keep: Tensor, axis: int | None, batch: int) -> Any:
     if axis is None:
         return value
     if value.shape[axis] == batch:
+        if axis == 0 and is_channels_last(value):  # index_select alone would give another memory format
+            return value.permute(0, 2, 3, 1).index_select(0, keep).permute(0, 3, 1, 2)
         return value.index_select(axis, keep)
     samples = value.unflatten(axis, (batch, -1))
     return samples.index_select(axis, keep).flatten(axis, axis + 1)

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.export import ExportedProgram
 
 from exitkit.runtime.exported import export_steps
+from exitkit.runtime.memory_format import in_format, is_channels_last
 from exitkit.runtime.program import Program
 
 
@@ -20,22 +21,25 @@ def optimized(program: Program, example: Sequence[Tensor]) -> Program:
     """The same program with every step compiled for the device that ``example`` is on; weights become constants."""
     steps = []
     with tempfile.TemporaryDirectory(prefix="exitkit-") as directory:
-        for step, exported in zip(program.steps, export_steps(program, example), strict=True):
+        for step, exported in zip(program.steps, export_steps(program, example, channels_last=True), strict=True):
             path = Path(directory) / f"{step.exit}.pt2"
-            compile_step(exported, path)
-            steps.append(replace(step, run=load_step(path)))
+            steps.append(replace(step, run=load_step(path, compile_step(exported, path))))
     return replace(program, steps=tuple(steps))
 
 
-def compile_step(exported: ExportedProgram, path: Path) -> None:
-    """Write the compiled step. Frozen on CPU: BatchNorm is folded into convolutions, and weights are packed."""
+def compile_step(exported: ExportedProgram, path: Path) -> list[bool]:
+    """Write the compiled step; returns which of its inputs it takes in the memory format channels_last.
+
+    Frozen on CPU: BatchNorm is folded into convolutions, and weights are packed.
+    """
     on_cpu = all(tensor.device.type == "cpu" for tensor in exported.state_dict.values())
     torch._inductor.aoti_compile_and_package(
         exported, package_path=str(path), inductor_configs={"freezing": True} if on_cpu else {}
     )
+    return [is_channels_last(tensor) for tensor in exported.example_inputs[0]]
 
 
-def load_step(path: Path) -> Callable[..., Sequence[Any]]:
-    """The compiled step as a function; it was compiled for contiguous tensors and does not check them itself."""
+def load_step(path: Path, formats: Sequence[bool]) -> Callable[..., Sequence[Any]]:
+    """The compiled step as a function; it was compiled for these memory formats and does not check them itself."""
     runner = torch._inductor.aoti_load_package(str(path))
-    return lambda *tensors: runner(*(tensor.contiguous() for tensor in tensors))
+    return lambda *tensors: runner(*map(in_format, tensors, formats))
