@@ -24,7 +24,7 @@ class SDNPool(nn.Module):
     def forward(self, maps: Tensor) -> Tensor:
         size = pooled_size(maps.shape[-2], maps.shape[-1])
         average = F.adaptive_avg_pool2d(maps, size)
-        return self.gamma * average + (1 - self.gamma) * F.adaptive_max_pool2d(maps, size)
+        return torch.lerp(F.adaptive_max_pool2d(maps, size), average, self.gamma)
 
 
 def pooled_size(height: int, width: int) -> tuple[int, int]:
