@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from inspect import signature
 from os import PathLike
@@ -27,6 +27,7 @@ from exitkit.surgery.taps import tapped
 
 if TYPE_CHECKING:
     from exitkit.evaluation.outputs import ExitOutputs
+    from exitkit.thresholds import Threshold
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,8 @@ class MultiExitModel(nn.Module):
     Attributes:
         exits: name and price of each exit, the backbone's own classifier last.
         new_head: state-dict names of the backbone's last layer, where ``attach`` replaced it; it needs training too.
-        threshold: the τ chosen for these exits, saved and loaded with them; None where none was chosen.
+        threshold: the τ chosen for these exits (one, one for each, or what :func:`exitkit.choose_threshold` returned),
+            saved and loaded with them; None where none was chosen.
     """
 
     def __init__(
@@ -83,7 +85,7 @@ class MultiExitModel(nn.Module):
         self.num_classes = num_classes
         self.example = example
         self.new_head = tuple(new_head)
-        self.threshold: float | None = None
+        self.threshold: Threshold | None = None
         reference = next(parameter for parameter in backbone.parameters() if parameter.is_floating_point())
         self.classifiers.to(reference.device, reference.dtype)
         self.combiners.to(reference.device)  # float32: they add up logarithms
@@ -144,7 +146,7 @@ class MultiExitModel(nn.Module):
         self,
         directory: str | PathLike[str],
         *,
-        threshold: float | None = None,
+        threshold: Threshold | None = None,
         outputs: ExitOutputs | None = None,
     ) -> None:
         """Write what was added, and nothing else of the backbone: safetensors, ``config.json``, a model card (``README.md``).
@@ -153,7 +155,8 @@ class MultiExitModel(nn.Module):
 
         Args:
             directory: made where it does not exist.
-            threshold: the τ chosen for these exits, which comes back as ``threshold``; by default the one there is.
+            threshold: the τ chosen for these exits, or what :func:`exitkit.choose_threshold` returned, whose guarantee is
+                kept with it; comes back as ``threshold``. By default the one there is.
             outputs: what :func:`exitkit.collect` returned for held-out samples with labels; then the card tells accuracies.
 
         Raises:
@@ -195,7 +198,7 @@ class MultiExitModel(nn.Module):
         self,
         repo_id: str,
         *,
-        threshold: float | None = None,
+        threshold: Threshold | None = None,
         outputs: ExitOutputs | None = None,
         private: bool | None = None,
         commit_message: str = "Upload early exits",
@@ -220,6 +223,40 @@ class MultiExitModel(nn.Module):
         from exitkit.saving import push_exits
 
         return push_exits(self, repo_id, threshold, outputs, private, commit_message, token)
+
+    def prune_exits(self, exits: Collection[int]) -> MultiExitModel:
+        """The same model without the exits of these numbers, which then cost nothing; weights are shared.
+
+        Args:
+            exits: such as :func:`exitkit.evaluation.exits_that_do_not_pay` names. The others are counted from 0 again, and
+                a threshold must be chosen anew.
+
+        Raises:
+            ExitkitError: a number that is no exit, all exits, or exits that read one another (cascade, ensemble).
+        """
+        unknown = [m for m in exits if not isinstance(m, int) or not 0 <= m < len(self.classifiers)]
+        kept = [m for m in range(len(self.classifiers)) if m not in exits]
+        if unknown or not kept:
+            raise ExitkitError(
+                f"exits={list(exits)} must be some, not all, of the exits 0 to {len(self.classifiers) - 1}; exitkit.detach "
+                "removes all of them"
+            )
+        if self.method.cascade or self.method.past_future or self.combiners:
+            raise ExitkitError(
+                f"the exits of method={self.method.name!r} read one another, so that none can be taken out; attach again "
+                "with at= naming the others, and train"
+            )
+        return MultiExitModel(
+            self.backbone,
+            [cast("Classifier", self.classifiers[m]) for m in kept],
+            [self.specs[m] for m in kept],
+            self.anatomy,
+            self.method,
+            self.head,
+            self.num_classes,
+            self.example,
+            self.new_head,
+        ).train(self.training)
 
     def __repr__(self) -> str:
         places = ", ".join(f"{exit_.name} {exit_.macs_fraction:.0%}" for exit_ in self.exits)

@@ -110,7 +110,7 @@ def test_the_threshold_comes_back_and_is_kept(tiny_ee: MultiExitModel, tmp_path:
 
 @pytest.mark.parametrize("threshold", [float("nan"), float("inf"), "0.5", True])
 def test_a_threshold_that_is_no_number_writes_nothing(tiny_ee: MultiExitModel, tmp_path: Path, threshold: Any) -> None:
-    with pytest.raises(ExitkitError, match=r"threshold=.* must be a finite number"):
+    with pytest.raises(ExitkitError, match=r"threshold.*(must be finite|is a number)"):
         tiny_ee.save_pretrained(tmp_path / "exits", threshold=threshold)
     assert not (tmp_path / "exits").exists()
 

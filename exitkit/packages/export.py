@@ -15,6 +15,7 @@ from torch.export import ExportedProgram
 
 from exitkit.criteria import Criterion
 from exitkit.errors import ExitkitError
+from exitkit.evaluation.choose import ChosenThreshold
 from exitkit.model import MultiExitModel
 from exitkit.packages.archive import write_archive
 from exitkit.packages.manifest import Kind, program_of_manifest, to_manifest
@@ -27,6 +28,7 @@ from exitkit.runtime.memory_format import is_channels_last
 from exitkit.runtime.optimize import compile_step, load_step
 from exitkit.runtime.program import Description, Program
 from exitkit.runtime.stepping import program_of
+from exitkit.thresholds import Threshold
 
 _TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}
 _COARSE = 5e-2
@@ -36,7 +38,7 @@ _COARSE = 5e-2
 def export(
     model: MultiExitModel,
     path: str | PathLike[str],
-    threshold: float | Sequence[float] | None = None,
+    threshold: Threshold | None = None,
     *,
     criterion: Criterion | None = None,
     optimize: bool = False,
@@ -51,7 +53,7 @@ def export(
         path: its ending says what is written. ``.pt2``: the stages as torch programs, for batches of any size on any
             device. ``.onnx``: one graph for one sample at a time, whose exits are ``If`` branches. ``.onnx.zip``: one ONNX
             graph for each stage, for batches. An older file there is replaced when the new one is complete.
-        threshold: τ, or one τ for each exit; by default the one saved with the model.
+        threshold: as for :func:`exitkit.compile`; a guarantee goes into the package in words.
         criterion: by default the method's.
         optimize: ``.pt2`` only: stages compiled for the device the model is on, which takes minutes, and for this version
             of torch.
@@ -69,11 +71,13 @@ def export(
     kind = _kind(target, optimize)
     criterion = checked_criterion(model, criterion)
     program = program_of(model, criterion)
+    chosen = model.threshold if threshold is None else threshold
     description = Description(
-        checked_thresholds(model, threshold),
+        checked_thresholds(model, threshold, criterion),
         _labels(model, labels),
         _preprocessing(model, preprocessing, tokenizer),
         tuple((exit_.name, exit_.macs_fraction) for exit_ in model.exits),
+        chosen.guarantee if isinstance(chosen, ChosenThreshold) else None,
     )
     manifest = to_manifest(program, description, kind or "onnx")
     example = example_of(model)

@@ -17,15 +17,16 @@ from exitkit.packages.archive import read_archive
 from exitkit.packages.manifest import description_of, program_of_manifest
 from exitkit.packages.onnx_branches import OnnxBranches
 from exitkit.packages.onnx_steps import onnx_run
-from exitkit.runtime.engine import Engine, thresholds_for
+from exitkit.runtime.engine import Engine
 from exitkit.runtime.loop import Loop
 from exitkit.runtime.optimize import load_step
+from exitkit.thresholds import Threshold, numbers
 
 
 def load(
     path: str | PathLike[str],
     *,
-    threshold: float | Sequence[float] | None = None,
+    threshold: Threshold | None = None,
     device: str | torch.device | None = None,
 ) -> Engine | OnnxBranches:
     """What :func:`export` wrote, ready to be called as the model; needs neither its code nor transformers or timm.
@@ -53,9 +54,7 @@ def load(
         return OnnxBranches(_bytes(source), str(source))
     manifest, contents = read_archive(source)
     description = description_of(manifest)
-    thresholds = (
-        description.thresholds if threshold is None else thresholds_for(len(description.thresholds), threshold)
-    )
+    thresholds = description.thresholds if threshold is None else numbers(threshold, len(description.thresholds))
     target = _device(manifest, device, str(source))
     try:
         runs = [

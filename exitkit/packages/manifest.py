@@ -48,6 +48,7 @@ def description_of(manifest: dict[str, Any]) -> Description:
         None if manifest["labels"] is None else tuple(manifest["labels"]),
         preprocessing_from_json(manifest["preprocessing"]),
         tuple((name, share) for name, share in manifest["exits"]),
+        manifest["guarantee"],
     )
 
 

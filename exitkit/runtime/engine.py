@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from numbers import Real
 from typing import Any, get_args
 
 import torch
@@ -15,6 +14,7 @@ from exitkit.batches import split_batch
 from exitkit.console import make_console
 from exitkit.criteria import Criterion
 from exitkit.errors import ExitkitError, unknown_name
+from exitkit.evaluation.monitor import ShiftMonitor
 from exitkit.model import MultiExitModel
 from exitkit.runtime.exported import example_of
 from exitkit.runtime.flight import Flight
@@ -26,6 +26,7 @@ from exitkit.runtime.program import Description, Inputs, Program
 from exitkit.runtime.refill import Refill
 from exitkit.runtime.stepping import program_of
 from exitkit.surgery.calls import as_call
+from exitkit.thresholds import Threshold, check_calibrated, numbers
 
 _LARGEST_RECORDED = 256
 """Batches above run without CUDA graphs."""
@@ -38,19 +39,21 @@ class Engine:
     loop: Loop
     description: Description | None = None
     """Labels, preprocessing and exits, where the engine was loaded from a package."""
+    monitor: ShiftMonitor | None = None
+    """Is told of every answer."""
 
     @property
     def inputs(self) -> Inputs:
         """What it takes."""
         return self.loop.program.inputs
 
-    def at(self, threshold: float | Sequence[float]) -> Engine:
+    def at(self, threshold: Threshold) -> Engine:
         """The same engine with another τ, or one for each exit.
 
         Raises:
             ExitkitError: as for :func:`compile`.
         """
-        return replace(self, loop=replace(self.loop, thresholds=thresholds_for(len(self.thresholds), threshold)))
+        return replace(self, loop=replace(self.loop, thresholds=numbers(threshold, len(self.thresholds))))
 
     @property
     def thresholds(self) -> tuple[float, ...]:
@@ -72,7 +75,7 @@ class Engine:
         """
         tensors = self.loop.program.inputs.checked(args, kwargs)
         with torch.inference_mode():
-            return self._answer(tensors)
+            return self._noted(self._answer(tensors))
 
     def plan(self) -> Plan:
         """Print what was measured where the engine was compiled with ``samples``, and what follows from it.
@@ -133,23 +136,30 @@ class Engine:
             raise ExitkitError(f"batch_size={batch_size!r} must be a whole number greater than 0")
         if not max_wait >= 0:
             raise ExitkitError(f"max_wait={max_wait!r} must be a number of seconds of at least 0")
-        return Refill(replace(self.loop, plan=None), batch_size, max_wait).run(batches)
+        return map(self._noted, Refill(replace(self.loop, plan=None), batch_size, max_wait).run(batches))
+
+    def _noted(self, prediction: Prediction) -> Prediction:
+        if self.monitor is not None:
+            sound = ~prediction.non_finite
+            self.monitor.update(prediction.exit[sound], prediction.score[sound])
+        return prediction
 
 
 def compile(
     model: MultiExitModel,
-    threshold: float | Sequence[float] | None = None,
+    threshold: Threshold | None = None,
     *,
     criterion: Criterion | None = None,
     optimize: bool = False,
     samples: Any = None,
+    monitor: ShiftMonitor | None = None,
 ) -> Engine:
     """An engine that really stops each sample at its exit.
 
     Args:
         model: what :func:`exitkit.attach` returned. Its weights are shared; it runs in eval mode.
-        threshold: τ, or one τ for each exit before the backbone; by default the one saved with the model. A sample leaves
-            at the first exit whose score is strictly above it.
+        threshold: τ, one τ for each exit before the backbone, or what :func:`exitkit.choose_threshold` returned; by default
+            the one saved with the model. A sample leaves at the first exit whose score is strictly above it.
         criterion: ``"confidence"``, ``"entropy"``, ``"nats"``, ``"margin"`` or ``"patience"``, for regression
             ``"tolerance"``; by default the method's.
         optimize: compile every stage together with its exit by AOTInductor, for any batch size; on CPU with BatchNorm
@@ -158,18 +168,19 @@ def compile(
         samples: inputs as they come in use, on which the steps are timed on this device, as one batch. Samples then leave
             a batch only where going on without them is faster, and an exit that costs more than it saves is left out
             where no later one reads it. :meth:`Engine.plan` shows it.
+        monitor: is told of every answer, so that it can say when production is no longer like calibration.
 
     Raises:
         ExitkitError: not a multi-exit model, no threshold, one of the wrong length or that is no number, an unknown
-            criterion, samples that do not fit the model.
+            criterion, samples that do not fit the model, a guarantee for another criterion or precision.
     """
     if not isinstance(model, MultiExitModel):
         raise ExitkitError(f"model is {type(model).__name__}; compile takes what exitkit.attach(model) returns")
     criterion = checked_criterion(model, criterion)
-    thresholds = checked_thresholds(model, threshold)
+    thresholds = checked_thresholds(model, threshold, criterion)
     program = program_of(model, criterion)
     loop = _optimized(model, program, thresholds) if optimize else Loop(program, thresholds)
-    return Engine(loop if samples is None else _planned(model, loop, program, samples))
+    return Engine(loop if samples is None else _planned(model, loop, program, samples), monitor=monitor)
 
 
 def _optimized(model: MultiExitModel, program: Program, thresholds: tuple[float, ...]) -> Loop:
@@ -215,23 +226,13 @@ def checked_criterion(model: MultiExitModel, criterion: Any) -> Criterion:
     return chosen
 
 
-def checked_thresholds(model: MultiExitModel, threshold: Any) -> tuple[float, ...]:
-    """One τ for each exit before the backbone; by default the one saved with the model."""
+def checked_thresholds(model: MultiExitModel, threshold: Threshold | None, criterion: Criterion) -> tuple[float, ...]:
+    """τ of each exit before the backbone; by default the one saved with the model."""
     threshold = model.threshold if threshold is None else threshold
     if threshold is None:
         raise ExitkitError(
             "threshold=None, and none was saved with the model; choose one on held-out samples: "
             "exitkit.collect(ee, loader).curve().at_budget(0.5).threshold"
         )
-    return thresholds_for(len(model.classifiers), threshold)
-
-
-def thresholds_for(exits: int, threshold: Any) -> tuple[float, ...]:
-    """One τ, or a sequence of as many as there are ``exits``, as the latter."""
-    values = [threshold] * exits if isinstance(threshold, Real) else list(threshold)
-    if len(values) != exits:
-        raise ExitkitError(f"threshold has {len(values)} values; give one τ, or one for each of the {exits} exits")
-    for value in values:
-        if not isinstance(value, Real) or isinstance(value, bool) or value != value:
-            raise ExitkitError(f"threshold holds {value!r}; τ is a number")
-    return tuple(float(value) for value in values)
+    check_calibrated(threshold, criterion, str(next(model.classifiers.parameters()).dtype).removeprefix("torch."))
+    return numbers(threshold, len(model.classifiers))

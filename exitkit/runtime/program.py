@@ -109,9 +109,11 @@ class Description:
         labels: a name for each class, or None.
         preprocessing: from images or texts to inputs, or None.
         exits: name and share of the backbone's MACs of each exit, the backbone's own classifier last.
+        guarantee: what the thresholds promise, in words, or None.
     """
 
     thresholds: tuple[float, ...]
     labels: tuple[str, ...] | None
     preprocessing: Preprocessing | None
     exits: tuple[tuple[str, float], ...]
+    guarantee: str | None = None

@@ -13,6 +13,7 @@ from exitkit.errors import ExitkitError
 from exitkit.evaluation.outputs import ExitOutputs
 from exitkit.model import MultiExitModel
 from exitkit.saving.hub import is_name
+from exitkit.thresholds import Threshold, numbers
 
 
 def identity(backbone: nn.Module) -> dict[str, str | None]:
@@ -26,7 +27,7 @@ def identity(backbone: nn.Module) -> dict[str, str | None]:
     }
 
 
-def measured(model: MultiExitModel, outputs: ExitOutputs, threshold: float | None) -> dict[str, Any]:
+def measured(model: MultiExitModel, outputs: ExitOutputs, threshold: Threshold | None) -> dict[str, Any]:
     """What ``outputs`` say of the exits, for JSON: accuracy per exit, the budget table, and what the threshold gives.
 
     Raises:
@@ -47,7 +48,21 @@ def measured(model: MultiExitModel, outputs: ExitOutputs, threshold: float | Non
         "samples": len(outputs.log_probs),
         "accuracy": outputs.accuracy().tolist(),
         "budgets": {name: None if point is None else point._asdict() for name, point in rows.items()},
-        "at_threshold": None if threshold is None else curve.at_threshold(threshold)._asdict(),
+        "at_threshold": None if threshold is None else _at(outputs, threshold, model.method.criterion),
+    }
+
+
+def _at(outputs: ExitOutputs, threshold: Threshold, criterion: str) -> dict[str, Any]:
+    """Accuracy and cost where this threshold is used; for one τ the point of the curve."""
+    taus = numbers(threshold, len(outputs.macs) - 1)
+    if len(set(taus)) == 1:
+        return outputs.curve(criterion).at_threshold(taus[0])._asdict()
+    exits = outputs.exits_at(taus, criterion)
+    right = outputs.correct[range(len(exits)), exits]
+    return {
+        "threshold": list(taus),
+        "accuracy": float(right.double().mean()),
+        "cost": float(outputs.costs[exits].mean()),
     }
 
 
@@ -61,9 +76,8 @@ def card(model: MultiExitModel, config: Mapping[str, Any], source: str) -> str:
         metrics=[metrics["measure"].split()[0].lower()] if metrics else None,
     )
     kind = backbone["class"].rpartition(".")[2]
-    threshold = (
-        "" if config["threshold"] is None else f"\nee.threshold  # {config['threshold']:.6g}, chosen for these exits"
-    )
+    chosen = config["threshold"]
+    threshold = "" if chosen is None else f"\nee.threshold  # {_shown(chosen)}, chosen for these exits"
     return f"""---
 {data.to_yaml()}
 ---
@@ -82,8 +96,16 @@ ee = exitkit.MultiExitModel.from_pretrained(backbone, "{source}"){threshold}
 
 Costs are multiply-accumulates per sample, as a share of the backbone's {model.anatomy.macs:,}.
 
+{chosen["guarantee"] if isinstance(chosen, dict) else ""}
+
 {_exits(model, metrics)}
 {_budgets(metrics) if metrics else ""}"""
+
+
+def _shown(threshold: Any) -> str:
+    """τ as saved, in a few digits."""
+    taus = threshold["threshold"] if isinstance(threshold, dict) else threshold
+    return ", ".join(f"{tau:.6g}" for tau in taus) if isinstance(taus, list | tuple) else f"{taus:.6g}"
 
 
 def _new_head(model: MultiExitModel) -> str:
@@ -105,7 +127,7 @@ def _exits(model: MultiExitModel, metrics: Mapping[str, Any] | None) -> str:
 def _budgets(metrics: Mapping[str, Any]) -> str:
     chosen = {"τ as chosen": metrics["at_threshold"]} if metrics["at_threshold"] else {}
     rows = [
-        [name, f"{point['accuracy']:.2%}", f"{point['cost']:.1%}", f"{point['threshold']:.6g}"]
+        [name, f"{point['accuracy']:.2%}", f"{point['cost']:.1%}", _shown(point["threshold"])]
         if point
         else [name, "-", "-", "-"]
         for name, point in {**chosen, **metrics["budgets"]}.items()

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 from fnmatch import fnmatchcase
-from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +19,7 @@ from exitkit.model import MultiExitModel
 from exitkit.saving.card import identity, measured
 from exitkit.surgery.calls import Example
 from exitkit.surgery.examples import example_for
+from exitkit.thresholds import Threshold, fits_json, to_json
 from exitkit.versions import versions
 
 CONFIG = "config.json"
@@ -32,13 +31,14 @@ _FORMAT = f"{_FAMILY}3"
 _REMEDY = "Give what save_pretrained or push_to_hub wrote"
 
 
-def configuration(model: MultiExitModel, threshold: float | None, outputs: ExitOutputs | None) -> dict[str, Any]:
+def configuration(model: MultiExitModel, threshold: Threshold | None, outputs: ExitOutputs | None) -> dict[str, Any]:
     """What is saved of ``model`` beside its weights, for JSON; ``"weights"``, the name of their file, comes with them.
 
     Raises:
         ExitkitError: a threshold that is no finite number, outputs without labels or of another model.
     """
-    chosen = _finite(model.threshold if threshold is None else threshold)
+    chosen = model.threshold if threshold is None else threshold
+    kept = to_json(chosen, len(model.classifiers))
     return {
         "format": _FORMAT,
         "versions": versions(),
@@ -47,7 +47,7 @@ def configuration(model: MultiExitModel, threshold: float | None, outputs: ExitO
         "method": asdict(model.method),
         "head": model.head,
         "dtype": str(next(model.classifiers.parameters()).dtype).removeprefix("torch."),
-        "threshold": chosen,
+        "threshold": kept,
         "metrics": None if outputs is None else measured(model, outputs, chosen),
         "inputs": _described(model.example),
         "blocks": block_lines(model.anatomy.blocks),
@@ -143,14 +143,6 @@ def _made_up(key: str, value: Any, backbone: nn.Module) -> Any:
     return torch.full(shape, int("mask" in key), dtype=getattr(torch, value["dtype"]))
 
 
-def _finite(threshold: float | None) -> float | None:
-    if threshold is None:
-        return None
-    if isinstance(threshold, bool) or not isinstance(threshold, Real) or not math.isfinite(threshold):
-        raise ExitkitError(f"threshold={threshold!r} must be a finite number: the τ above which a sample leaves")
-    return float(threshold)
-
-
 def _texts(values: Iterable[Any]) -> bool:
     return all(isinstance(value, str) for value in values)
 
@@ -173,7 +165,7 @@ _FIELDS: dict[str, Callable[[Any], bool]] = {
     "method": lambda value: isinstance(value, dict),
     "head": lambda value: isinstance(value, str),
     "dtype": _is_dtype,
-    "threshold": lambda value: value is None or (isinstance(value, int | float) and math.isfinite(value)),
+    "threshold": fits_json,
     "inputs": lambda value: (
         value is None
         or (isinstance(value, list) and all(map(_is_input, value)))

@@ -39,12 +39,15 @@ from exitkit.saving.configuration import (
     without,
 )
 from exitkit.surgery.classifier import unchanged_on_error
+from exitkit.thresholds import Threshold, from_json
 
 CARD = "README.md"
 Source = str | os.PathLike[str]
 
 
-def save_exits(model: MultiExitModel, directory: Source, threshold: float | None, outputs: ExitOutputs | None) -> None:
+def save_exits(
+    model: MultiExitModel, directory: Source, threshold: Threshold | None, outputs: ExitOutputs | None
+) -> None:
     """See :meth:`exitkit.MultiExitModel.save_pretrained`."""
     folder = Path(directory)
     if folder.exists() and not folder.is_dir():
@@ -55,7 +58,7 @@ def save_exits(model: MultiExitModel, directory: Source, threshold: float | None
 def push_exits(
     model: MultiExitModel,
     repo_id: str,
-    threshold: float | None,
+    threshold: Threshold | None,
     outputs: ExitOutputs | None,
     private: bool | None,
     commit_message: str,
@@ -86,7 +89,7 @@ def load_exits(
         model = _attached(backbone, inputs, config, source)
         _compare(config["blocks"], block_lines(model.anatomy.blocks), source, backbone)
         _fill(model, weights, getattr(torch, config["dtype"]), folder / config["weights"])
-    model.threshold = config["threshold"]
+    model.threshold = from_json(config["threshold"])
     return model
 
 

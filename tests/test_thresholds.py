@@ -1,0 +1,114 @@
+"""A threshold chosen with a guarantee goes with the exits: saved, loaded, run, exported; and exits are taken out."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import exitkit
+from exitkit import ExitkitError
+from exitkit.evaluation import ChosenThreshold, ExitOutputs, ShiftMonitor
+from tests.toy import TinyNet, images, noisy
+
+
+@pytest.fixture(scope="module")
+def ee() -> exitkit.MultiExitModel:
+    torch.manual_seed(0)
+    return noisy(exitkit.attach(TinyNet().eval(), images(), method="sdn"))
+
+
+@pytest.fixture(scope="module")
+def outputs(ee: exitkit.MultiExitModel) -> ExitOutputs:
+    return exitkit.collect(ee, [images(600)])
+
+
+@pytest.fixture(scope="module")
+def chosen(outputs: ExitOutputs) -> ChosenThreshold:
+    return exitkit.choose_threshold(outputs, max_drop=0.4, risk="disagreement")
+
+
+def test_a_guarantee_goes_with_the_exits(
+    ee: exitkit.MultiExitModel, outputs: ExitOutputs, chosen: ChosenThreshold, tmp_path: Path
+) -> None:
+    labelled = outputs.against_backbone()
+    ee.save_pretrained(tmp_path, threshold=chosen, outputs=labelled)
+    again = exitkit.MultiExitModel.from_pretrained(ee.backbone, tmp_path, images())
+    assert again.threshold == chosen
+    card = (tmp_path / "README.md").read_text()
+    assert chosen.guarantee in card
+    engine = exitkit.compile(again)
+    assert set(engine.thresholds) == {chosen.threshold}
+    assert engine(images(600)).exit.tolist() == outputs.exits_at(chosen.threshold).tolist()
+    exitkit.export(again, tmp_path / "model.pt2")
+    loaded = exitkit.load(tmp_path / "model.pt2")
+    assert loaded.description is not None
+    assert loaded.description.guarantee == chosen.guarantee
+
+
+def test_thresholds_per_exit_come_back(ee: exitkit.MultiExitModel, outputs: ExitOutputs, tmp_path: Path) -> None:
+    labelled = outputs.against_backbone()
+    ee.save_pretrained(tmp_path, threshold=(0.5, 0.9, 0.7), outputs=labelled)
+    again = exitkit.MultiExitModel.from_pretrained(ee.backbone, tmp_path, images())
+    assert again.threshold == (0.5, 0.9, 0.7)
+    exits = labelled.exits_at((0.5, 0.9, 0.7))
+    accuracy = labelled.correct[range(600), exits].double().mean()
+    assert (
+        f"| τ as chosen | {accuracy:.2%} | {labelled.costs[exits].mean():.1%} | 0.5, 0.9, 0.7 |"
+        in (tmp_path / "README.md").read_text()
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "arguments", "message"),
+    [
+        ({}, {"criterion": "margin"}, r"chosen with criterion 'confidence', but the engine uses 'margin'"),
+        ({"dtype": "bfloat16"}, {}, r"chosen with dtype 'bfloat16', but the engine uses 'float32'"),
+    ],
+)
+def test_a_guarantee_for_something_else_is_refused(
+    ee: exitkit.MultiExitModel, chosen: ChosenThreshold, changes: Any, arguments: Any, message: str
+) -> None:
+    with pytest.raises(ExitkitError, match=message):
+        exitkit.compile(ee, replace(chosen, **changes), **arguments)
+
+
+def test_the_engine_tells_its_monitor(ee: exitkit.MultiExitModel, outputs: ExitOutputs) -> None:
+    monitor = ShiftMonitor(outputs, 0.8, window=40)
+    engine = exitkit.compile(ee, 0.8, monitor=monitor)
+    engine(images(600)[:40])
+    assert monitor.report().samples == 40
+    assert not monitor.alarm
+    list(engine.map([images(600)[40:50], images(8) * float("nan")]))
+    assert monitor.report().samples == 50  # a score that is no number says nothing
+    for _ in range(10):
+        engine(images(100) * 40 + 30)
+    assert engine.monitor is monitor
+    assert monitor.alarm
+
+
+def test_without_an_exit_the_others_stay_as_they_are(ee: exitkit.MultiExitModel) -> None:
+    pruned = ee.prune_exits([1])
+    with torch.no_grad():
+        before, after = ee(images(4)).logits, pruned(images(4)).logits
+    assert all(torch.equal(before[m], logits) for m, logits in zip((0, 2, 3), after, strict=True))
+    head = ee.exits[1].macs - ee.boundaries[1].macs - (ee.exits[0].macs - ee.boundaries[0].macs)
+    assert [exit_.macs for exit_ in pruned.exits] == [
+        ee.exits[0].macs, ee.exits[2].macs - head, ee.exits[3].macs - head
+    ]  # fmt: skip
+    assert len(exitkit.compile(pruned, 0.5)(images(4)).exit) == 4
+
+
+@pytest.mark.parametrize("exits", [[0, 1, 2], [3], [-1], ["blocks.0"]])
+def test_exits_that_cannot_be_taken_out(ee: exitkit.MultiExitModel, exits: Any) -> None:
+    with pytest.raises(ExitkitError, match=r"must be some, not all, of the exits 0 to 2"):
+        ee.prune_exits(exits)
+
+
+def test_exits_that_read_one_another_stay() -> None:
+    ee = exitkit.attach(TinyNet().eval(), images(), method="ztw")
+    with pytest.raises(ExitkitError, match=r"read one another.*at= naming the others"):
+        ee.prune_exits([1])
