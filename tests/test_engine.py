@@ -341,3 +341,31 @@ def test_regression_leaves_after_small_changes_in_a_row() -> None:
         torch.testing.assert_close(prediction.logits[row, 0], outputs.predictions[row, exit_], rtol=1e-5, atol=1e-5)
     with pytest.raises(ExitkitError, match=r"criterion='margin' is not for this model: 'tolerance' is for regression"):
         exitkit.compile(ee, 0.5, criterion="margin")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(dtype: torch.dtype) -> None:
+    """Exits follow the backbone's precision; the same samples leave, but where rounding moves a score past τ."""
+    torch.manual_seed(0)
+    ee, x = noisy(exitkit.attach(TinyNet().eval(), images(), method="ztw")), images(64)
+    scores = exitkit.collect(ee, [x]).scores()[:, :-1]
+    thresholds = scores.quantile(0.6, dim=0)
+    expected = exitkit.compile(ee, thresholds.tolist())(x)
+    got = exitkit.compile(ee.to(dtype), thresholds.tolist())(x.to(dtype))
+    same = got.exit == expected.exit
+    assert same.float().mean() > 0.9
+    assert len(set(expected.exit.tolist())) > 2
+    gap = got.logits[same].softmax(-1).float() - expected.logits[same].softmax(-1)
+    assert gap.abs().max() < 0.1
+
+
+def test_channels_last() -> None:
+    torch.manual_seed(0)
+    ee, x = noisy(exitkit.attach(TinyNet().eval(), images(), method="ztw")), images(64)
+    thresholds = exitkit.collect(ee, [x]).scores()[:, :-1].quantile(0.6, dim=0).tolist()
+    expected = exitkit.compile(ee, thresholds)(x)
+    got = exitkit.compile(ee.to(memory_format=torch.channels_last), thresholds)(
+        x.to(memory_format=torch.channels_last)
+    )
+    assert torch.equal(got.exit, expected.exit)
+    torch.testing.assert_close(got.logits, expected.logits, rtol=1e-4, atol=1e-5)
