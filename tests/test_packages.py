@@ -228,3 +228,11 @@ def test_a_single_graph_has_its_thresholds_fixed(models: dict[str, exitkit.Multi
     (tmp_path / "cut.onnx").write_bytes((tmp_path / "model.onnx").read_bytes()[:100])
     with pytest.raises(ExitkitError, match=r"does not run this model"):
         exitkit.load(tmp_path / "cut.onnx")
+
+
+def test_bfloat16_is_not_for_onnx(tmp_path: Path) -> None:
+    ee = exitkit.attach(TinyNet().eval(), images(), every=2, method="sdn").bfloat16()
+    with pytest.raises(ExitkitError, match=r"does not run bfloat16.*float32"):
+        exitkit.export(ee, tmp_path / "model.onnx.zip", 0.5)
+    exitkit.export(ee, tmp_path / "model.pt2", 0.5)
+    assert exitkit.load(tmp_path / "model.pt2")(images(3).bfloat16()).logits.dtype == torch.bfloat16

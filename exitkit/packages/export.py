@@ -137,7 +137,7 @@ def _compare(program: Program, written: Program, example: Sequence[Tensor]) -> N
             expected, got = ours.run(*taken), theirs.run(*taken)
         for one, other in zip(expected, got, strict=True):
             allowed = _TOLERANCE.get(one.dtype, _COARSE) * max(1.0, float(one.float().abs().max()))
-            gap = float((one.float() - other.float()).abs().max())
+            gap = float((one.float() - other.to(one.device).float()).abs().max())
             if not gap <= allowed:
                 raise ExitkitError(
                     f"stage {ours.exit} gives other values when exported (off by {gap:.1e}, {allowed:.1e} is allowed), so "

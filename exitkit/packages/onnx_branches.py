@@ -79,7 +79,7 @@ def write_branches(
         with torch.no_grad():
             answer, exit_, score = module(*sample)
         got = written._one(sample)
-        off = float((answer.float() - got.logits).abs().max())
+        off = float((answer.cpu().float() - got.logits).abs().max())
         near = any(abs(float(score) - threshold) < 1e-4 for threshold in thresholds)
         if not near and (int(exit_) != int(got.exit) or off > 1e-3 * max(1.0, float(answer.abs().max()))):
             raise ExitkitError(
@@ -121,7 +121,7 @@ class OnnxBranches:
 
     def _one(self, tensors: Sequence[Tensor]) -> Prediction:
         names = [entry.name for entry in self.session.get_inputs()]
-        feeds = {name: tensor.contiguous().numpy() for name, tensor in zip(names, tensors, strict=True)}
+        feeds = {name: tensor.contiguous().cpu().numpy() for name, tensor in zip(names, tensors, strict=True)}
         logits, exit_, score = (torch.from_numpy(array) for array in self.session.run(None, feeds))
         return Prediction(logits, exit_, score, ~score.isfinite())
 

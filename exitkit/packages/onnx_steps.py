@@ -28,6 +28,10 @@ def to_onnx(exported: ExportedProgram) -> bytes:
         import onnxscript  # noqa: F401
     except ImportError as error:
         raise ExitkitError(f"writing ONNX needs onnx and onnxscript: pip install 'exitkit[onnx]' ({error})") from error
+    if any(tensor.dtype == torch.bfloat16 for tensor in exported.state_dict.values()):
+        raise ExitkitError(
+            "onnxruntime does not run bfloat16 on CPU; export in float32 or float16: ee.float(), or a .pt2"
+        )
     disabled = logging.root.manager.disable
     logging.disable(logging.CRITICAL)  # the exporter reports every pass
     try:
@@ -76,7 +80,7 @@ def onnx_run(content: bytes) -> Callable[..., Sequence[Tensor]]:
     names = [entry.name for entry in runner.get_inputs()]
 
     def run(*tensors: Tensor) -> list[Tensor]:
-        feeds = {name: np.ascontiguousarray(tensor.numpy()) for name, tensor in zip(names, tensors, strict=True)}
+        feeds = {name: np.ascontiguousarray(tensor.cpu().numpy()) for name, tensor in zip(names, tensors, strict=True)}
         return [torch.from_numpy(array) for array in runner.run(None, feeds)]
 
     return run
