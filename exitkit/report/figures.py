@@ -13,6 +13,7 @@ from typing import Any, Literal, NamedTuple
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 
 from exitkit.evaluation import ExitOutputs, calibration_error, reliability
@@ -95,7 +96,9 @@ def draw_reliability(outputs: ExitOutputs, beside: Path, name: str) -> Drawn:
     figure, cells = _grid(exits)
     for exit_, axes in enumerate(cells):
         _diagonal(axes, f"{exit_name(exit_, exits)}: ECE {errors[exit_]:.1%}")
-        axes.bar((np.arange(bins) + 0.5) / bins, np.nan_to_num(found.accuracy[exit_]), 0.9 / bins, color="C0")
+        strength = 0.2 + 0.8 * found.share[exit_] / found.share[exit_].max()
+        colours = [to_rgba("C0", alpha) for alpha in strength]  # pale where a bar stands for few samples
+        axes.bar((np.arange(bins) + 0.5) / bins, np.nan_to_num(found.accuracy[exit_]), 0.9 / bins, color=colours)
         axes.plot(found.confidence[exit_], found.accuracy[exit_], "o", color="C1", markersize=3)
     rows = (
         (exit_, bin_, found.confidence[exit_, bin_], found.accuracy[exit_, bin_], found.share[exit_, bin_])
@@ -111,7 +114,7 @@ def still_exits(points: Points, beside: Path, name: str) -> None:
     """PNG and CSV of where samples leave; the PNG is at the starting threshold."""
     shares = points.exits / points.exits.sum(1, keepdims=True)
     figure = new_figure(_WIDTH, _HEIGHT)
-    axes = labelled(figure.add_subplot(), "exit", f"samples, τ = {points.curve.thresholds[points.start]:.4g}")
+    axes = labelled(figure.add_subplot(), "exit", f"share of the samples, τ = {points.curve.thresholds[points.start]:.4g}")
     axes.bar([exit_name(exit_, shares.shape[1]) for exit_ in range(shares.shape[1])], shares[points.start])
     axes.tick_params(axis="x", labelrotation=30)
     heading = ["threshold", *(exit_name(exit_, shares.shape[1]) for exit_ in range(shares.shape[1]))]
@@ -170,7 +173,7 @@ def _grid(count: int) -> tuple[Figure, list[Axes]]:
 
 def _diagonal(axes: Axes, title: str) -> None:
     labelled(axes, "", "").set_title(title, fontsize="small")
-    axes.plot([0, 1], [0, 1], color="#666666", linestyle="--", linewidth=1)
+    axes.plot([0, 1], [0, 1], color="#666666", linestyle="--", linewidth=1, zorder=3)
     axes.set(xlim=(0, 1), ylim=(0, 1))
 
 
