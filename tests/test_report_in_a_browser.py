@@ -71,8 +71,8 @@ def shown(page: Any, name: str) -> float:
 def test_numbers_follow_the_slider_and_are_those_of_the_curve(
     page: Any, outputs: dict[str, ExitOutputs], name: str
 ) -> None:
-    page.get_by_label("Method").select_option(name)
-    slider, one = page.get_by_label("Threshold τ"), outputs[name]
+    page.get_by_role("combobox", name="Method").select_option(name)
+    slider, one = page.get_by_role("slider", name="Threshold τ"), outputs[name]
     last = int(slider.get_attribute("max"))
     for place in sorted({0, 1, last // 3, last // 2, last}):
         slider.fill(str(place))
@@ -94,12 +94,12 @@ def test_numbers_follow_the_slider_and_are_those_of_the_curve(
 
 
 def test_cursor_lies_on_the_curve(page: Any) -> None:
-    page.get_by_label("Method").select_option("sdn")
+    page.get_by_role("combobox", name="Method").select_option("sdn")
     paths = page.locator("svg [id^=curve-line2d] > path").evaluate_all("all => all.map(p => p.getAttribute('d'))")
     corners = np.array([pair for path in paths for pair in re.findall(r"[ML] (\S+) (\S+)", path)], float)
     seen = []
     for place in (0, 40, 80, 120):
-        page.get_by_label("Threshold τ").fill(str(place))
+        page.get_by_role("slider", name="Threshold τ").fill(str(place))
         x, y = (float(page.locator("#curve-cursor use").get_attribute(axis)) for axis in "xy")
         assert np.hypot(*(corners - [x, y]).T).min() < 0.6
         seen.append(x)
@@ -112,13 +112,13 @@ def test_slider_starts_at_the_chosen_threshold_and_moves_by_keyboard(
 ) -> None:
     chosen = calibrated(outputs["sdn"], None, 0.5, 0, max_drop=0.05).chosen
     assert isinstance(chosen.threshold, float)
-    page.get_by_label("Method").select_option("sdn")
+    page.get_by_role("combobox", name="Method").select_option("sdn")
     assert (
         page.locator("#accuracy").inner_text()
         == f"{outputs['sdn'].curve().at_threshold(chosen.threshold).accuracy:.2%}"
     )
     assert chosen.guarantee in page.inner_text("main")
-    slider = page.get_by_label("Threshold τ")
+    slider = page.get_by_role("slider", name="Threshold τ")
     before = int(slider.input_value())
     slider.focus()
     page.keyboard.press("ArrowRight")
@@ -129,8 +129,8 @@ def test_slider_starts_at_the_chosen_threshold_and_moves_by_keyboard(
 
 
 def test_gallery_sorts_its_samples_by_the_threshold(page: Any) -> None:
-    page.get_by_label("Method").select_option("sdn")
-    slider = page.get_by_label("Threshold τ")
+    page.get_by_role("combobox", name="Method").select_option("sdn")
+    slider = page.get_by_role("slider", name="Threshold τ")
     slider.fill(slider.get_attribute("max"))
     assert page.locator("#early img, #wrong img").count() == 0
     assert page.locator("#late img").count() == 12

@@ -21,6 +21,7 @@ from exitkit.files import replacing
 from exitkit.methods import Method
 from exitkit.model import MultiExitModel
 from exitkit.report import Stage, stages_of, write_samples
+from exitkit.report.run import THRESHOLDS
 from exitkit.surgery.calls import Example
 from exitkit.training import Trainer
 
@@ -122,6 +123,7 @@ def write_results(
         "about": {**about, **machine()},
         "methods": {name: _summary(outputs, stages[name]) for name, outputs in results.items()},
     }
+    (directory / THRESHOLDS).unlink(missing_ok=True)  # chosen on the outputs before these
     write_samples(directory, dataset, results)
     with replacing(directory / "results.json") as temporary:
         temporary.write_text(json.dumps(summary, indent=2))

@@ -26,7 +26,7 @@ from exitkit.report.samples import Sample, read_samples
 from exitkit.report.stages import Stage
 
 _OUTPUTS, _CALIBRATION, _SUFFIX = "outputs-", "calibration-", ".safetensors"
-_RESULTS, _THRESHOLDS = "results.json", "thresholds.json"
+_RESULTS, THRESHOLDS = "results.json", "thresholds.json"
 
 
 @dataclass(frozen=True)
@@ -141,7 +141,7 @@ def calibration_outputs(directory: str | Path, name: str) -> ExitOutputs | None:
 
 def write_thresholds(directory: str | Path, chosen: dict[str, Calibrated]) -> Path:
     """Put thresholds into a run's ``thresholds.json``; those of other methods stay."""
-    path = Path(directory) / _THRESHOLDS
+    path = Path(directory) / THRESHOLDS
     merged = _read_thresholds(path.parent) | chosen
     document = {name: one.to_dict() for name, one in merged.items()}
     with replacing(path) as temporary:
@@ -181,8 +181,8 @@ def _name(path: Path) -> str:
 
 
 def _read_thresholds(directory: Path) -> dict[str, Calibrated]:
-    with _reading(directory / _THRESHOLDS):
-        return {name: Calibrated.from_dict(one) for name, one in _json(directory / _THRESHOLDS).items()}
+    with _reading(directory / THRESHOLDS):
+        return {name: Calibrated.from_dict(one) for name, one in _json(directory / THRESHOLDS).items()}
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -69,7 +69,9 @@ def write_samples(directory: str | Path, dataset: Any, outputs: Mapping[str, Exi
     names = _class_names(dataset)
     shown = [_shown(dataset[row][0], row) for row in rows]
     samples = [sample for sample in shown if sample is not None]
-    if samples:
+    if not samples:
+        (Path(directory) / FILE).unlink(missing_ok=True)  # of a run before this one
+    else:
         document = {"classes": names, "samples": [asdict(sample) for sample in samples]}
         with replacing(Path(directory) / FILE) as temporary:
             temporary.write_text(json.dumps(document, ensure_ascii=False), encoding="utf-8")
