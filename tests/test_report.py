@@ -90,8 +90,11 @@ def test_thinned_points_keep_ends_best_budgets_and_the_chosen_threshold() -> Non
     assert len(curve.cost) > 4_000
     assert len(shown) < 60
     assert {tuple(point) for point in wanted} <= shown
-    assert points.curve.cost[points.start] == curve.at_threshold(0.7).cost
-    assert points.curve.accuracy[points.start] == curve.at_threshold(0.7).accuracy
+    start = points.start
+    assert (0.7, points.curve.accuracy[start], points.curve.cost[start]) == curve.at_threshold(0.7)
+    assert (np.diff(points.curve.thresholds) > 0).all()
+    for place in (start - 1, start, start + 1):
+        assert points.exits[place].tolist() == np.bincount(outputs.exits_at(points.curve.thresholds[place])).tolist()
 
 
 def test_report_is_one_page_with_figures_beside_it(tmp_path: Path) -> None:

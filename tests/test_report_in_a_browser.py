@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from torch.utils.data import TensorDataset
 
 from exitkit import ExitOutputs
@@ -43,8 +44,6 @@ def outputs() -> dict[str, ExitOutputs]:
 def report(tmp_path_factory: pytest.TempPathFactory, outputs: dict[str, ExitOutputs]) -> Path:
     directory = run_of(tmp_path_factory.mktemp("run"), **outputs)
     colours = np.random.default_rng(0).random((600, 3, 8, 8), dtype=np.float32)
-    import torch
-
     write_samples(directory, TensorDataset(torch.from_numpy(colours)), outputs)
     write_thresholds(directory, {"sdn": calibrated(outputs["sdn"], None, 0.5, 0, max_drop=0.05)})
     return write_report([directory])
@@ -139,6 +138,23 @@ def test_gallery_sorts_its_samples_by_the_threshold(page: Any) -> None:
     assert "right" in page.locator("#early figcaption").first.inner_text()
     assert "wrong, it is" in page.locator("#wrong figcaption").first.inner_text()
     assert page.locator("#wrong img").first.evaluate("image => image.naturalWidth") == 8
+
+
+def test_texts_are_quoted_and_many_classes_are_a_list_of_mistakes(browser: Any, tmp_path: Path) -> None:
+    outputs = made(600, classes=20)
+    write_samples(tmp_path, [(f"<i>film</i> {row}", 0) for row in range(600)], {"sdn": outputs})
+    page = browser.new_page()
+    page.goto(write_report([run_of(tmp_path, sdn=outputs)]).as_uri())
+    quoted = page.locator("blockquote").first.inner_text()
+    assert re.fullmatch(r"<i>film</i> \d+", quoted)
+    tau = outputs.curve().at_budget(0.5).threshold
+    answers = outputs.answers.numpy()[np.arange(600), outputs.exits_at(tau)]
+    rows = [[int(cell) for cell in row.split()] for row in page.locator("#confusion tbody tr").all_inner_texts()]
+    assert outputs.labels is not None
+    labels = outputs.labels.numpy()
+    assert len(rows) == 12
+    assert all(((labels == label) & (answers == answer)).sum() == count for label, answer, count in rows)
+    page.close()
 
 
 def test_everything_has_a_name_for_those_who_do_not_see_it(page: Any) -> None:

@@ -9,6 +9,7 @@ from typing import Protocol
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 from exitkit.errors import ExitkitError
@@ -63,6 +64,7 @@ def hindsight_figure(improvability: Mapping[str, Array]) -> Figure:
     for name, values in improvability.items():
         axes.plot(range(len(values)), values, marker="o", markersize=3, label=name)
     axes.set_ylim(0, 1)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend(frameon=False)
     return figure
 

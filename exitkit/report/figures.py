@@ -96,7 +96,7 @@ def draw_reliability(outputs: ExitOutputs, beside: Path, name: str) -> Drawn:
     figure, cells = _grid(exits)
     for exit_, axes in enumerate(cells):
         _diagonal(axes, f"{exit_name(exit_, exits)}: ECE {errors[exit_]:.1%}")
-        strength = 0.2 + 0.8 * found.share[exit_] / found.share[exit_].max()
+        strength = 0.2 + 0.8 * (found.share[exit_] / found.share[exit_].max())
         colours = [to_rgba("C0", alpha) for alpha in strength]  # pale where a bar stands for few samples
         axes.bar((np.arange(bins) + 0.5) / bins, np.nan_to_num(found.accuracy[exit_]), 0.9 / bins, color=colours)
         axes.plot(found.confidence[exit_], found.accuracy[exit_], "o", color="C1", markersize=3)
@@ -114,7 +114,9 @@ def still_exits(points: Points, beside: Path, name: str) -> None:
     """PNG and CSV of where samples leave; the PNG is at the starting threshold."""
     shares = points.exits / points.exits.sum(1, keepdims=True)
     figure = new_figure(_WIDTH, _HEIGHT)
-    axes = labelled(figure.add_subplot(), "exit", f"share of the samples, τ = {points.curve.thresholds[points.start]:.4g}")
+    axes = labelled(
+        figure.add_subplot(), "exit", f"share of the samples, τ = {points.curve.thresholds[points.start]:.4g}"
+    )
     axes.bar([exit_name(exit_, shares.shape[1]) for exit_ in range(shares.shape[1])], shares[points.start])
     axes.tick_params(axis="x", labelrotation=30)
     heading = ["threshold", *(exit_name(exit_, shares.shape[1]) for exit_ in range(shares.shape[1]))]

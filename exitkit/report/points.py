@@ -25,7 +25,7 @@ class Points:
     """A method at K thresholds of its exact curve, in ascending order.
 
     Attributes:
-        curve: at these thresholds alone.
+        curve: at these thresholds alone; where it starts at a chosen τ, that is the threshold shown.
         exits: (K, M+1) how many samples leave at each exit.
         right: (K,) how many are answered correctly.
         confusion: per threshold, for up to 12 classes the counts of (label, answer), row by row; for more, the 12 most
@@ -58,6 +58,9 @@ def points_of(outputs: ExitOutputs, chosen: float | None = None, most: int = POI
     exits = np.stack([(passes <= place).sum(1) for place in range(len(kept))])
     answers = outputs.answers.numpy()
     given = answers[np.arange(len(outputs)), exits]
+    start = _start(curve, chosen)
+    if chosen is not None:
+        curve.thresholds[start] = chosen  # nothing changes between it and the point's own
     assert outputs.labels is not None
     labels, classes = outputs.labels.numpy(), outputs.log_probs.shape[2]
     return Points(
@@ -66,7 +69,7 @@ def points_of(outputs: ExitOutputs, chosen: float | None = None, most: int = POI
         (given == labels).sum(1),
         _matrices(labels, given, classes) if classes <= MATRIX else [_mistakes(labels, row, classes) for row in given],
         passes,
-        _start(curve, chosen),
+        start,
     )
 
 
