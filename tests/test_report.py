@@ -209,6 +209,9 @@ def test_all_samples_may_choose_and_other_samples_may_be_given() -> None:
     assert one.chosen.samples == 1_000
     assert one.check is not None
     assert one.check.samples == 2_000
+    outputs, other = (replace(one, hashes=torch.arange(len(one))) for one in (outputs, other))
+    with pytest.raises(ExitkitError, match="share 1000 of their 1000 samples"):
+        calibrated(outputs, other, 0.5, 0, max_drop=0.05)
 
 
 def test_labels_are_not_needed_for_a_promise_of_agreement() -> None:
@@ -247,6 +250,12 @@ def test_what_cannot_be_reported_is_refused_in_words(tmp_path: Path) -> None:
         write_report([run_of(tmp_path, b=outputs)], tmp_path / "report.pdf")
     with pytest.raises(ExitkitError, match="labels=None in the outputs 'b'"):
         write_report([run_of(tmp_path, b=replace(outputs, labels=None))])
+    with pytest.raises(ExitkitError, match="cannot be written"):
+        write_report([run_of(tmp_path, b=outputs)], tmp_path / "outputs-b.safetensors" / "report.html")
+    with pytest.raises(ExitkitError, match="at least one run"):
+        write_report([])
+    with pytest.raises(ExitkitError, match="resamples=0"):
+        exitkit.evaluation.paired_tests({"a": outputs, "b": outputs}, resamples=0)
     with pytest.raises(ExitkitError, match="holds a name twice"):
         write_report([run_of(tmp_path, b=outputs), tmp_path])
     with pytest.raises(ExitkitError, match="share=0"):

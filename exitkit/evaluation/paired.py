@@ -76,6 +76,8 @@ def paired_tests(
     """
     if not isinstance(outputs, Mapping) or len(outputs) < 2:
         raise ExitkitError(f"outputs={list(outputs)!r}: give a dict of at least two, by name")
+    if resamples < 1 or seed < 0:
+        raise ExitkitError(f"resamples={resamples!r} must be at least 1, and seed={seed!r} at least 0")
     check_comparable(outputs)
     pairs = [_pair(one, two, outputs, budget, resamples, seed) for one, two in combinations(outputs, 2)]
     return PairedTests(tuple(pairs))

@@ -39,6 +39,8 @@ def write_report(runs: Sequence[str | Path], path: str | Path | None = None) -> 
     Raises:
         ExitkitError: no results, no labels, other samples or backbones, a damaged file, or a path that is not ``.html``.
     """
+    if not runs:
+        raise ExitkitError("runs=[] is empty; give at least one run's directory")
     read = [read_run(run) for run in runs]
     path = Path(path) if path is not None else read[0].directory / "report.html"
     if path.suffix.lower() not in (".html", ".htm"):
@@ -53,7 +55,10 @@ def write_report(runs: Sequence[str | Path], path: str | Path | None = None) -> 
             )
     check_comparable(outputs)
     points = {name: points_of(one.outputs, _chosen(one)) for name, one in results.items()}
-    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ExitkitError(f"--out {str(path)!r} cannot be written: {error}") from error
     page = _page(read, results, points, path)
     with replacing(path) as temporary:
         temporary.write_text(page, encoding="utf-8")
