@@ -120,12 +120,15 @@ def test_names_and_texts_are_shown_as_text_and_never_run(tmp_path: Path) -> None
     outputs = made(8)
     texts = [("</script><script>alert(1)</script><b>", 0)] * 8
     write_samples(tmp_path, texts, {"sdn": outputs})
+    document = json.loads((tmp_path / "samples.json").read_text()) | {"classes": ["$x_$", "</td>", "$", "'\""]}
+    (tmp_path / "samples.json").write_text(json.dumps(document))
     (tmp_path / "results.json").write_text(json.dumps({"about": {"model": "<img onerror=x>"}}))
     page = write_report([run_of(tmp_path, sdn=outputs)])
     text = page.read_text("utf-8")
     assert "alert(1)</script>" not in text
     assert "<img onerror" not in text
     assert data_of(page)["pictures"][0]["text"] == texts[0][0]
+    assert data_of(page)["classes"] == document["classes"]
 
 
 def test_samples_are_few_and_the_telling_ones(tmp_path: Path) -> None:

@@ -40,12 +40,10 @@ class Drawn:
     """A figure in the page.
 
     Attributes:
-        name: what the ids in ``svg`` begin with.
         svg: an element to put into a page; it takes the text's colour, and so follows dark mode.
         alt: what it shows, in words.
     """
 
-    name: str
     svg: str
     alt: str
 
@@ -149,7 +147,7 @@ def still_confusion(points: Points, classes: Sequence[str], beside: Path, name: 
     _beside(figure, ["label", "answer", "samples"], rows, beside, name)
 
 
-def write_csv(path: Path, heading: Sequence[str], rows: Iterable[Iterable[Any]]) -> None:
+def _write_csv(path: Path, heading: Sequence[str], rows: Iterable[Iterable[Any]]) -> None:
     """A table as a file, whole or not at all."""
     with replacing(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
@@ -182,7 +180,7 @@ def _diagonal(axes: Axes, title: str) -> None:
 def _beside(figure: Figure, heading: Sequence[str], rows: Iterable[Iterable[Any]], beside: Path, name: str) -> None:
     """``report.html`` has ``report-NAME.png`` and ``report-NAME.csv`` beside it."""
     write_figure(figure, beside.with_name(f"{beside.stem}-{name}.png"))
-    write_csv(beside.with_name(f"{beside.stem}-{name}.csv"), heading, rows)
+    _write_csv(beside.with_name(f"{beside.stem}-{name}.csv"), heading, rows)
 
 
 def _drawn(figure: Figure, name: str, alt: str) -> Drawn:
@@ -198,4 +196,4 @@ def _drawn(figure: Figure, name: str, alt: str) -> Drawn:
     )
     svg = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", svg)
     svg = _FAINT.sub("var(--rule)", _DARK.sub("currentColor", svg))
-    return Drawn(name, re.sub(r'width="[\d.]+pt" height="[\d.]+pt"', 'aria-hidden="true"', svg, count=1), alt)
+    return Drawn(re.sub(r'width="[\d.]+pt" height="[\d.]+pt"', 'aria-hidden="true"', svg, count=1), alt)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+import matplotlib
 from markupsafe import Markup
 
 from exitkit.errors import ExitkitError
@@ -59,7 +60,8 @@ def write_report(runs: Sequence[str | Path], path: str | Path | None = None) -> 
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ExitkitError(f"--out {str(path)!r} cannot be written: {error}") from error
-    page = _page(read, results, points, path)
+    with matplotlib.rc_context({"text.parse_math": False}):  # a dollar in a name is a dollar
+        page = _page(read, results, points, path)
     with replacing(path) as temporary:
         temporary.write_text(page, encoding="utf-8")
     return path
