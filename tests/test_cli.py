@@ -99,6 +99,7 @@ def test_bench_on_arrays_writes_everything(run: Run, images: Path, tmp_path: Pat
         "curve.png",
         "hindsight.png",
         "results.json",
+        "samples.json",
         *(f"outputs-{method}.safetensors" for method in ("sdn", "pbee", "ztw")),
     }
     results = json.loads((out / "results.json").read_text())
@@ -110,6 +111,45 @@ def test_bench_on_arrays_writes_everything(run: Run, images: Path, tmp_path: Pat
         "Max (no limit)",
         "Max (best τ)",
     ]
+
+
+def test_a_run_is_calibrated_compared_and_reported(run: Run, refused: Run, images: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    run(
+        "bench",
+        "--model",
+        TOY,
+        "--data",
+        images,
+        "--test",
+        images,
+        "--epochs",
+        1,
+        "--out",
+        out,
+        "--methods",
+        "sdn,ztw",
+    )
+    printed = run("calibrate", out, "--max-drop", 0.5, "--outputs", "ztw", "--share", 0.4).replace("\n", " ")
+    assert "of the 24 calibration samples" in printed
+    assert "On 36 other samples" in printed
+    chosen = json.loads((out / "thresholds.json").read_text())
+    assert list(chosen) == ["ztw"]
+    assert chosen["ztw"]["check"]["samples"] == 36
+    assert "sdn – ztw" in run("compare", out, "--budget", 0.8, "--resamples", 5)
+    assert "report.html" in run("report", out).replace("\n", "")
+    page = (out / "report.html").read_text("utf-8")
+    assert chosen["ztw"]["chosen"]["guarantee"] in page
+    assert "blocks.2" in page  # the stage table
+    assert "data:image/webp" in page
+    assert "max_drop=0.0 must lie between" in refused("calibrate", out, "--max-drop", 0)
+    assert "max_drop=1.0 must lie between" in refused("calibrate", out, "--max-drop", 1)
+    assert "risk='loss' is unknown" in refused("calibrate", out, "--risk", "loss")
+    assert "outputs='gpf' is unknown" in refused("calibrate", out, "--outputs", "gpf")
+    assert "at least two" in refused("compare", out / "outputs-sdn.safetensors")
+    assert "holds no results" in refused("compare", tmp_path, out)
+    assert "holds no results" in refused("report", tmp_path)
+    assert json.loads((out / "thresholds.json").read_text()) == chosen
 
 
 def test_bench_on_text(run: Run, bert: Path, tmp_path: Path) -> None:

@@ -16,10 +16,13 @@ from exitkit.cli.bench import compare, comparison_table, write_results
 from exitkit.cli.data import load_data, load_tokenizer
 from exitkit.cli.demo import run_demo
 from exitkit.cli.predict import batch_sizes, latency_table, made_up, predict, read_samples
+from exitkit.cli.report import calibrate, report
+from exitkit.cli.report import compare as compare_runs
 from exitkit.cli.sources import load_model
 from exitkit.console import make_console
 from exitkit.errors import ExitkitError
 from exitkit.methods import as_method
+from exitkit.report import Stage
 from exitkit.surgery.examples import example_for
 
 app = typer.Typer(
@@ -83,6 +86,7 @@ def bench(
     split = load_data(data, backbone, test, model.removeprefix("hf:") if model.startswith("hf:") else None)
     train_loader, test_loader = split.loaders(batch_size, limit, seed)
     example = _data_example(backbone, train_loader)
+    stages: dict[str, tuple[Stage, ...]] = {}
     results = compare(
         backbone,
         chosen,
@@ -92,10 +96,15 @@ def bench(
         training={"epochs": epochs, "lr": lr, "seed": seed},
         example_inputs=example,
         report=_console.print,
+        stages=stages,
     )
-    write_results(results, out, {"model": model, "weights": weights, "data": data, "epochs": epochs, "every": every})
+    about = {"model": model, "weights": weights, "data": data, "epochs": epochs, "every": every}
+    write_results(results, out, about, stages, split.test)
     _console.print(comparison_table(results, f"{model} on {data}"))
-    _console.print(f"Written to {out}/: results.json, curve.png, hindsight.png, outputs-METHOD.safetensors")
+    _console.print(
+        f"Written to {out}/: results.json, curve.png, hindsight.png, outputs-METHOD.safetensors, samples.json"
+    )
+    _console.print(f"To look at it: exitkit report {out}")
 
 
 @app.command()
@@ -144,6 +153,11 @@ def bench_latency(
     loaded = exitkit.load(package, threshold=threshold, device=device)
     samples = made_up(loaded) if inputs is None else read_samples(inputs)
     _console.print(latency_table(loaded, samples, batch_sizes(batches)))
+
+
+app.command()(calibrate)
+app.command("compare")(compare_runs)
+app.command()(report)
 
 
 @app.command()

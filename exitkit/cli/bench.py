@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import platform
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,18 @@ from rich.table import Table
 from torch import nn
 
 from exitkit.attach import attach
+from exitkit.batches import move, split_batch
+from exitkit.errors import ExitkitError
 from exitkit.evaluation import ExitOutputs, collect, plot_curves, plot_hindsight
 from exitkit.files import replacing
 from exitkit.methods import Method
 from exitkit.model import MultiExitModel
+from exitkit.report import Stage, stages_of, write_samples
+from exitkit.report.run import THRESHOLDS
+from exitkit.surgery.calls import Example
 from exitkit.training import Trainer
+
+_TIMED = 32
 
 
 def compare(
@@ -30,12 +37,14 @@ def compare(
     training: Mapping[str, Any],
     example_inputs: Any = None,
     report: Callable[[str], None] = print,
+    stages: dict[str, tuple[Stage, ...]] | None = None,
 ) -> dict[str, ExitOutputs]:
     """Train every method's exits on the frozen backbone and collect their outputs on ``test``.
 
-    Methods that differ in their criterion alone (SDN and PBEE) share their trained exits.
+    Methods that differ in their criterion alone (SDN and PBEE) share their trained exits. ``stages``, where given, is
+    filled with every method's stages, timed on the first test samples.
     """
-    trained: dict[Method, ExitOutputs] = {}
+    trained: dict[Method, tuple[ExitOutputs, tuple[Stage, ...]]] = {}
     results = {}
     for method in methods:
         parts = replace(method, name="", criterion="confidence")
@@ -46,9 +55,24 @@ def compare(
                 f"{method.name}: {len(model.boundaries)} exits, heads add {head_share(model):.1%} of the backbone's MACs"
             )
             Trainer(model, **training).fit(train)
-            trained[parts] = collect(model, test)
-        results[method.name] = replace(trained[parts], criterion=method.criterion)
+            outputs = collect(model, test)
+            trained[parts] = outputs, () if stages is None else _timed_stages(model, test, report)
+        outputs, timed = trained[parts]
+        results[method.name] = replace(outputs, criterion=method.criterion)
+        if stages is not None:
+            stages[method.name] = timed
     return results
+
+
+def _timed_stages(model: MultiExitModel, test: Iterable[Any], report: Callable[[str], None]) -> tuple[Stage, ...]:
+    """Timed on at most 32 samples of the first batch; without times where the engine does not take them."""
+    given = Example.of(split_batch(next(iter(test)))[0])
+    few = given.with_batch(min(_TIMED, len(given.tensors[0])))
+    try:
+        return stages_of(model, move(few.spec.batch(few.tensors), next(model.parameters()).device))
+    except ExitkitError as error:
+        report(f"stages are not timed: {error}")
+        return stages_of(model)
 
 
 def head_share(model: MultiExitModel) -> float:
@@ -77,8 +101,17 @@ def _caption(results: Mapping[str, ExitOutputs]) -> str:
     )
 
 
-def write_results(results: Mapping[str, ExitOutputs], directory: Path, about: Mapping[str, Any]) -> None:
-    """Write ``results.json``, ``curve.png``, ``hindsight.png`` and each method's outputs to ``directory``."""
+def write_results(
+    results: Mapping[str, ExitOutputs],
+    directory: Path,
+    about: Mapping[str, Any],
+    stages: Mapping[str, Sequence[Stage]],
+    dataset: Any,
+) -> None:
+    """Write ``results.json``, ``curve.png``, ``hindsight.png`` and each method's outputs to ``directory``.
+
+    A few samples of ``dataset``, which the outputs were collected on, go to ``samples.json``.
+    """
     directory.mkdir(parents=True, exist_ok=True)
     for name, outputs in results.items():
         outputs.save(directory / f"outputs-{name}.safetensors")
@@ -88,13 +121,15 @@ def write_results(results: Mapping[str, ExitOutputs], directory: Path, about: Ma
     )
     summary = {
         "about": {**about, **machine()},
-        "methods": {name: _summary(outputs) for name, outputs in results.items()},
+        "methods": {name: _summary(outputs, stages[name]) for name, outputs in results.items()},
     }
+    (directory / THRESHOLDS).unlink(missing_ok=True)  # chosen on the outputs before these
+    write_samples(directory, dataset, results)
     with replacing(directory / "results.json") as temporary:
         temporary.write_text(json.dumps(summary, indent=2))
 
 
-def _summary(outputs: ExitOutputs) -> dict[str, Any]:
+def _summary(outputs: ExitOutputs, stages: Sequence[Stage]) -> dict[str, Any]:
     rows = outputs.curve().budget_table().rows
     return {
         "criterion": outputs.criterion,
@@ -103,6 +138,7 @@ def _summary(outputs: ExitOutputs) -> dict[str, Any]:
         "accuracy_per_exit": outputs.accuracy().tolist(),
         "hindsight_improvability": outputs.hindsight_improvability().tolist(),
         "budgets": {name: None if point is None else point._asdict() for name, point in rows.items()},
+        "stages": [asdict(stage) for stage in stages],
     }
 
 

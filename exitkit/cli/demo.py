@@ -15,6 +15,7 @@ from exitkit.cli.bench import compare, comparison_table, write_results
 from exitkit.errors import ExitkitError
 from exitkit.methods import PBEE, SDN, ZTW
 from exitkit.models import cifar_resnet
+from exitkit.report import Stage
 
 _SIDE = 16
 _TEST = 500
@@ -28,6 +29,7 @@ def run_demo(out: Path, console: Console) -> None:
     console.print("1. Training a backbone: ResNet-20 on scikit-learn's handwritten digits (1,297 images)")
     backbone = _train_backbone(cifar_resnet(20), train)
     console.print("2. Attaching an exit after every block and training the exits; the backbone stays as it is")
+    stages: dict[str, tuple[Stage, ...]] = {}
     results = compare(
         backbone,
         [SDN(), PBEE(), ZTW()],
@@ -37,8 +39,10 @@ def run_demo(out: Path, console: Console) -> None:
         training={"epochs": 4, "lr": 2e-3},
         example_inputs=torch.zeros(2, 3, _SIDE, _SIDE),
         report=lambda line: console.print(f"   {line}"),
+        stages=stages,
     )
-    write_results(results, out, {"model": "cifar_resnet(20)", "data": "scikit-learn digits, 500 test images"})
+    about = {"model": "cifar_resnet(20)", "data": "scikit-learn digits, 500 test images"}
+    write_results(results, out, about, stages, test.dataset)
     console.print(comparison_table(results, "Accuracy for a share of the compute"))
     point = results["ztw"].curve().at_budget(0.5)
     console.print(

@@ -47,13 +47,13 @@ class PairedTests:
     pairs: tuple[PairedTest, ...]
 
     def __str__(self) -> str:
-        lines = [f"{'pair':<26}{'accuracy':>17}{'only 1st':>9}{'only 2nd':>9}{'p':>9}{'AUC difference':>27}"]
+        lines = [f"{'pair':<26}{'accuracy':>17}{'only 1st':>9}{'only 2nd':>9}{'p':>9}{'AUC difference':>29}"]
         for pair in self.pairs:
             accuracies = "{:.2%} {:.2%}".format(*pair.accuracies)
             auc = f"{pair.auc.value:+.4f} ({pair.auc.low:+.4f} … {pair.auc.high:+.4f})"
             name = f"{pair.first} – {pair.second}"
             lines.append(
-                f"{name:<26}{accuracies:>17}{pair.only_first:>9}{pair.only_second:>9}{pair.p_value:>9.2g}{auc:>27}"
+                f"{name:<26}{accuracies:>17}{pair.only_first:>9}{pair.only_second:>9}{pair.p_value:>9.2g}{auc:>29}"
             )
         return "\n".join(lines)
 
@@ -74,7 +74,11 @@ def paired_tests(
     Raises:
         ExitkitError: other samples, another backbone, no labels, or a budget that one of them cannot keep.
     """
-    _check(outputs)
+    if not isinstance(outputs, Mapping) or len(outputs) < 2:
+        raise ExitkitError(f"outputs={list(outputs)!r}: give a dict of at least two, by name")
+    if resamples < 1 or seed < 0:
+        raise ExitkitError(f"resamples={resamples!r} must be at least 1, and seed={seed!r} at least 0")
+    check_comparable(outputs)
     pairs = [_pair(one, two, outputs, budget, resamples, seed) for one, two in combinations(outputs, 2)]
     return PairedTests(tuple(pairs))
 
@@ -119,9 +123,12 @@ def _auc_difference(one: ExitOutputs, two: ExitOutputs, resamples: int, seed: in
     return Interval(float(lowest), difference(np.arange(len(one))), float(highest))
 
 
-def _check(outputs: Mapping[str, ExitOutputs]) -> None:
-    if not isinstance(outputs, Mapping) or len(outputs) < 2:
-        raise ExitkitError(f"outputs={list(outputs)!r}: give a dict of at least two, by name")
+def check_comparable(outputs: Mapping[str, ExitOutputs]) -> None:
+    """Refuse outputs that cannot be set side by side.
+
+    Raises:
+        ExitkitError: other samples, another backbone, or no labels.
+    """
     (name, first), *others = outputs.items()
     for other, candidate in others:
         if candidate.labels is None or first.labels is None:

@@ -9,6 +9,7 @@ from typing import Protocol
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 from exitkit.errors import ExitkitError
@@ -33,41 +34,59 @@ def plot_curves(curves: Mapping[str, Points], path: str | Path, measure: str = "
     ``measure`` is what is drawn instead of accuracy. The backbone's is read where nobody leaves, so methods that combine
     its answer show their own.
     """
+    write_figure(curves_figure(curves, measure), path)
+
+
+def curves_figure(curves: Mapping[str, Points], measure: str = "accuracy") -> Figure:
+    """What :func:`plot_curves` writes."""
     if not curves:
         raise ExitkitError("curves={} is empty; give at least one curve by name")
-    figure, axes = _figure("average cost (share of the backbone's MACs)", measure)
+    figure = new_figure()
+    axes = labelled(figure.add_subplot(), "average cost (share of the backbone's MACs)", measure)
     for name, curve in curves.items():
         axes.step(curve.cost, curve.accuracy, where="post", label=name, linewidth=1.8)
     axes.axhline(next(iter(curves.values())).accuracy[-1], color="0.4", linestyle="--", linewidth=1, label="backbone")
     axes.axvline(1.0, color="0.8", linewidth=1, zorder=0)
     axes.set_xlim(left=0)
     axes.legend(frameon=False)
-    _write(figure, path)
+    return figure
 
 
 def plot_hindsight(improvability: Mapping[str, Array], path: str | Path) -> None:
     """Hindsight improvability of each exit, per method (Zero Time Waste, figure 2)."""
-    figure, axes = _figure("exit", "hindsight improvability")
+    write_figure(hindsight_figure(improvability), path)
+
+
+def hindsight_figure(improvability: Mapping[str, Array]) -> Figure:
+    """What :func:`plot_hindsight` writes."""
+    figure = new_figure()
+    axes = labelled(figure.add_subplot(), "exit", "hindsight improvability")
     for name, values in improvability.items():
         axes.plot(range(len(values)), values, marker="o", markersize=3, label=name)
     axes.set_ylim(0, 1)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend(frameon=False)
-    _write(figure, path)
+    return figure
 
 
-def _figure(xlabel: str, ylabel: str) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    axes = figure.add_subplot()
+def new_figure(width: float = 7, height: float = 4.5) -> Figure:
+    """An empty figure, in inches."""
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def labelled(axes: Axes, xlabel: str, ylabel: str) -> Axes:
+    """Axes in the style that all pictures share."""
     axes.set_xlabel(xlabel)
     axes.set_ylabel(ylabel)
     axes.grid(color="0.92")
     axes.set_axisbelow(True)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
-    return figure, axes
+    return axes
 
 
-def _write(figure: Figure, path: str | Path) -> None:
+def write_figure(figure: Figure, path: str | Path) -> None:
+    """Write a picture in the format of the path's suffix."""
     formats = figure.canvas.get_supported_filetypes()
     if Path(path).suffix.lstrip(".").lower() not in formats:
         raise ExitkitError(

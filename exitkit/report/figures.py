@@ -1,0 +1,199 @@
+"""The pictures of a report: each drawn once, and written as SVG into the page, and as PNG and CSV beside it."""
+
+from __future__ import annotations
+
+import csv
+import io
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import to_rgba
+from matplotlib.figure import Figure
+
+from exitkit.evaluation import ExitOutputs, calibration_error, reliability
+from exitkit.evaluation.plots import curves_figure, hindsight_figure, labelled, new_figure, write_figure
+from exitkit.files import replacing
+from exitkit.report.points import MATRIX, Points
+
+_POINTS_PER_INCH = 72  # the unit of matplotlib's SVG
+_WIDTH, _HEIGHT = 5.0, 3.6  # inches; text stays readable on a phone
+_COLUMNS = 3
+_STYLES: tuple[Literal["-", "--", "-.", ":"], ...] = ("-", "--", "-.", ":")  # colours alone do not tell everyone
+_DARK, _FAINT = re.compile("#(000000|666666)"), re.compile("#(ebebeb|cccccc)")
+
+
+class Axis(NamedTuple):
+    """From a value to a place in the SVG: ``start + value * step``."""
+
+    start: float
+    step: float
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A figure in the page.
+
+    Attributes:
+        svg: an element to put into a page; it takes the text's colour, and so follows dark mode.
+        alt: what it shows, in words.
+    """
+
+    svg: str
+    alt: str
+
+
+def draw_curves(points: Mapping[str, Points], beside: Path, name: str) -> tuple[Drawn, Axis, Axis]:
+    """Accuracy against cost, with a cursor (``id="NAME-cursor"``), and the figure's axes, to move it."""
+    figure = curves_figure({method: shown.curve for method, shown in points.items()})
+    axes = figure.axes[0]
+    for number, line in enumerate(axes.get_lines()[: len(points)]):
+        line.set_linestyle(_STYLES[number % len(_STYLES)])
+    axes.legend(frameon=False)
+    rows = (
+        (method, *values, 1 / values[-1])
+        for method, shown in points.items()
+        for values in zip(shown.curve.thresholds, shown.curve.accuracy, shown.curve.cost, strict=True)
+    )
+    _beside(figure, ["method", "threshold", "accuracy", "cost", "speedup"], rows, beside, name)
+    first = next(iter(points.values()))
+    at = first.curve.cost[first.start], first.curve.accuracy[first.start]
+    axes.plot(
+        *at, "o", markersize=11, color="#000000", markerfacecolor="none", markeredgewidth=2, clip_on=False
+    ).pop().set_gid("cursor")
+    ends = "; ".join(
+        f"{method} from {shown.curve.accuracy[0]:.1%} at {shown.curve.cost[0]:.0%} to {shown.curve.accuracy[-1]:.1%} at "
+        f"{shown.curve.cost[-1]:.0%}"
+        for method, shown in points.items()
+    )
+    drawn = _drawn(figure, name, f"Accuracy against average cost, a share of the backbone's MACs: {ends}.")
+    (left, bottom), (right, top) = axes.transData.transform([(0, 0), (1, 1)])
+    height = figure.get_size_inches()[1] * _POINTS_PER_INCH
+    return drawn, Axis(left, right - left), Axis(height - bottom, bottom - top)
+
+
+def draw_hindsight(outputs: Mapping[str, ExitOutputs], beside: Path, name: str) -> Drawn:
+    """Hindsight improvability of each exit."""
+    values = {method: result.hindsight_improvability() for method, result in outputs.items()}
+    figure = hindsight_figure(values)
+    rows = ((method, exit_, value) for method, row in values.items() for exit_, value in enumerate(row))
+    _beside(figure, ["method", "exit", "hindsight_improvability"], rows, beside, name)
+    last = ", ".join(f"{method} {row[-1]:.0%}" for method, row in values.items())
+    return _drawn(figure, name, f"Hindsight improvability of each exit. Of the backbone's answers: {last}.")
+
+
+def draw_reliability(outputs: ExitOutputs, beside: Path, name: str) -> Drawn:
+    """A reliability diagram of every exit."""
+    found, errors = reliability(outputs), calibration_error(outputs)
+    exits, bins = found.share.shape
+    figure, cells = _grid(exits)
+    for exit_, axes in enumerate(cells):
+        _diagonal(axes, f"{exit_name(exit_, exits)}: ECE {errors[exit_]:.1%}")
+        strength = 0.2 + 0.8 * (found.share[exit_] / found.share[exit_].max())
+        colours = [to_rgba("C0", alpha) for alpha in strength]  # pale where a bar stands for few samples
+        axes.bar((np.arange(bins) + 0.5) / bins, np.nan_to_num(found.accuracy[exit_]), 0.9 / bins, color=colours)
+        axes.plot(found.confidence[exit_], found.accuracy[exit_], "o", color="C1", markersize=3)
+    rows = (
+        (exit_, bin_, found.confidence[exit_, bin_], found.accuracy[exit_, bin_], found.share[exit_, bin_])
+        for exit_ in range(exits)
+        for bin_ in range(bins)
+    )
+    _beside(figure, ["exit", "bin", "confidence", "accuracy", "share"], rows, beside, name)
+    listed = ", ".join(f"{exit_name(exit_, exits)} {error:.1%}" for exit_, error in enumerate(errors))
+    return _drawn(figure, name, f"Accuracy against confidence at each exit. Expected calibration error: {listed}.")
+
+
+def still_exits(points: Points, beside: Path, name: str) -> None:
+    """PNG and CSV of where samples leave; the PNG is at the starting threshold."""
+    shares = points.exits / points.exits.sum(1, keepdims=True)
+    figure = new_figure(_WIDTH, _HEIGHT)
+    axes = labelled(
+        figure.add_subplot(), "exit", f"share of the samples, τ = {points.curve.thresholds[points.start]:.4g}"
+    )
+    axes.bar([exit_name(exit_, shares.shape[1]) for exit_ in range(shares.shape[1])], shares[points.start])
+    axes.tick_params(axis="x", labelrotation=30)
+    heading = ["threshold", *(exit_name(exit_, shares.shape[1]) for exit_ in range(shares.shape[1]))]
+    _beside(figure, heading, np.column_stack([points.curve.thresholds, shares]), beside, name)
+
+
+def still_confusion(points: Points, classes: Sequence[str], beside: Path, name: str) -> None:
+    """PNG and CSV of what is confused at the starting threshold."""
+    at: list[Any] = points.confusion[points.start]
+    figure = new_figure(_WIDTH, _WIDTH)
+    axes = figure.add_subplot()
+    if len(classes) <= MATRIX:
+        matrix = np.reshape(at, (len(classes), len(classes)))
+        rows = [(label, answer, matrix[i, j]) for i, label in enumerate(classes) for j, answer in enumerate(classes)]
+        axes.imshow(matrix, cmap="Blues")
+        axes.set_xticks(range(len(classes)), classes, rotation=90)
+        axes.set_yticks(range(len(classes)), classes)
+        for (i, j), count in np.ndenumerate(matrix):
+            axes.text(
+                j, i, str(count), ha="center", va="center", color="white" if count > matrix.max() / 2 else "black"
+            )
+        axes.set(xlabel="answer", ylabel="label")
+    else:
+        rows = [(classes[label], classes[answer], count) for label, answer, count in at]
+        labelled(axes, "samples", "").barh(
+            [f"{label} → {answer}" for label, answer, _ in rows], [row[2] for row in rows]
+        )
+        axes.invert_yaxis()
+    axes.set_title(f"τ = {points.curve.thresholds[points.start]:.4g}")
+    _beside(figure, ["label", "answer", "samples"], rows, beside, name)
+
+
+def _write_csv(path: Path, heading: Sequence[str], rows: Iterable[Iterable[Any]]) -> None:
+    """A table as a file, whole or not at all."""
+    with replacing(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(heading)
+        writer.writerows(rows)
+
+
+def exit_name(exit_: int, exits: int) -> str:
+    """Of an exit by number, where nothing tells which boundary it reads."""
+    return "backbone" if exit_ == exits - 1 else f"exit {exit_}"
+
+
+def _grid(count: int) -> tuple[Figure, list[Axes]]:
+    rows = -(-count // _COLUMNS)
+    figure = new_figure(_WIDTH, 1.75 * rows + 0.2)
+    cells = figure.subplots(rows, _COLUMNS, sharex=True, sharey=True, squeeze=False).ravel()
+    for spare in cells[count:]:
+        spare.set_visible(False)
+    figure.supxlabel("confidence", fontsize="medium")
+    figure.supylabel("accuracy", fontsize="medium")
+    return figure, list(cells[:count])
+
+
+def _diagonal(axes: Axes, title: str) -> None:
+    labelled(axes, "", "").set_title(title, fontsize="small")
+    axes.plot([0, 1], [0, 1], color="#666666", linestyle="--", linewidth=1, zorder=3)
+    axes.set(xlim=(0, 1), ylim=(0, 1))
+
+
+def _beside(figure: Figure, heading: Sequence[str], rows: Iterable[Iterable[Any]], beside: Path, name: str) -> None:
+    """``report.html`` has ``report-NAME.png`` and ``report-NAME.csv`` beside it."""
+    write_figure(figure, beside.with_name(f"{beside.stem}-{name}.png"))
+    _write_csv(beside.with_name(f"{beside.stem}-{name}.csv"), heading, rows)
+
+
+def _drawn(figure: Figure, name: str, alt: str) -> Drawn:
+    """The figure as an SVG element whose ids begin with its name, so that several fit into one page."""
+    if figure.get_size_inches()[0] > _WIDTH:
+        figure.set_size_inches(_WIDTH, _HEIGHT)
+    figure.set_dpi(_POINTS_PER_INCH)
+    written = io.StringIO()
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
+        figure.savefig(written, format="svg", transparent=True, metadata={"Date": None})
+    svg = re.sub(
+        r"<metadata>.*?</metadata>|<!--.*?-->", "", written.getvalue()[written.getvalue().index("<svg") :], flags=re.S
+    )
+    svg = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", svg)
+    svg = _FAINT.sub("var(--rule)", _DARK.sub("currentColor", svg))
+    return Drawn(re.sub(r'width="[\d.]+pt" height="[\d.]+pt"', 'aria-hidden="true"', svg, count=1), alt)

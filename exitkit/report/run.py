@@ -1,0 +1,198 @@
+"""A run's directory, read: outputs of each method, and what else is known about them.
+
+======================================  ==============================================================================
+``outputs-METHOD.safetensors``          every exit's predictions (:class:`exitkit.ExitOutputs`); at least one
+``calibration-METHOD.safetensors``      the same on other samples, for choosing thresholds; optional
+``results.json``                        ``about`` the run, and the stages of each method; optional
+``samples.json``                        a few samples (:mod:`exitkit.report.samples`); optional
+``thresholds.json``                     what ``exitkit calibrate`` chose; optional
+======================================  ==============================================================================
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from exitkit.errors import ExitkitError, unknown_name
+from exitkit.evaluation import ChosenThreshold, ExitOutputs
+from exitkit.evaluation.paired import check_comparable
+from exitkit.files import replacing
+from exitkit.report.samples import Sample, read_samples
+from exitkit.report.stages import Stage
+
+_OUTPUTS, _CALIBRATION, _SUFFIX = "outputs-", "calibration-", ".safetensors"
+_RESULTS, THRESHOLDS = "results.json", "thresholds.json"
+
+
+@dataclass(frozen=True)
+class Check:
+    """What a chosen threshold gave on samples that it was not chosen on.
+
+    Attributes:
+        samples: how many.
+        risk: the risk that is bounded, measured.
+        cost: average cost, as a share of the backbone.
+        accuracy: or None without labels.
+        backbone_accuracy: or None without labels.
+    """
+
+    samples: int
+    risk: float
+    cost: float
+    accuracy: float | None
+    backbone_accuracy: float | None
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """A threshold with its guarantee, and how it fared on other samples (None where all were used)."""
+
+    chosen: ChosenThreshold
+    check: Check | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Values that JSON holds."""
+        return {"chosen": self.chosen.to_dict(), "check": None if self.check is None else asdict(self.check)}
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Calibrated:
+        """From what :meth:`to_dict` gave."""
+        check = data["check"]
+        return cls(ChosenThreshold.from_dict(data["chosen"]), None if check is None else Check(**check))
+
+
+@dataclass(frozen=True, eq=False)
+class Result:
+    """What a run holds of one method; ``stages`` is empty and ``calibrated`` None where nothing was written."""
+
+    outputs: ExitOutputs
+    stages: tuple[Stage, ...] = ()
+    calibrated: Calibrated | None = None
+    samples: tuple[Sample, ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """A run's directory: what it says about itself, its methods, and the names of the classes where known."""
+
+    directory: Path
+    about: dict[str, Any]
+    results: dict[str, Result]
+    classes: tuple[str, ...] | None
+
+
+def read_run(directory: str | Path) -> Run:
+    """Read a run.
+
+    Raises:
+        ExitkitError: no directory, no outputs in it, or a damaged file.
+    """
+    directory = Path(directory)
+    paths = _outputs_in(directory)
+    samples, classes = read_samples(directory)
+    with _reading(directory / _RESULTS):
+        document = _json(directory / _RESULTS)
+        about, methods = dict(document.get("about", {})), dict(document.get("methods", {}))
+        stages = {name: tuple(Stage(**row) for row in methods.get(name, {}).get("stages", [])) for name in paths}
+    thresholds = _read_thresholds(directory)
+    results = {}
+    for name, path in paths.items():
+        outputs = ExitOutputs.load(path)
+        fitting = tuple(sample for sample in samples if 0 <= sample.row < len(outputs))
+        if stages[name] and len(stages[name]) != len(outputs.macs):
+            raise ExitkitError(
+                f"{str(directory / _RESULTS)!r} has {len(stages[name])} stages for {name!r}, whose outputs have "
+                f"{len(outputs.macs)}; they are of different runs"
+            )
+        results[name] = Result(outputs, stages[name], thresholds.get(name), fitting)
+    return Run(directory, about, results, classes)
+
+
+def read_comparison(places: Sequence[str | Path]) -> dict[str, ExitOutputs]:
+    """Outputs by name, from run directories (all their methods) and single files of outputs.
+
+    Names are those of the methods, with the run's before them where several places are given.
+
+    Raises:
+        ExitkitError: nothing there, the same place twice, or outputs of other samples or another backbone.
+    """
+    found: dict[str, ExitOutputs] = {}
+    for place in map(Path, places):
+        directory, paths = (place.parent, {_name(place): place}) if place.is_file() else (place, _outputs_in(place))
+        for name, path in paths.items():
+            full = name if len(places) == 1 else f"{directory.resolve().name}/{name}"
+            if full in found:
+                raise ExitkitError(f"{full!r} comes twice in {[str(place) for place in places]}; name each run once")
+            found[full] = ExitOutputs.load(path)
+    check_comparable(found)
+    return found
+
+
+def calibration_outputs(directory: str | Path, name: str) -> ExitOutputs | None:
+    """The outputs that a run keeps for choosing the thresholds of method ``name``; None where it has none."""
+    path = Path(directory) / f"{_CALIBRATION}{name}{_SUFFIX}"
+    return ExitOutputs.load(path) if path.exists() else None
+
+
+def write_thresholds(directory: str | Path, chosen: dict[str, Calibrated]) -> Path:
+    """Put thresholds into a run's ``thresholds.json``; those of other methods stay."""
+    path = Path(directory) / THRESHOLDS
+    merged = _read_thresholds(path.parent) | chosen
+    document = {name: one.to_dict() for name, one in merged.items()}
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(document, indent=2, ensure_ascii=False), encoding="utf-8")
+    return path
+
+
+def named(results: dict[str, Result], names: str | None) -> dict[str, Result]:
+    """Of the results those with the comma-separated ``names``; all for None.
+
+    Raises:
+        ExitkitError: a name that is not among them.
+    """
+    wanted = list(results) if names is None else [name.strip() for name in names.split(",")]
+    for name in wanted:
+        if name not in results:
+            raise unknown_name("outputs", name, results)
+    return {name: results[name] for name in wanted}
+
+
+def _outputs_in(directory: Path) -> dict[str, Path]:
+    if not directory.is_dir():
+        raise ExitkitError(
+            f"RUN_DIR {str(directory)!r} is no directory; give one that exitkit bench or exitkit demo wrote"
+        )
+    paths = {_name(path): path for path in sorted(directory.glob(f"{_OUTPUTS}*{_SUFFIX}"))}
+    if not paths:
+        raise ExitkitError(
+            f"RUN_DIR {str(directory)!r} holds no results: no {_OUTPUTS}METHOD{_SUFFIX}. Make a run with exitkit bench --out "
+            f"{directory}, or write there with outputs.save({str(directory / (_OUTPUTS + 'mine' + _SUFFIX))!r})"
+        )
+    return paths
+
+
+def _name(path: Path) -> str:
+    return path.name.removesuffix(_SUFFIX).removeprefix(_OUTPUTS)
+
+
+def _read_thresholds(directory: Path) -> dict[str, Calibrated]:
+    with _reading(directory / THRESHOLDS):
+        return {name: Calibrated.from_dict(one) for name, one in _json(directory / THRESHOLDS).items()}
+
+
+def _json(path: Path) -> dict[str, Any]:
+    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """What json, a constructor or a missing key raise, as one line that names the file."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ExitkitError(f"{str(path)!r} cannot be read: {error}; delete it, or run its command again") from error

@@ -1,0 +1,156 @@
+"""A few samples of a run, small enough to lie in its directory: ``samples.json``."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from exitkit.errors import ExitkitError
+from exitkit.evaluation import ExitOutputs
+from exitkit.files import replacing
+
+FILE = "samples.json"
+_MOST = 120
+_OF_A_KIND = 8
+_BUDGETS = (0.5, 0.75, 1.0)
+_SIDE = 96
+_CHARACTERS = 300
+_IMAGE = "data:image/webp;base64,"
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A sample to look at.
+
+    Attributes:
+        row: its place in the outputs.
+        image: a picture of at most 96 pixels a side as a ``data:`` address, or None.
+        text: its text, or None.
+    """
+
+    row: int
+    image: str | None = None
+    text: str | None = None
+
+
+def write_samples(directory: str | Path, dataset: Any, outputs: Mapping[str, ExitOutputs]) -> None:
+    """Write the samples worth looking at: at most 120, under a megabyte.
+
+    They are those that left early, late, and early but wrong, by each method at half, three quarters and all of the
+    backbone's MACs.
+
+    Args:
+        directory: of the run.
+        dataset: what the outputs were collected on, in their order: items are ``(input, ...)``, the input an image tensor
+            (C, H, W) or a text. Of other inputs nothing is written. An image is shown in its own range, from black to
+            white, whatever it was normalised with.
+        outputs: of each method, with labels.
+
+    Raises:
+        ExitkitError: a data set of another size than the outputs, or no labels.
+    """
+    for name, result in outputs.items():
+        if len(result) != len(dataset):
+            raise ExitkitError(
+                f"dataset holds {len(dataset)} samples, but the outputs {name!r} {len(result)}; give the data set that they "
+                "were collected on"
+            )
+    rows = _rows_worth_looking_at(outputs)
+    names = _class_names(dataset)
+    shown = [_shown(dataset[row][0], row) for row in rows]
+    samples = [sample for sample in shown if sample is not None]
+    if not samples:
+        (Path(directory) / FILE).unlink(missing_ok=True)  # of a run before this one
+    else:
+        document = {"classes": names, "samples": [asdict(sample) for sample in samples]}
+        with replacing(Path(directory) / FILE) as temporary:
+            temporary.write_text(json.dumps(document, ensure_ascii=False), encoding="utf-8")
+
+
+def read_samples(directory: Path) -> tuple[tuple[Sample, ...], tuple[str, ...] | None]:
+    """The samples of a run, none where it has none, and the names of the classes where they are known.
+
+    Raises:
+        ExitkitError: a damaged file.
+    """
+    path = directory / FILE
+    if not path.exists():
+        return (), None
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+        samples = tuple(Sample(**sample) for sample in document["samples"])
+        names = document["classes"]
+        sound = all(type(s.row) is int and (s.image or _IMAGE).startswith(_IMAGE) for s in samples)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ExitkitError(f"{str(path)!r} cannot be read as samples: {error}; delete it to go without") from error
+    if not sound:
+        raise ExitkitError(f"{str(path)!r} holds samples that exitkit did not write; delete it to go without")
+    return samples, None if names is None else tuple(map(str, names))
+
+
+def _rows_worth_looking_at(outputs: Mapping[str, ExitOutputs]) -> list[int]:
+    """The most telling of every kind first, each row once."""
+    kinds = [kind for result in outputs.values() for kind in _kinds(result)]
+    taken = dict.fromkeys(int(kind[place]) for place in range(_OF_A_KIND) for kind in kinds if place < len(kind))
+    return list(taken)[:_MOST]
+
+
+def _kinds(outputs: ExitOutputs) -> list[NDArray[np.int64]]:
+    """At each budget the rows that left early and right, late, and early and wrong, the most telling first."""
+    curve, right = outputs.curve(), outputs.correct.numpy()
+    scores, last = outputs.scores().numpy(), len(outputs.macs) - 1
+    kinds = []
+    for budget in _BUDGETS:
+        if curve.cost[0] >= budget:
+            continue
+        exits = outputs.exits_at(curve.at_budget(budget).threshold)
+        everyone = np.arange(len(exits))
+        sure, known = scores[everyone, exits], right[everyone, exits]
+        order = np.lexsort((-sure, exits))
+        wrong = order[~known[order] & (exits[order] < last)]
+        kinds += [
+            order[known[order] & (exits[order] < last)],
+            order[::-1][: (exits == exits.max()).sum()],
+            wrong[np.argsort(~right[wrong, last], kind="stable")],  # those the backbone would have had right
+        ]
+    return kinds
+
+
+def _shown(value: Any, row: int) -> Sample | None:
+    if isinstance(value, str):
+        text = value if len(value) <= _CHARACTERS else value[:_CHARACTERS].rstrip() + " …"
+        return Sample(row, text=text)
+    if isinstance(value, Tensor) and value.dim() == 3 and value.shape[0] in (1, 3) and value.is_floating_point():
+        return Sample(row, image=_picture(value))
+    return None
+
+
+def _picture(pixels: Tensor) -> str:
+    low, high = pixels.min(), pixels.max()
+    grey = ((pixels - low) / (high - low).clamp(min=1e-12) * 255).round().byte()
+    array = grey.permute(1, 2, 0).cpu().numpy()
+    image = Image.fromarray(array[:, :, 0] if array.shape[2] == 1 else array)
+    image.thumbnail((_SIDE, _SIDE))
+    written = io.BytesIO()
+    image.save(written, "webp", quality=90)
+    return _IMAGE + base64.b64encode(written.getvalue()).decode()
+
+
+def _class_names(dataset: Any) -> Sequence[str] | None:
+    """``classes`` of torchvision's data sets, also below a subset."""
+    while dataset is not None:
+        names = getattr(dataset, "classes", None)
+        if names is not None:
+            return [str(name) for name in names]
+        dataset = getattr(dataset, "dataset", None)
+    return None

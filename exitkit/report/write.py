@@ -1,0 +1,181 @@
+"""``write_report``: runs as one HTML file that needs nothing else, and its pictures as PNG and CSV beside it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import asdict
+from importlib.resources import files
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import matplotlib
+from markupsafe import Markup
+
+from exitkit.errors import ExitkitError
+from exitkit.evaluation import ExitOutputs
+from exitkit.evaluation.paired import check_comparable
+from exitkit.files import replacing
+from exitkit.report import figures
+from exitkit.report.points import MATRIX, Points, points_of, single_threshold
+from exitkit.report.run import Result, Run, read_run
+from exitkit.report.stages import backbone_milliseconds
+from exitkit.versions import versions
+
+_FACTS = ("model", "weights", "data", "epochs", "every", "device")
+
+
+def write_report(runs: Sequence[str | Path], path: str | Path | None = None) -> Path:
+    """Write the report of one or several runs of the same backbone on the same samples.
+
+    Args:
+        runs: their directories, as ``exitkit bench`` writes them (:mod:`exitkit.report.run`).
+        path: the ``.html`` file; by default ``report.html`` in the first run.
+
+    Returns:
+        ``path``. Beside it lie ``NAME-FIGURE.png`` and ``NAME-FIGURE.csv`` for each figure, NAME being the file's own.
+
+    Raises:
+        ExitkitError: no results, no labels, other samples or backbones, a damaged file, or a path that is not ``.html``.
+    """
+    if not runs:
+        raise ExitkitError("runs=[] is empty; give at least one run's directory")
+    read = [read_run(run) for run in runs]
+    path = Path(path) if path is not None else read[0].directory / "report.html"
+    if path.suffix.lower() not in (".html", ".htm"):
+        raise ExitkitError(f"--out {str(path)!r} must end in .html")
+    results = _together(read)
+    outputs = {name: result.outputs for name, result in results.items()}
+    for name, one in outputs.items():
+        if one.labels is None:
+            raise ExitkitError(
+                f"labels=None in the outputs {name!r}: a report of accuracy needs labels. To report agreement with the full "
+                "model instead, save outputs.against_backbone()"
+            )
+    check_comparable(outputs)
+    points = {name: points_of(one.outputs, _chosen(one)) for name, one in results.items()}
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ExitkitError(f"--out {str(path)!r} cannot be written: {error}") from error
+    with matplotlib.rc_context({"text.parse_math": False}):  # a dollar in a name is a dollar
+        page = _page(read, results, points, path)
+    with replacing(path) as temporary:
+        temporary.write_text(page, encoding="utf-8")
+    return path
+
+
+def _together(runs: Sequence[Run]) -> dict[str, Result]:
+    """All results by name, with their run's name before them where there are several."""
+    if len(runs) == 1:
+        return runs[0].results
+    names = [run.directory.resolve().name for run in runs]
+    if len(set(names)) < len(names):
+        raise ExitkitError(f"RUN_DIR: {names} holds a name twice; give each run once, under a name of its own")
+    return {
+        f"{name}/{method}": one for name, run in zip(names, runs, strict=True) for method, one in run.results.items()
+    }
+
+
+def _chosen(result: Result) -> float | None:
+    """The τ that was calibrated, where it is on the curve."""
+    if result.calibrated is None or result.calibrated.chosen.criterion != result.outputs.criterion:
+        return None
+    return single_threshold(result.calibrated.chosen.threshold)
+
+
+def _page(runs: Sequence[Run], results: dict[str, Result], points: dict[str, Points], path: Path) -> str:
+    outputs = {name: result.outputs for name, result in results.items()}
+    first = next(iter(outputs.values()))
+    classes = _class_names(runs, first.log_probs.shape[2])
+    curve, across, up = figures.draw_curves(points, path, "curve")
+    kept = {sample.row: sample for result in results.values() for sample in result.samples}
+    data = {
+        "samples": len(first),
+        "classes": classes,
+        "matrix": len(classes) <= MATRIX,
+        "x": across,
+        "y": up,
+        "methods": [_method(name, results[name], points[name], list(kept)) for name in results],
+        "pictures": [asdict(sample) for sample in kept.values()],
+    }
+    return _render(
+        title="Early exits: " + ", ".join(run.directory.resolve().name for run in runs),
+        about=[(name, runs[0].about[name]) for name in _FACTS if runs[0].about.get(name) is not None],
+        data=data,
+        curve=curve,
+        hindsight=figures.draw_hindsight(outputs, path, "hindsight"),
+        improvability=[(name, one.hindsight_improvability()) for name, one in outputs.items()],
+        exits=max(len(one.macs) for one in outputs.values()),
+        budgets=[(name, one.curve().budget_table().rows) for name, one in outputs.items()],
+        reliability=[_pictures(name, outputs[name], points[name], classes, path) for name in outputs],
+        stages=[(name, _stage_rows(result)) for name, result in results.items() if result.stages],
+        guarantees=[(name, one.calibrated) for name, one in results.items() if one.calibrated is not None],
+    )
+
+
+def _render(**values: Any) -> str:
+    source = files("exitkit.report") / "page"
+    page, css, js = ((source / f"report.{kind}").read_text(encoding="utf-8") for kind in ("html", "css", "js"))
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    return environment.from_string(page).render(
+        **values, css=Markup(css), js=Markup(js), version=versions()["exitkit"]
+    )
+
+
+def _pictures(
+    name: str, outputs: ExitOutputs, points: Points, classes: Sequence[str], path: Path
+) -> tuple[str, figures.Drawn]:
+    """What there is to see of one method alone: in the page its reliability, beside it also where samples leave."""
+    tail = re.sub(r"\W+", "-", name)
+    figures.still_exits(points, path, f"exits-{tail}")
+    figures.still_confusion(points, classes, path, f"confusion-{tail}")
+    return name, figures.draw_reliability(outputs, path, f"reliability-{tail}")
+
+
+def _method(name: str, result: Result, points: Points, rows: Sequence[int]) -> dict[str, Any]:
+    """What the page's script needs of one method."""
+    outputs, stages = result.outputs, result.stages
+    exits = len(outputs.macs)
+    labels, answers = outputs.labels, outputs.answers
+    assert labels is not None
+    timed = bool(stages) and stages[0].milliseconds is not None
+    return {
+        "name": name,
+        "names": [stage.exit for stage in stages] or [figures.exit_name(exit_, exits) for exit_ in range(exits)],
+        "costs": outputs.costs.tolist(),
+        "thresholds": points.curve.thresholds.tolist(),
+        "cost": points.curve.cost.tolist(),
+        "right": points.right.tolist(),
+        "exits": points.exits.tolist(),
+        "confusion": points.confusion,
+        "start": points.start,
+        "milliseconds": [stage.milliseconds for stage in stages] if timed else None,
+        "backbone_milliseconds": backbone_milliseconds(stages) if timed else None,
+        "gallery": [
+            {
+                "label": int(labels[row]),
+                "answers": answers[row].tolist(),
+                "passes": points.passes[row].tolist(),
+            }
+            for row in rows
+        ],
+    }
+
+
+def _stage_rows(result: Result) -> list[dict[str, Any]]:
+    """The stages with what answering at their ends costs, as shares of the backbone without exits."""
+    times = list(accumulate(stage.milliseconds or 0.0 for stage in result.stages))
+    whole = backbone_milliseconds(result.stages) or 1.0
+    return [
+        {**asdict(stage), "cost": cost, "time": time / whole}
+        for stage, cost, time in zip(result.stages, result.outputs.costs, times, strict=True)
+    ]
+
+
+def _class_names(runs: Sequence[Run], classes: int) -> list[str]:
+    """As the data set names them; else their numbers."""
+    named = next((run.classes for run in runs if run.classes is not None and len(run.classes) == classes), None)
+    return [str(number) for number in range(classes)] if named is None else list(named)
