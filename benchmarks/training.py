@@ -49,13 +49,9 @@ def _vit() -> nn.Module:
 def _bert() -> nn.Module:
     from transformers import BertConfig, BertForSequenceClassification
 
-    sizes: dict[str, Any] = {
-        "hidden_size": 512,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 8,
-        "intermediate_size": 2048,
-    }
-    return BertForSequenceClassification(BertConfig(**sizes, num_labels=4))
+    sizes: dict[str, Any] = {"hidden_size": 512, "num_hidden_layers": 4, "num_attention_heads": 8}
+    config = BertConfig(**(sizes | {"intermediate_size": 2048, "num_labels": 4}))
+    return BertForSequenceClassification(config)
 
 
 def _pixels(side: int, images: int) -> list[tuple[Any, int]]:
