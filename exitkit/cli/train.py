@@ -28,7 +28,8 @@ def prepared(recipe: Recipe) -> tuple[nn.Module, Split]:
     """The backbone and its data."""
     backbone = load_model(recipe.model, recipe.weights, recipe.num_classes)
     tokenizer = recipe.model.removeprefix("hf:") if recipe.model.startswith("hf:") else None
-    return backbone, load_data(recipe.data, backbone, recipe.test, tokenizer, numbers=recipe.num_classes == 1)
+    regression = 1 in (recipe.num_classes, recipe.exits.get("num_outputs"))
+    return backbone, load_data(recipe.data, backbone, recipe.test, tokenizer, numbers=regression)
 
 
 def train_recipe(

@@ -66,15 +66,13 @@ def cached(trainer: Trainer, accelerator: Accelerator, data: Data) -> Iterator[D
         for leftover in folder.glob(".features-*"):
             leftover.unlink(missing_ok=True)  # of a run that was killed while it wrote one
         cache = _Cache(trainer, accelerator, HeadsAlone(trainer.model))
+        rows: dict[str, DataLoader[Any]] = {}
         try:
-            rows = {
-                name: cache.rows(loader, folder / f"features-{name}.safetensors") for name, loader in loaders.items()
-            }
+            for name, loader in loaders.items():
+                rows[name] = cache.rows(loader, folder / f"features-{name}.safetensors")
         except OSError as reason:
             warnings.warn(f"cache=True, but {reason}; the backbone runs in every epoch", stacklevel=4)
-            yield data
-            return
-        yield Data(cache.view, rows["train"], rows.get("val"))
+        yield Data(cache.view, rows["train"], rows.get("val")) if rows.keys() == loaders.keys() else data
 
 
 def _numbered(loader: Iterable[Any], name: str) -> DataLoader[Any]:
@@ -113,6 +111,7 @@ class _Cache:
         """
         stored = read_store(path, self._key(loader)) if path.exists() else None
         if stored is None:
+            path.unlink(missing_ok=True)  # so that never two of them take disk
             stored = read_store(path, self._compute(loader, path))
         if stored is None:
             raise OSError(f"{str(path)!r} cannot be read back as it was written")
