@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 
 from exitkit._torchvision import import_torchvision
@@ -25,7 +27,14 @@ def vit_t_cifar(num_classes: int = 100) -> nn.Module:
     import_torchvision(needed_for="timm")
     import timm
 
-    size = {"img_size": 32, "patch_size": 4, "embed_dim": 256, "depth": 7, "num_heads": 8, "mlp_ratio": 1.0}
+    size: dict[str, Any] = {
+        "img_size": 32,
+        "patch_size": 4,
+        "embed_dim": 256,
+        "depth": 7,
+        "num_heads": 8,
+        "mlp_ratio": 1.0,
+    }
     model: nn.Module = timm.create_model("vit_tiny_patch16_224", num_classes=num_classes, **size)
     return model
 
