@@ -16,9 +16,11 @@ from exitkit.cli.bench import compare, comparison_table, write_results
 from exitkit.cli.data import load_data, load_tokenizer
 from exitkit.cli.demo import run_demo
 from exitkit.cli.predict import batch_sizes, latency_table, made_up, predict, read_samples
+from exitkit.cli.recipe import parse_override, read_recipe
 from exitkit.cli.report import calibrate, report
 from exitkit.cli.report import compare as compare_runs
 from exitkit.cli.sources import load_model
+from exitkit.cli.train import prepared, train_recipe
 from exitkit.console import make_console
 from exitkit.errors import ExitkitError
 from exitkit.methods import as_method
@@ -105,6 +107,33 @@ def bench(
         f"Written to {out}/: results.json, curve.png, hindsight.png, outputs-METHOD.safetensors, samples.json"
     )
     _console.print(f"To look at it: exitkit report {out}")
+
+
+@app.command()
+def train(
+    recipe: Annotated[Path, typer.Argument(help="A .toml file, such as those in benchmarks/recipes/")],
+    out: Annotated[Path, typer.Option(help="Folder for the exits, results.json, curve.png and the outputs")],
+    model: Annotated[str | None, typer.Option(help="Instead of the recipe's, as are all below")] = None,
+    weights: Weights = None,
+    data: Annotated[str | None, typer.Option(help="As for exitkit bench")] = None,
+    test: Annotated[str | None, typer.Option(help="Test samples")] = None,
+    limit: Annotated[int | None, typer.Option(help="Use at most so many training samples")] = None,
+    epochs: Annotated[int | None, typer.Option(help="Passes over the training samples")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of initialisation, order and subset")] = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", help="KEY=VALUE, such as trainer.lr=1e-4")] = None,
+) -> None:
+    """Train exits as a recipe says; print accuracy against compute and write the exits and the results."""
+    if out.exists() and not out.is_dir():
+        raise ExitkitError(f"--out {str(out)!r} is a file; name a folder")
+    flags = {"model": model, "weights": weights, "data": data, "test": test, "limit": limit}
+    flags |= {"trainer.epochs": epochs, "trainer.seed": seed} | dict(map(parse_override, set_ or ()))
+    chosen = read_recipe(recipe, {key: value for key, value in flags.items() if value is not None})
+    backbone, split = prepared(chosen)
+    if chosen.weights is None and not chosen.model.startswith("hf:"):
+        _console.print("note: no weights, so the backbone has random weights")
+    example = _data_example(backbone, split.loaders(1, None, 0)[1])
+    train_recipe(chosen, backbone, split, example, out, _console.print)
+    _console.print(f"Written to {out}/")
 
 
 @app.command()

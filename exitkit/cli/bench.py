@@ -56,7 +56,7 @@ def compare(
             )
             Trainer(model, **training).fit(train)
             outputs = collect(model, test)
-            trained[parts] = outputs, () if stages is None else _timed_stages(model, test, report)
+            trained[parts] = outputs, () if stages is None else timed_stages(model, test, report)
         outputs, timed = trained[parts]
         results[method.name] = replace(outputs, criterion=method.criterion)
         if stages is not None:
@@ -64,7 +64,7 @@ def compare(
     return results
 
 
-def _timed_stages(model: MultiExitModel, test: Iterable[Any], report: Callable[[str], None]) -> tuple[Stage, ...]:
+def timed_stages(model: MultiExitModel, test: Iterable[Any], report: Callable[[str], None]) -> tuple[Stage, ...]:
     """Timed on at most 32 samples of the first batch; without times where the engine does not take them."""
     given = Example.of(split_batch(next(iter(test)))[0])
     few = given.with_batch(min(_TIMED, len(given.tensors[0])))

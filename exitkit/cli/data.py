@@ -43,7 +43,9 @@ class Split:
         )
 
 
-def load_data(data: str, model: nn.Module, test: str | None = None, tokenizer: str | None = None) -> Split:
+def load_data(
+    data: str, model: nn.Module, test: str | None = None, tokenizer: str | None = None, *, numbers: bool = False
+) -> Split:
     """The data set that ``data`` names, prepared for ``model``.
 
     Args:
@@ -52,6 +54,7 @@ def load_data(data: str, model: nn.Module, test: str | None = None, tokenizer: s
             ``torchvision.datasets``.
         test: the same for the test samples; without it, a seeded fifth is held out.
         tokenizer: for text: a Hugging Face tokenizer's name or folder.
+        numbers: for text: the last column holds numbers to predict instead of labels.
 
     Raises:
         ExitkitError: a path that does not exist, an unknown format, or contents that do not fit.
@@ -70,7 +73,7 @@ def load_data(data: str, model: nn.Module, test: str | None = None, tokenizer: s
     if path.suffix == ".npz":
         return _arrays(path, model, test)
     if path.suffix in (".csv", ".tsv"):
-        return _text(path, test, tokenizer)
+        return _text(path, test, tokenizer, numbers)
     raise ExitkitError(f"--data {data!r} has an unknown format; give an image folder, .npz, .csv or .tsv")
 
 
@@ -175,13 +178,13 @@ def _torchvision_dataset(name: str, model: nn.Module) -> Split:
     return Split(train, test)
 
 
-def _text(path: Path, test: str | None, tokenizer: str | None) -> Split:
+def _text(path: Path, test: str | None, tokenizer: str | None, numbers: bool) -> Split:
     """Text in the first column, label in the last, a header above; labels may be words."""
     if tokenizer is None:
         raise ExitkitError(f"--data {str(path)!r} is text; use --model hf:NAME_OR_DIR, whose tokenizer splits it")
     encode = load_tokenizer(tokenizer)
     rows = _read_text(path)
-    names = _label_indices({label for _, label in rows})
+    names = (_numbers if numbers else _label_indices)({label for _, label in rows})
 
     def collate(batch: list[tuple[str, str]]) -> dict[str, Tensor]:
         tokens = encode(
@@ -194,6 +197,8 @@ def _text(path: Path, test: str | None, tokenizer: str | None) -> Split:
         split = _hold_out(rows)
         return Split(split.train, split.test, collate)
     held_out = _read_text(Path(test))
+    if numbers:
+        names |= _numbers({label for _, label in held_out})
     if unknown := {label for _, label in held_out} - set(names):
         raise ExitkitError(f"--test {test!r} has labels that --data has not: {sorted(unknown)[:5]}")
     return Split(rows, held_out, collate)  # type: ignore[arg-type]
@@ -234,6 +239,16 @@ def _label_indices(labels: set[str]) -> dict[str, int]:
     if all(label.strip().isdecimal() for label in labels):
         return {label: int(label) for label in labels}
     return {label: index for index, label in enumerate(sorted(labels))}
+
+
+def _numbers(labels: set[str]) -> dict[str, float]:
+    """Labels as the numbers that they are."""
+    try:
+        return {label: float(label) for label in labels}
+    except ValueError as error:
+        raise ExitkitError(
+            f"a model with one output predicts numbers, but the last column has another: {error}"
+        ) from error
 
 
 def _hold_out(samples: Any) -> Split:

@@ -22,9 +22,17 @@ class SDNPool(nn.Module):
         self.gamma = nn.Parameter(torch.tensor(0.5))
 
     def forward(self, maps: Tensor) -> Tensor:
-        size = pooled_size(maps.shape[-2], maps.shape[-1])
-        average = F.adaptive_avg_pool2d(maps, size)
-        return torch.lerp(F.adaptive_max_pool2d(maps, size), average, self.gamma)
+        return self.mix(*two_pools(maps))
+
+    def mix(self, average: Tensor, maximum: Tensor) -> Tensor:
+        """What is learned: γ, between the two poolings (B, C, 4, 4)."""
+        return torch.lerp(maximum, average, self.gamma)
+
+
+def two_pools(maps: Tensor) -> tuple[Tensor, Tensor]:
+    """Average and maximum (B, C, 4, 4) of maps, which :class:`SDNPool` mixes; neither has a parameter."""
+    size = pooled_size(maps.shape[-2], maps.shape[-1])
+    return F.adaptive_avg_pool2d(maps, size), F.adaptive_max_pool2d(maps, size)
 
 
 def pooled_size(height: int, width: int) -> tuple[int, int]:

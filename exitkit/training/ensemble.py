@@ -15,6 +15,7 @@ from exitkit.errors import ExitkitError
 from exitkit.model import MultiExitModel
 from exitkit.surgery.calls import call_on
 from exitkit.surgery.capture import evaluation_mode
+from exitkit.training.reduced import HeadsAlone
 
 _CACHED_FLOATS = 200_000_000
 _STEPS = 100
@@ -37,14 +38,19 @@ def fit_ensemble(model: MultiExitModel, loader: Iterable[Any]) -> list[float]:
     Returns:
         The cross-entropy of each fitted combiner.
     """
-    return fit_ensemble_on(model, loader, lambda part: part)
+    return fit_ensemble_on(model, model, loader, lambda part: part)
 
 
-def fit_ensemble_on(model: MultiExitModel, loader: Iterable[Any], gather: Callable[[Any], Any]) -> list[float]:
-    """:func:`fit_ensemble` on a process's part of the data, where ``gather`` brings all parts together."""
+def fit_ensemble_on(
+    model: MultiExitModel, view: MultiExitModel | HeadsAlone, loader: Iterable[Any], gather: Callable[[Any], Any]
+) -> list[float]:
+    """:func:`fit_ensemble` on a process's part of the data, where ``gather`` brings all parts together.
+
+    ``view`` is what the loader's batches are for: the model, or its heads alone.
+    """
     if not list(model.combiners.parameters()):  # a mean has nothing to fit
         return []
-    log_probs, targets = _cache(model, loader, gather)
+    log_probs, targets = _cache(model, view, loader, gather)
     return [_fit(combiner, log_probs[:, : m + 1], targets, m) for m, combiner in enumerate(model.combiners)]
 
 
@@ -54,7 +60,9 @@ def penalty(combiner: nn.Module) -> Tensor:
     return PENALTY * (weights + math.log(len(weights))).square().sum()
 
 
-def _cache(model: MultiExitModel, loader: Iterable[Any], gather: Callable[[Any], Any]) -> tuple[Tensor, Tensor]:
+def _cache(
+    model: MultiExitModel, view: MultiExitModel | HeadsAlone, loader: Iterable[Any], gather: Callable[[Any], Any]
+) -> tuple[Tensor, Tensor]:
     """Log-probabilities of every head (N, M + 1, C), and class probabilities to learn (N, C)."""
     device = next(model.parameters()).device
     kept: list[Tensor] = []
@@ -62,7 +70,7 @@ def _cache(model: MultiExitModel, loader: Iterable[Any], gather: Callable[[Any],
     with evaluation_mode(model), torch.no_grad():
         for batch in checked(loader, "train_loader"):
             inputs, labels = split_batch(batch)
-            _, heads = call_on(model.run_heads, move(inputs, device))
+            _, heads = call_on(view.run_heads, move(inputs, device))
             log_probs = torch.stack([F.log_softmax(logits.float(), -1) for logits in heads], 1)
             targets = _targets(labels, model.num_classes, len(log_probs)).to(device)
             log_probs, targets = gather((log_probs, targets))

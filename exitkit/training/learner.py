@@ -35,6 +35,7 @@ class Learner:
         stages: Stages | None,
         objective: Objective,
         epochs: int,
+        view: nn.Module,
     ) -> None:
         self.trainer, self.accelerator, self.phase, self.stages = trainer, accelerator, phase, stages
         self.objective = objective
@@ -45,7 +46,7 @@ class Learner:
         self.scheduler = _scheduler(self.optimizer, trainer.milestones, epochs)
         accelerator.free_memory()  # forgets the optimiser of the phase before
         self.stepper = accelerator.prepare_optimizer(self.optimizer)
-        self.view = _wrapped(trainer, accelerator)
+        self.view = _wrapped(view, trainer.compile, accelerator)
 
     def step(self, batches: Sequence[Any], weights: Sequence[float], epoch: int, step: int) -> tuple[Tensor, int]:
         """One optimiser step on one or more batches: the summed losses of ``phase.exits_at(step)``, the number of samples."""
@@ -73,8 +74,7 @@ class Learner:
 
     def inputs(self, inputs: Any) -> Any:
         """A batch's inputs on the device, maps in the memory format asked for."""
-        moved = move(inputs, self.accelerator.device)
-        return _channels_last(moved) if self.trainer.channels_last else moved
+        return placed(inputs, self.accelerator.device, self.trainer.channels_last)
 
     def _losses(self, batch: Any, exits: Sequence[int]) -> tuple[Tensor, int, Tensor | float]:
         inputs, labels = split_batch(batch)
@@ -157,12 +157,18 @@ def _scheduler(
     return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
 
 
-def _wrapped(trainer: Trainer, accelerator: Accelerator) -> nn.Module:
-    view: Any = torch.compile(trainer.model) if trainer.compile else trainer.model
+def _wrapped(model: nn.Module, compiled: bool, accelerator: Accelerator) -> nn.Module:
+    view: Any = torch.compile(model) if compiled else model
     if accelerator.num_processes > 1:
         cuda = accelerator.device.type == "cuda"
         return DistributedDataParallel(view, device_ids=[accelerator.device] if cuda else None)
     return view  # type: ignore[no-any-return]
+
+
+def placed(inputs: Any, device: torch.device, channels_last: bool) -> Any:
+    """A batch's inputs on a device, maps in the memory format asked for."""
+    moved = move(inputs, device)
+    return _channels_last(moved) if channels_last else moved
 
 
 def _channels_last(value: Any) -> Any:

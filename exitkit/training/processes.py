@@ -43,9 +43,10 @@ def own_part(accelerator: Accelerator, loader: Iterable[Any], name: str) -> Iter
 def seed_everything(loader: Iterable[Any], seed: int) -> None:
     """A seed per epoch instead of stored generator states: initial order, shuffling and augmentation follow from it."""
     set_seed(seed)
-    inner = getattr(getattr(loader, "batch_sampler", None), "batch_sampler", None)  # of a loader divided by accelerate
-    owners = (loader, getattr(loader, "sampler", None), getattr(loader, "batch_sampler", None))
-    for owner in (*owners, getattr(inner, "sampler", None)):
+    outer = getattr(loader, "batch_sampler", None)
+    inner = getattr(outer, "batch_sampler", None)  # of a loader divided by accelerate
+    samplers = (getattr(owner, "sampler", None) for owner in (loader, outer, inner))
+    for owner in (loader, outer, *samplers):
         if isinstance(generator := getattr(owner, "generator", None), torch.Generator):
             generator.manual_seed(seed)
 

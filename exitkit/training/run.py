@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from exitkit.batches import check_labels, checked, split_batch
 from exitkit.errors import ExitkitError
 from exitkit.fingerprint import weights_digest
+from exitkit.model import MultiExitModel
 from exitkit.surgery.calls import call_on
 from exitkit.surgery.capture import evaluation_mode
 from exitkit.training.checkpoint import a_full_disk_survived, load_checkpoint, remove_leftovers, save_checkpoint
@@ -25,6 +26,7 @@ from exitkit.training.learner import Learner
 from exitkit.training.objective import Objective
 from exitkit.training.processes import random_state, seed_everything, set_random_state
 from exitkit.training.progress import Display, Epoch, write_log
+from exitkit.training.reduced import HeadsAlone
 from exitkit.training.stopping import EarlyStopping
 
 if TYPE_CHECKING:
@@ -62,6 +64,7 @@ class Run:
     """The state of a run, all of which is in its checkpoints.
 
     Attributes:
+        view: what the loaders' batches are for: the model, or its heads alone where features are cached.
         interrupted: whether SIGTERM has come.
         phase: index of the phase that is trained.
         history: the finished epochs.
@@ -69,6 +72,7 @@ class Run:
 
     trainer: Trainer
     accelerator: Accelerator
+    view: MultiExitModel | HeadsAlone
     train_loader: Iterable[Any]
     val_loader: Iterable[Any] | None
     stages: Stages | None
@@ -99,7 +103,7 @@ class Run:
         """One phase, from the beginning or from a checkpoint's state; afterwards its best weights are in place."""
         epochs = self.trainer.lengths[self.phase]
         phase = self.trainer.phases[self.phase]
-        learner = Learner(self.trainer, self.accelerator, phase, self.stages, self.objective, epochs)
+        learner = Learner(self.trainer, self.accelerator, phase, self.stages, self.objective, epochs, self.view)
         self.stopping = EarlyStopping(self.trainer.patience)
         self.best = None if self.trainer.patience is None else self._weights()
         if state is not None:
@@ -158,7 +162,7 @@ class Run:
         with evaluation_mode(self.model), torch.no_grad(), self.accelerator.autocast():
             for batch in checked(loader, "val_loader"):
                 inputs, labels = split_batch(batch)
-                _, heads = call_on(self.model.run_heads, learner.inputs(inputs))
+                _, heads = call_on(self.view.run_heads, learner.inputs(inputs))
                 answers = torch.stack([logits.float() for logits in heads], 1)
                 targets = check_labels(labels, classes, len(answers)).to(answers.device)
                 answers, targets = (part.cpu() for part in self.accelerator.gather_for_metrics((answers, targets)))

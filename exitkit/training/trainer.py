@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -15,6 +15,7 @@ from torch import nn
 from exitkit.errors import ExitkitError, unknown_name
 from exitkit.model import MultiExitModel
 from exitkit.surgery.capture import evaluation_mode
+from exitkit.training.cache import Data, cached
 from exitkit.training.ensemble import fit_ensemble_on
 from exitkit.training.freezing import Stages, flags_restored, stages_of
 from exitkit.training.interruption import sigterm_noted
@@ -63,6 +64,12 @@ class Trainer:
         compile: run the training steps through :func:`torch.compile`.
         channels_last: keep convolution weights and image batches in that memory format, which stays afterwards.
         gradient_checkpointing: recompute the backbone's blocks in the backward pass (Hugging Face models).
+        cache: run a frozen backbone over the samples once, and train the heads on what they read of its features, from a
+            file. Every epoch then sees the inputs of the first pass: augmentation in the loader is frozen. In the order and
+            with the seeds of a run without it, so that the result is the same. A head that begins with a convolution reads
+            whole maps, which are large; token read-outs and SDN pooling shrink them first. With an ``output_dir`` the file
+            stays there, and is used again for the same inputs, backbone and exits.
+        cache_gb: how many gigabytes (10⁹ bytes) of disk that may take; more is not cached, with a warning.
         seed: every epoch is seeded from it, so that a killed run continues to the same weights.
         output_dir: where a checkpoint and a log go after every epoch; nothing is written by default. With it, SIGTERM
             writes a checkpoint after the current step and ends the process with status 143.
@@ -94,6 +101,8 @@ class Trainer:
     compile: bool = False
     channels_last: bool = False
     gradient_checkpointing: bool = False
+    cache: bool = False
+    cache_gb: float = 10.0
     seed: int = 0
     output_dir: str | Path | None = None
     resume: Literal["auto", "never"] = "auto"
@@ -113,6 +122,7 @@ class Trainer:
         if self.backbone_lr is not None and not self.trains_backbone:
             raise ExitkitError(f"backbone_lr={self.backbone_lr!r} is set, but the regime freezes the backbone")
         check_loss(self.loss, self.phases, self.model)
+        self._check_cache()
         self.optimizer_name = _name(self.make_optimizer([nn.Parameter(torch.zeros(1))], []))
         self.directory = None if self.output_dir is None else Path(self.output_dir)
 
@@ -166,7 +176,11 @@ class Trainer:
         val = None if val_loader is None else own_part(accelerator, val_loader, "val_loader")
         self._place(accelerator.device)
         self.history = []
-        with flags_restored(self.model):
+        data = Data(self.model, train, val)
+        with (
+            flags_restored(self.model),
+            cached(self, accelerator, data) if self.cache else nullcontext(data) as data,
+        ):
             stages = self._stages()
             with (
                 _checkpointed(self.model.backbone, self.gradient_checkpointing),
@@ -174,10 +188,10 @@ class Trainer:
                 sigterm_noted(self.directory is not None) as interrupted,
                 self._display(accelerator.is_main_process, length(train)) as display,
             ):
-                Run(self, accelerator, train, val, stages, display, interrupted, self.history).train()
+                Run(self, accelerator, *data, stages, display, interrupted, self.history).train()
             self.model.combiners.requires_grad_(True)
-            seed_everything(train, self.seed * EPOCHS)
-            fit_ensemble_on(self.model, train, accelerator.gather_for_metrics)
+            seed_everything(data.train, self.seed * EPOCHS)
+            fit_ensemble_on(self.model, data.view, data.train, accelerator.gather_for_metrics)
         return self.history
 
     def _place(self, device: torch.device) -> None:
@@ -217,12 +231,27 @@ class Trainer:
                 f"optimizer= is a {type(self.optimizer).__name__}; give a function that makes one, such as torch.optim.AdamW"
             )
 
+    def _check_cache(self) -> None:
+        if not self.cache:
+            return
+        if self.trains_backbone or any(len(self.model.classifiers) in phase.exits for phase in self.phases):
+            raise ExitkitError(
+                "cache=True keeps what a frozen backbone says, but here the backbone learns, or its last layer, which attach "
+                "replaced; use regime='disjoint' on a backbone with its own classes, or leave cache out"
+            )
+        if self.teacher is not None:
+            raise ExitkitError(
+                "cache=True keeps features, and not the inputs that the teacher model reads; use teachers='last', or leave "
+                "cache out"
+            )
+
     def _check_numbers(self) -> None:
         optional = (("backbone_lr", self.backbone_lr), ("max_grad_norm", self.max_grad_norm))
-        for name, real in (("lr", self.lr), ("weight_decay", self.weight_decay), *optional):
+        above = (("lr", self.lr), ("cache_gb", self.cache_gb))
+        for name, real in (*above, ("weight_decay", self.weight_decay), *optional):
             if real is not None and not isinstance(real, int | float):
                 raise ExitkitError(f"{name}={real!r} must be a number")
-        for name, real in (("lr", self.lr), *optional):
+        for name, real in (*above, *optional):
             if real is not None and not 0 < real < float("inf"):
                 raise ExitkitError(f"{name}={real!r} must be greater than 0")
         if not 0 <= self.weight_decay < float("inf"):

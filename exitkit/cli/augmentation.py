@@ -1,0 +1,66 @@
+"""Augmentation of training images by name: torchvision's transforms on normalised tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch.utils.data import Dataset, default_collate
+
+from exitkit._torchvision import import_torchvision
+from exitkit.errors import ExitkitError
+
+Make = Callable[[Any, tuple[int, int]], Any]
+"""(torchvision.transforms.v2, height and width) → a transform of one image."""
+
+SINGLE: dict[str, Make] = {
+    "flip": lambda v2, size: v2.RandomHorizontalFlip(),
+    "shift": lambda v2, size: v2.RandomCrop(size, padding=4),
+    "crop": lambda v2, size: v2.RandomResizedCrop(size, antialias=True),
+    "rotation": lambda v2, size: v2.RandomRotation(15),
+    "erasing": lambda v2, size: v2.RandomErasing(),
+}
+MIXING = {"mixup": "MixUp", "cutmix": "CutMix"}
+AUGMENTATIONS = (*SINGLE, *MIXING)
+"""``shift`` is a crop after padding by 4 (CIFAR); of ``mixup`` and ``cutmix`` together each batch gets one or the other."""
+
+
+@dataclass(frozen=True)
+class AugmentedImages(Dataset[Any]):
+    """(image, label) samples, the images augmented anew every time."""
+
+    samples: Any
+    names: Sequence[str]
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, number: int) -> Any:
+        image, label = self.samples[number]
+        v2 = import_torchvision("transforms.v2", "augment")
+        for name in self.names:
+            image = SINGLE[name](v2, tuple(image.shape[-2:]))(image)
+        return image, label
+
+
+def augmented(
+    samples: Any, collate: Callable[..., Any] | None, names: Sequence[str], num_classes: int
+) -> tuple[Any, Callable[..., Any] | None]:
+    """The samples and their collate function, augmentations applied: to one image each, or mixing those of a batch.
+
+    Raises:
+        ExitkitError: samples that are no (image, label).
+    """
+    if not names:
+        return samples, collate
+    first = samples[0]
+    if not isinstance(first, tuple) or getattr(first[0], "dim", lambda: 0)() != 3:
+        raise ExitkitError(f"augment = {list(names)} is for images, and these samples are not; leave it out")
+    single = [name for name in names if name in SINGLE]
+    mixing = [name for name in names if name in MIXING]
+    if not mixing:
+        return AugmentedImages(samples, single), collate
+    v2 = import_torchvision("transforms.v2", "augment")
+    mix = v2.RandomChoice([getattr(v2, MIXING[name])(num_classes=num_classes) for name in mixing])
+    return AugmentedImages(samples, single), lambda batch: mix(*default_collate(batch))

@@ -1,0 +1,214 @@
+"""Recipes: everything that a training run depends on, as a TOML file."""
+
+from __future__ import annotations
+
+import inspect
+import tomllib
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, fields
+from functools import partial
+from pathlib import Path
+from types import UnionType
+from typing import Any, get_args, get_type_hints
+
+import torch
+
+from exitkit.cli.augmentation import AUGMENTATIONS
+from exitkit.errors import ExitkitError, unknown_name
+from exitkit.exits.heads import HeadSpec
+from exitkit.methods import PRESETS, Method
+from exitkit.training import Distillation, Loss, Trainer
+
+OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
+    "adam": torch.optim.Adam,
+    "adamw": torch.optim.AdamW,
+    "sgd": torch.optim.SGD,
+}
+_TRAINER = [
+    f.name for f in fields(Trainer) if f.init and f.name not in ("model", "loss", "optimizer", "show_progress")
+]
+_LOSS = [f.name for f in fields(Loss)]
+_DISTILLATION = [f.name for f in fields(Distillation)]
+_EXITS = ["every", "at", "at_cost", "placement", "head", "method", "num_classes", "num_outputs"]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A training run. In the file, ``exits``, ``trainer``, ``optimizer`` and ``loss`` are tables.
+
+    Attributes:
+        model: as for ``exitkit bench --model``.
+        data: as for ``exitkit bench --data``; for a model with one output the last column holds numbers.
+        weights: a state-dict file, ``"pretrained"``, or none for random ones.
+        test: test samples; by default those that the data bring, or a held-out fifth.
+        num_classes: size of the model's classifier, where it is not its own default.
+        batch_size: of training.
+        limit: use at most so many training samples.
+        validation: share of the training samples that is held out for early stopping.
+        augment: names of augmentations, applied in this order to training images.
+        exits: options of :func:`exitkit.attach`; ``method`` is a name or ``{name = "gpf", ...}``
+            with its options.
+        trainer: options of :class:`exitkit.Trainer`.
+        optimizer: ``name`` (adam, adamw, sgd) and its own options.
+        loss: options of :class:`exitkit.training.Loss`, ``distillation`` being a table again.
+    """
+
+    model: str
+    data: str
+    weights: str | None = None
+    test: str | None = None
+    num_classes: int | None = None
+    batch_size: int = 64
+    limit: int | None = None
+    validation: float | None = None
+    augment: list[str] = field(default_factory=list)
+    exits: dict[str, Any] = field(default_factory=dict)
+    trainer: dict[str, Any] = field(default_factory=dict)
+    optimizer: dict[str, Any] = field(default_factory=dict)
+    loss: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name, hint in get_type_hints(Recipe).items():
+            _check_type(name, getattr(self, name), hint)
+        for name, number in (("batch_size", self.batch_size), ("limit", 1 if self.limit is None else self.limit)):
+            if number < 1:
+                raise ExitkitError(f"{name} = {number} must be at least 1")
+        if self.validation is not None and not 0 < self.validation < 1:
+            raise ExitkitError(
+                f"validation = {self.validation} must be a share of the training samples, between 0 and 1"
+            )
+        for name in self.augment:
+            if name not in AUGMENTATIONS:
+                raise unknown_name("augment", name, AUGMENTATIONS)
+        for table, allowed in (("exits", _EXITS), ("trainer", _TRAINER), ("loss", _LOSS)):
+            _check_keys(f"{table}.", getattr(self, table), allowed)
+        HeadSpec.parse(self.exits.get("head", "auto"))
+        self.make_method()
+        self.make_loss()
+        self.make_optimizer()
+
+    def make_method(self) -> Method:
+        """The early-exit method."""
+        given = self.exits.get("method", "ztw")
+        options = dict(given) if isinstance(given, dict) else {"name": given}
+        name = options.pop("name", None)
+        if not isinstance(name, str) or name not in PRESETS:
+            raise unknown_name("exits.method", name, PRESETS)
+        known = [option.name for option in fields(Method) if option.name != "name"]
+        _check_keys("exits.method.", options, [*known, *inspect.signature(PRESETS[name]).parameters])
+        return _made("exits.method", PRESETS[name], options)  # type: ignore[no-any-return]
+
+    def make_loss(self) -> Loss:
+        """What the exits minimise."""
+        options = dict(self.loss)
+        distillation = options.get("distillation")
+        if distillation is not None:
+            if not isinstance(distillation, dict):
+                raise ExitkitError(f"loss.distillation = {distillation!r} must be a table: [loss.distillation]")
+            _check_keys("loss.distillation.", distillation, _DISTILLATION)
+            options["distillation"] = _made("loss.distillation", Distillation, _plain(distillation))
+        return _made("loss", Loss, options)  # type: ignore[no-any-return]
+
+    def make_optimizer(self) -> partial[torch.optim.Optimizer]:
+        """A function from parameter groups to the optimiser."""
+        options = dict(self.optimizer)
+        name = options.pop("name", "adam")
+        if name not in OPTIMIZERS:
+            raise unknown_name("optimizer.name", name, OPTIMIZERS)
+        own = [
+            key
+            for key in inspect.signature(OPTIMIZERS[name]).parameters
+            if key not in ("params", "lr", "weight_decay")
+        ]
+        _check_keys("optimizer.", options, own)
+        make = partial(OPTIMIZERS[name], **options)
+        _made("optimizer", make, {"params": [torch.nn.Parameter(torch.zeros(1))], "lr": 1e-3})
+        return make
+
+
+def read_recipe(path: str | Path, overrides: Mapping[str, Any]) -> Recipe:
+    """The recipe in a TOML file, with ``overrides`` by dotted key (``"trainer.epochs"``) in place of its own values.
+
+    Raises:
+        ExitkitError: no such file, no TOML, an unknown or missing key, or a value that cannot be.
+    """
+    try:
+        with Path(path).open("rb") as file:
+            values = tomllib.load(file)
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ExitkitError(f"recipe {str(path)!r} cannot be read as TOML: {error}") from error
+    for key, value in overrides.items():
+        *tables, last = key.split(".")
+        inner = values
+        for table in tables:
+            inner = inner.setdefault(table, {})
+            if not isinstance(inner, dict):
+                raise ExitkitError(f"--set {key}: {table!r} is a value, not a table")
+        inner[last] = value
+    try:
+        _check_keys("", values, [f.name for f in fields(Recipe)])
+        missing = [name for name in ("model", "data") if name not in values]
+        if missing:
+            raise ExitkitError(
+                f'{" and ".join(missing)} missing; write {missing[0]} = "..." at the top, or give --{missing[0]}'
+            )
+        return Recipe(**values)
+    except ExitkitError as error:
+        raise ExitkitError(f"recipe {str(path)!r}: {error}") from error
+
+
+def parse_override(text: str) -> tuple[str, Any]:
+    """``trainer.epochs=3`` as key and value; a value that is no TOML is a string.
+
+    Raises:
+        ExitkitError: no ``=``.
+    """
+    key, equals, value = text.partition("=")
+    if not equals or not key.strip():
+        raise ExitkitError(f"--set {text!r} is no KEY=VALUE; write for instance --set trainer.epochs=3")
+    try:
+        return key.strip(), tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        return key.strip(), value.strip()
+
+
+def _check_keys(prefix: str, values: Mapping[str, Any], allowed: Collection[str]) -> None:
+    for key in values:
+        if key not in allowed:
+            message = str(unknown_name("key", f"{prefix}{key}", [f"{prefix}{name}" for name in allowed]))
+            raise ExitkitError(message)
+
+
+def _check_type(name: str, value: Any, hint: Any) -> None:
+    kinds = get_args(hint) if isinstance(hint, UnionType) else (hint,)
+    plain = tuple(getattr(kind, "__origin__", kind) for kind in kinds)
+    wanted = (*plain, int) if float in plain else plain
+    if isinstance(value, bool) or not isinstance(value, wanted):
+        words = {str: "a string", int: "a whole number", float: "a number", list: "a list", dict: "a table"}
+        raise ExitkitError(f"{name} = {value!r} must be {' or '.join(words[kind] for kind in plain if kind in words)}")
+
+
+def _plain(distillation: Mapping[str, Any]) -> dict[str, Any]:
+    """TOML has neither None nor whole numbers as keys: a limit of 0 is none, and teachers by exit are named by digits."""
+    options = dict(distillation)
+    if options.get("confidence_limit") == 0:
+        options["confidence_limit"] = None
+    if isinstance(teachers := options.get("teachers"), dict):
+        options["teachers"] = {int(exit_): those for exit_, those in teachers.items() if exit_.isdecimal()}
+    return options
+
+
+def _made(table: str, make: Any, options: Mapping[str, Any]) -> Any:
+    """What ``make`` makes of a table's values; a complaint of the library's is told as one about the table."""
+    try:
+        return make(**options)
+    except ExitkitError as error:
+        raise ExitkitError(f"{table}: {error}") from error
+    except (TypeError, ValueError) as error:
+        raise ExitkitError(f"{table} = {dict(options)!r}: {error}") from error
+
+
+def described(recipe: Recipe) -> dict[str, Any]:
+    """The recipe's values by name, for a record of results."""
+    values: dict[str, Any] = {f.name: getattr(recipe, f.name) for f in fields(recipe)}
+    return {name: value for name, value in values.items() if value not in (None, [], {})}

@@ -1,0 +1,239 @@
+"""Recipes: those that are shipped, what a run writes, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import exitkit
+from exitkit import ExitkitError
+from exitkit.cli.augmentation import augmented
+from exitkit.cli.recipe import parse_override, read_recipe
+from exitkit.cli.sources import load_model
+from exitkit.surgery.boundaries import find_boundaries
+from exitkit.surgery.capture import capture
+from exitkit.surgery.placement import place
+from exitkit.training import Loss
+from tests.test_cli import bert, images, invoke, refused, run  # noqa: F401 - fixtures
+
+RECIPES = sorted((Path(__file__).resolve().parents[1] / "benchmarks" / "recipes").glob("*.toml"))
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, images: Path) -> Callable[..., Path]:  # noqa: F811
+    """``recipe(text)``: a recipe of the toy network and images, with more text."""
+
+    def write(more: str = "", top: str = "") -> Path:
+        path = tmp_path / "recipe.toml"
+        head = f'model = "tests.toy:net"\ndata = {json.dumps(str(images))}\nbatch_size = 16\n{top}\n'
+        path.write_text(head + '[exits]\nevery = 2\nhead = "1L"\n[trainer]\nepochs = 2\nlr = 0.01\n' + more)
+        return path
+
+    return write
+
+
+# the shipped ones ----------------------------------------------------------------------------------------------------
+
+
+def test_there_are_recipes() -> None:
+    assert len(RECIPES) >= 8
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_shipped_recipe_is_valid(path: Path) -> None:
+    """It parses, its keys are known, and method, loss and optimiser are made of them."""
+    shipped = read_recipe(path, {})
+    assert shipped.make_method().name in path.read_text()
+    assert isinstance(shipped.make_loss(), Loss)
+    made = shipped.make_optimizer()([{"params": [nn.Parameter(torch.zeros(1))], "lr": 1e-3, "weight_decay": 0.0}])
+    assert type(made).__name__.lower() == shipped.optimizer["name"]
+    assert shipped.trainer["epochs"] > 0
+
+
+EXITS = {
+    "ztw_resnet56_cifar10": 26,
+    "kubaty_resnet34_cifar100": 7,
+    "kubaty_vit_t_cifar100": 6,
+    "kubaty_vit_b_cifar100": 4,
+    "distillation_msdnet_cifar100": 10,
+    "ztw_resnet50_oct2017": 5,
+}
+
+
+@pytest.mark.parametrize(("name", "exits"), EXITS.items())
+def test_a_shipped_recipe_places_its_exits(name: str, exits: int) -> None:
+    """On the architecture that it names, without weights."""
+    pytest.importorskip("timm")
+    shipped = read_recipe(next(path for path in RECIPES if path.stem == name), {})
+    with torch.device("meta"):
+        model = load_model(shipped.model, None, shipped.num_classes).eval()
+    where = {key: shipped.exits.get(key) for key in ("every", "at", "at_cost")}
+    assert len(place(find_boundaries(capture(model)), **where)) == exits
+
+
+# a run ---------------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_writes_exits_and_results(run: Any, recipe: Any, tmp_path: Path) -> None:  # noqa: F811
+    printed = run("train", recipe(), "--out", tmp_path / "out")
+    assert "25%" in printed
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert results["about"]["trainer"] == {"epochs": 2, "lr": 0.01}
+    assert len(results["methods"]["ztw"]["accuracy_per_exit"]) == 2
+    torch.manual_seed(0)
+    loaded = exitkit.MultiExitModel.from_pretrained(
+        load_model("tests.toy:net"), tmp_path / "out" / "exits", torch.zeros(2, 1, 8, 8)
+    )
+    assert len(loaded.boundaries) == 1
+    assert not (tmp_path / "out" / "backbone.safetensors").exists()
+
+
+def test_flags_override_keys(run: Any, recipe: Any, tmp_path: Path) -> None:  # noqa: F811
+    text = '[loss]\nlabel_smoothing = 0.1\n[loss.distillation]\nteachers = "last"\nconfidence_limit = 0\n'
+    flags = ("--epochs", 1, "--set", "trainer.regime=mixed", "--set", "exits.method=sdn", "--set", "validation=0.25")
+    run("train", recipe(text), "--out", tmp_path / "out", *flags)
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert results["about"]["trainer"] == {"epochs": 1, "lr": 0.01, "regime": "mixed"}
+    assert list(results["methods"]) == ["sdn"]
+    assert (tmp_path / "out" / "backbone.safetensors").exists()
+
+
+def test_a_run_of_its_own_weights_gives_the_same_numbers(run: Any, recipe: Any, tmp_path: Path) -> None:  # noqa: F811
+    """Results written are those of the exits and the backbone that were written."""
+    run("train", recipe(), "--out", tmp_path / "out", "--set", "trainer.regime=mixed")
+    weights = tmp_path / "out" / "backbone.safetensors"
+    backbone = load_model("tests.toy:net", str(weights)).eval()
+    ee = exitkit.MultiExitModel.from_pretrained(backbone, tmp_path / "out" / "exits", torch.zeros(2, 1, 8, 8))
+    saved = exitkit.ExitOutputs.load(tmp_path / "out" / "outputs-ztw.safetensors")
+    from exitkit.cli.data import load_data
+
+    split = load_data(json.loads(recipe().read_text().splitlines()[1].partition("= ")[2]), backbone)
+    assert torch.allclose(exitkit.collect(ee, split.loaders(16, None, 0)[1]).log_probs, saved.log_probs, atol=1e-5)
+
+
+def test_augmented_training_runs(run: Any, recipe: Any, tmp_path: Path) -> None:  # noqa: F811
+    pytest.importorskip("torchvision")
+    top = 'augment = ["shift", "flip", "erasing", "rotation", "crop", "mixup", "cutmix"]\nvalidation = 0.2'
+    run("train", recipe("patience = 1\n", top), "--out", tmp_path / "out")
+    assert (tmp_path / "out" / "results.json").exists()
+
+
+def test_mixing_gives_soft_labels() -> None:
+    pytest.importorskip("torchvision")
+    samples = [(torch.randn(1, 8, 8), number % 3) for number in range(6)]
+    _, collate = augmented(samples, None, ["mixup"], 3)
+    assert collate is not None
+    pixels, labels = collate(samples)
+    assert pixels.shape == (6, 1, 8, 8)
+    assert labels.shape == (6, 3)
+    assert torch.allclose(labels.sum(1), torch.ones(6))
+
+
+def test_a_regression_on_text(run: Any, bert: Path, tmp_path: Path) -> None:  # noqa: F811
+    rows = [f"{'good ' * (i % 4)}{'bad ' * (3 - i % 4)}film\t{i % 4}.5" for i in range(24)]
+    (tmp_path / "scores.tsv").write_text("text\tscore\n" + "\n".join(rows) + "\n")
+    path = tmp_path / "recipe.toml"
+    path.write_text(
+        f'model = "hf:{bert}"\ndata = "{tmp_path / "scores.tsv"}"\nnum_classes = 1\n'
+        '[exits]\nmethod = "pbee"\n[trainer]\nepochs = 1\n'
+    )
+    printed = run("train", path, "--out", tmp_path / "out")
+    assert "Pearson" in printed
+    assert (tmp_path / "out" / "outputs-pbee.safetensors").exists()
+
+
+# what is refused -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "top", "words"),
+    [
+        ("", 'wieghts = "x"', ["wieghts", "'weights'"]),
+        ("epoch = 3\n", "", ["trainer.epoch", "'trainer.epochs'"]),
+        ("[loss]\nsmoothing = 0.1\n", "", ["loss.smoothing", "'loss.label_smoothing'"]),
+        ("[loss.distillation]\nteacher = 'last'\n", "", ["'loss.distillation.teachers'"]),
+        ("[loss.distillation]\nteachers = 'lasst'\n", "", ["loss.distillation", "'last'"]),
+        ("[loss]\ndistillation = 'last'\n", "", ["must be a table"]),
+        ("[optimizer]\nname = 'adamm'\n", "", ["'adam'"]),
+        ("[optimizer]\nmomentum = 0.9\n", "", ["optimizer.momentum"]),
+        ("[optimizer]\nname = 'sgd'\nnesterov = true\n", "", ["optimizer", "Nesterov"]),
+        ("regime = 'disjont'\n", "", ["'disjoint'"]),
+        ("", "validation = 1.5", ["validation", "between 0 and 1"]),
+        ("", "validation = 0.001", ["validation", "0 to validate"]),
+        ("", "batch_size = 'many'", ["batch_size", "a whole number"]),
+        ("", "limit = 0", ["limit", "at least 1"]),
+        ("", "augment = ['flop']", ["augment", "'flip'"]),
+        ("[trainer]\n", "", ["TOML"]),
+    ],
+)
+def test_a_wrong_recipe_is_refused(
+    text: str,
+    top: str,
+    words: list[str],
+    recipe: Any,
+    refused: Any,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    path = recipe(text, top)
+    if top.startswith("batch_size"):
+        path.write_text(path.read_text().replace("batch_size = 16\n", "", 1))
+    error = refused("train", path, "--out", tmp_path / "out")
+    assert all(word in error for word in words), error
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "word"),
+    [
+        (("--set", "epochs"), "KEY=VALUE"),
+        (("--set", "trainer.epoch=3"), "trainer.epochs"),
+        (("--set", "exits.head=2X"), "head='2X'"),
+        (("--set", "exits.head=3"), "head=3"),
+        (("--set", "exits.method=ztv"), "'ztw'"),
+        (("--set", "model.name=x"), "not a table"),
+        (("--epochs", 0), "epochs"),
+        (("--seed", -1), "seed"),
+        (("--data", "nowhere.npz"), "nowhere.npz"),
+    ],
+)
+def test_a_wrong_flag_is_refused(
+    flags: tuple[Any, ...],
+    word: str,
+    recipe: Any,
+    refused: Any,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    assert word in refused("train", recipe(), "--out", tmp_path / "out", *flags)
+
+
+def test_a_missing_file_and_missing_keys_are_refused(refused: Any, tmp_path: Path) -> None:  # noqa: F811
+    assert "nothing.toml" in refused("train", tmp_path / "nothing.toml", "--out", tmp_path / "out")
+    (tmp_path / "empty.toml").write_text("")
+    assert "model and data missing" in refused("train", tmp_path / "empty.toml", "--out", tmp_path / "out")
+
+
+def test_values_of_set_are_toml_or_strings() -> None:
+    assert parse_override("trainer.lr=1e-4") == ("trainer.lr", 1e-4)
+    assert parse_override("exits.at=['a', 'b']") == ("exits.at", ["a", "b"])
+    assert parse_override("model=timm:x") == ("model", "timm:x")
+    with pytest.raises(ExitkitError, match="KEY=VALUE"):
+        parse_override("=3")
+
+
+def test_augmenting_texts_is_refused() -> None:
+    with pytest.raises(ExitkitError, match="for images"):
+        augmented([("a text", "1")], None, ["flip"], 2)
+
+
+def test_text_scores_must_be_numbers(tmp_path: Path, bert: Path) -> None:  # noqa: F811
+    from exitkit.cli.data import load_data
+
+    (tmp_path / "scores.tsv").write_text("text\tscore\ngood\thigh\nbad\tlow\n")
+    with pytest.raises(ExitkitError, match="numbers"):
+        load_data(str(tmp_path / "scores.tsv"), nn.Linear(1, 1), None, str(bert), numbers=True)
