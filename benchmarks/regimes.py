@@ -133,7 +133,9 @@ def _at(run: ExitOutputs, budget: float) -> float | None:
 
 def _cell(values: list[float | None]) -> str:
     kept = [value for value in values if value is not None]
-    return f"{np.mean(kept):.2f} ± {np.std(kept):.2f}" if len(kept) == len(values) else "-"
+    if not kept or len(kept) < len(values):
+        return "-"
+    return f"{np.mean(kept):.2f}" + (f" ± {np.std(kept):.2f}" if len(kept) > 1 else "")
 
 
 def _write(args: argparse.Namespace, runs: dict[str, list[ExitOutputs]], about: dict[str, Any]) -> None:
