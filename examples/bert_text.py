@@ -84,10 +84,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--epochs", type=int, default=3, help="of the exits")
     parser.add_argument("--max-drop", type=float, default=0.03)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--quick", action="store_true", help="5,000 texts, four layers, fewer epochs")
+    parser.add_argument("--quick", action="store_true", help="4,000 texts, four layers of width 64, fewer epochs")
     args = parser.parse_args(arguments)
     if args.quick:
-        args.texts, args.layers, args.pretraining_epochs, args.epochs = 5_000, 4, 3, 2
+        args.texts, args.layers, args.width, args.epochs = 4_000, 4, 64, 2
     return args
 
 

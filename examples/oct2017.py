@@ -63,10 +63,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--test-images", type=int, help="test on so many images only")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", help="folder to save the exits to")
-    parser.add_argument("--quick", action="store_true", help="256 training images, 200 test images, 2 epochs")
+    parser.add_argument("--quick", action="store_true", help="200 training and 100 test images, 1 epoch, batches of 16")
     args = parser.parse_args(arguments)
     if args.quick:
-        args.images, args.test_images, args.epochs = 256, 200, 2
+        args.images, args.test_images, args.epochs, args.batch_size = 200, 100, 1, 16
     return args
 
 
