@@ -116,7 +116,9 @@ def load(train: Path, test: Path, count: int, vocabulary: int) -> tuple[Texts, T
 def read(path: Path, count: int) -> tuple[list[str], list[int]]:
     """Texts and labels of a file with a header, at most ``count``, spread evenly."""
     if not path.is_file():
-        raise exitkit.ExitkitError(f"{str(path)!r} does not exist; give a .tsv of text and label, such as AG News or SST-2")
+        raise exitkit.ExitkitError(
+            f"{str(path)!r} does not exist; give a .tsv of text and label, such as AG News or SST-2"
+        )
     with path.open(newline="", encoding="utf-8") as file:
         rows = [row for row in csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE) if row][1:]
     if not rows or any(len(row) != 2 or not row[1].isdigit() for row in rows):

@@ -36,7 +36,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     backbone = exitkit.models.cifar_resnet(args.depth, weights=args.weights).eval()
     ee = exitkit.attach(backbone, at_cost=[0.25, 0.5, 0.75], method=args.method, head=args.head)
-    loss = Loss(distillation=Distillation("last"))
+    loss = Loss(distillation=Distillation("last", confidence_limit=None, divergence="kl"))
     exitkit.Trainer(ee, loss=loss, epochs=args.epochs, seed=args.seed).fit(loader(images, shuffle=True))
 
     outputs = exitkit.collect(ee, loader(calibration))

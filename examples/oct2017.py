@@ -35,7 +35,9 @@ def main(arguments: list[str] | None = None) -> None:
     classes = args.classes or count_classes(split.train)
 
     ee = exitkit.attach(backbone, every=args.every, method=args.method, head=args.head, num_classes=classes)
-    print(f"{classes} classes, {len(ee.boundaries)} exits, heads add {ee.exits[-1].macs_fraction - 1:.1%} of the network")
+    print(
+        f"{classes} classes, {len(ee.boundaries)} exits, heads add {ee.exits[-1].macs_fraction - 1:.1%} of the network"
+    )
     exitkit.Trainer(ee, regime="disjoint", epochs=args.epochs, lr=args.lr, seed=args.seed).fit(train)
     outputs = exitkit.collect(ee, test)
     for place, accuracy in zip(ee.exits, outputs.accuracy(), strict=True):
@@ -50,7 +52,9 @@ def main(arguments: list[str] | None = None) -> None:
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, help="image folder with train/ and test/, or an .npz of images")
-    parser.add_argument("--model", default="torchvision:resnet50", help="torchvision:NAME, timm:NAME or package:function")
+    parser.add_argument(
+        "--model", default="torchvision:resnet50", help="torchvision:NAME, timm:NAME or package:function"
+    )
     parser.add_argument("--weights", default="pretrained", help="'pretrained', a state-dict file, or 'random'")
     parser.add_argument("--classes", type=int, help="by default as many as the training labels have")
     parser.add_argument("--method", default="ztw")
@@ -63,7 +67,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--test-images", type=int, help="test on so many images only")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", help="folder to save the exits to")
-    parser.add_argument("--quick", action="store_true", help="200 training and 100 test images, 1 epoch, batches of 16")
+    parser.add_argument(
+        "--quick", action="store_true", help="200 training and 100 test images, 1 epoch, batches of 16"
+    )
     args = parser.parse_args(arguments)
     if args.quick:
         args.images, args.test_images, args.epochs, args.batch_size = 200, 100, 1, 16
