@@ -6,6 +6,10 @@ Both files hold text, tab, label (0, 1, …) below a header: AG News, SST-2, or 
 everything up to ``attach`` is ``AutoModelForSequenceClassification.from_pretrained(...)`` instead. ``head="tail"`` gives every
 exit a copy of what BERT does after its last layer (pooler and classifier, with their weights), so that exits answer sensibly
 before they have learned anything; the first table shows that.
+
+AG News, ``--quick``, one run on a CPU: accuracy exit by exit 53.9, 61.6, 67.7 and 70.0% (the network's own last); at 50% of the
+MACs 65.2%, at 75% 69.3%. τ for a drop of at most 3% with probability 0.9: 68.5% at 65% of the MACs on the test texts. Another run
+had 69.1% for the network's own answer. All of it takes 36 s of CPU time on one core.
 """
 
 from __future__ import annotations
@@ -16,6 +20,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -132,16 +137,16 @@ def trained_bert(train: Texts, layers: int, width: int, vocabulary: int, classes
     """A BERT trained from random weights."""
     from transformers import BertConfig, BertForSequenceClassification
 
-    config = BertConfig(
-        vocab_size=vocabulary,
-        hidden_size=width,
-        num_hidden_layers=layers,
-        num_attention_heads=4,
-        intermediate_size=4 * width,
-        max_position_embeddings=LENGTH,
-        num_labels=classes,
-    )
-    model: nn.Module = BertForSequenceClassification(config)
+    sizes: dict[str, Any] = {
+        "vocab_size": vocabulary,
+        "hidden_size": width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 4,
+        "intermediate_size": 4 * width,
+        "max_position_embeddings": LENGTH,
+        "num_labels": classes,
+    }
+    model: nn.Module = BertForSequenceClassification(BertConfig(**sizes))
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-4, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 5e-4, total_steps=epochs * len(train))
     for _ in range(epochs):
