@@ -7,8 +7,8 @@ github.com/akamaster/pytorch_resnet_cifar10 as safetensors. Exits learn by disti
 chosen for a bound on *disagreement* with the network, and a monitor watches the exits taken. Labels of the test images are
 read once, at the very end, to show what that was worth.
 
-ResNet-20, ``--quick``, one run on a CPU: on 1,000 new images 90.0% of the network's MACs, 1.6% answers other than the network's
-(at most 2% were allowed), 91.9% accuracy against its 92.5%. It takes 24 s of CPU time on one core.
+ResNet-20, ``--quick``, one run on a CPU: on 1,000 new images 90.0% of the network's MACs, 1.6% other answers than the
+network's (at most 2% were allowed), 91.9% accuracy against its 92.5%. It takes 24 s of CPU time on one core.
 """
 
 from __future__ import annotations

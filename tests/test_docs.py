@@ -85,7 +85,15 @@ def test_the_site_builds(tmp_path: Path) -> None:
 
     build(load_config(str(ROOT / "mkdocs.yml"), site_dir=str(tmp_path), strict=True))
     html = (tmp_path / "reference" / "exitkit" / "index.html").read_text(encoding="utf-8")
-    assert "exitkit.attach" in html
+    for function in (
+        "inspect",
+        "attach",
+        "compile",
+        "export",
+        "load",
+    ):  # the function, not the module of the same name
+        assert f'{function}</span><span class="p">(</span>' in html
+    assert "STATE_WIDTH" not in html
     assert ":func:" not in html
 
 
