@@ -8,8 +8,8 @@ exit a copy of what BERT does after its last layer (pooler and classifier, with 
 before they have learned anything; the first table shows that.
 
 AG News, ``--quick``, one run on a CPU: accuracy exit by exit 53.9, 61.6, 67.7 and 70.0% (the network's own last); 65.2% at
-half of the MACs, 69.3% at three quarters. τ for a drop of at most 3% with probability 0.9: 68.5% at 65% of the MACs on the test
-texts. Another run had 69.1% for the network's own answer. It takes 36 s of CPU time on one core.
+half of the MACs, 69.3% at three quarters. τ for a drop of at most 3% with probability 0.9: 68.5% at 65% of the MACs on the
+test texts. Another run had 69.1% for the network's own answer. It takes 36 s of CPU time on one core.
 """
 
 from __future__ import annotations
