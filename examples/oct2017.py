@@ -7,6 +7,10 @@ Zero Time Waste (Wołczyk et al. 2021) is also tried on an ImageNet ResNet-50 th
 scans in the folders ``CNV``, ``DME``, ``DRUSEN`` and ``NORMAL`` of ``train/`` and ``test/``. Any other image folder, or an
 ``.npz`` with MedMNIST's arrays, will do. ``attach(num_classes=)`` gives the network a fresh last layer; that layer and the
 exits are all that learns.
+
+PneumoniaMNIST (chest X-rays of two classes), MobileNetV2 with ImageNet weights, ``--quick``, one run on a CPU: the network
+with its new layer has 83% on 100 test images; with exits 81% at half of its MACs, 83% at three quarters. 200 images and one
+epoch are for trying the program; the exits are not trained out.
 """
 
 from __future__ import annotations
