@@ -10,7 +10,7 @@ exits are all that learns.
 
 PneumoniaMNIST (chest X-rays of two classes), MobileNetV2 with ImageNet weights, ``--quick``, one run on a CPU: the network
 with its new layer has 83% on 100 test images; with exits 81% at half of its MACs, 83% at three quarters. 200 images and one
-epoch are for trying the program; the exits are not trained out.
+epoch are for trying the program; the exits are not trained out. It takes 48 s of CPU time on one core.
 """
 
 from __future__ import annotations
