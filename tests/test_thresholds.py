@@ -87,6 +87,7 @@ def test_the_engine_tells_its_monitor(ee: exitkit.MultiExitModel, outputs: ExitO
     for _ in range(10):
         engine(images(100) * 40 + 30)
     assert engine.monitor is monitor
+    assert engine.at(0.5).monitor is None
     assert monitor.alarm
 
 

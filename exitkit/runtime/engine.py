@@ -48,12 +48,13 @@ class Engine:
         return self.loop.program.inputs
 
     def at(self, threshold: Threshold) -> Engine:
-        """The same engine with another τ, or one for each exit.
+        """The same engine with another τ, or one for each exit; without a monitor, which compares with the old one.
 
         Raises:
             ExitkitError: as for :func:`compile`.
         """
-        return replace(self, loop=replace(self.loop, thresholds=numbers(threshold, len(self.thresholds))))
+        loop = replace(self.loop, thresholds=numbers(threshold, len(self.thresholds)))
+        return replace(self, loop=loop, monitor=None)
 
     @property
     def thresholds(self) -> tuple[float, ...]:
