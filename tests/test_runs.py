@@ -24,7 +24,6 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import exitkit
 from exitkit import ExitkitError, MultiExitModel, Trainer
-from exitkit.exits.combiners import GeometricEnsemble
 from exitkit.training import Distillation, Loss
 from exitkit.training.processes import own_part
 from exitkit.training.progress import Display, Epoch
@@ -234,7 +233,10 @@ def divided(directory: str, batch: int, processes: int) -> None:
         history = Trainer(ee, **settings, show_progress=False, output_dir=f"{directory}/{name}").fit(train, val)
         if int(os.environ.get("RANK", 0)) == 0:
             records = [(record.loss, record.accuracy) for record in history]
-            torch.save({"weights": ee.state_dict(), "history": records}, f"{directory}/{name}.pt")
+            with torch.no_grad():
+                answers = torch.stack([logits.softmax(-1) for logits in ee.eval()(data.tensors[0]).logits])
+            saved = {"weights": ee.state_dict(), "history": records, "answers": answers}
+            torch.save(saved, f"{directory}/{name}.pt")
 
 
 def launched(processes: int, code: str) -> subprocess.CompletedProcess[str]:
@@ -260,18 +262,6 @@ def launched(processes: int, code: str) -> subprocess.CompletedProcess[str]:
     return subprocess.CompletedProcess([], status, "\n".join(outputs))
 
 
-def _ensemble(weights: dict[str, Tensor], m: int) -> Tensor:
-    """What exit m's fitted ensemble makes of fixed predictions, as probabilities."""
-    combiner, prefix = GeometricEnsemble(m + 1, 3), f"combiners.{m}."
-    combiner.load_state_dict(
-        {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
-    )
-    logits = torch.randn(50, m + 1, 3, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        answers: Tensor = combiner(logits.log_softmax(-1)).exp()
-    return answers
-
-
 def test_two_processes_end_with_the_weights_of_one(tmp_path: Path) -> None:
     """Batches of 8 in each of two, against 16 in one: to 1e-5, as sums are added in another order.
 
@@ -290,8 +280,8 @@ def test_two_processes_end_with_the_weights_of_one(tmp_path: Path) -> None:
             torch.testing.assert_close(
                 two["weights"][key], one["weights"][key], msg=f"{name} {key}", atol=1e-5, rtol=1e-4
             )
-        for m in range(2):  # L-BFGS stops a little earlier or later, where weights differ that answer alike
-            torch.testing.assert_close(_ensemble(two["weights"], m), _ensemble(one["weights"], m), atol=1e-2, rtol=0)
+        # L-BFGS stops a little earlier or later along a flat valley: weights differ that answer the training set alike
+        torch.testing.assert_close(two["answers"], one["answers"], msg=f"{name}: ensembles", atol=1e-2, rtol=0)
         for (loss, accuracy), (other_loss, other_accuracy) in zip(one["history"], two["history"], strict=True):
             assert other_loss == pytest.approx(loss, abs=1e-4)
             assert other_accuracy == pytest.approx(accuracy, abs=0.021)  # a sample of 50 may lie on the border
