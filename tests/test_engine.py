@@ -64,7 +64,7 @@ def test_samples_leave_as_stored_predictions_say(models: dict[str, exitkit.Multi
         assert torch.equal(prediction.exit, exits)
         torch.testing.assert_close(prediction.logits.float(), logits, rtol=1e-5, atol=1e-5)
         left |= set(exits.tolist())
-    assert len(left) > 1  # or nothing was tested
+    assert len(left) > (1 if method == "mean" else 2)  # or nothing was tested
 
 
 @pytest.mark.parametrize("method", METHODS)
