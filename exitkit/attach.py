@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
 
 from exitkit.errors import ExitkitError
-from exitkit.exits.heads import Feature, HeadSpec, InternalClassifier, make_head
+from exitkit.exits.heads import HeadSpec, InternalClassifier
 from exitkit.exits.past_future import PastFuture, PastFutureClassifier
-from exitkit.exits.tail import tail_head
+from exitkit.head_making import HeadMaker
 from exitkit.methods import Method, as_method, for_outputs, is_count
 from exitkit.model import MultiExitModel
 from exitkit.pricing import ExitSpec
 from exitkit.surgery.admission import admit
 from exitkit.surgery.boundaries import Anatomy, Boundary, find_boundaries
-from exitkit.surgery.calls import Example
 from exitkit.surgery.capture import Capture, capture
 from exitkit.surgery.classifier import outputs_of, unchanged_on_error, with_outputs
 from exitkit.surgery.lower import lower
 from exitkit.surgery.placement import place
-from exitkit.surgery.readout import Readout, find_readout
-from exitkit.surgery.tail import find_tail
 from exitkit.surgery.verify import verify
 
 STATE_WIDTH = 128
@@ -38,7 +35,7 @@ def attach(
     at_cost: Sequence[float] | None = None,
     placement: str | None = None,
     method: str | Method = "ztw",
-    head: str = "auto",
+    head: str | Sequence[str] = "auto",
     num_classes: int | None = None,
     num_outputs: int | None = None,
 ) -> MultiExitModel:
@@ -58,9 +55,11 @@ def attach(
         method: ``"sdn"``, ``"pbee"``, ``"ztw"``, ``"gpf"``, ``"branchynet"``, or a config such as
             ``exitkit.ZTW(ensemble="additive")``.
         head: ``"auto"`` (by the feature's shape), ``"conv"``, ``"separable"`` or ``"strided"`` (convolutions for maps),
-            ``"1L"`` (pooling and a linear layer), ``"2L-<width>"``, or ``"tail"``: a copy of what the backbone does after
+            ``"1L"`` (pooling and a linear layer), ``"2L-<width>"``, ``"tail"``: a copy of what the backbone does after
             its last block, with its weights, for features of the same shape, and for maps of another one behind a learned
-            1 × 1 adapter. Its dropout is off and its BatchNorm statistics fixed.
+            1 × 1 adapter; or ``"branch-<n>"``: a copy of the rest of the backbone in which as many blocks are left out that,
+            those before the exit counted, at most n of each shape remain. Copies have no dropout. A list gives each exit
+            its own.
         num_classes: how many classes the backbone and the exits shall tell apart; by default as many as it does.
         num_outputs: 1 for regression, which a model with one output (B, 1) is anyway.
 
@@ -76,12 +75,13 @@ def attach(
             f"{type(model).__name__} is on the meta device and has no values; load its weights, or model.to_empty(device). "
             "exitkit.inspect takes it as it is"
         )
-    composition, head_spec, outputs = as_method(method), HeadSpec.parse(head), _outputs(num_classes, num_outputs)
+    composition, outputs = as_method(method), _outputs(num_classes, num_outputs)
+    heads = HeadSpec.parse_all(head)
     with unchanged_on_error(model):
         captured, new_head = with_outputs(capture(model, example_inputs), outputs)
         anatomy = find_boundaries(captured)
         boundaries = _readable(place(anatomy, every, at, at_cost, placement))
-        return _assemble(captured, anatomy, boundaries, composition, head_spec, head, new_head)
+        return _assemble(captured, anatomy, boundaries, composition, heads, new_head)
 
 
 def _assemble(
@@ -89,22 +89,33 @@ def _assemble(
     anatomy: Anatomy,
     boundaries: Sequence[Boundary],
     method: Method,
-    spec: HeadSpec,
-    head: str,
+    heads: Sequence[HeadSpec],
     new_head: Sequence[str],
 ) -> MultiExitModel:
     """Exits at ``boundaries``, once the cut model was found to equal the model."""
     outputs = outputs_of(captured)
     method = for_outputs(method, outputs, type(captured.backbone).__name__)
     taps = verify(captured, boundaries, lower(captured, boundaries))
-    make = _tail_maker(captured, anatomy, outputs) if spec.kind == "tail" else _head_maker(captured, anatomy, spec)
-    made = [make(boundary, outputs, method.cascade and m > 0) for m, boundary in enumerate(boundaries)]
-    heads, reads = zip(*made, strict=True)
+    maker = HeadMaker(captured, anatomy, outputs)
+    placed = list(zip(boundaries, _one_each(heads, len(boundaries)), strict=True))
+    made = [maker.make(boundary, head, method.cascade and m > 0) for m, (boundary, head) in enumerate(placed)]
+    classifiers, reads = zip(*made, strict=True)
     specs = [ExitSpec(*read) for read in zip(boundaries, taps, reads, strict=True)]
-    classifiers = _past_future(heads, boundaries, outputs, method) if method.past_future else heads
+    if method.past_future:
+        classifiers = _past_future(classifiers, boundaries, outputs, method)
+    head = heads[0].name if len(heads) == 1 else tuple(spec.name for spec in heads)
     return MultiExitModel(
         captured.backbone, classifiers, specs, anatomy, method, head, outputs, captured.example, new_head
     )
+
+
+def _one_each(heads: Sequence[HeadSpec], exits: int) -> Sequence[HeadSpec]:
+    if len(heads) not in (1, exits):
+        raise ExitkitError(
+            f"head={[spec.name for spec in heads]!r} has {len(heads)} heads for {exits} exits; give one for all, or a list "
+            "with one for each"
+        )
+    return heads if len(heads) == exits else list(heads) * exits
 
 
 def _outputs(num_classes: int | None, num_outputs: int | None) -> int | None:
@@ -142,58 +153,3 @@ def _past_future(
     width = method.width or (tokens.pop() if len(tokens) == 1 else 0) or STATE_WIDTH
     shared = PastFuture(len(heads), width, num_classes, method.past_future)
     return [PastFutureClassifier(head.body, head.linear.in_features, m, shared) for m, head in enumerate(heads)]
-
-
-HeadMaker = Callable[[Boundary, int, bool], tuple[InternalClassifier, tuple[int | str, ...]]]
-"""(boundary, classes, cascade) → the head there, and the model's inputs that it reads."""
-
-
-def _head_maker(captured: Capture, anatomy: Anatomy, spec: HeadSpec) -> HeadMaker:
-    readout, tokens = _readout(captured, anatomy)
-    side = _image_side(captured.example)
-
-    def make(boundary: Boundary, num_classes: int, cascade: bool) -> tuple[InternalClassifier, tuple[int | str, ...]]:
-        read = _readout_at(boundary, readout, tokens, captured.example)
-        feature = Feature(boundary.shape, boundary.layout, read.kind, read.skip, side)
-        return make_head(feature, num_classes, spec, cascade), () if read.mask is None else (read.mask,)
-
-    return make
-
-
-def _tail_maker(captured: Capture, anatomy: Anatomy, num_classes: int) -> HeadMaker:
-    last = (anatomy.blocks or anatomy.boundaries)[-1]
-    if len(last.activations) > 1:
-        raise ExitkitError(
-            f"head='tail' needs a backbone whose last block leaves one activation; {last.name!r} leaves "
-            f"{len(last.activations)}. Use head='auto'"
-        )
-    tail = find_tail(captured, last, num_classes)
-    target = Feature(tail.shape, tail.layout)
-
-    def make(boundary: Boundary, _: int, cascade: bool) -> tuple[InternalClassifier, tuple[int | str, ...]]:
-        feature = Feature(boundary.shape, boundary.layout)
-        return tail_head(feature, target, tail.body, tail.linear, cascade), tail.inputs
-
-    return make
-
-
-def _readout(captured: Capture, anatomy: Anatomy) -> tuple[Readout, int]:
-    """The backbone's read-out, and how many tokens it is applied to."""
-    tokens = [boundary for boundary in anatomy.boundaries if boundary.layout == "tokens"]
-    if not tokens:
-        return Readout(), 0
-    return find_readout(captured, tokens[-1].node), tokens[-1].shape[0]
-
-
-def _readout_at(boundary: Boundary, readout: Readout, tokens: int, example: Example) -> Readout:
-    """Class and register tokens, and what a mask is for, are only there while the number of tokens is the same."""
-    if boundary.layout != "tokens":
-        return Readout()
-    if readout.mask is not None:
-        tokens = example.tensors[example.spec.keys.index(readout.mask)].shape[-1]
-    return readout if boundary.shape[0] == tokens else Readout("mean")
-
-
-def _image_side(example: Example) -> int | None:
-    image = next((tensor for tensor in example.tensors if tensor.dim() == 4), None)
-    return None if image is None else min(image.shape[-2:])

@@ -82,7 +82,7 @@ class Recipe:
                 raise unknown_name("augment", name, AUGMENTATIONS)
         for table, allowed in (("exits", _EXITS), ("trainer", _TRAINER), ("loss", _LOSS)):
             _check_keys(f"{table}.", getattr(self, table), allowed)
-        HeadSpec.parse(self.exits.get("head", "auto"))
+        HeadSpec.parse_all(self.exits.get("head", "auto"))
         self.make_method()
         self.make_loss()
         self.make_optimizer()

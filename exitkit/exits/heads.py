@@ -17,7 +17,8 @@ from exitkit.exits.pooling import ReadoutKind, TokenPool
 
 _HEADS = (
     "'auto', 'conv', 'separable' and 'strided' (maps only), '1L' (pooling and one linear layer), '2L-1024' (one hidden layer "
-    "of 1024), 'tail' (a copy of the backbone's own read-out)"
+    "of 1024), 'tail' (a copy of the backbone's own read-out), 'branch-3' (a copy of the rest of the backbone with at most 3 "
+    "blocks of each shape)"
 )
 _CONVOLUTIONS: dict[str, Convolution | None] = {
     "auto": "conv",
@@ -34,21 +35,38 @@ class HeadSpec:
     """A parsed ``head=``.
 
     Attributes:
-        kind: ``"auto"``, a convolution's name, ``"linear"`` (none), or ``"tail"``: the backbone's own read-out, copied.
+        name: what the user wrote.
+        kind: ``"auto"``, a convolution's name, ``"linear"`` (none), ``"tail"``: the backbone's own read-out, copied, or
+            ``"branch"``: with blocks before it.
         hidden: width of a hidden layer.
+        blocks: of a branch, how many of each shape at most.
     """
 
-    kind: str = "auto"
+    name: str
+    kind: str
     hidden: int | None = None
+    blocks: int | None = None
 
     @classmethod
     def parse(cls, head: str) -> HeadSpec:
-        if head == "tail" or (head in _CONVOLUTIONS and head != "linear"):
-            return cls(head)
-        match = re.fullmatch(r"1L|2L-([1-9]\d*)", head) if isinstance(head, str) else None
+        """One head by its name.
+
+        Raises:
+            ExitkitError: an unknown name.
+        """
+        if isinstance(head, str) and (head == "tail" or (head in _CONVOLUTIONS and head != "linear")):
+            return cls(head, head)
+        match = re.fullmatch(r"1L|2L-([1-9]\d*)|branch-([1-9]\d*)", head) if isinstance(head, str) else None
         if match is None:
-            raise ExitkitError(f"head={head!r} is unknown; allowed are {_HEADS}")
-        return cls("linear", int(match[1]) if match[1] else None)
+            raise ExitkitError(f"head={head!r} is unknown; allowed are {_HEADS}, or a list with one for each exit")
+        if match[2]:
+            return cls(head, "branch", blocks=int(match[2]))
+        return cls(head, "linear", int(match[1]) if match[1] else None)
+
+    @classmethod
+    def parse_all(cls, head: str | Sequence[str]) -> list[HeadSpec]:
+        """The one head of all exits, or one for each."""
+        return [cls.parse(name) for name in head] if isinstance(head, list | tuple) and head else [cls.parse(head)]  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)

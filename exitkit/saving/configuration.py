@@ -163,7 +163,7 @@ def _is_input(value: Any) -> bool:
 _FIELDS: dict[str, Callable[[Any], bool]] = {
     "exits": lambda value: isinstance(value, list) and _texts(value),
     "method": lambda value: isinstance(value, dict),
-    "head": lambda value: isinstance(value, str),
+    "head": lambda value: isinstance(value, str) or (isinstance(value, list) and _texts(value)),
     "dtype": _is_dtype,
     "threshold": fits_json,
     "inputs": lambda value: (

@@ -1,8 +1,9 @@
-"""The backbone's tail: its own read-out after the last block, cut out of the graph to be copied into exits."""
+"""The backbone's tail: what follows a block, up to its own read-out, cut out of the graph to be copied into exits."""
 
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,11 +16,13 @@ from exitkit.surgery.capture import Capture, untouched
 from exitkit.surgery.layout import Layout
 from exitkit.surgery.liveness import is_mutable, op_name, written_by
 from exitkit.surgery.lower import Piece, build, lower
+from exitkit.surgery.norms import with_norms
+from exitkit.surgery.shorten import Gap, without
 
 
 @dataclass(frozen=True)
 class Tail:
-    """What the backbone does after its last block: final norm, pooling, pooler, classifier.
+    """What the backbone does after a block. After the last one: final norm, pooling, pooler, classifier.
 
     Attributes:
         body: feature (and inputs) → vector (B, D): the tail up to its last linear layer, sharing the backbone's weights.
@@ -35,9 +38,9 @@ class Tail:
     layout: Layout
 
 
-def find_tail(captured: Capture, boundary: Boundary, num_classes: int) -> Tail:
-    """The part of a captured backbone that follows ``boundary``, a cut with a single activation."""
-    graph = captured.graph
+def find_tail(captured: Capture, boundary: Boundary, num_classes: int, left_out: Sequence[Gap] = ()) -> Tail:
+    """The part of a captured backbone that follows ``boundary``, a cut with a single activation, without some blocks."""
+    graph = without(captured.graph, left_out) if left_out else captured.graph
     nodes = list(graph.graph.nodes)
     feature = next(node for node in nodes if node.name == boundary.node)
     logits = nodes[-1].all_input_nodes[0]
@@ -48,13 +51,14 @@ def find_tail(captured: Capture, boundary: Boundary, num_classes: int) -> Tail:
         _copy_inputs(stage.module)
     placeholders = [node.name for node in nodes if node.op == "placeholder"]
     inputs = tuple(captured.spec.keys[placeholders.index(name)] for name in stage.inputs[1:])
-    tail = Tail(stage.module, linear, inputs, boundary.shape, boundary.layout)
-    _check(captured, boundary, tail)
+    tail = Tail(with_norms(stage.module), linear, inputs, boundary.shape, boundary.layout)
+    if not left_out:
+        _check(captured, boundary, tail)
     return tail
 
 
 def _check(captured: Capture, boundary: Boundary, tail: Tail) -> None:
-    """Run the tail on the last block's feature: it must give the backbone's logits."""
+    """Run the tail on the feature at its boundary: it must give the backbone's logits."""
     tensors = [tensor.clone() for tensor in captured.example.tensors]
     with untouched(captured.backbone), torch.no_grad():
         feature, logits = lower(captured, [boundary]).run(tensors)

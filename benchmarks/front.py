@@ -1,0 +1,137 @@
+"""Exits against smaller networks: does one ResNet-56 with exits beat the smaller ResNets of its family at their cost?
+
+    python benchmarks/front.py --data DIR --weights cifar10_resnet56.safetensors --small cifar10_resnet20.safetensors
+
+DIR and the weights are those of ``benchmarks/cifar10.py``. The backbone is frozen; exits after its first, second and third
+block, method sdn, with the heads ``branch-1``, ``branch-2`` and ``branch-3``, learn from flipped and shifted images: SGD with
+momentum, a cosine to 0. They are independent, so that one run serves every choice of exits; each is a row. Beside them the
+static front, the networks of the same repository as they are, and two of these one after the other: ResNet-20 answers, and
+where it is not sure, ResNet-56 does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from cifar10 import Augmented, load
+from regimes import STATIC
+from rich.table import Table
+from torch import Tensor, nn
+
+import exitkit
+from exitkit.cli.bench import machine
+from exitkit.console import make_console
+from exitkit.evaluation import ExitOutputs
+from exitkit.files import replacing
+from exitkit.models import cifar_resnet
+
+EXITS = {"layer1.0": "branch-1", "layer1.1": "branch-2", "layer1.2": "branch-3"}
+CHOICES = ((0,), (1,), (2,), (0, 1), (0, 2), (1, 2), (0, 1, 2))
+BUDGETS = (0.15, 0.25, *(cost for _, cost in STATIC.values()))
+
+
+def main() -> None:
+    args = _arguments()
+    console, started = make_console(), time.perf_counter()
+    train = load(args.data / "cifar10_train.npz", args.images)
+    images, labels = load(args.data / "cifar10_test.npz", args.test_images)
+    batches = list(zip(images.split(500), labels.split(500), strict=True))
+    backbone = cifar_resnet(56, weights=args.weights)
+    torch.manual_seed(args.seed)
+    ee = exitkit.attach(backbone, at=list(EXITS), head=list(EXITS.values()), method="sdn")
+    exitkit.Trainer(
+        ee,
+        epochs=args.epochs,
+        lr=args.lr,
+        weight_decay=5e-4,
+        optimizer=partial(torch.optim.SGD, momentum=0.9, nesterov=True),
+        mixed_precision=args.mixed_precision,
+        seed=args.seed,
+        output_dir=args.out,
+    ).fit(Augmented(*train))
+    ee.save_pretrained(args.out / "exits")
+    rows = {_name(kept): exitkit.collect(_kept(ee, kept), batches) for kept in CHOICES}
+    rows["ResNet-20, then ResNet-56"] = _one_after_the_other(cifar_resnet(20, weights=args.small), backbone, batches)
+    console.print(_table(rows, args, len(train[0])))
+    static = ", ".join(f"ResNet-{depth} {accuracy:.2f} at {cost:.0%}" for depth, (accuracy, cost) in STATIC.items())
+    console.print(f"static front (its repository, 10,000 test images): {static}")
+    _write(args, rows, {"seconds": time.perf_counter() - started, **machine()})
+
+
+def _kept(ee: exitkit.MultiExitModel, kept: tuple[int, ...]) -> exitkit.MultiExitModel:
+    rest = set(range(len(EXITS))) - set(kept)
+    return ee.prune_exits(rest) if rest else ee
+
+
+def _name(kept: tuple[int, ...]) -> str:
+    return " + ".join(list(EXITS.values())[m] for m in kept)
+
+
+@torch.no_grad()
+def _one_after_the_other(small: nn.Module, large: nn.Module, batches: list[tuple[Tensor, Tensor]]) -> ExitOutputs:
+    """Two networks as two exits: what the small one is not sure of costs both."""
+    macs = [exitkit.inspect(model, show=False).anatomy.macs for model in (small, large)]
+    heads = [torch.cat([model.eval()(images) for images, _ in batches]) for model in (small, large)]
+    log_probs = torch.stack([logits.log_softmax(1) for logits in heads], dim=1)
+    labels = torch.cat([labels for _, labels in batches])
+    return ExitOutputs(log_probs.numpy(), labels.numpy(), np.cumsum(macs), macs[1])
+
+
+def _at(run: ExitOutputs, budget: float) -> float | None:
+    return None if run.costs[0] > budget + 0.005 else 100 * run.curve().at_budget(budget).accuracy
+
+
+def _table(rows: dict[str, ExitOutputs], args: argparse.Namespace, images: int) -> Table:
+    table = Table(
+        title="CIFAR-10, frozen ResNet-56 with exits: accuracy (%) by share of its MACs",
+        caption=f"{images:,} training and {args.test_images:,} test images, {args.epochs} epochs; exits' own accuracy at "
+        "their own cost in brackets",
+        caption_justify="left",
+    )
+    for heading in ("exits", "each alone", *(f"{budget:.0%}" for budget in BUDGETS), "nobody leaves"):
+        table.add_column(heading, justify="left" if heading == "exits" else "right")
+    for name, run in rows.items():
+        own = " ".join(f"{100 * a:.1f} ({c:.0%})" for a, c in zip(run.accuracy()[:-1], run.costs, strict=False))
+        cells = ["-" if value is None else f"{value:.2f}" for value in (_at(run, budget) for budget in BUDGETS)]
+        table.add_row(name, own, *cells, f"{100 * run.accuracy()[-1]:.2f} ({run.costs[-1]:.0%})")
+    return table
+
+
+def _write(args: argparse.Namespace, rows: dict[str, ExitOutputs], about: dict[str, Any]) -> None:
+    setting = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+    results = {
+        name: {
+            "exits": (100 * run.accuracy()).tolist(),
+            "costs": run.costs.tolist(),
+            "budgets": {f"{budget:.0%}": _at(run, budget) for budget in BUDGETS},
+        }
+        for name, run in rows.items()
+    }
+    with replacing(args.out / "results.json") as temporary:
+        temporary.write_text(json.dumps({"about": {**setting, **about}, "rows": results, "static": STATIC}, indent=2))
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="folder with cifar10_train.npz and cifar10_test.npz")
+    parser.add_argument("--weights", type=Path, required=True, help="safetensors file of ResNet-56")
+    parser.add_argument("--small", type=Path, required=True, help="safetensors file of ResNet-20")
+    parser.add_argument("--images", type=int, default=50_000)
+    parser.add_argument("--test-images", type=int, default=5_000)
+    parser.add_argument("--epochs", type=int, default=20)
+    parser.add_argument("--lr", type=float, default=0.1)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--mixed-precision", choices=("no", "fp16", "bf16"), default="no")
+    parser.add_argument("--out", type=Path, default=Path("results/front"))
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
