@@ -1,33 +1,34 @@
-"""What a regime, a teacher and labels are worth: exits on a pretrained CIFAR-10 ResNet, trained in several ways.
+"""Training regimes (Kubaty et al.) on CIFAR-10: a pretrained ResNet-20, and a small Vision Transformer trained on the spot.
 
-    python benchmarks/regimes.py --data DIR --weights cifar10_resnet20.safetensors --depth 20
+    python benchmarks/regimes.py resnet --data DIR --weights cifar10_resnet20.safetensors
+    python benchmarks/regimes.py vit --data DIR
 
-DIR and the weights are those of ``benchmarks/cifar10.py``. Three exits at a quarter, a half and three quarters of the
-backbone (method sdn), Adam at 1e-3 for the heads and a tenth of it for a backbone that learns, a cosine to 0.
+DIR and the weights are those of ``benchmarks/cifar10.py``. In the paper, ``disjoint`` and ``mixed`` start from a backbone that
+was trained alone, ``joint`` from random weights. Here:
 
-* Regimes, on flipped and shifted images: accuracy by share of ResNet-56's MACs, beside the static front: the ResNets of the
-  same repository, each as it is.
-* Few labels: 1,000 labelled images, by the exit-wise loss and by distillation from the backbone, without and with the other
-  images unlabelled; and all images without any label. The backbone is frozen (it was trained on all labels), images are not
-  augmented, features come from the cache, and every run takes as many steps.
+* ``resnet``: the backbone's weights come from 200 epochs on all 50,000 images, which no row pays for, and ``joint`` has as many
+  epochs as the others; it shows what a trained backbone is worth, not which regime is better.
+* ``vit``: every row has the same images and the same number of epochs in all; ``joint`` spends those in which the others' backbone
+  is trained alone (a phase of ``exitkit.Trainer``) on everything at once.
+
+Method sdn, flipped and shifted images, Adam, a cosine to 0 in every phase. Accuracy by share of the backbone's MACs.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import time
-from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from cifar10 import Augmented, load
-from rich.console import Console
 from rich.table import Table
-from torch import Tensor
-from torch.utils.data import DataLoader, TensorDataset
+from torch import Tensor, nn
 
 import exitkit
 from exitkit.cli.bench import machine
@@ -35,107 +36,117 @@ from exitkit.console import make_console
 from exitkit.evaluation import ExitOutputs
 from exitkit.files import replacing
 from exitkit.models import cifar_resnet
-from exitkit.training import Distillation, Loss
+from exitkit.training import Phase
 
-# Top-1 on all 10,000 test images (the repository's own), and MACs as a share of ResNet-56's.
-STATIC = {20: (91.73, 0.33), 32: (92.63, 0.55), 44: (93.10, 0.78), 56: (93.39, 1.0)}
-BACKBONE = {"backbone_lr": 1e-4}
-REGIMES: dict[str, dict[str, Any]] = {
-    "disjoint": {},
-    "mixed": {"regime": "mixed", **BACKBONE},
-    "alternating": {"regime": "alternating", **BACKBONE},
+BUDGETS = (0.25, 0.5, 0.75, 1.0)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A backbone's exits and rates.
+
+    Attributes:
+        exits: for ``attach``.
+        mixed: options of the trainer for a trained backbone that goes on learning.
+    """
+
+    exits: dict[str, Any]
+    mixed: dict[str, Any]
+
+
+SETTINGS = {
+    "resnet": Setting({"every": 2, "head": "2L-256"}, {"backbone_lr": 1e-4}),
+    "vit": Setting({"every": 1, "head": "1L"}, {}),
 }
-TEACHER = Loss(distillation=Distillation("last"))
-HEAD_EPOCHS = 20
-Job = tuple[Iterable[Any], dict[str, Any]]
-"""Batches, and the trainer's options."""
-
-BUDGETS = (0.25, 0.5, 0.75, 0.9, 1.0)
 
 
 def main() -> None:
     args = _arguments()
     console, started = make_console(), time.perf_counter()
-    images, labels = load(args.data / "cifar10_train.npz", args.images)
+    train = load(args.data / "cifar10_train.npz", args.images)
     test = load(args.data / "cifar10_test.npz", args.test_images)
-    jobs: dict[str, Job] = _label_jobs(args, images, labels)
-    for name in args.regimes.split(","):
-        jobs[name] = (Augmented(images, labels), {"epochs": args.epochs, **REGIMES[name]})
-    runs: dict[str, list[ExitOutputs]] = {}
+    runs: dict[str, list[ExitOutputs]] = {name: [] for name in args.regimes.split(",")}
     for seed in range(args.seeds):
-        for name, (batches, options) in jobs.items():
-            begun = time.perf_counter()
-            runs.setdefault(name, []).append(_run(args, batches, test, seed, options))
-            exits = " ".join(f"{accuracy:.2%}" for accuracy in runs[name][-1].accuracy())
-            console.print(f"seed {seed}  {name}: {exits}  ({time.perf_counter() - begun:.0f} s)")
-    whole_macs = exitkit.inspect(cifar_resnet(56), show=False).anatomy.macs
-    share = next(iter(runs.values()))[0].backbone_macs / whole_macs
-    _report(console, args, runs, share)
-    _write(args, runs, {"share_of_resnet56": share, "seconds": time.perf_counter() - started, **machine()})
+        backbone = _trained(args, train, seed)
+        for name, those in runs.items():
+            those.append(_run(args, name, backbone, train, test, seed))
+            exits = " ".join(f"{accuracy:.2%}" for accuracy in those[-1].accuracy())
+            budgets = " ".join(_cell([_at(those[-1], budget)]) for budget in BUDGETS)
+            console.print(f"seed {seed}  {name}: exits {exits}  budgets {budgets}  ({time.perf_counter() - started:.0f} s)")
+    console.print(_table(args, runs))
+    about = {"seconds": time.perf_counter() - started, **machine()}
+    _write(args, runs, about)
 
 
-def _label_jobs(args: argparse.Namespace, images: Tensor, labels: Tensor) -> dict[str, Job]:
-    """What heads of a frozen backbone learn from, and how."""
-    few, unknown = args.labelled, torch.full_like(labels, -1)
-    partly = torch.cat([labels[:few], unknown[few:]])
-    repeat = max(1, len(images) // few)
+def _untrained(args: argparse.Namespace, seed: int) -> nn.Module:
+    torch.manual_seed(seed)
+    if args.backbone == "resnet":
+        return cifar_resnet(20)
+    from timm.models import VisionTransformer
 
-    def job(pixels: Tensor, targets: Tensor, times: int = 1, loss: Loss = TEACHER) -> Job:
-        loader = DataLoader(TensorDataset(pixels, targets), batch_size=128, shuffle=True)
-        return loader, {"epochs": HEAD_EPOCHS * times, "loss": loss, "cache": True}
+    size: dict[str, Any] = {"img_size": 32, "patch_size": 8, "embed_dim": 128, "depth": 6, "num_heads": 4, "mlp_ratio": 2}
+    return VisionTransformer(**size, num_classes=10)
 
-    return {
-        f"{len(images):,} labelled": job(images, labels, loss=Loss()),
-        f"{few:,} labelled": job(images[:few], labels[:few], repeat, Loss()),
-        f"{few:,} labelled, distilled": job(images[:few], labels[:few], repeat),
-        f"{few:,} labelled + {len(images) - few:,}, distilled": job(images, partly),
-        f"{len(images):,} without labels, distilled": job(images, unknown),
-    }
+
+def _trained(args: argparse.Namespace, train: tuple[Tensor, Tensor], seed: int) -> nn.Module:
+    """The backbone that disjoint and mixed start from."""
+    if args.backbone == "resnet":
+        return cifar_resnet(20, weights=args.weights)
+    ee = _attached(args, _untrained(args, seed))
+    last = len(ee.classifiers)
+    alone = Phase((last,), tuple(range(last + 1)))
+    exitkit.Trainer(ee, regime=[alone], epochs=args.pretraining, seed=seed, show_progress=False).fit(Augmented(*train))
+    return exitkit.detach(ee)
+
+
+def _attached(args: argparse.Namespace, backbone: nn.Module) -> exitkit.MultiExitModel:
+    example = torch.zeros(2, 3, 32, 32)
+    return exitkit.attach(backbone, example, method="sdn", **SETTINGS[args.backbone].exits)
 
 
 def _run(
-    args: argparse.Namespace, batches: Iterable[Any], test: tuple[Tensor, Tensor], seed: int, options: dict[str, Any]
+    args: argparse.Namespace,
+    regime: str,
+    backbone: nn.Module,
+    train: tuple[Tensor, Tensor],
+    test: tuple[Tensor, Tensor],
+    seed: int,
 ) -> ExitOutputs:
+    epochs, options = args.epochs, {}
+    if regime == "joint":
+        start = _untrained(args, seed)
+        epochs += args.pretraining
+    else:
+        start = copy.deepcopy(backbone)
+        options = {} if regime == "disjoint" else SETTINGS[args.backbone].mixed
     torch.manual_seed(seed)
-    backbone = cifar_resnet(args.depth, weights=args.weights)
-    ee = exitkit.attach(backbone, at_cost=[0.25, 0.5, 0.75], method="sdn", head=args.head)
-    exitkit.Trainer(ee, seed=seed, show_progress=False, **options).fit(batches)
+    ee = _attached(args, start)
+    exitkit.Trainer(ee, regime=regime, epochs=epochs, seed=seed, show_progress=False, **options).fit(Augmented(*train))
     return exitkit.collect(ee, list(zip(test[0].split(500), test[1].split(500), strict=True)))
 
 
-def _report(console: Console, args: argparse.Namespace, runs: dict[str, list[ExitOutputs]], share: float) -> None:
-    regimes = args.regimes.split(",")
+def _table(args: argparse.Namespace, runs: dict[str, list[ExitOutputs]]) -> Table:
+    first = next(iter(runs.values()))[0]
+    before = f"{args.pretraining} + {args.epochs}" if args.pretraining else f"{args.epochs}"
     table = Table(
-        title=f"CIFAR-10, ResNet-{args.depth} with 3 exits ({args.head}): accuracy (%) by share of ResNet-56's MACs",
-        caption=f"{args.images:,} training and {args.test_images:,} test images, {args.epochs} epochs, {args.seeds} seeds",
+        title=f"CIFAR-10, {args.backbone}, {len(first.macs) - 1} exits: accuracy (%) by share of its MACs",
+        caption=f"{args.images:,} training and {args.test_images:,} test images, {before} epochs, {args.seeds} seeds",
         caption_justify="left",
     )
-    for heading in ("regime", *(f"{share * budget:.1%}" for budget in BUDGETS), "nobody leaves"):
+    for heading in ("regime", *(f"{budget:.0%}" for budget in BUDGETS), "nobody leaves"):
         table.add_column(heading, justify="left" if heading == "regime" else "right")
-    for name in regimes:
-        cells = [_cell([_at(run, budget) for run in runs[name]]) for budget in BUDGETS]
-        table.add_row(name, *cells, _cell([100 * float(run.accuracy()[-1]) for run in runs[name]]))
-    console.print(table)
-    points = ", ".join(f"ResNet-{depth} {accuracy:.2f} at {cost:.0%}" for depth, (accuracy, cost) in STATIC.items())
-    console.print(f"static front (10,000 test images): {points}")
-    table = Table(title=f"The backbone frozen: accuracy (%) of each exit, {args.seeds} seeds")
-    for heading in ("trained on", *(f"exit {m}" for m in range(3)), "backbone"):
-        table.add_column(heading, justify="left" if heading == "trained on" else "right")
-    for name in (name for name in runs if name not in regimes):
-        exits = np.array([100 * run.accuracy() for run in runs[name]])
-        table.add_row(name, *(_cell(list(column)) for column in exits.T))
-    console.print(table)
+    for name, those in runs.items():
+        cells = [_cell([_at(run, budget) for run in those]) for budget in BUDGETS]
+        table.add_row(name, *cells, _cell([100 * float(run.accuracy()[-1]) for run in those]))
+    return table
 
 
-def _at(run: ExitOutputs, budget: float) -> float | None:
-    return None if run.costs[0] >= budget else 100 * run.curve().at_budget(budget).accuracy
+def _at(run: ExitOutputs, budget: float) -> float:
+    return 100 * run.curve().at_budget(budget).accuracy
 
 
-def _cell(values: list[float | None]) -> str:
-    kept = [value for value in values if value is not None]
-    if not kept or len(kept) < len(values):
-        return "-"
-    return f"{np.mean(kept):.2f}" + (f" ± {np.std(kept):.2f}" if len(kept) > 1 else "")
+def _cell(values: list[float]) -> str:
+    return f"{np.mean(values):.2f}" + (f" ± {np.std(values):.2f}" if len(values) > 1 else "")
 
 
 def _write(args: argparse.Namespace, runs: dict[str, list[ExitOutputs]], about: dict[str, Any]) -> None:
@@ -148,22 +159,30 @@ def _write(args: argparse.Namespace, runs: dict[str, list[ExitOutputs]], about: 
         }
         for name, those in runs.items()
     }
-    with replacing(args.out / "results.json") as temporary:
-        temporary.write_text(json.dumps({"about": {**setting, **about}, "runs": results, "static": STATIC}, indent=2))
+    with replacing(args.out / f"{args.backbone}.json") as temporary:
+        temporary.write_text(json.dumps({"about": {**setting, **about}, "runs": results}, indent=2))
 
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("backbone", choices=list(SETTINGS))
     parser.add_argument("--data", type=Path, required=True, help="folder with cifar10_train.npz and cifar10_test.npz")
-    parser.add_argument("--weights", type=Path, required=True, help="safetensors file of the backbone")
-    parser.add_argument("--depth", type=int, default=20)
-    parser.add_argument("--head", default="2L-256")
-    parser.add_argument("--regimes", default="disjoint,mixed,alternating", help="comma-separated")
+    parser.add_argument("--weights", type=Path, help="safetensors file of the ResNet-20")
+    parser.add_argument("--regimes", default="disjoint,mixed,joint", help="comma-separated")
+    parser.add_argument("--images", type=int, help="of training; 20,000 for the ResNet, 10,000 for the ViT")
+    parser.add_argument("--epochs", type=int, help="3 for the ResNet, 5 for the ViT")
+    parser.add_argument("--pretraining", type=int, help="epochs of the ViT alone: 8")
+    parser.add_argument("--test-images", type=int, default=5_000)
+    parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--out", type=Path, default=Path("results/regimes"))
-    counts = (("images", 4_000), ("labelled", 1_000), ("test-images", 5_000), ("epochs", 8), ("seeds", 1))
-    for name, default in counts:
-        parser.add_argument(f"--{name}", type=int, default=default)
-    return parser.parse_args()
+    args = parser.parse_args()
+    defaults = {"resnet": (20_000, 3, 0), "vit": (10_000, 5, 8)}[args.backbone]
+    for name, value in zip(("images", "epochs", "pretraining"), defaults, strict=True):
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    if args.backbone == "resnet" and args.weights is None:
+        parser.error("resnet needs --weights: the ResNet-20's")
+    return args
 
 
 if __name__ == "__main__":

@@ -61,10 +61,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("results/tail.json"))
     args = parser.parse_args()
     console = make_console()
-    train, test = _load(args.data)
+    train, test = load_texts(args.data)
     torch.manual_seed(0)
     started = time.perf_counter()
-    backbone = _pretrained(train)
+    backbone = pretrained(train)
     console.print(f"backbone trained in {time.perf_counter() - started:.0f} s")
     outputs = {
         "tail, untrained": _measure(backbone, "tail", 0, train, test),
@@ -85,7 +85,7 @@ def main() -> None:
         temporary.write_text(json.dumps({"about": machine(), "rows": rows}, indent=1))
 
 
-def _load(folder: Path) -> tuple[Texts, Texts]:
+def load_texts(folder: Path) -> tuple[Texts, Texts]:
     rows = {part: _rows(folder / f"agnews_{part}.tsv") for part in ("train", "test")}
     tokenizer = BertWordPieceTokenizer()
     tokenizer.train_from_iterator([text for text, _ in rows["train"]], vocab_size=VOCABULARY, show_progress=False)
@@ -108,7 +108,7 @@ def _rows(path: Path) -> list[tuple[str, int]]:
         ]
 
 
-def _pretrained(train: Texts) -> nn.Module:
+def pretrained(train: Texts) -> nn.Module:
     """A BERT trained on the training texts alone; AdamW with a one-cycle rate."""
     from transformers import BertConfig, BertForSequenceClassification
 

@@ -94,26 +94,38 @@ class MultiExitModel(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> MultiExitOutput:
         """Run every exit. Takes what the backbone takes."""
         features, steps, final = self._steps(args, kwargs)
-        heads = (*(step.logits for step in steps), final)
+        heads = (*(step.logits for step in steps), *final)
         auxiliary = imitation_losses(steps) if torch.is_grad_enabled() else None
         return MultiExitOutput(self.combine(heads), features, heads, auxiliary)
 
     def run_heads(self, *args: Any, **kwargs: Any) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         """The features at the boundaries and every head's logits (the backbone's last), without the ensemble."""
         features, steps, final = self._steps(args, kwargs)
-        return features, (*(step.logits for step in steps), final)
+        return features, (*(step.logits for step in steps), *final)
+
+    def run_until(
+        self, last: int, *args: Any, **kwargs: Any
+    ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...] | None]:
+        """Every head's logits up to exit ``last``, and their auxiliary losses; the backbone stops where that exit reads."""
+        _, steps, final = self._steps(args, kwargs, last)
+        return (*(step.logits for step in steps), *final), imitation_losses(steps) if torch.is_grad_enabled() else None
 
     def _steps(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Tensor, ...], list[HeadOutput], Tensor]:
-        """Features, heads and the backbone's logits."""
-        taps = [spec.tap for spec in self.specs]
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], last: int | None = None
+    ) -> tuple[tuple[Tensor, ...], list[HeadOutput], tuple[Tensor, ...]]:
+        """Features and heads up to exit ``last``, and the backbone's logits where it ran to its end."""
+        specs = self.specs if last is None else self.specs[: last + 1]
+        stop = last is not None and last < len(self.specs)
         trains = any(parameter.requires_grad for parameter in self.backbone.parameters())
-        with tapped(self.backbone, taps) as read, torch.set_grad_enabled(torch.is_grad_enabled() and trains):
-            final = logits_of(self.backbone(*args, **kwargs))
+        final: tuple[Tensor, ...] = ()
+        with (
+            tapped(self.backbone, [spec.tap for spec in specs], stop) as read,
+            torch.set_grad_enabled(torch.is_grad_enabled() and trains),
+        ):
+            final = (logits_of(self.backbone(*args, **kwargs)),)
         features = tuple(self._found(slot, feature) for slot, feature in enumerate(read))
         steps: list[HeadOutput] = []
-        for feature, spec in zip(features, self.specs, strict=True):
+        for feature, spec in zip(features, specs, strict=True):
             inputs = [self._argument(key, args, kwargs) for key in spec.inputs]
             steps.append(self._step(len(steps), feature, steps[-1].carried if steps else None, inputs))
         return features, steps, final

@@ -27,20 +27,30 @@ class Tap:
     clone: bool = False
 
 
+class _AllRead(BaseException):
+    """Every feature has been read. No ``Exception``, so that no ``except`` in a backbone's own code takes it."""
+
+
 @contextmanager
-def tapped(backbone: nn.Module, taps: Sequence[Tap]) -> Iterator[list[Tensor | None]]:
+def tapped(backbone: nn.Module, taps: Sequence[Tap], stop: bool = False) -> Iterator[list[Tensor | None]]:
     """While open, every forward of ``backbone`` fills the list with the feature of each tap.
 
-    The hooks are gone afterwards. One forward per opening: call counts start at the opening.
+    The hooks are gone afterwards. One forward per opening: call counts start at the opening. With ``stop`` the forward, and
+    with it the block of the ``with`` statement, ends where the last feature is read.
     """
     features: list[Tensor | None] = [None] * len(taps)
 
     def keep(slot: int, tap: Tap, output: Any) -> None:
         feature = tensor_leaves(output)[tap.leaf]
         features[slot] = feature.clone() if tap.clone else feature
+        if stop and all(found is not None for found in features):
+            raise _AllRead
 
     with on_calls(backbone, [(tap.path, tap.rank, partial(keep, slot, tap)) for slot, tap in enumerate(taps)]):
-        yield features
+        try:
+            yield features
+        except _AllRead:
+            pass
 
 
 @contextmanager

@@ -14,10 +14,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 from exitkit.batches import check_training_labels, move, split_batch
 from exitkit.errors import ExitkitError
+from exitkit.model import MultiExitModel
 from exitkit.surgery.calls import call_on
 from exitkit.surgery.capture import logits_of
 from exitkit.training.freezing import Stages, learn
+from exitkit.training.needed import HeadsUntil, last_needed
 from exitkit.training.objective import Objective
+from exitkit.training.reduced import HeadsAlone
 from exitkit.training.regimes import Phase
 
 if TYPE_CHECKING:
@@ -35,7 +38,7 @@ class Learner:
         stages: Stages | None,
         objective: Objective,
         epochs: int,
-        view: nn.Module,
+        view: MultiExitModel | HeadsAlone,
     ) -> None:
         self.trainer, self.accelerator, self.phase, self.stages = trainer, accelerator, phase, stages
         self.objective = objective
@@ -46,7 +49,18 @@ class Learner:
         self.scheduler = _scheduler(self.optimizer, trainer.milestones, epochs)
         accelerator.free_memory()  # forgets the optimiser of the phase before
         self.stepper = accelerator.prepare_optimizer(self.optimizer)
-        self.view = _wrapped(view, trainer.compile, accelerator)
+        self.view = _wrapped(self._pass(view), trainer.compile, accelerator)
+
+    def _pass(self, view: MultiExitModel | HeadsAlone) -> nn.Module:
+        """What a step calls: heads alone as they are, a model no further than this phase's losses read.
+
+        To its end where dynamo or gradient checkpointing run the backbone's code by rules of their own.
+        """
+        if isinstance(view, HeadsAlone):
+            return view
+        whole = self.trainer.compile or self.trainer.gradient_checkpointing
+        last = len(view.classifiers) if whole else last_needed(self.phase.exits, self.trainer.loss.distillation, view)
+        return HeadsUntil(view, last)
 
     def step(self, batches: Sequence[Any], weights: Sequence[float], epoch: int, step: int) -> tuple[Tensor, int]:
         """One optimiser step on one or more batches: the summed losses of ``phase.exits_at(step)``, the number of samples."""

@@ -43,7 +43,7 @@ class Objective:
         """The loss of each of ``exits``, unweighted.
 
         Args:
-            heads: logits (B, C) of every exit, the backbone's last.
+            heads: logits (B, C) of every exit, the backbone's last; those behind all exits that count or teach may be missing.
             targets: what :func:`exitkit.batches.check_training_labels` returned; None without labels.
             exits: those whose losses count.
             teacher: logits (B, C) of another model.
@@ -103,7 +103,7 @@ class Objective:
         self.confidence = None
         if answers:
             self.confidence = torch.stack([answer.amax(-1).mean() for answer in answers.values()]).mean()
-        zero = logits[self.last].new_zeros(())
+        zero = logits[exits[0]].new_zeros(())
         terms: dict[int, Tensor] = {}
         for m, those in teaching.items():
             student = F.log_softmax(logits[m] / self.temperature, dim=-1)

@@ -1,0 +1,105 @@
+"""ZTW, SDN and PBEE on a text classifier: a small frozen BERT, the same heads, three ways to leave.
+
+    python benchmarks/text.py --data DIR [--seeds 3] [--epochs 10]
+
+DIR holds ``agnews_train.tsv`` and ``agnews_test.tsv``. For every seed a six-layer BERT of width 128 is trained on the training
+texts from random weights (``benchmarks/tail.py``) and then frozen; an exit after each layer but the last learns from the feature
+cache. Accuracy by share of the backbone's MACs, on the test texts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.table import Table
+from tail import BATCH, Texts, load_texts, pretrained
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset, default_collate
+
+import exitkit
+from exitkit.cli.bench import machine
+from exitkit.console import make_console
+from exitkit.evaluation import ExitOutputs
+from exitkit.files import replacing
+
+METHODS = ("ztw", "sdn", "pbee")
+BUDGETS = (0.25, 0.5, 0.75, 1.0)
+
+
+def main() -> None:
+    args = _arguments()
+    console, started = make_console(), time.perf_counter()
+    train, test = load_texts(args.data)
+    runs: dict[str, list[ExitOutputs]] = {method: [] for method in METHODS}
+    for seed in range(args.seeds):
+        torch.manual_seed(seed)
+        backbone = pretrained(train)
+        for method in METHODS:
+            runs[method].append(_measure(backbone, method, seed, args, train, test))
+            exits = " ".join(f"{accuracy:.1%}" for accuracy in runs[method][-1].accuracy())
+            console.print(f"seed {seed}  {method}: {exits}  ({time.perf_counter() - started:.0f} s)")
+    console.print(_table(runs, args))
+    budgets = {name: {f"{b:.0%}": [_at(run, b) for run in those] for b in BUDGETS} for name, those in runs.items()}
+    about = {"seeds": args.seeds, "epochs": args.epochs, "head": args.head, **machine()}
+    with replacing(args.out) as temporary:
+        temporary.write_text(json.dumps({"about": about, "budgets": budgets}, indent=1))
+
+
+def _measure(
+    backbone: nn.Module, method: str, seed: int, args: argparse.Namespace, train: Texts, test: Texts
+) -> ExitOutputs:
+    torch.manual_seed(seed)
+    ee = exitkit.attach(backbone, _inputs([(test.ids[0], test.labels[0])] * 2), every=1, method=method, head=args.head)
+    trainer = exitkit.Trainer(ee, epochs=args.epochs, lr=args.lr, seed=seed, cache=True, show_progress=False)
+    trainer.fit(_loader(train, shuffle=True))
+    return exitkit.collect(ee, _loader(test, shuffle=False))
+
+
+def _loader(texts: Texts, shuffle: bool) -> DataLoader[Any]:
+    dataset = TensorDataset(texts.ids, texts.labels)
+    return DataLoader(dataset, BATCH, shuffle=shuffle, collate_fn=lambda rows: _inputs(rows, labelled=True))
+
+
+def _inputs(rows: list[tuple[Tensor, Tensor]], labelled: bool = False) -> dict[str, Tensor]:
+    ids, labels = default_collate(rows)
+    return {"input_ids": ids, "attention_mask": (ids != 0).long()} | ({"labels": labels} if labelled else {})
+
+
+def _table(runs: dict[str, list[ExitOutputs]], args: argparse.Namespace) -> Table:
+    table = Table(
+        title=f"AG News, frozen six-layer BERT, 5 exits ({args.head}): accuracy (%) by share of its MACs",
+        caption=f"{args.epochs} epochs of the heads, mean ± std of {args.seeds} seeds",
+        caption_justify="left",
+    )
+    for heading in ("method", *(f"{budget:.0%}" for budget in BUDGETS), "nobody leaves"):
+        table.add_column(heading, justify="left" if heading == "method" else "right")
+    for method, those in runs.items():
+        cells = [[_at(run, budget) for run in those] for budget in BUDGETS]
+        last = [100 * float(run.accuracy()[-1]) for run in those]
+        table.add_row(method, *(f"{np.mean(cell):.2f} ± {np.std(cell):.2f}" for cell in (*cells, last)))
+    return table
+
+
+def _at(run: ExitOutputs, budget: float) -> float:
+    return 100 * run.curve().at_budget(budget).accuracy
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="folder with agnews_train.tsv and agnews_test.tsv")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--epochs", type=int, default=10, help="of head training")
+    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--head", default="auto")
+    parser.add_argument("--out", type=Path, default=Path("results/text.json"))
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
