@@ -38,7 +38,8 @@ def with_norms(module: GraphModule) -> GraphModule:
 
 def _layer(dims: int, tensors: list[Tensor | None], momentum: float, eps: float) -> nn.Module:
     weight, bias, mean, variance = tensors
-    assert mean is not None and variance is not None
+    assert mean is not None
+    assert variance is not None
     layer = _LAYERS[dims](len(mean), eps, momentum, affine=weight is not None, device=mean.device, dtype=mean.dtype)
     layer.running_mean, layer.running_var = mean, variance
     if weight is not None:
