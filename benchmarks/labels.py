@@ -70,7 +70,13 @@ def _rows(args: argparse.Namespace, images: Tensor, labels: Tensor) -> dict[str,
 
 
 def _run(
-    args: argparse.Namespace, pixels: Tensor, labels: Tensor, steps: int, loss: Loss, test: tuple[Tensor, Tensor], seed: int
+    args: argparse.Namespace,
+    pixels: Tensor,
+    labels: Tensor,
+    steps: int,
+    loss: Loss,
+    test: tuple[Tensor, Tensor],
+    seed: int,
 ) -> ExitOutputs:
     torch.manual_seed(seed)
     ee = exitkit.attach(

@@ -72,7 +72,9 @@ def main() -> None:
             those.append(_run(args, name, backbone, train, test, seed))
             exits = " ".join(f"{accuracy:.2%}" for accuracy in those[-1].accuracy())
             budgets = " ".join(_cell([_at(those[-1], budget)]) for budget in BUDGETS)
-            console.print(f"seed {seed}  {name}: exits {exits}  budgets {budgets}  ({time.perf_counter() - started:.0f} s)")
+            console.print(
+                f"seed {seed}  {name}: exits {exits}  budgets {budgets}  ({time.perf_counter() - started:.0f} s)"
+            )
     console.print(_table(args, runs))
     about = {"seconds": time.perf_counter() - started, **machine()}
     _write(args, runs, about)
@@ -84,7 +86,14 @@ def _untrained(args: argparse.Namespace, seed: int) -> nn.Module:
         return cifar_resnet(20)
     from timm.models import VisionTransformer
 
-    size: dict[str, Any] = {"img_size": 32, "patch_size": 8, "embed_dim": 128, "depth": 6, "num_heads": 4, "mlp_ratio": 2}
+    size: dict[str, Any] = {
+        "img_size": 32,
+        "patch_size": 8,
+        "embed_dim": 128,
+        "depth": 6,
+        "num_heads": 4,
+        "mlp_ratio": 2,
+    }
     return VisionTransformer(**size, num_classes=10)
 
 
