@@ -85,7 +85,7 @@ def main() -> None:
                 [SDN(), PBEE(), ZTW()],
                 Augmented(*train),
                 batches,
-                placement={"every": 1},
+                placement={"every": 1, "head": "conv"},
                 training={**training, "weight_decay": WEIGHT_DECAY},
                 report=console.print,
             )

@@ -54,10 +54,10 @@ def attach(
         placement: ``"dense-sparse"`` or ``"sparse-dense"`` (Kubaty et al.). By default every block gets an exit.
         method: ``"sdn"``, ``"pbee"``, ``"ztw"``, ``"gpf"``, ``"branchynet"``, or a config such as
             ``exitkit.ZTW(ensemble="additive")``.
-        head: ``"auto"`` (by the feature's shape), ``"conv"``, ``"separable"`` or ``"strided"`` (convolutions for maps),
-            ``"1L"`` (pooling and a linear layer), ``"2L-<width>"``, ``"tail"``: a copy of what the backbone does after
-            its last block, with its weights, for features of the same shape, and for maps of another one behind a learned
-            1 × 1 adapter; or ``"branch-<n>"``: a copy of the rest of the backbone in which as many blocks are left out that,
+        head: ``"auto"`` (``"2L-256"`` on maps, else ``"1L"``), ``"1L"`` (pooling and a linear layer), ``"2L-<width>"`` (one
+            hidden layer), ``"conv"`` (Zero Time Waste's, for maps), ``"separable"`` or ``"strided"`` (cheaper convolutions),
+            ``"tail"``: a copy of what the backbone does after its last block, with its weights, for features of the same
+            shape, and for maps of another one behind a learned 1 × 1 adapter; or ``"branch-<n>"``: a copy of the rest of the backbone in which as many blocks are left out that,
             those before the exit counted, at most n of each shape remain. Copies have no dropout. A list gives each exit
             its own.
         num_classes: how many classes the backbone and the exits shall tell apart; by default as many as it does.

@@ -137,7 +137,7 @@ def test_link_is_layer_norm_of_previous_beside_the_vector() -> None:
 
 
 def test_cascade_enters_before_the_last_linear_layer() -> None:
-    classifier, maps, previous = head((4, 8, 8), cascade=True), torch.randn(2, 4, 8, 8), torch.randn(2, 5)
+    classifier, maps, previous = head((4, 8, 8), spec="1L", cascade=True), torch.randn(2, 4, 8, 8), torch.randn(2, 5)
     vector = torch.cat([classifier.body(maps), nn.functional.layer_norm(previous, (5,))], 1)
     expected = vector @ classifier.linear.weight.T + classifier.linear.bias
     assert torch.allclose(classifier(maps, previous), expected, atol=1e-5)
@@ -338,7 +338,7 @@ def test_sdn_answers_with_its_heads(tiny_net: TinyNet) -> None:
     ],
 )
 def test_convolution_follows_the_input_size(side: int | None, shape: tuple[int, ...], stride: int, width: int) -> None:
-    classifier = head(shape, image_side=side)
+    classifier = head(shape, spec="conv", image_side=side)
     conv = first_conv(classifier)
     assert conv is not None
     assert (conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride) == (
@@ -351,7 +351,7 @@ def test_convolution_follows_the_input_size(side: int | None, shape: tuple[int, 
 
 
 def test_conv_head_is_convolution_relu_pooling_linear() -> None:
-    classifier, maps = head((4, 8, 8)), torch.randn(2, 4, 8, 8)
+    classifier, maps = head((4, 8, 8), spec="conv"), torch.randn(2, 4, 8, 8)
     conv = first_conv(classifier)
     assert conv is not None
     vector = SDNPool()(nn.functional.conv2d(maps, conv.weight, conv.bias, padding=1).relu()).flatten(1)
@@ -359,7 +359,7 @@ def test_conv_head_is_convolution_relu_pooling_linear() -> None:
 
 
 def test_conv_head_on_maps_smaller_than_four() -> None:
-    classifier = head((8, 2, 3), cascade=True)
+    classifier = head((8, 2, 3), spec="conv", cascade=True)
     assert linears(classifier) == [(8 * 6 + 5, 5)]
     assert classifier(torch.randn(2, 8, 2, 3), torch.randn(2, 5)).shape == (2, 5)
 
@@ -381,6 +381,12 @@ def test_two_layer_head_on_tokens_is_linear_relu_linear() -> None:
     hidden, last = (part for part in classifier.modules() if isinstance(part, nn.Linear))
     assert linears(classifier) == [(6, 1024), (1024, 5)]
     assert torch.allclose(classifier(tokens), last(hidden(tokens[:, 0]).relu()))
+
+
+def test_automatic_head_on_maps_has_a_hidden_layer() -> None:
+    classifier = head((4, 8, 8))
+    assert first_conv(classifier) is None
+    assert linears(classifier) == [(4 * 16, 256), (256, 5)]
 
 
 def test_automatic_head_on_tokens_is_one_linear_layer() -> None:
@@ -432,7 +438,7 @@ def test_a_strided_convolution_leaves_the_feature_as_it_was() -> None:
     assert torch.equal(maps, before)
 
 
-@pytest.mark.parametrize("spec", ["auto", "1L", "2L-8", "separable", "strided"])
+@pytest.mark.parametrize("spec", ["auto", "conv", "1L", "2L-8", "separable", "strided"])
 def test_channels_last_maps_give_what_channels_first_maps_give(spec: str) -> None:
     last, first = head((8, 6, 4), "channels_last", spec), head((4, 8, 6), "channels_first", spec)
     for own, other in zip(last.parameters(), first.parameters(), strict=True):
@@ -518,7 +524,7 @@ def test_unknown_methods_are_refused(tiny_net: TinyNet) -> None:
 # costs ---------------------------------------------------------------------------------------------------------------
 
 STEM, BLOCK, LAST = 64 * 8 * 9, 2 * 64 * 8 * 8 * 9, 8 * 3  # MACs of TinyNet on 8x8 images
-CONV, FLAT = 64 * 8 * 8 * 9, 8 * 16  # an IC's convolution, and the width of what its linear layer reads
+FLAT, WIDTH = 8 * 16, 256  # of what an IC's hidden layer and its last layer read
 
 
 def macs(ee: exitkit.MultiExitModel) -> list[int]:
@@ -526,7 +532,7 @@ def macs(ee: exitkit.MultiExitModel) -> list[int]:
 
 
 def test_cost_of_sdn_is_stages_and_heads_so_far(tiny_net: TinyNet) -> None:
-    head_macs = CONV + FLAT * 3
+    head_macs = FLAT * WIDTH + WIDTH * 3
     stages = [STEM + BLOCK * blocks for blocks in (1, 2, 3)]
     expected = [stage + (m + 1) * head_macs for m, stage in enumerate(stages)]
     ee = exitkit.attach(tiny_net, EXAMPLE, every=1, method="sdn")
@@ -535,7 +541,8 @@ def test_cost_of_sdn_is_stages_and_heads_so_far(tiny_net: TinyNet) -> None:
 
 def test_cost_of_ztw_adds_links_and_ensembles(tiny_ee: exitkit.MultiExitModel) -> None:
     """A product over members is m·C MACs; that of one member is elementwise, which does not count."""
-    heads = [CONV + FLAT * 3, CONV + (FLAT + 3) * 3 + 2 * 3, CONV + (FLAT + 3) * 3 + 3 * 3]
+    hidden, linked = FLAT * WIDTH, (WIDTH + 3) * 3
+    heads = [hidden + WIDTH * 3, hidden + linked + 2 * 3, hidden + linked + 3 * 3]
     expected = [STEM + BLOCK * (m + 1) + sum(heads[: m + 1]) for m in range(3)]
     assert macs(tiny_ee) == [*expected, STEM + 4 * BLOCK + LAST + sum(heads)]
 

@@ -12,7 +12,8 @@ from torch.nn import functional as F
 
 import exitkit
 from exitkit.exits import PastFuture, PastFutureClassifier
-from tests.test_exits import CONV, FLAT
+from tests.test_exits import FLAT
+from tests.test_exits import WIDTH as HIDDEN
 from tests.toy import BLOCK, LINEAR, STEM, TOTAL, TinyNet, images
 
 EXAMPLE = torch.zeros(2, 1, 8, 8)
@@ -171,7 +172,7 @@ def test_the_price_is_state_imitations_and_projections(gpf: exitkit.MultiExitMod
     spent, expected = 0, []
     for m in range(EXITS):
         ahead = EXITS - 1 - m
-        spent += CONV + FLAT * WIDTH + WIDTH * 2 * CLASSES + ahead * (WIDTH**2 + WIDTH * CLASSES) + CLASSES**2
+        spent += FLAT * HIDDEN + HIDDEN * WIDTH + WIDTH * 2 * CLASSES + ahead * (WIDTH**2 + WIDTH * CLASSES) + CLASSES**2
         expected.append(STEM + BLOCK * (m + 1) + spent)
     assert [exit_.macs for exit_ in gpf.exits] == [*expected, TOTAL + spent]
     assert TOTAL == STEM + 4 * BLOCK + LINEAR

@@ -66,7 +66,7 @@ def bench(
     weights: Weights = None,
     num_classes: Classes = None,
     every: Annotated[int, typer.Option(help="An exit after every n-th block")] = 1,
-    head: Annotated[str, typer.Option(help="auto, conv, 1L or 2L-WIDTH")] = "auto",
+    head: Annotated[str, typer.Option(help="auto, 1L, 2L-WIDTH, conv, tail or branch-BLOCKS")] = "auto",
     epochs: Annotated[int, typer.Option(help="Passes over the training samples")] = 15,
     lr: Annotated[float, typer.Option(help="Adam's learning rate")] = 1e-3,
     batch_size: Annotated[int, typer.Option(help="Training batch size")] = 64,

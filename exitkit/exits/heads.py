@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, get_args
+from typing import NamedTuple, cast, get_args
 
 from torch import Tensor, nn
 
@@ -20,14 +20,8 @@ _HEADS = (
     "of 1024), 'tail' (a copy of the backbone's own read-out), 'branch-3' (a copy of the rest of the backbone with at most 3 "
     "blocks of each shape)"
 )
-_CONVOLUTIONS: dict[str, Convolution | None] = {
-    "auto": "conv",
-    "conv": "conv",
-    "separable": "separable",
-    "strided": "strided",
-    "linear": None,
-}
-"""What stands before pooling on maps, by the kind of head."""
+_AUTO = {"maps": "2L-256", "others": "1L"}
+"""What gained most accuracy for what it costs (``benchmarks/heads.py``)."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +30,7 @@ class HeadSpec:
 
     Attributes:
         name: what the user wrote.
-        kind: ``"auto"``, a convolution's name, ``"linear"`` (none), ``"tail"``: the backbone's own read-out, copied, or
+        kind: ``"auto"`` (``2L-256`` on maps, else ``1L``), a convolution's name, ``"linear"`` (none), ``"tail"``: the backbone's own read-out, copied, or
             ``"branch"``: with blocks before it.
         hidden: width of a hidden layer.
         blocks: of a branch, how many of each shape at most.
@@ -54,7 +48,7 @@ class HeadSpec:
         Raises:
             ExitkitError: an unknown name.
         """
-        if isinstance(head, str) and (head == "tail" or (head in _CONVOLUTIONS and head != "linear")):
+        if isinstance(head, str) and head in ("auto", "tail", *get_args(Convolution)):
             return cls(head, head)
         match = re.fullmatch(r"1L|2L-([1-9]\d*)|branch-([1-9]\d*)", head) if isinstance(head, str) else None
         if match is None:
@@ -144,12 +138,14 @@ def make_head(feature: Feature, num_classes: int, spec: HeadSpec, cascade: bool)
         ExitkitError: a convolutional head for a feature that is no map.
     """
     is_map = feature.layout in ("channels_first", "channels_last")
+    if spec.kind == "auto":
+        spec = HeadSpec.parse(_AUTO["maps" if is_map else "others"])
     if spec.kind in get_args(Convolution) and not is_map:
         raise ExitkitError(
             f"head={spec.kind!r} needs feature maps, but this boundary's is {feature.layout} {feature.shape}; use head='auto'"
         )
     if is_map:
-        convolution = _CONVOLUTIONS[spec.kind]
+        convolution = cast("Convolution", spec.kind) if spec.kind in get_args(Convolution) else None
         body, width = map_body(feature.shape, feature.layout == "channels_last", feature.image_side, convolution)
     elif feature.layout in ("tokens", "sequence"):
         sequence = feature.layout == "sequence"
