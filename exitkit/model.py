@@ -103,9 +103,7 @@ class MultiExitModel(nn.Module):
         features, steps, final = self._steps(args, kwargs)
         return features, (*(step.logits for step in steps), *final)
 
-    def run_until(
-        self, last: int, *args: Any, **kwargs: Any
-    ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...] | None]:
+    def run_until(self, last: int, *args: Any, **kwargs: Any) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...] | None]:
         """Every head's logits up to exit ``last``, and their auxiliary losses; the backbone stops where that exit reads."""
         _, steps, final = self._steps(args, kwargs, last)
         return (*(step.logits for step in steps), *final), imitation_losses(steps) if torch.is_grad_enabled() else None

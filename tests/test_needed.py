@@ -109,7 +109,13 @@ def test_a_backbone_that_catches_exceptions_is_stopped_too(loader: Loaders) -> N
 
 def test_a_hugging_face_model_is_as_before_after_being_stopped() -> None:
     transformers = pytest.importorskip("transformers")
-    size = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 16, "vocab_size": 20}
+    size = {
+        "hidden_size": 16,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 2,
+        "intermediate_size": 16,
+        "vocab_size": 20,
+    }
     torch.manual_seed(0)
     bert: nn.Module = transformers.BertForSequenceClassification(transformers.BertConfig(**size)).eval()
     ids = torch.randint(1, 20, (4, 6))

@@ -29,7 +29,8 @@ def prepared(recipe: Recipe) -> tuple[nn.Module, Split]:
     backbone = load_model(recipe.model, recipe.weights, recipe.num_classes)
     tokenizer = recipe.model.removeprefix("hf:") if recipe.model.startswith("hf:") else None
     regression = 1 in (recipe.num_classes, recipe.exits.get("num_outputs"))
-    return backbone, load_data(recipe.data, backbone, recipe.test, tokenizer, numbers=regression)
+    text = {"numbers": regression, "pairs": recipe.pairs, "max_tokens": recipe.max_tokens}
+    return backbone, load_data(recipe.data, backbone, recipe.test, tokenizer, **text)
 
 
 def train_recipe(
@@ -46,7 +47,10 @@ def train_recipe(
     placement = {key: value for key, value in recipe.exits.items() if key != "method"}
     model = attach(backbone, example, method=method, **placement)
     report(f"{method.name}: {len(model.boundaries)} exits, heads add {head_share(model):.1%} of the backbone's MACs")
-    trainer = Trainer(model, **recipe.trainer, loss=recipe.make_loss(), optimizer=recipe.make_optimizer())
+    schedule = recipe.make_schedule()
+    trainer = Trainer(
+        model, **recipe.trainer, loss=recipe.make_loss(), optimizer=recipe.make_optimizer(), schedule=schedule
+    )
     train, val, test = loaders(recipe, split, model.num_classes, seed)
     trainer.fit(train, val)
     outputs = collect(model, test)
