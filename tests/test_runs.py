@@ -92,6 +92,39 @@ def test_the_optimiser_is_the_users(ee: MultiExitModel, loader: Loaders) -> None
     torch.testing.assert_close(ee.state_dict(), by_hand.state_dict())
 
 
+def test_a_schedule_goes_on_after_every_step_of_the_optimiser(ee: MultiExitModel, loader: Loaders) -> None:
+    """Over all steps of each phase, of several batches here."""
+    given: list[int] = []
+    rates: list[float] = []
+
+    class Noted(torch.optim.SGD):
+        def step(self, closure: Any = None) -> None:
+            rates.append(self.param_groups[0]["lr"])
+            super().step(closure)
+
+    def schedule(optimizer: torch.optim.Optimizer, steps: int) -> torch.optim.lr_scheduler.LRScheduler:
+        given.append(steps)
+        return torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, steps)
+
+    ready = trainer(ee, "separate", epochs=4, optimizer=Noted, schedule=schedule, accumulate=4, lr=1.0)
+    given.clear()
+    ready.fit(loader(80, 16))
+    assert given == [2] * 4
+    assert rates == pytest.approx([1, 0.5] * 4)
+
+
+def test_a_schedule_that_is_none_is_refused(ee: MultiExitModel, loader: Loaders) -> None:
+    cosine = torch.optim.lr_scheduler.CosineAnnealingLR
+    with pytest.raises(ExitkitError, match="both set"):
+        trainer(ee, schedule=cosine, milestones=[1])
+    with pytest.raises(ExitkitError, match="gives a int"):
+        trainer(ee, schedule=lambda optimizer, steps: steps)
+    with pytest.raises(ExitkitError, match="gives a str"):
+        trainer(ee, schedule="cosine")
+    with pytest.raises(ExitkitError, match="no length"):
+        trainer(ee, schedule=cosine).fit(iter(loader(16)))
+
+
 def test_the_compiled_training_view_is_the_training_view(
     ee: MultiExitModel, loader: Loaders, monkeypatch: pytest.MonkeyPatch
 ) -> None:
