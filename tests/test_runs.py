@@ -92,6 +92,16 @@ def test_the_optimiser_is_the_users(ee: MultiExitModel, loader: Loaders) -> None
     torch.testing.assert_close(ee.state_dict(), by_hand.state_dict())
 
 
+@pytest.mark.parametrize(("variable", "name"), [("FSDP", "FSDP"), ("DEEPSPEED", "DeepSpeed")])
+def test_a_model_divided_among_processes_is_refused(
+    ee: MultiExitModel, loader: Loaders, monkeypatch: pytest.MonkeyPatch, variable: str, name: str
+) -> None:
+    """What ``accelerate launch --use_fsdp`` sets; on CPU accelerate itself would go on without a word."""
+    monkeypatch.setenv(f"ACCELERATE_USE_{variable}", "true")
+    with pytest.raises(ExitkitError, match=f"{name}.*DDP"):
+        trainer(ee).fit(loader(16))
+
+
 def test_a_schedule_goes_on_after_every_step_of_the_optimiser(ee: MultiExitModel, loader: Loaders) -> None:
     """Over all steps of each phase, of several batches here."""
     given: list[int] = []
