@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import exitkit
 from exitkit import ExitkitError, MultiExitModel, Trainer
+from exitkit.cli.schedule import by_name
 from exitkit.training import Distillation, Loss
 from exitkit.training.processes import own_part
 from exitkit.training.progress import Display, Epoch
@@ -121,6 +122,28 @@ def test_a_schedule_goes_on_after_every_step_of_the_optimiser(ee: MultiExitModel
     ready.fit(loader(80, 16))
     assert given == [2] * 4
     assert rates == pytest.approx([1, 0.5] * 4)
+
+
+def test_a_schedule_by_steps_is_taken_up_again(ee: MultiExitModel, loader: Loaders, tmp_path: Path) -> None:
+    """A run that broke in its third epoch ends with the weights of one that did not."""
+    other, batches, epochs = copy.deepcopy(ee), loader(), iter(range(3))
+
+    class Breaking:
+        def __len__(self) -> int:
+            return len(batches)
+
+        def __iter__(self) -> Iterator[Any]:
+            if next(epochs) == 2:
+                raise RuntimeError("broken")
+            return iter(batches)
+
+    schedule = functools.partial(by_name, name="restarts", warmup=0.25, cycles=2)
+    options = {"epochs": 4, "schedule": schedule, "output_dir": tmp_path}
+    with pytest.raises(RuntimeError, match="broken"):
+        trainer(ee, **options).fit(Breaking())
+    trainer(ee, **options).fit(batches)
+    trainer(other, **(options | {"output_dir": None})).fit(batches)
+    assert identical(ee, other)
 
 
 def test_a_schedule_that_is_none_is_refused(ee: MultiExitModel, loader: Loaders) -> None:

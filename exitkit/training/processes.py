@@ -15,7 +15,6 @@ from torch.utils.data import DataLoader
 
 from exitkit.errors import ExitkitError
 
-
 _SHARDING = {
     "ACCELERATE_USE_FSDP": "FSDP",
     "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
