@@ -117,11 +117,11 @@ def test_a_schedule_goes_on_after_every_step_of_the_optimiser(ee: MultiExitModel
         given.append(steps)
         return torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, steps)
 
-    ready = trainer(ee, "separate", epochs=4, optimizer=Noted, schedule=schedule, accumulate=4, lr=1.0)
+    ready = trainer(ee, "separate", epochs=4, optimizer=Noted, schedule=schedule, accumulate=4, lr=1e-3)
     given.clear()
     ready.fit(loader(80, 16))
     assert given == [2] * 4
-    assert rates == pytest.approx([1, 0.5] * 4)
+    assert rates == pytest.approx([1e-3, 5e-4] * 4)
 
 
 def test_a_schedule_by_steps_is_taken_up_again(ee: MultiExitModel, loader: Loaders, tmp_path: Path) -> None:
@@ -155,7 +155,7 @@ def test_a_schedule_that_is_none_is_refused(ee: MultiExitModel, loader: Loaders)
     with pytest.raises(ExitkitError, match="gives a str"):
         trainer(ee, schedule="cosine")
     with pytest.raises(ExitkitError, match="no length"):
-        trainer(ee, schedule=cosine).fit(iter(loader(16)))
+        trainer(ee, schedule=cosine).fit(batch for batch in loader(16))
 
 
 def test_the_compiled_training_view_is_the_training_view(

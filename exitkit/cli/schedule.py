@@ -44,12 +44,15 @@ def by_name(
         )
     rising = round(warmup * steps)
     falling = max(1, steps - rising)
-    after: LRScheduler = {
-        "cosine": lambda: CosineAnnealingLR(optimizer, falling),
-        "restarts": lambda: CosineAnnealingWarmRestarts(optimizer, -(-falling // cycles)),
-        "linear": lambda: LinearLR(optimizer, 1.0, 0.0, falling),
-        "constant": lambda: ConstantLR(optimizer, 1.0, falling),
-    }[name]()
+    after = _after_warmup(optimizer, name, falling, cycles)
     if not rising:
         return after
     return SequentialLR(optimizer, [LinearLR(optimizer, _START, 1.0, rising), after], [rising])
+
+
+def _after_warmup(optimizer: Optimizer, name: str, steps: int, cycles: int) -> LRScheduler:
+    if name == "cosine":
+        return CosineAnnealingLR(optimizer, steps)
+    if name == "restarts":
+        return CosineAnnealingWarmRestarts(optimizer, -(-steps // cycles))
+    return LinearLR(optimizer, 1.0, 0.0, steps) if name == "linear" else ConstantLR(optimizer, 1.0, steps)
