@@ -2,10 +2,11 @@
 
     python benchmarks/labels.py --data DIR --weights cifar10_resnet20.safetensors
 
-DIR and the weights are those of ``benchmarks/cifar10.py``. Three exits (method sdn) learn from cached features by the exit-wise
-loss, or by distillation from the backbone (Phuong and Lampert 2019, annealed temperature), without augmentation. The backbone was
-trained on all the labels, those that the rows do without too. Rows that are compared take as many steps: distillation at a high
-temperature copies the backbone's logits, for which the first exits need many.
+DIR and the weights are those of ``benchmarks/cifar10.py``. Three exits (method sdn) learn from cached features by the
+exit-wise loss, by distillation from the backbone (Phuong and Lampert 2019, annealed temperature) or by cloning it (temperature
+1, the behavioural cloning of Zero Time Waste, appendix A.2), without augmentation. The
+backbone was trained on all the labels, those that the rows do without too. Rows that are compared take as many steps:
+distillation at a high temperature copies the backbone's logits, for which the first exits need many.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from exitkit.models import cifar_resnet
 from exitkit.training import Distillation, Loss
 
 EXITWISE, DISTILLED = Loss(), Loss(distillation=Distillation("last"))
+CLONED = Loss(distillation=Distillation("last", confidence_limit=None, divergence="kl"))
 BATCH = 128
 
 
@@ -66,7 +68,8 @@ def _rows(args: argparse.Namespace, images: Tensor, labels: Tensor) -> dict[str,
     rows[f"{few:,} labelled + {len(images) - few:,}, distilled, long"] = (images, partly, long, DISTILLED)
     rows[f"{len(images):,} labelled, long"] = (images, labels, long, EXITWISE)
     rows[f"{len(images):,} without labels, distilled, long"] = (images, none, long, DISTILLED)
-    return rows
+    rows[f"{len(images):,} without labels, cloned, long"] = (images, none, long, CLONED)
+    return {name: row for name, row in rows.items() if args.only in name}
 
 
 def _run(
@@ -109,6 +112,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--data", type=Path, required=True, help="folder with cifar10_train.npz and cifar10_test.npz")
     parser.add_argument("--weights", type=Path, required=True, help="safetensors file of the ResNet-20")
     parser.add_argument("--head", default="2L-256")
+    parser.add_argument("--only", default="", help="rows whose names hold this")
     parser.add_argument("--out", type=Path, default=Path("results/labels.json"))
     counts = (("images", 5_000), ("labelled", 1_000), ("test-images", 5_000), ("steps", 800), ("seeds", 3))
     for name, default in counts:

@@ -3,13 +3,13 @@
     python benchmarks/regimes.py resnet --data DIR --weights cifar10_resnet20.safetensors
     python benchmarks/regimes.py vit --data DIR
 
-DIR and the weights are those of ``benchmarks/cifar10.py``. In the paper, ``disjoint`` and ``mixed`` start from a backbone that
-was trained alone, ``joint`` from random weights. Here:
+DIR and the weights are those of ``benchmarks/cifar10.py``. In the paper, ``disjoint`` and ``mixed`` start from a
+backbone that was trained alone, ``joint`` from random weights. Here:
 
-* ``resnet``: the backbone's weights come from 200 epochs on all 50,000 images, which no row pays for, and ``joint`` has as many
+* ``resnet``: the backbone's weights come from 200 epochs on all 50,000 images, which no row pays for; ``joint`` has as many
   epochs as the others; it shows what a trained backbone is worth, not which regime is better.
-* ``vit``: every row has the same images and the same number of epochs in all; ``joint`` spends those in which the others' backbone
-  is trained alone (a phase of ``exitkit.Trainer``) on everything at once.
+* ``vit``: every row has the same images and the same number of epochs in all; ``joint`` spends those in which the others'
+  backbone is trained alone (a phase of ``exitkit.Trainer``) on everything at once.
 
 Method sdn, flipped and shifted images, Adam, a cosine to 0 in every phase. Accuracy by share of the backbone's MACs.
 """
@@ -20,7 +20,6 @@ import argparse
 import copy
 import json
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -41,22 +40,10 @@ from exitkit.training import Phase
 BUDGETS = (0.25, 0.5, 0.75, 1.0)
 
 
-@dataclass(frozen=True)
-class Setting:
-    """A backbone's exits and rates.
-
-    Attributes:
-        exits: for ``attach``.
-        mixed: options of the trainer for a trained backbone that goes on learning.
-    """
-
-    exits: dict[str, Any]
-    mixed: dict[str, Any]
-
-
-SETTINGS = {
-    "resnet": Setting({"every": 2, "head": "2L-256"}, {"backbone_lr": 1e-4}),
-    "vit": Setting({"every": 1, "head": "1L"}, {}),
+EXITS: dict[str, dict[str, Any]] = {"resnet": {"every": 2, "head": "2L-256"}, "vit": {"every": 1, "head": "1L"}}
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "resnet": {"images": 15_000, "epochs": 3, "pretraining": 0, "backbone_lr": 1e-4},
+    "vit": {"images": 10_000, "epochs": 5, "pretraining": 8, "backbone_lr": 1e-3},
 }
 
 
@@ -110,7 +97,7 @@ def _trained(args: argparse.Namespace, train: tuple[Tensor, Tensor], seed: int) 
 
 def _attached(args: argparse.Namespace, backbone: nn.Module) -> exitkit.MultiExitModel:
     example = torch.zeros(2, 3, 32, 32)
-    return exitkit.attach(backbone, example, method="sdn", **SETTINGS[args.backbone].exits)
+    return exitkit.attach(backbone, example, method="sdn", **EXITS[args.backbone])
 
 
 def _run(
@@ -127,7 +114,7 @@ def _run(
         epochs += args.pretraining
     else:
         start = copy.deepcopy(backbone)
-        options = {} if regime == "disjoint" else SETTINGS[args.backbone].mixed
+        options = {} if regime == "disjoint" else {"backbone_lr": args.backbone_lr}
     torch.manual_seed(seed)
     ee = _attached(args, start)
     exitkit.Trainer(ee, regime=regime, epochs=epochs, seed=seed, show_progress=False, **options).fit(Augmented(*train))
@@ -174,19 +161,19 @@ def _write(args: argparse.Namespace, runs: dict[str, list[ExitOutputs]], about: 
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("backbone", choices=list(SETTINGS))
+    parser.add_argument("backbone", choices=list(EXITS))
     parser.add_argument("--data", type=Path, required=True, help="folder with cifar10_train.npz and cifar10_test.npz")
     parser.add_argument("--weights", type=Path, help="safetensors file of the ResNet-20")
     parser.add_argument("--regimes", default="disjoint,mixed,joint", help="comma-separated")
-    parser.add_argument("--images", type=int, help="of training; 20,000 for the ResNet, 10,000 for the ViT")
+    parser.add_argument("--images", type=int, help="of training; 15,000 for the ResNet, 10,000 for the ViT")
     parser.add_argument("--epochs", type=int, help="3 for the ResNet, 5 for the ViT")
     parser.add_argument("--pretraining", type=int, help="epochs of the ViT alone: 8")
+    parser.add_argument("--backbone-lr", type=float, help="in mixed: 1e-4 for the ResNet, 1e-3 for the ViT")
     parser.add_argument("--test-images", type=int, default=5_000)
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--out", type=Path, default=Path("results/regimes"))
     args = parser.parse_args()
-    defaults = {"resnet": (20_000, 3, 0), "vit": (10_000, 5, 8)}[args.backbone]
-    for name, value in zip(("images", "epochs", "pretraining"), defaults, strict=True):
+    for name, value in DEFAULTS[args.backbone].items():
         if getattr(args, name) is None:
             setattr(args, name, value)
     if args.backbone == "resnet" and args.weights is None:

@@ -2,9 +2,9 @@
 
     python benchmarks/text.py --data DIR [--seeds 3] [--epochs 10]
 
-DIR holds ``agnews_train.tsv`` and ``agnews_test.tsv``. For every seed a six-layer BERT of width 128 is trained on the training
-texts from random weights (``benchmarks/tail.py``) and then frozen; an exit after each layer but the last learns from the feature
-cache. Accuracy by share of the backbone's MACs, on the test texts.
+DIR holds ``agnews_train.tsv`` and ``agnews_test.tsv``. For every seed a six-layer BERT of width 128 is trained on the
+training texts from random weights (``benchmarks/tail.py``) and then frozen; an exit after each layer but the last learns from
+the feature cache. Accuracy by share of the backbone's MACs, on the test texts.
 """
 
 from __future__ import annotations

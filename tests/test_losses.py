@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -211,6 +210,32 @@ def test_the_trainer_anneals_once_per_batch(ee: MultiExitModel, loader: Loaders,
     config = Distillation(confidence_limit=0.01, multiplier=1.1)
     trainer(ee, epochs=2, loss=Loss(distillation=config)).fit(loader(48, 16), loader())
     assert reached == pytest.approx([1.1**k for k in range(1, 7)])
+
+
+def test_what_is_shown_of_a_distillation_does_not_grow_with_the_temperature(logits: list[Tensor]) -> None:
+    """The cross-entropy and the KL divergence at τ: 0 for a perfect copy, where τ² times a cross-entropy grows."""
+    tau, targets = 5.0, torch.arange(len(logits[0])) % 3
+    objective = Objective(Loss(distillation=Distillation(weight=2.0, temperature=tau)), LAST)
+    minimised = objective.losses(logits, targets, range(4))
+    teacher = (logits[3] / tau).softmax(-1)
+    for m in range(3):
+        kl = F.kl_div((logits[m] / tau).log_softmax(-1), teacher, reduction="batchmean")
+        assert objective.shown[m].item() == pytest.approx(
+            (F.cross_entropy(logits[m], targets) + 2 * kl).item(), rel=1e-4
+        )
+    assert not objective.shown.requires_grad
+    assert minimised[0] > 10 * objective.shown[0]
+    objective.losses([logits[3]] * 4, None, (0,))
+    assert objective.shown.item() == pytest.approx(0, abs=1e-6)
+
+
+def test_the_record_tells_the_temperature(ee: MultiExitModel, loader: Loaders) -> None:
+    config = Distillation(confidence_limit=0.01, multiplier=1.1)
+    records = trainer(ee, epochs=2, loss=Loss(distillation=config)).fit(loader(48, 16))
+    assert [record.temperature for record in records] == pytest.approx([1.1**3, 1.1**6])
+    assert records[0].scalars()["temperature"] == records[0].temperature
+    assert "τ 1.33" in records[0].line()
+    assert trainer(ee).fit(loader(16))[0].temperature is None
 
 
 def test_label_free_training_copies_the_backbone(ee: MultiExitModel, loader: Loaders) -> None:
@@ -503,8 +528,8 @@ def test_a_batch_of_one_and_batch_norm() -> None:
 def test_a_methods_own_loss_is_added(ee: MultiExitModel, loader: Loaders, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a model returns as ``auxiliary`` (gpf's imitation) counts with the exit's loss."""
     plain = trainer(copy.deepcopy(ee), "mixed", lr=1e-12).fit(loader())[0].loss
-    forward = MultiExitModel.forward
+    run_until = MultiExitModel.run_until
     own = tuple(torch.tensor(float(m + 1), requires_grad=True) for m in range(LAST))
-    monkeypatch.setattr(MultiExitModel, "forward", lambda self, *x: replace(forward(self, *x), auxiliary=own))
+    monkeypatch.setattr(MultiExitModel, "run_until", lambda self, *x: (run_until(self, *x)[0], own))
     with_it = trainer(ee, "mixed", lr=1e-12).fit(loader())[0].loss
     assert [b - a for a, b in zip(plain, with_it, strict=True)] == pytest.approx([1, 2, 3, 0], abs=1e-3)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import exitkit
 from exitkit import ExitkitError
 from exitkit.cli.augmentation import augmented
 from exitkit.cli.recipe import parse_override, read_recipe
+from exitkit.cli.schedule import by_name
 from exitkit.cli.sources import load_model
 from exitkit.surgery.boundaries import find_boundaries
 from exitkit.surgery.capture import capture
@@ -135,6 +137,69 @@ def test_mixing_gives_soft_labels() -> None:
     assert torch.allclose(labels.sum(1), torch.ones(6))
 
 
+def test_a_schedule_of_the_recipe_sets_the_rate(run: Any, recipe: Any, tmp_path: Path) -> None:  # noqa: F811
+    run("train", recipe('[schedule]\nname = "restarts"\nwarmup = 0.1\ncycles = 2\n'), "--out", tmp_path / "out")
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert results["about"]["schedule"] == {"name": "restarts", "warmup": 0.1, "cycles": 2}
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"name": "cosine"}, [0.5 * (1 + math.cos(math.pi * step / 12)) for step in range(12)]),
+        ({"name": "restarts", "cycles": 3}, 3 * [0.5 * (1 + math.cos(math.pi * step / 4)) for step in range(4)]),
+        ({"name": "linear"}, [1 - step / 12 for step in range(12)]),
+        ({"name": "constant", "warmup": 0.25}, [*(0.001 + 0.333 * step for step in range(3)), *9 * [1]]),
+        ({"name": "linear", "warmup": 0.5}, [*(0.001 + 0.1665 * s for s in range(6)), *(1 - s / 6 for s in range(6))]),
+        (
+            {"name": "restarts", "warmup": 1 / 3, "cycles": 2},
+            [*(0.001 + 0.24975 * s for s in range(4)), *2 * [0.5 * (1 + math.cos(math.pi * s / 4)) for s in range(4)]],
+        ),
+    ],
+)
+def test_rates_of_a_schedule(options: dict[str, Any], expected: list[float]) -> None:
+    """Over 12 steps, as shares of the rate given."""
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.2)
+    schedule = by_name(optimizer, 12, **options)
+    rates = []
+    for _ in range(12):
+        rates.append(optimizer.param_groups[0]["lr"] / 0.2)
+        optimizer.step()
+        schedule.step()
+    assert rates == pytest.approx(expected, abs=1e-9)
+
+
+def test_pairs_of_texts_are_encoded_by_the_tokenizer(tmp_path: Path, bert: Path) -> None:  # noqa: F811
+    from exitkit.cli.data import load_data, load_tokenizer
+
+    path = tmp_path / "pairs.tsv"
+    path.write_text("one\ttwo\tscore\ngood film\tbad\t4.5\nfilm\tgood good film\t1\n")
+    split = load_data(str(path), nn.Linear(1, 1), str(path), str(bert), numbers=True, pairs=True, max_tokens=6)
+    assert split.collate is not None
+    batch = split.collate(list(split.train))
+    assert batch["labels"].tolist() == [4.5, 1.0]
+    tokenizer = load_tokenizer(str(bert))
+    expected = tokenizer("good film", "bad", padding="max_length", max_length=6)
+    assert batch["input_ids"][0].tolist() == expected["input_ids"]
+    assert batch["token_type_ids"][0].tolist() == expected["token_type_ids"] == [0, 0, 0, 0, 1, 1]
+    assert batch["input_ids"].shape == (2, 6)
+    path.write_text("text\tscore\ngood\t1\n")
+    with pytest.raises(ExitkitError, match="2 columns"):
+        load_data(str(path), nn.Linear(1, 1), None, str(bert), numbers=True, pairs=True)
+
+
+def test_a_regression_on_pairs(run: Any, bert: Path, tmp_path: Path) -> None:  # noqa: F811
+    rows = [f"{'good ' * (i % 4)}\t{'bad ' * (3 - i % 4)}film\t{i % 4}.5" for i in range(24)]
+    (tmp_path / "scores.tsv").write_text("one\ttwo\tscore\n" + "\n".join(rows) + "\n")
+    path = tmp_path / "recipe.toml"
+    path.write_text(
+        f'model = "hf:{bert}"\ndata = "{tmp_path / "scores.tsv"}"\nnum_classes = 1\npairs = true\n'
+        '[exits]\nmethod = "pbee"\n[trainer]\nepochs = 1\n'
+    )
+    printed = run("train", path, "--out", tmp_path / "out")
+    assert all(word in printed for word in ("MSE", "Pearson", "Spearman"))
+
+
 def test_a_regression_on_text(run: Any, bert: Path, tmp_path: Path) -> None:  # noqa: F811
     rows = [f"{'good ' * (i % 4)}{'bad ' * (3 - i % 4)}film\t{i % 4}.5" for i in range(24)]
     (tmp_path / "scores.tsv").write_text("text\tscore\n" + "\n".join(rows) + "\n")
@@ -169,6 +234,13 @@ def test_a_regression_on_text(run: Any, bert: Path, tmp_path: Path) -> None:  # 
         ("", "batch_size = 'many'", ["batch_size", "a whole number"]),
         ("", "limit = 0", ["limit", "at least 1"]),
         ("", "augment = ['flop']", ["augment", "'flip'"]),
+        ("", "pairs = 1", ["pairs", "true or false"]),
+        ("", "max_tokens = 0", ["max_tokens", "at least 1"]),
+        ("[schedule]\nname = 'cosin'\n", "", ["schedule.name", "'cosine'"]),
+        ("[schedule]\nwarm = 0.1\n", "", ["schedule.warm", "'schedule.warmup'"]),
+        ("[schedule]\nwarmup = 1.0\n", "", ["schedule.warmup", "below 1"]),
+        ("[schedule]\ncycles = 2\n", "", ["schedule.cycles", "'restarts'"]),
+        ("milestones = [1]\n[schedule]\nname = 'linear'\n", "", ["milestones", "schedule"]),
         ("[trainer]\n", "", ["TOML"]),
     ],
 )

@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.stats import rankdata
 from torch import Tensor
 
 import exitkit
@@ -46,6 +47,16 @@ def drawn(draw: st.DrawFn) -> RegressionOutputs:
         4.0,
         times=draw(st.integers(1, 3)),
     )
+
+
+@given(drawn())
+@settings(max_examples=30, deadline=None)
+def test_spearman_is_pearson_of_the_ranks(outputs: RegressionOutputs) -> None:
+    ranks = torch.tensor(np.stack([rankdata(column) for column in outputs.predictions.numpy().T], 1)).float()
+    assert outputs.labels is not None
+    places = torch.tensor(rankdata(outputs.labels.numpy())).float()
+    of_ranks = RegressionOutputs(ranks, places, torch.from_numpy(outputs.macs), outputs.backbone_macs)
+    assert outputs.spearman() == pytest.approx(of_ranks.accuracy(), abs=1e-6)
 
 
 # tolerance -----------------------------------------------------------------------------------------------------------

@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import exitkit
 from exitkit import ExitkitError, MultiExitModel, Trainer
+from exitkit.cli.schedule import by_name
 from exitkit.training import Distillation, Loss
 from exitkit.training.processes import own_part
 from exitkit.training.progress import Display, Epoch
@@ -90,6 +91,71 @@ def test_the_optimiser_is_the_users(ee: MultiExitModel, loader: Loaders) -> None
         sum(nn.functional.cross_entropy(logits, labels) for logits in by_hand(images).heads).backward()
         optimizer.step()
     torch.testing.assert_close(ee.state_dict(), by_hand.state_dict())
+
+
+@pytest.mark.parametrize(("variable", "name"), [("FSDP", "FSDP"), ("DEEPSPEED", "DeepSpeed")])
+def test_a_model_divided_among_processes_is_refused(
+    ee: MultiExitModel, loader: Loaders, monkeypatch: pytest.MonkeyPatch, variable: str, name: str
+) -> None:
+    """What ``accelerate launch --use_fsdp`` sets; on CPU accelerate itself would go on without a word."""
+    monkeypatch.setenv(f"ACCELERATE_USE_{variable}", "true")
+    with pytest.raises(ExitkitError, match=f"{name}.*DDP"):
+        trainer(ee).fit(loader(16))
+
+
+def test_a_schedule_goes_on_after_every_step_of_the_optimiser(ee: MultiExitModel, loader: Loaders) -> None:
+    """Over all steps of each phase, of several batches here."""
+    given: list[int] = []
+    rates: list[float] = []
+
+    class Noted(torch.optim.SGD):
+        def step(self, closure: Any = None) -> None:
+            rates.append(self.param_groups[0]["lr"])
+            super().step(closure)
+
+    def schedule(optimizer: torch.optim.Optimizer, steps: int) -> torch.optim.lr_scheduler.LRScheduler:
+        given.append(steps)
+        return torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, steps)
+
+    ready = trainer(ee, "separate", epochs=4, optimizer=Noted, schedule=schedule, accumulate=4, lr=1e-3)
+    given.clear()
+    ready.fit(loader(80, 16))
+    assert given == [2] * 4
+    assert rates == pytest.approx([1e-3, 5e-4] * 4)
+
+
+def test_a_schedule_by_steps_is_taken_up_again(ee: MultiExitModel, loader: Loaders, tmp_path: Path) -> None:
+    """A run that broke in its third epoch ends with the weights of one that did not."""
+    other, batches, epochs = copy.deepcopy(ee), loader(), iter(range(3))
+
+    class Breaking:
+        def __len__(self) -> int:
+            return len(batches)
+
+        def __iter__(self) -> Iterator[Any]:
+            if next(epochs) == 2:
+                raise RuntimeError("broken")
+            return iter(batches)
+
+    schedule = functools.partial(by_name, name="restarts", warmup=0.25, cycles=2)
+    options = {"epochs": 4, "schedule": schedule, "output_dir": tmp_path}
+    with pytest.raises(RuntimeError, match="broken"):
+        trainer(ee, **options).fit(Breaking())
+    trainer(ee, **options).fit(batches)
+    trainer(other, **(options | {"output_dir": None})).fit(batches)
+    assert identical(ee, other)
+
+
+def test_a_schedule_that_is_none_is_refused(ee: MultiExitModel, loader: Loaders) -> None:
+    cosine = torch.optim.lr_scheduler.CosineAnnealingLR
+    with pytest.raises(ExitkitError, match="both set"):
+        trainer(ee, schedule=cosine, milestones=[1])
+    with pytest.raises(ExitkitError, match="gives a int"):
+        trainer(ee, schedule=lambda optimizer, steps: steps)
+    with pytest.raises(ExitkitError, match="gives a str"):
+        trainer(ee, schedule="cosine")
+    with pytest.raises(ExitkitError, match="no length"):
+        trainer(ee, schedule=cosine).fit(batch for batch in loader(16))
 
 
 def test_the_compiled_training_view_is_the_training_view(

@@ -19,7 +19,7 @@ from exitkit.errors import ExitkitError
 from exitkit.preprocessing import IMAGENET_MEAN, IMAGENET_STD, ImagePreprocessing
 
 _HELD_OUT = 0.2
-_MAX_TOKENS = 128
+MAX_TOKENS = 128
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,14 @@ class Split:
 
 
 def load_data(
-    data: str, model: nn.Module, test: str | None = None, tokenizer: str | None = None, *, numbers: bool = False
+    data: str,
+    model: nn.Module,
+    test: str | None = None,
+    tokenizer: str | None = None,
+    *,
+    numbers: bool = False,
+    pairs: bool = False,
+    max_tokens: int = MAX_TOKENS,
 ) -> Split:
     """The data set that ``data`` names, prepared for ``model``.
 
@@ -55,6 +62,8 @@ def load_data(
         test: the same for the test samples; without it, a seeded fifth is held out.
         tokenizer: for text: a Hugging Face tokenizer's name or folder.
         numbers: for text: the last column holds numbers to predict instead of labels.
+        pairs: for text: every sample is two texts, in the first two columns.
+        max_tokens: for text: longer ones are cut off.
 
     Raises:
         ExitkitError: a path that does not exist, an unknown format, or contents that do not fit.
@@ -73,7 +82,7 @@ def load_data(
     if path.suffix == ".npz":
         return _arrays(path, model, test)
     if path.suffix in (".csv", ".tsv"):
-        return _text(path, test, tokenizer, numbers)
+        return _text(path, test, tokenizer, numbers, pairs, max_tokens)
     raise ExitkitError(f"--data {data!r} has an unknown format; give an image folder, .npz, .csv or .tsv")
 
 
@@ -178,25 +187,26 @@ def _torchvision_dataset(name: str, model: nn.Module) -> Split:
     return Split(train, test)
 
 
-def _text(path: Path, test: str | None, tokenizer: str | None, numbers: bool) -> Split:
-    """Text in the first column, label in the last, a header above; labels may be words."""
+def _text(path: Path, test: str | None, tokenizer: str | None, numbers: bool, pairs: bool, max_tokens: int) -> Split:
+    """Text in the first column (a pair in the first two), label in the last, a header above; labels may be words."""
     if tokenizer is None:
         raise ExitkitError(f"--data {str(path)!r} is text; use --model hf:NAME_OR_DIR, whose tokenizer splits it")
     encode = load_tokenizer(tokenizer)
-    rows = _read_text(path)
+    rows = _read_text(path, pairs)
     names = (_numbers if numbers else _label_indices)({label for _, label in rows})
 
-    def collate(batch: list[tuple[str, str]]) -> dict[str, Tensor]:
-        tokens = encode(
-            [text for text, _ in batch], padding=True, truncation=True, max_length=_MAX_TOKENS, return_tensors="pt"
-        )
-        kept = {key: tokens[key] for key in ("input_ids", "attention_mask")}
+    def collate(batch: list[tuple[Any, str]]) -> dict[str, Tensor]:
+        texts = [text for text, _ in batch]
+        columns = map(list, zip(*texts, strict=True)) if pairs else [texts]
+        tokens = encode(*columns, padding=True, truncation=True, max_length=max_tokens, return_tensors="pt")
+        kept = {key: tokens[key] for key in kinds if key in tokens}
         return kept | {"labels": torch.tensor([names[label] for _, label in batch])}
 
+    kinds = ("input_ids", "attention_mask", *(["token_type_ids"] if pairs else []))
     if test is None:
         split = _hold_out(rows)
         return Split(split.train, split.test, collate)
-    held_out = _read_text(Path(test))
+    held_out = _read_text(Path(test), pairs)
     if numbers:
         names |= _numbers({label for _, label in held_out})
     if unknown := {label for _, label in held_out} - set(names):
@@ -218,16 +228,21 @@ def load_tokenizer(name: str) -> Any:
         raise ExitkitError(f"--model hf:{name} has no tokenizer: {error}") from error
 
 
-def _read_text(path: Path) -> list[tuple[str, str]]:
+def _read_text(path: Path, pairs: bool) -> list[tuple[Any, str]]:
+    """A text, or a pair of texts, and a label of each row."""
     try:
         with path.open(newline="", encoding="utf-8") as file:
             reader = csv.reader(file, delimiter="\t" if path.suffix == ".tsv" else ",", quoting=_quoting(path))
-            rows = [(row[0], row[-1]) for row in reader if len(row) > 1][1:]
+            rows = [row for row in reader if len(row) > 1][1:]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise ExitkitError(f"{str(path)!r} cannot be read as UTF-8 text and label: {error}") from error
     if not rows:
         raise ExitkitError(f"{str(path)!r} has no rows of text and label below a header")
-    return rows
+    if pairs and (short := next((row for row in rows if len(row) < 3), None)):
+        raise ExitkitError(
+            f"{str(path)!r} has a row of {len(short)} columns, but pairs are two texts and a label: {short}"
+        )
+    return [((row[0], row[1]) if pairs else row[0], row[-1]) for row in rows]
 
 
 def _quoting(path: Path) -> Any:

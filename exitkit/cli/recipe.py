@@ -14,6 +14,8 @@ from typing import Any, get_args, get_type_hints
 import torch
 
 from exitkit.cli.augmentation import AUGMENTATIONS
+from exitkit.cli.data import MAX_TOKENS
+from exitkit.cli.schedule import by_name
 from exitkit.errors import ExitkitError, unknown_name
 from exitkit.exits.heads import HeadSpec
 from exitkit.methods import PRESETS, Method
@@ -24,9 +26,9 @@ OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
     "adamw": torch.optim.AdamW,
     "sgd": torch.optim.SGD,
 }
-_TRAINER = [
-    f.name for f in fields(Trainer) if f.init and f.name not in ("model", "loss", "optimizer", "show_progress")
-]
+_ELSEWHERE = ("model", "loss", "optimizer", "schedule", "show_progress")
+_TRAINER = [f.name for f in fields(Trainer) if f.init and f.name not in _ELSEWHERE]
+_SCHEDULE = ["name", "warmup", "cycles"]
 _LOSS = [f.name for f in fields(Loss)]
 _DISTILLATION = [f.name for f in fields(Distillation)]
 _EXITS = ["every", "at", "at_cost", "placement", "head", "method", "num_classes", "num_outputs"]
@@ -34,13 +36,15 @@ _EXITS = ["every", "at", "at_cost", "placement", "head", "method", "num_classes"
 
 @dataclass(frozen=True)
 class Recipe:
-    """A training run. In the file, ``exits``, ``trainer``, ``optimizer`` and ``loss`` are tables.
+    """A training run. In the file, ``exits``, ``trainer``, ``optimizer``, ``schedule`` and ``loss`` are tables.
 
     Attributes:
         model: as for ``exitkit bench --model``.
         data: as for ``exitkit bench --data``; for a model with one output the last column holds numbers.
         weights: a state-dict file, ``"pretrained"``, or none for random ones.
         test: test samples; by default those that the data bring, or a held-out fifth.
+        pairs: of text: every sample is two texts, in the first two columns.
+        max_tokens: of text: longer ones are cut off.
         num_classes: size of the model's classifier, where it is not its own default.
         batch_size: of training.
         limit: use at most so many training samples.
@@ -50,6 +54,7 @@ class Recipe:
             with its options.
         trainer: options of :class:`exitkit.Trainer`.
         optimizer: ``name`` (adam, adamw, sgd) and its own options.
+        schedule: options of :func:`exitkit.cli.schedule.by_name`, for a rate that changes after every step.
         loss: options of :class:`exitkit.training.Loss`, ``distillation`` being a table again.
     """
 
@@ -57,6 +62,8 @@ class Recipe:
     data: str
     weights: str | None = None
     test: str | None = None
+    pairs: bool = False
+    max_tokens: int = MAX_TOKENS
     num_classes: int | None = None
     batch_size: int = 64
     limit: int | None = None
@@ -65,12 +72,14 @@ class Recipe:
     exits: dict[str, Any] = field(default_factory=dict)
     trainer: dict[str, Any] = field(default_factory=dict)
     optimizer: dict[str, Any] = field(default_factory=dict)
+    schedule: dict[str, Any] = field(default_factory=dict)
     loss: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name, hint in get_type_hints(Recipe).items():
             _check_type(name, getattr(self, name), hint)
-        for name, number in (("batch_size", self.batch_size), ("limit", 1 if self.limit is None else self.limit)):
+        limit = 1 if self.limit is None else self.limit
+        for name, number in (("batch_size", self.batch_size), ("limit", limit), ("max_tokens", self.max_tokens)):
             if number < 1:
                 raise ExitkitError(f"{name} = {number} must be at least 1")
         if self.validation is not None and not 0 < self.validation < 1:
@@ -80,12 +89,15 @@ class Recipe:
         for name in self.augment:
             if name not in AUGMENTATIONS:
                 raise unknown_name("augment", name, AUGMENTATIONS)
-        for table, allowed in (("exits", _EXITS), ("trainer", _TRAINER), ("loss", _LOSS)):
+        tables = (("exits", _EXITS), ("trainer", _TRAINER), ("schedule", _SCHEDULE), ("loss", _LOSS))
+        for table, allowed in tables:
             _check_keys(f"{table}.", getattr(self, table), allowed)
         HeadSpec.parse_all(self.exits.get("head", "auto"))
         self.make_method()
         self.make_loss()
-        self.make_optimizer()
+        optimizer = self.make_optimizer()([{"params": [torch.nn.Parameter(torch.zeros(1))], "lr": 1e-3}])
+        if schedule := self.make_schedule():
+            schedule(optimizer, 1)
 
     def make_method(self) -> Method:
         """The early-exit method."""
@@ -124,6 +136,10 @@ class Recipe:
         make = partial(OPTIMIZERS[name], **options)
         _made("optimizer", make, {"params": [torch.nn.Parameter(torch.zeros(1))], "lr": 1e-3})
         return make
+
+    def make_schedule(self) -> partial[torch.optim.lr_scheduler.LRScheduler] | None:
+        """A function from an optimiser and its number of steps to a schedule; None for the trainer's own."""
+        return partial(by_name, **self.schedule) if self.schedule else None
 
 
 def read_recipe(path: str | Path, overrides: Mapping[str, Any]) -> Recipe:
@@ -183,8 +199,15 @@ def _check_type(name: str, value: Any, hint: Any) -> None:
     kinds = get_args(hint) if isinstance(hint, UnionType) else (hint,)
     plain = tuple(getattr(kind, "__origin__", kind) for kind in kinds)
     wanted = (*plain, int) if float in plain else plain
-    if isinstance(value, bool) or not isinstance(value, wanted):
-        words = {str: "a string", int: "a whole number", float: "a number", list: "a list", dict: "a table"}
+    if (isinstance(value, bool) and bool not in plain) or not isinstance(value, wanted):
+        words = {
+            bool: "true or false",
+            str: "a string",
+            int: "a whole number",
+            float: "a number",
+            list: "a list",
+            dict: "a table",
+        }
         raise ExitkitError(f"{name} = {value!r} must be {' or '.join(words[kind] for kind in plain if kind in words)}")
 
 

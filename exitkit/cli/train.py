@@ -19,8 +19,9 @@ from exitkit.cli.data import Split, load_data
 from exitkit.cli.recipe import Recipe, described
 from exitkit.cli.sources import load_model
 from exitkit.errors import ExitkitError
-from exitkit.evaluation import ExitOutputs, collect
+from exitkit.evaluation import ExitOutputs, RegressionOutputs, collect
 from exitkit.files import replacing
+from exitkit.model import MultiExitModel
 from exitkit.training import Trainer
 
 
@@ -29,7 +30,8 @@ def prepared(recipe: Recipe) -> tuple[nn.Module, Split]:
     backbone = load_model(recipe.model, recipe.weights, recipe.num_classes)
     tokenizer = recipe.model.removeprefix("hf:") if recipe.model.startswith("hf:") else None
     regression = 1 in (recipe.num_classes, recipe.exits.get("num_outputs"))
-    return backbone, load_data(recipe.data, backbone, recipe.test, tokenizer, numbers=regression)
+    text = {"numbers": regression, "pairs": recipe.pairs, "max_tokens": recipe.max_tokens}
+    return backbone, load_data(recipe.data, backbone, recipe.test, tokenizer, **text)
 
 
 def train_recipe(
@@ -46,7 +48,10 @@ def train_recipe(
     placement = {key: value for key, value in recipe.exits.items() if key != "method"}
     model = attach(backbone, example, method=method, **placement)
     report(f"{method.name}: {len(model.boundaries)} exits, heads add {head_share(model):.1%} of the backbone's MACs")
-    trainer = Trainer(model, **recipe.trainer, loss=recipe.make_loss(), optimizer=recipe.make_optimizer())
+    schedule = recipe.make_schedule()
+    trainer = Trainer(
+        model, **recipe.trainer, loss=recipe.make_loss(), optimizer=recipe.make_optimizer(), schedule=schedule
+    )
     train, val, test = loaders(recipe, split, model.num_classes, seed)
     trainer.fit(train, val)
     outputs = collect(model, test)
@@ -55,7 +60,8 @@ def train_recipe(
     if trainer.trains_backbone:
         with replacing(out / "backbone.safetensors") as temporary:
             save_file({name: value.contiguous().clone() for name, value in backbone.state_dict().items()}, temporary)
-    if model.regression:
+    if isinstance(outputs, RegressionOutputs):
+        report(_per_exit(model, outputs))
         outputs.save(out / f"outputs-{method.name}.safetensors")
     else:
         stages = {method.name: timed_stages(model, test, report)}
@@ -81,6 +87,17 @@ def loaders(
     batches, _ = Split(samples, split.test, collate).loaders(recipe.batch_size, recipe.limit, seed)
     _, test = split.loaders(recipe.batch_size, None, seed)
     return batches, val, test
+
+
+def _per_exit(model: MultiExitModel, outputs: RegressionOutputs) -> Table:
+    """How near each exit's predictions come to the numbers."""
+    table = Table(title="Every exit on the test samples")
+    for heading in ("exit", "cost", "MSE", "Pearson", "Spearman"):
+        table.add_column(heading, justify="left" if heading == "exit" else "right")
+    columns = (outputs.mse(), outputs.accuracy(), outputs.spearman())
+    for exit_, cost, *values in zip(model.exits, outputs.costs, *columns, strict=True):
+        table.add_row(exit_.name, f"{cost:.1%}", *(f"{value:.3f}" for value in values))
+    return table
 
 
 def _table(name: str, outputs: ExitOutputs, title: str) -> Table:

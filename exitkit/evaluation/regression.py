@@ -8,6 +8,7 @@ from typing import ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.stats import spearmanr
 from torch import Tensor
 
 from exitkit.criteria import tolerance
@@ -51,6 +52,12 @@ class RegressionOutputs(ExitOutputs):
     def accuracy(self) -> NDArray[np.float64]:
         """(M+1,): Pearson's correlation of each exit's predictions with the labels; 0 where they are all the same."""
         return _correlation(self._moments().sum(0), self._targets())
+
+    def spearman(self) -> NDArray[np.float64]:
+        """(M+1,): Spearman's rank correlation of each exit's predictions with the labels; 0 where they are all the same."""
+        targets = self._targets()
+        columns = self.predictions.double().numpy().T
+        return np.array([spearmanr(column, targets).statistic if np.ptp(column) else 0.0 for column in columns])
 
     def mse(self) -> NDArray[np.float64]:
         """(M+1,): mean squared error of each exit."""

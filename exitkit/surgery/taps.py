@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -46,11 +46,9 @@ def tapped(backbone: nn.Module, taps: Sequence[Tap], stop: bool = False) -> Iter
         if stop and all(found is not None for found in features):
             raise _AllRead
 
-    with on_calls(backbone, [(tap.path, tap.rank, partial(keep, slot, tap)) for slot, tap in enumerate(taps)]):
-        try:
-            yield features
-        except _AllRead:
-            pass
+    watched = [(tap.path, tap.rank, partial(keep, slot, tap)) for slot, tap in enumerate(taps)]
+    with on_calls(backbone, watched), suppress(_AllRead):
+        yield features
 
 
 @contextmanager

@@ -22,6 +22,7 @@ from exitkit.training.needed import HeadsUntil, last_needed
 from exitkit.training.objective import Objective
 from exitkit.training.reduced import HeadsAlone
 from exitkit.training.regimes import Phase
+from exitkit.training.schedules import make_scheduler
 
 if TYPE_CHECKING:
     from exitkit.training.trainer import Trainer
@@ -38,6 +39,7 @@ class Learner:
         stages: Stages | None,
         objective: Objective,
         epochs: int,
+        steps: int | None,
         view: MultiExitModel | HeadsAlone,
     ) -> None:
         self.trainer, self.accelerator, self.phase, self.stages = trainer, accelerator, phase, stages
@@ -46,7 +48,7 @@ class Learner:
         self.optimizer = trainer.make_optimizer(
             *(_learning(part) for part in (trainer.model.classifiers, trainer.model.backbone))
         )
-        self.scheduler = _scheduler(self.optimizer, trainer.milestones, epochs)
+        self.scheduler = make_scheduler(self.optimizer, trainer, epochs, steps)
         accelerator.free_memory()  # forgets the optimiser of the phase before
         self.stepper = accelerator.prepare_optimizer(self.optimizer)
         self.view = _wrapped(self._pass(view), trainer.compile, accelerator)
@@ -58,30 +60,37 @@ class Learner:
         """
         if isinstance(view, HeadsAlone):
             return view
-        whole = self.trainer.compile or self.trainer.gradient_checkpointing
-        last = len(view.classifiers) if whole else last_needed(self.phase.exits, self.trainer.loss.distillation, view)
-        return HeadsUntil(view, last)
+        if self.trainer.compile or self.trainer.gradient_checkpointing:
+            return HeadsUntil(view, len(view.classifiers))
+        return HeadsUntil(view, last_needed(self.phase.exits, self.trainer.loss.distillation, view))
 
     def step(self, batches: Sequence[Any], weights: Sequence[float], epoch: int, step: int) -> tuple[Tensor, int]:
-        """One optimiser step on one or more batches: the summed losses of ``phase.exits_at(step)``, the number of samples."""
+        """One optimiser step on one or more batches: their losses of ``phase.exits_at(step)``, as shown, and their samples."""
         exits = self.phase.exits_at(step)
         summed, samples = torch.zeros(len(exits)), 0
         for index, batch in enumerate(batches):
             with nullcontext() if index == len(batches) - 1 else self._unsynchronised():
-                losses, size, unused = self._losses(batch, exits)
+                losses, shown, size, unused = self._losses(batch, exits)
                 self._check_finite(losses, exits, epoch, step)
                 total = self.objective.total(losses, weights, exits) + unused
                 self.accelerator.backward(total / len(batches))
             self._anneal()
-            summed += losses.detach().cpu()
+            summed += shown.cpu()
             samples += size
         self._adjust_gradients(exits)
         self.stepper.step()
         self.stepper.zero_grad()
+        if self.trainer.schedule is not None:
+            self._go_on()
         return summed, samples
 
     def end_epoch(self) -> None:
-        """The schedule goes on. It warns where no step came before, as when an epoch was interrupted at its end."""
+        """A schedule by epochs goes on."""
+        if self.trainer.schedule is None:
+            self._go_on()
+
+    def _go_on(self) -> None:
+        """The schedule's next step. It warns where none of the optimiser's came before: an epoch interrupted at its end."""
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Detected call of .lr_scheduler.step")
             self.scheduler.step()
@@ -90,7 +99,8 @@ class Learner:
         """A batch's inputs on the device, maps in the memory format asked for."""
         return placed(inputs, self.accelerator.device, self.trainer.channels_last)
 
-    def _losses(self, batch: Any, exits: Sequence[int]) -> tuple[Tensor, int, Tensor | float]:
+    def _losses(self, batch: Any, exits: Sequence[int]) -> tuple[Tensor, Tensor, int, Tensor | float]:
+        """The losses to minimise and those to show, the number of samples, and what DDP needs besides."""
         inputs, labels = split_batch(batch)
         inputs = self.inputs(inputs)
         with self.accelerator.autocast(), _batch_norm_explained():
@@ -102,11 +112,11 @@ class Learner:
         if targets is not None:
             targets = targets.to(heads[-1].device)
         losses = self.objective.losses(heads, targets, exits, teacher)
+        shown = self.objective.shown
         if output.auxiliary is not None:
-            losses = losses + torch.stack(
-                [output.auxiliary[m] if m < len(output.auxiliary) else losses[0] * 0 for m in exits]
-            )
-        return losses, size, self._unused(heads, exits)
+            own = torch.stack([output.auxiliary[m] if m < len(output.auxiliary) else losses[0] * 0 for m in exits])
+            losses, shown = losses + own, shown + own.detach()
+        return losses, shown, size, self._unused(heads, exits)
 
     def _teacher(self, inputs: Any, logits: Tensor) -> Tensor | None:
         teacher = self.trainer.teacher
@@ -161,14 +171,6 @@ class Learner:
 
 def _learning(part: nn.Module) -> list[nn.Parameter]:
     return [parameter for parameter in part.parameters() if parameter.requires_grad]
-
-
-def _scheduler(
-    optimizer: torch.optim.Optimizer, milestones: Sequence[int] | None, epochs: int
-) -> torch.optim.lr_scheduler.LRScheduler:
-    if milestones is not None:
-        return torch.optim.lr_scheduler.MultiStepLR(optimizer, list(milestones))
-    return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
 
 
 def _wrapped(model: nn.Module, compiled: bool, accelerator: Accelerator) -> nn.Module:

@@ -23,12 +23,15 @@ class Objective:
         last: the number of the backbone's own exit.
         temperature: τ of the distillation.
         confidence: the teachers' mean confidence at τ in the last batch; None without teachers.
+        shown: the last losses as a user sees them, without gradient. The distillation term is the KL divergence at τ in them,
+            0 for a perfect copy; the factor τ² and the teachers' entropy, which grow with τ, would hide what was learned.
     """
 
     loss: Loss
     last: int
     temperature: float = field(init=False)
     confidence: Tensor | None = field(init=False, default=None)
+    shown: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
         self.temperature = 1.0 if self.loss.distillation is None else self.loss.distillation.temperature
@@ -53,11 +56,13 @@ class Objective:
         """
         logits = {m: heads[m].float() for m in range(len(heads))}
         self._check_teachable(targets, exits)
-        classified = [classification(logits[m], targets, self.loss.label_smoothing) for m in exits]
+        classified = torch.stack([classification(logits[m], targets, self.loss.label_smoothing) for m in exits])
+        self.shown = classified.detach()
         if self.loss.distillation is None:
-            return torch.stack(classified)
-        taught = self._distil(logits, exits, None if teacher is None else teacher.float())
-        return torch.stack([own + taught[m] for m, own in zip(exits, classified, strict=True)])
+            return classified
+        terms, divergences = self._distil(logits, exits, None if teacher is None else teacher.float())
+        self.shown = self.shown + self.loss.distillation.weight * divergences
+        return classified + terms
 
     def total(self, losses: Tensor, weights: Sequence[float], exits: Sequence[int]) -> Tensor:
         """The weighted sum, or mean, of the losses of ``exits``, given the weights of all exits."""
@@ -90,12 +95,13 @@ class Objective:
                     "(regime='disjoint'), give a model as teachers=, or mark single samples without a label by -1"
                 )
 
-    def _distil(self, logits: Mapping[int, Tensor], exits: Sequence[int], teacher: Tensor | None) -> dict[int, Tensor]:
-        """The weighted distillation term of each exit (0 without a teacher); notes the teachers' confidence."""
+    def _distil(
+        self, logits: Mapping[int, Tensor], exits: Sequence[int], teacher: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """The weighted distillation term of each exit, and its KL divergence (0 without a teacher); notes their confidence."""
         config = self.loss.distillation
         assert config is not None
-        outside = teacher is not None
-        teaching = {m: ((-1,) if outside else config.of(m, self.last)) for m in exits}
+        teaching = {m: ((-1,) if teacher is not None else config.of(m, self.last)) for m in exits}
         answers: dict[int, Tensor] = {}
         for t in {t for those in teaching.values() for t in those}:
             source = logits[t] if teacher is None else teacher
@@ -103,14 +109,19 @@ class Objective:
         self.confidence = None
         if answers:
             self.confidence = torch.stack([answer.amax(-1).mean() for answer in answers.values()]).mean()
+        scale = config.weight * self.temperature**2
         zero = logits[exits[0]].new_zeros(())
-        terms: dict[int, Tensor] = {}
-        for m, those in teaching.items():
-            student = F.log_softmax(logits[m] / self.temperature, dim=-1)
-            each = [_divergence(answers[t], student, config.divergence) for t in those]
-            scale = config.weight * self.temperature**2
-            terms[m] = scale * torch.stack(each).mean() if each else zero
-        return terms
+        terms, divergences = [zero] * len(exits), [zero] * len(exits)
+        for index, (m, those) in enumerate(teaching.items()):
+            if those:
+                student = F.log_softmax(logits[m] / self.temperature, dim=-1)
+                terms[index] = (
+                    scale * torch.stack([_divergence(answers[t], student, config.divergence) for t in those]).mean()
+                )
+                divergences[index] = torch.stack(
+                    [_divergence(answers[t], student.detach(), "kl") for t in those]
+                ).mean()
+        return torch.stack(terms), torch.stack(divergences)
 
 
 def classification(logits: Tensor, targets: Tensor | None, label_smoothing: float = 0.0) -> Tensor:

@@ -10,14 +10,31 @@ import numpy as np
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration
 from accelerate.state import AcceleratorState
-from accelerate.utils import set_seed
+from accelerate.utils import parse_flag_from_env, set_seed
 from torch.utils.data import DataLoader
 
 from exitkit.errors import ExitkitError
 
+_SHARDING = {
+    "ACCELERATE_USE_FSDP": "FSDP",
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+}
+"""What ``accelerate launch`` asks every process for, by environment variable."""
+
 
 def make_accelerator(mixed_precision: str) -> Accelerator:
-    """accelerate keeps one precision per process; every fit brings its own, so an earlier one is forgotten first."""
+    """accelerate keeps one precision per process; every fit brings its own, so an earlier one is forgotten first.
+
+    Raises:
+        ExitkitError: ``accelerate launch`` was asked to divide the model among processes.
+    """
+    if asked := [name for variable, name in _SHARDING.items() if parse_flag_from_env(variable)]:
+        raise ExitkitError(
+            f"accelerate launch was asked for {asked[0]}, which divides the parameters among processes; phases freeze and "
+            "thaw whole parameters and checkpoints hold them, so Trainer supports data parallel processes alone (DDP), "
+            "each with the whole model; start without it (torchrun, or accelerate launch --multi_gpu)"
+        )
     if AcceleratorState._shared_state and AcceleratorState().mixed_precision != mixed_precision:
         AcceleratorState._reset_state()
     return Accelerator(mixed_precision=mixed_precision, dataloader_config=DataLoaderConfiguration(even_batches=True))

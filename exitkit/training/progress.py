@@ -31,12 +31,14 @@ class Epoch:
 
     Attributes:
         epoch: its number, from 0, over all phases.
-        loss: mean training loss of each exit that counts.
+        loss: mean training loss of each exit that counts. A distillation term is in it as its KL divergence at the temperature
+            reached, which is 0 for a perfect copy; what is minimised has the factor τ² besides.
         accuracy: validation accuracy of every exit, the backbone's last; None without validation and for regression.
         phase: the phase's number, from 0.
         exits: the exits that count in the phase.
         val_loss: validation loss of every exit; None without validation.
         speed: training samples per second.
+        temperature: τ of the distillation, at the end; None without distillation.
     """
 
     epoch: int
@@ -46,18 +48,23 @@ class Epoch:
     exits: tuple[int, ...]
     val_loss: tuple[float, ...] | None = None
     speed: float = field(default=0.0, compare=False)
+    temperature: float | None = None
 
     def scalars(self) -> dict[str, float]:
         """What the logs hold, by name."""
         named = {f"loss/exit{m}": value for m, value in zip(self.exits, self.loss, strict=True)}
         named |= {f"accuracy/exit{m}": value for m, value in enumerate(self.accuracy or ())}
         named |= {f"val_loss/exit{m}": value for m, value in enumerate(self.val_loss or ())}
+        named |= {} if self.temperature is None else {"temperature": self.temperature}
         return named | {"phase": float(self.phase), "samples_per_second": self.speed}
 
     def line(self) -> str:
         """In words: losses and validation results of at most six exits."""
         loss = " ".join(f"{m}: {value:.4f}" for m, value in spread(list(zip(self.exits, self.loss, strict=True))))
-        return f"epoch {self.epoch + 1}  phase {self.phase + 1}  loss {loss}{self._validated()}  {self.speed:,.0f}/s"
+        tau = "" if self.temperature is None else f"  τ {self.temperature:.2f}"
+        return (
+            f"epoch {self.epoch + 1}  phase {self.phase + 1}  loss {loss}{tau}{self._validated()}  {self.speed:,.0f}/s"
+        )
 
     def _validated(self) -> str:
         if self.accuracy is not None:

@@ -24,9 +24,10 @@ from exitkit.training.checkpoint import a_full_disk_survived, load_checkpoint, r
 from exitkit.training.freezing import Stages
 from exitkit.training.learner import Learner
 from exitkit.training.objective import Objective
-from exitkit.training.processes import random_state, seed_everything, set_random_state
+from exitkit.training.processes import length, random_state, seed_everything, set_random_state
 from exitkit.training.progress import Display, Epoch, write_log
 from exitkit.training.reduced import HeadsAlone
+from exitkit.training.schedules import schedule_name
 from exitkit.training.stopping import EarlyStopping
 
 if TYPE_CHECKING:
@@ -103,7 +104,9 @@ class Run:
         """One phase, from the beginning or from a checkpoint's state; afterwards its best weights are in place."""
         epochs = self.trainer.lengths[self.phase]
         phase = self.trainer.phases[self.phase]
-        learner = Learner(self.trainer, self.accelerator, phase, self.stages, self.objective, epochs, self.view)
+        batches = length(self.train_loader)
+        steps = None if batches is None else -(-batches // self.trainer.accumulate)
+        learner = Learner(self.trainer, self.accelerator, phase, self.stages, self.objective, epochs, steps, self.view)
         self.stopping = EarlyStopping(self.trainer.patience)
         self.best = None if self.trainer.patience is None else self._weights()
         if state is not None:
@@ -153,7 +156,8 @@ class Run:
         batches = self.accelerator.reduce(self.tally.batches.to(self.accelerator.device)).cpu()
         loss = tuple((totals / batches)[list(learner.phase.exits)].tolist())
         accuracy, val_loss = (None, None) if self.val_loader is None else self._validate(self.val_loader, learner)
-        return Epoch(epoch, loss, accuracy, self.phase, learner.phase.exits, val_loss, speed)
+        temperature = None if self.trainer.loss.distillation is None else self.objective.temperature
+        return Epoch(epoch, loss, accuracy, self.phase, learner.phase.exits, val_loss, speed, temperature)
 
     def _validate(self, loader: Iterable[Any], learner: Learner) -> tuple[tuple[float, ...] | None, tuple[float, ...]]:
         """Accuracy (None for regression) and loss of every head, the backbone's last."""
@@ -204,6 +208,7 @@ class Run:
             "lr": trainer.lr,
             "backbone_lr": trainer.backbone_lr,
             "milestones": None if trainer.milestones is None else list(trainer.milestones),
+            "schedule": schedule_name(trainer.schedule),
             "weight_decay": trainer.weight_decay,
             "optimizer": trainer.optimizer_name,
             "loss": trainer.loss.describe(),

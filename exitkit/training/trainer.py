@@ -24,6 +24,7 @@ from exitkit.training.processes import length, make_accelerator, own_part, seed_
 from exitkit.training.progress import Epoch, displayed
 from exitkit.training.regimes import Phase, epochs_of, phases_of
 from exitkit.training.run import EPOCHS, Run
+from exitkit.training.schedules import Schedule, check_schedule
 
 
 @dataclass(eq=False)
@@ -54,6 +55,9 @@ class Trainer:
             ``functools.partial(torch.optim.SGD, momentum=0.9)``. Each phase has one of its own.
         milestones: epochs of a phase after which the rate is divided by ten (the paper: [15] of 50); a cosine to 0 by
             default.
+        schedule: makes a learning rate schedule of torch's (or transformers') from the optimiser and the number of optimiser
+            steps of a phase, for warm-up or warm restarts; it goes on after every step, where ``milestones`` go by epochs:
+            ``functools.partial(transformers.get_linear_schedule_with_warmup, num_warmup_steps=100)``.
         loss: what the exits minimise.
         patience: stop a phase when none of its exits improved on the validation set (in accuracy before the ensemble, or in
             squared error) for so many epochs; everything trained is restored as it was in the last epoch in which any of
@@ -93,6 +97,7 @@ class Trainer:
     weight_decay: float = 0.0
     optimizer: Callable[[list[dict[str, Any]]], torch.optim.Optimizer] = torch.optim.Adam
     milestones: Sequence[int] | None = None
+    schedule: Schedule | None = None
     loss: Loss = field(default_factory=Loss)
     patience: int | None = None
     accumulate: int = 1
@@ -123,7 +128,9 @@ class Trainer:
             raise ExitkitError(f"backbone_lr={self.backbone_lr!r} is set, but the regime freezes the backbone")
         check_loss(self.loss, self.phases, self.model)
         self._check_cache()
-        self.optimizer_name = _name(self.make_optimizer([nn.Parameter(torch.zeros(1))], []))
+        probe = self.make_optimizer([nn.Parameter(torch.zeros(1))], [])
+        self.optimizer_name = _name(probe)
+        check_schedule(self.schedule, self.milestones, probe)
         self.directory = None if self.output_dir is None else Path(self.output_dir)
 
     @property

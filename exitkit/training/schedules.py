@@ -1,0 +1,62 @@
+"""Learning rate schedules: torch's own, by epochs or by optimiser steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, MultiStepLR
+
+from exitkit.errors import ExitkitError
+
+if TYPE_CHECKING:
+    from exitkit.training.trainer import Trainer
+
+Schedule = Callable[[Optimizer, int], LRScheduler]
+"""(an optimiser, the number of its steps) → a schedule that goes on after every step."""
+
+
+def check_schedule(schedule: Schedule | None, milestones: Sequence[int] | None, optimizer: Optimizer) -> None:
+    """Whether it makes a schedule, tried on any optimiser.
+
+    Raises:
+        ExitkitError: something else, or milestones too.
+    """
+    if schedule is None:
+        return
+    if milestones is not None:
+        raise ExitkitError(f"milestones={milestones!r} and schedule= are both set; leave one out")
+    made: Any = schedule(optimizer, 100) if callable(schedule) else schedule
+    if not isinstance(made, LRScheduler) or made is schedule:
+        raise ExitkitError(
+            f"schedule= gives a {type(made).__name__}; give a function from an optimiser and a number of steps to one of "
+            "torch.optim.lr_scheduler, such as torch.optim.lr_scheduler.CosineAnnealingLR"
+        )
+
+
+def make_scheduler(optimizer: Optimizer, trainer: Trainer, epochs: int, steps: int | None) -> LRScheduler:
+    """The user's schedule over all ``steps`` of every epoch, or one by epochs: milestones, or a cosine to 0.
+
+    Raises:
+        ExitkitError: a schedule by steps, and a loader that does not know their number.
+    """
+    if trainer.schedule is not None:
+        if steps is None:
+            raise ExitkitError(
+                "schedule= needs the number of steps, but train_loader has no length; give a loader that has one, or "
+                "milestones="
+            )
+        return trainer.schedule(optimizer, epochs * steps)
+    if trainer.milestones is not None:
+        return MultiStepLR(optimizer, list(trainer.milestones))
+    return CosineAnnealingLR(optimizer, epochs)
+
+
+def schedule_name(schedule: Callable[..., Any] | None) -> str | None:
+    """The function, and the options that :func:`functools.partial` gave it, for a checkpoint to compare."""
+    if isinstance(schedule, partial):
+        options = ", ".join(f"{name}={value!r}" for name, value in schedule.keywords.items())
+        return f"{schedule_name(schedule.func)}({options})"
+    return None if schedule is None else str(getattr(schedule, "__qualname__", type(schedule).__qualname__))
