@@ -267,12 +267,13 @@ def _outputs(args: argparse.Namespace) -> tuple[ExitOutputs, ExitOutputs, Tensor
     images, labels = _load(args.data / "cifar10_train.npz", args.images)
     training = content_hashes(_loader(images, labels))
     paths = args.out / "clean.safetensors", args.out / "jpeg.safetensors"
-    if not all(path.exists() for path in paths):
+    if not all(path.exists() for path in (*paths, args.out / "exits")):
         torch.manual_seed(0)
         backbone = exitkit.models.cifar_resnet(args.depth, weights=args.weights)
         ee = exitkit.attach(backbone, torch.zeros(2, 3, 32, 32), at_cost=[0.25, 0.5, 0.75], head="1L", method="sdn")
         trainer = exitkit.Trainer(ee, epochs=args.epochs, milestones=(args.epochs - 1,), lr=3e-3)
         trainer.fit(_loader(images, labels, shuffle=True))
+        ee.save_pretrained(args.out / "exits")
         tests, truth = _load(args.data / "cifar10_test.npz", None)
         exitkit.collect(ee, _loader(tests, truth)).save(paths[0])
         exitkit.collect(ee, _loader(_as_jpeg(tests), truth)).save(paths[1])
