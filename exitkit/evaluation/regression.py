@@ -14,6 +14,7 @@ from exitkit.criteria import tolerance
 from exitkit.errors import ExitkitError, unknown_name
 from exitkit.evaluation.curve import Curve, sweep
 from exitkit.evaluation.outputs import ExitOutputs
+from exitkit.evaluation.storage import REGRESSION
 
 Measure = Literal["pearson", "r2"]
 
@@ -36,7 +37,7 @@ class RegressionOutputs(ExitOutputs):
     times: int = 1
 
     measure: ClassVar[str] = "Pearson correlation"
-    _format: ClassVar[str] = "exitkit-regression-1"
+    _format: ClassVar[str] = REGRESSION
 
     @property
     def predictions(self) -> Tensor:

@@ -18,6 +18,9 @@ from exitkit.files import replacing
 if TYPE_CHECKING:
     from exitkit.evaluation.outputs import ExitOutputs
 
+REGRESSION = "exitkit-regression-1"
+"""The format of files of :class:`exitkit.evaluation.RegressionOutputs`."""
+
 
 def _temperatures(text: str) -> tuple[float, ...]:
     return tuple(json.loads(text))
@@ -68,6 +71,12 @@ def load_fields(path: str | Path, form: str, kind: str) -> dict[str, Any]:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no iterator
     except (OSError, SafetensorError) as error:
         raise ExitkitError(f"path={str(path)!r} cannot be read as saved outputs: {error}") from error
+    if header.get("format") == REGRESSION != form:
+        raise ExitkitError(
+            f"path={str(path)!r} holds predictions of a regression, which have no right and wrong answers to report, "
+            "calibrate or compare by: read them with exitkit.evaluation.RegressionOutputs.load(path), whose "
+            "curve().plot(picture) and curve().budget_table() show the correlation against cost"
+        )
     if header.get("format") != form:
         raise ExitkitError(
             f"path={str(path)!r} is no file of saved outputs for {kind} (its format is {header.get('format')!r}); write one "
