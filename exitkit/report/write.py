@@ -81,9 +81,12 @@ def _together(runs: Sequence[Run]) -> dict[str, Result]:
 
 def _chosen(result: Result) -> float | None:
     """The τ that was calibrated, where it is on the curve."""
-    if result.calibrated is None or result.calibrated.chosen.criterion != result.outputs.criterion:
+    if result.calibrated is None:
         return None
-    return single_threshold(result.calibrated.chosen.threshold)
+    chosen, outputs = result.calibrated.chosen, result.outputs
+    if (chosen.criterion, chosen.temperatures) != (outputs.criterion, outputs.temperatures):
+        return None
+    return single_threshold(chosen.threshold)
 
 
 def _page(runs: Sequence[Run], results: dict[str, Result], points: dict[str, Points], path: Path) -> str:
