@@ -9,7 +9,11 @@ quality 75, are kept in the output folder and used again. Everything after that 
 1. thresholds calibrated on 2,000 images and measured on 2,000 others, over 200 random splits; a promise is about the
    distribution that splits are drawn from, so whether it was kept is told by all 5,000 images;
 2. thresholds for budgets, chosen on 2,500 images and measured on the 2,500 others, over 20 random splits;
-3. the monitor: calibrated on 2,500 images, fed with draws (with replacement) from the 2,500 others, 100 times each.
+3. the monitor: calibrated on 2,500 images, fed with draws (with replacement) from the 2,500 others, 100 times each;
+4. milliseconds: the compiled engine at a τ calibrated on 2,000 images against the equally compiled backbone, on images that
+   neither trained nor calibrated anything.
+
+``--parts`` runs some of these alone.
 """
 
 from __future__ import annotations
@@ -17,12 +21,14 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from latency import _compiled as compiled
 from numpy.typing import NDArray
 from PIL import Image
 from rich.table import Table
@@ -47,6 +53,7 @@ MAX_DROP, CONFIDENCE = 0.01, 0.95
 BUDGETS = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 PROMISE_SPLITS, BUDGET_SPLITS, STREAMS = 200, 20, 100
 JPEG_QUALITY = 75
+PARTS = ["promises", "budgets", "monitor", "milliseconds"]
 _WAYS = {"one": "one τ", "each": "τ per exit", "even": "one τ, tempered", "both": "per exit, tempered"}
 Loader = DataLoader[tuple[Tensor, ...]]
 
@@ -55,19 +62,26 @@ def main() -> None:
     args = _arguments()
     console = make_console()
     clean, jpeg, training = _outputs(args)
-    accuracies = {"clean": clean.accuracy().tolist(), "jpeg": jpeg.accuracy().tolist()}
-    promises, budgets, monitor = _promises(clean, training), _budgets(clean), _monitor(clean, jpeg)
-    console.print(_promise_table(promises, clean, args.depth), _budget_table(budgets))
-    console.print(monitor)
-    results = {
+    results: dict[str, Any] = {
         "about": {"images": args.images, "epochs": args.epochs, "costs": clean.costs.tolist(), **machine()},
-        "accuracy": accuracies,
-        "promises": promises,
-        "budgets": budgets,
-        "monitor": monitor,
+        "accuracy": {"clean": clean.accuracy().tolist(), "jpeg": jpeg.accuracy().tolist()},
     }
-    with replacing(args.out / "results.json") as temporary:
+    parts: dict[str, Callable[[], tuple[Any, Any]]] = {
+        "promises": lambda: _shown(_promises(clean, training), lambda rows: _promise_table(rows, clean, args.depth)),
+        "budgets": lambda: _shown(_budgets(clean), _budget_table),
+        "monitor": lambda: _shown(_monitor(clean, jpeg), lambda numbers: numbers),
+        "milliseconds": lambda: _shown(_milliseconds(clean, training, args), _time_table),
+    }
+    for part in args.parts:
+        results[part], table = parts[part]()
+        console.print(table)
+    name = "results.json" if args.parts == PARTS else f"results-{'-'.join(args.parts)}.json"
+    with replacing(args.out / name) as temporary:
         temporary.write_text(json.dumps(results, indent=1))
+
+
+def _shown(values: Any, table: Callable[[Any], Any]) -> tuple[Any, Any]:
+    return values, table(values)
 
 
 # 1. promises
@@ -253,6 +267,84 @@ def _quantiles(fired: list[int | None]) -> dict[str, float]:
     return {"median": float(np.median(values)), "worst": float(max(values))} if values else {}
 
 
+# 4. milliseconds
+
+
+def _milliseconds(clean: ExitOutputs, training: Tensor, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Engine and backbone, both compiled, in turn on the same batches of untouched images."""
+    order = torch.randperm(len(clean), generator=torch.Generator().manual_seed(0))
+    held, rest = order[:2_000], order[2_000:]
+    chosen = choose_threshold(clean[held], MAX_DROP, CONFIDENCE, exclude=training)
+    backbone = exitkit.models.cifar_resnet(args.depth, weights=args.weights).eval()
+    ee = exitkit.MultiExitModel.from_pretrained(backbone, args.out / "exits", torch.zeros(2, 3, 32, 32))
+    engine, reference = exitkit.compile(ee, chosen, optimize=True), compiled(ee)
+    images = normalise(_load(args.data / "cifar10_test.npz", None)[0])[rest]
+    labels = clean[rest].labels
+    assert labels is not None
+    return [
+        _timed(engine, reference, images[:count], labels[:count], batch)
+        for batch, count in ((64, len(rest) // 64 * 64), (1, 500))
+    ]
+
+
+def _timed(engine: exitkit.Engine, reference: Callable[[Any], Any], images: Tensor, labels: Tensor, batch: int) -> Any:
+    seconds: dict[str, list[float]] = {"backbone": [], "engine": []}
+    right: dict[str, list[Tensor]] = {"backbone": [], "engine": []}
+    exits = []
+    with torch.inference_mode():
+        for chunk, truth in zip(
+            [images[:batch], *images.split(batch)], [labels[:batch], *labels.split(batch)], strict=True
+        ):
+            for name, run in (("backbone", lambda c: reference((c,))[0]), ("engine", engine)):
+                started = time.perf_counter()
+                answer = run(chunk)
+                seconds[name].append(time.perf_counter() - started)
+                logits = answer.logits if isinstance(answer, exitkit.Prediction) else answer
+                right[name].append(logits.argmax(-1) == truth)
+            exits.append(answer.exit)
+    per_image = {name: 1e3 * sum(times[1:]) / len(images) for name, times in seconds.items()}  # the first one warms up
+    accuracy = {name: float(torch.cat(parts[1:]).float().mean()) for name, parts in right.items()}
+    rates = torch.cat(exits[1:]).bincount(minlength=len(engine.thresholds) + 1) / len(images)
+    return {
+        "batch": batch,
+        "images": len(images),
+        "backbone_ms": per_image["backbone"],
+        "engine_ms": per_image["engine"],
+        "saved": 1 - per_image["engine"] / per_image["backbone"],
+        "accuracy": accuracy,
+        "exit_rates": rates.tolist(),
+    }
+
+
+def _time_table(rows: list[dict[str, Any]]) -> Table:
+    table = Table(
+        title=f"Milliseconds per image at the calibrated τ (ltt, a drop of at most {MAX_DROP:.0%}), untouched images",
+        caption=f"both compiled, CPU, {torch.get_num_threads()} threads",
+    )
+    for heading in (
+        "batch",
+        "images",
+        "backbone",
+        "engine",
+        "time saved",
+        "accuracy, backbone",
+        "engine",
+        "leave at exits",
+    ):
+        table.add_column(heading, justify="right")
+    for row in rows:
+        table.add_row(
+            f"{row['batch']}",
+            f"{row['images']:,}",
+            f"{row['backbone_ms']:.3f}",
+            f"{row['engine_ms']:.3f}",
+            f"{row['saved']:.1%}",
+            *(f"{row['accuracy'][name]:.2%}" for name in ("backbone", "engine")),
+            " ".join(f"{rate:.1%}" for rate in row["exit_rates"]),
+        )
+    return table
+
+
 # outputs and splits
 
 
@@ -267,12 +359,13 @@ def _outputs(args: argparse.Namespace) -> tuple[ExitOutputs, ExitOutputs, Tensor
     images, labels = _load(args.data / "cifar10_train.npz", args.images)
     training = content_hashes(_loader(images, labels))
     paths = args.out / "clean.safetensors", args.out / "jpeg.safetensors"
-    if not all(path.exists() for path in paths):
+    if not all(path.exists() for path in (*paths, args.out / "exits")):
         torch.manual_seed(0)
         backbone = exitkit.models.cifar_resnet(args.depth, weights=args.weights)
         ee = exitkit.attach(backbone, torch.zeros(2, 3, 32, 32), at_cost=[0.25, 0.5, 0.75], head="1L", method="sdn")
         trainer = exitkit.Trainer(ee, epochs=args.epochs, milestones=(args.epochs - 1,), lr=3e-3)
         trainer.fit(_loader(images, labels, shuffle=True))
+        ee.save_pretrained(args.out / "exits")
         tests, truth = _load(args.data / "cifar10_test.npz", None)
         exitkit.collect(ee, _loader(tests, truth)).save(paths[0])
         exitkit.collect(ee, _loader(_as_jpeg(tests), truth)).save(paths[1])
@@ -304,6 +397,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--depth", type=int, default=56)
     parser.add_argument("--images", type=int, default=6_000, help="training images")
     parser.add_argument("--epochs", type=int, default=4)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--out", type=Path, default=Path("results/risk"))
     return parser.parse_args()
 

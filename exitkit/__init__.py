@@ -13,7 +13,7 @@ from exitkit.methods import GPF, PBEE, SDN, ZTW, BranchyNet, Method  # noqa: E40
 from exitkit.model import MultiExitModel, MultiExitOutput, detach  # noqa: E402
 from exitkit.packages import export, load  # noqa: E402
 from exitkit.preprocessing import ImagePreprocessing, TextPreprocessing  # noqa: E402
-from exitkit.runtime import Engine, Prediction, compile  # noqa: E402
+from exitkit.runtime import Engine, Prediction, compile, time_exits  # noqa: E402
 from exitkit.training import Trainer  # noqa: E402
 
 __all__ = [
@@ -42,5 +42,6 @@ __all__ = [
     "inspect",
     "load",
     "models",
+    "time_exits",
     "training",
 ]

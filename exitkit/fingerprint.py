@@ -44,6 +44,18 @@ def weights_digest(backbone: nn.Module, without: Collection[str] = ()) -> str:
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
 
 
+def fingerprint(backbone: nn.Module) -> str:
+    """Digests of all the weights in float32, float16 and bfloat16: for :func:`same_weights`."""
+    lines = [(name, *line.split()) for name, line in tensor_lines(backbone).items()]
+    columns = ("\n".join(f"{name} {shape} {digests[i]}" for name, shape, *digests in lines) for i in range(3))
+    return " ".join(hashlib.sha256(column.encode()).hexdigest()[:16] for column in columns)
+
+
+def same_weights(one: str, other: str) -> bool:
+    """Whether two :func:`fingerprint` are of the same weights, in the same precision or one converted to the other's."""
+    return any(first == second for first, second in zip(one.split(), other.split(), strict=True))
+
+
 def first_difference(saved: Mapping[str, str], found: Mapping[str, str]) -> str | None:
     """Where ``found`` first differs from the ``saved`` lines of a backbone, in words; None where they agree.
 

@@ -144,7 +144,7 @@ def test_a_path_goes_from_careful_to_bold_and_can_be_tested() -> None:
 
 @pytest.mark.parametrize("budget", [0.25, 0.0, -1.0, float("nan")])
 def test_budgets_that_cannot_be_kept_are_refused(budget: float) -> None:
-    with pytest.raises(ExitkitError, match=r"budget=.*cannot be kept"):
+    with pytest.raises(ExitkitError, match=r"budget=.* (cannot be kept|must be a number above 0)"):
         per_exit_thresholds(some_outputs(), budget)
 
 
@@ -168,7 +168,7 @@ def test_tables_that_do_not_fit_are_refused(table: list[float]) -> None:
 
 @pytest.mark.parametrize("options", [{"ms": 3.0}, {}, {"budget": 0.5, "ms": 3.0}])
 def test_milliseconds_need_a_curve_of_times(options: dict[str, float]) -> None:
-    with pytest.raises(ExitkitError, match=r"give one of them, and ms only to a curve of measured times"):
+    with pytest.raises(ExitkitError, match=r"give one of them|was not measured; measured: nothing"):
         some_outputs().curve().at_budget(**options)
 
 

@@ -16,6 +16,8 @@ from torch.utils.data import TensorDataset
 
 import exitkit
 from exitkit import ExitkitError, ExitOutputs
+from exitkit.evaluation import RegressionOutputs, paired_tests
+from exitkit.fingerprint import fingerprint, same_weights
 from exitkit.report import (
     Stage,
     calibrated,
@@ -234,6 +236,40 @@ def test_several_runs_are_one_report_and_one_comparison(tmp_path: Path) -> None:
     assert (tmp_path / "both-reliability-a-sdn.png").exists()
     assert list(read_comparison([tmp_path / "a", tmp_path / "b" / "outputs-sdn.safetensors"])) == ["a/sdn", "b/sdn"]
     assert list(read_comparison([tmp_path / "a"])) == ["sdn"]
+
+
+def test_a_regression_is_told_what_takes_the_place_of_a_report(tmp_path: Path) -> None:
+    predictions = torch.randn(20, 3)
+    RegressionOutputs(predictions, predictions[:, 2], torch.tensor([1.0, 2.0, 3.0]), 3.0).save(
+        tmp_path / "outputs-pbee.safetensors"
+    )
+    for use in (lambda: write_report([tmp_path]), lambda: read_comparison([tmp_path]), lambda: read_run(tmp_path)):
+        with pytest.raises(ExitkitError, match=r"regression.*RegressionOutputs\.load\(path\).*curve\(\)\.plot"):
+            use()
+
+
+def test_other_weights_of_one_architecture_are_told_apart(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    first, second = toy.TinyNet().eval(), toy.TinyNet().eval()
+    loader = [(toy.images(40), torch.arange(40) % 3)]
+    outputs = {
+        name: exitkit.collect(exitkit.attach(net, toy.images(), at=["blocks.1"]), loader)
+        for name, net in {"one": first, "again": first, "other": second}.items()
+    }
+    run_of(tmp_path, **outputs)
+    kept = ExitOutputs.load(tmp_path / "outputs-one.safetensors").weights
+    assert kept is not None
+    assert same_weights(kept, fingerprint(first.half()))  # the same, in half precision
+    tests = paired_tests(read_comparison([tmp_path]), 1.5, resamples=2)
+    told = {frozenset((pair.first, pair.second)): pair.same_backbone for pair in tests.pairs}
+    assert told == {
+        frozenset(("one", "again")): True,
+        frozenset(("one", "other")): False,
+        frozenset(("again", "other")): False,
+    }
+    assert "again – other *" in str(tests)
+    assert "* their backbones have other weights" in str(tests)
+    assert "backbone of other has other weights than that of again" in write_report([tmp_path]).read_text("utf-8")
 
 
 def test_what_cannot_be_reported_is_refused_in_words(tmp_path: Path) -> None:

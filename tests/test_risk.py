@@ -7,6 +7,7 @@ import math
 from collections import UserDict
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -33,6 +34,7 @@ DRAWS, SAMPLES, BOUND, DELTA = 500, 1000, 0.05, 0.1
 property_test = settings(max_examples=60, deadline=None, derandomize=True, database=None)
 
 
+@cache
 def world(samples: int, seed: int, backbone: float = 1.0) -> ExitOutputs:
     """Two classes, label 0, two exits; scores are margins. The backbone is right with probability ``backbone``."""
     generator = np.random.default_rng(seed)

@@ -31,6 +31,13 @@ def chosen(outputs: ExitOutputs) -> ChosenThreshold:
     return exitkit.choose_threshold(outputs, max_drop=0.4, risk="disagreement")
 
 
+@pytest.fixture(scope="module")
+def package(ee: exitkit.MultiExitModel, chosen: ChosenThreshold, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("package") / "model.pt2"
+    exitkit.export(ee, path, chosen)
+    return path
+
+
 def test_a_guarantee_goes_with_the_exits(
     ee: exitkit.MultiExitModel, outputs: ExitOutputs, chosen: ChosenThreshold, tmp_path: Path
 ) -> None:
@@ -74,6 +81,48 @@ def test_a_guarantee_for_something_else_is_refused(
 ) -> None:
     with pytest.raises(ExitkitError, match=message):
         exitkit.compile(ee, replace(chosen, **changes), **arguments)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"criterion": "margin"}, r"chosen with criterion 'margin', but the engine uses 'confidence'"),
+        ({"dtype": "bfloat16"}, r"chosen with dtype 'bfloat16', but the engine uses 'float32'"),
+    ],
+)
+def test_an_engine_refuses_a_guarantee_for_something_else(
+    package: Path, ee: exitkit.MultiExitModel, chosen: ChosenThreshold, changes: Any, message: str
+) -> None:
+    other = replace(chosen, **changes)
+    for use in (
+        exitkit.compile(ee, 0.5).at,
+        exitkit.load(package).at,  # type: ignore[union-attr]
+        lambda threshold: exitkit.load(package, threshold=threshold),
+    ):
+        with pytest.raises(ExitkitError, match=message):
+            use(other)
+
+
+def test_another_threshold_brings_its_own_promise(package: Path, chosen: ChosenThreshold) -> None:
+    engine = exitkit.load(package, threshold=0.5)
+    assert isinstance(engine, exitkit.Engine)
+    assert engine.description is not None
+    assert (engine.description.guarantee, engine.description.thresholds) == (None, engine.thresholds)
+    again = engine.at(chosen)
+    assert again.description is not None
+    assert again.description.guarantee == chosen.guarantee
+
+
+def test_a_loaded_engine_tells_its_monitor_too(package: Path, outputs: ExitOutputs, chosen: ChosenThreshold) -> None:
+    monitor = ShiftMonitor(outputs, chosen.threshold)
+    exitkit.load(package, monitor=monitor)(images(600))
+    assert monitor.report().samples == 600
+    with pytest.raises(ExitkitError, match="monitor compares scores with criterion 'margin', but the engine's have"):
+        exitkit.load(package, monitor=ShiftMonitor(outputs, 0.5, criterion="margin"))
+    with pytest.raises(ExitkitError, match=r"monitor is float; give a ShiftMonitor"):
+        exitkit.load(package, monitor=0.5)  # type: ignore[arg-type]
+    with pytest.raises(ExitkitError, match=r"a single \.onnx .* tells no monitor"):
+        exitkit.load("model.onnx", monitor=monitor)
 
 
 def test_the_engine_tells_its_monitor(ee: exitkit.MultiExitModel, outputs: ExitOutputs) -> None:

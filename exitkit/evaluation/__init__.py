@@ -21,7 +21,9 @@ from exitkit.evaluation.per_exit import PerExitThresholds, per_exit_thresholds, 
 from exitkit.evaluation.plots import plot_curves, plot_hindsight
 from exitkit.evaluation.pruning import exits_that_do_not_pay, head_macs
 from exitkit.evaluation.regression import RegressionOutputs
+from exitkit.evaluation.scaled import ScaledThreshold
 from exitkit.evaluation.temperature import fit_temperatures
+from exitkit.evaluation.timing import ExitTimes
 
 __all__ = [
     "BudgetPoint",
@@ -30,6 +32,7 @@ __all__ = [
     "Curve",
     "ExitChoice",
     "ExitOutputs",
+    "ExitTimes",
     "Interval",
     "Overthinking",
     "PairedTest",
@@ -37,6 +40,7 @@ __all__ = [
     "PerExitThresholds",
     "RegressionOutputs",
     "Reliability",
+    "ScaledThreshold",
     "ShiftMonitor",
     "ShiftReport",
     "ThresholdPath",

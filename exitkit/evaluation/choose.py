@@ -29,6 +29,7 @@ from exitkit.evaluation.bounds import (
 )
 from exitkit.evaluation.outputs import ExitOutputs
 from exitkit.evaluation.risks import Risk, RiskFunction, RiskName, as_risk
+from exitkit.evaluation.scaled import Temperatures, scaled
 
 Procedure = Literal["ltt", "ucb", "crc"]
 _Passes = Callable[[NDArray[np.float64]], bool]
@@ -69,6 +70,8 @@ class ChosenThreshold:
         cost_interval: its 95% interval (normal approximation).
         criterion: the score that τ is compared with.
         dtype: what the model computed in when the split was collected.
+        temperatures: of the exits, where τ is for scores after them (``outputs.calibrated``); then ``threshold`` is a
+            :class:`~exitkit.evaluation.ScaledThreshold`, and the engine applies them.
     """
 
     threshold: float | tuple[float, ...]
@@ -84,6 +87,10 @@ class ChosenThreshold:
     cost_interval: tuple[float, float]
     criterion: str
     dtype: str
+    temperatures: Temperatures | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "threshold", scaled(self.threshold, self.temperatures))
 
     def to_dict(self) -> dict[str, Any]:
         """Values that JSON holds."""
@@ -96,9 +103,10 @@ class ChosenThreshold:
         Raises:
             ExitkitError: other fields.
         """
-        if (given := set(data)) != (known := {field.name for field in fields(cls)}):
+        known = {field.name for field in fields(cls)}
+        if set(data) | {"temperatures"} != known:  # older files have none
             raise ExitkitError(
-                f"data is no chosen threshold: fields {sorted(given ^ known)} are missing or unknown; give what "
+                f"data is no chosen threshold: fields {sorted(set(data) ^ known)} are missing or unknown; give what "
                 "ChosenThreshold.to_dict() returned"
             )
         values: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in data.items()}
@@ -169,6 +177,7 @@ def choose_threshold(
         cost_interval=(float(cost.mean()) - spread, float(cost.mean()) + spread),
         criterion=criterion,
         dtype=outputs.dtype,
+        temperatures=outputs.temperatures,
     )
 
 

@@ -17,6 +17,7 @@ from exitkit.errors import ExitkitError
 from exitkit.evaluation.hashes import hash_samples
 from exitkit.evaluation.outputs import ExitOutputs
 from exitkit.evaluation.regression import RegressionOutputs
+from exitkit.fingerprint import fingerprint
 from exitkit.model import MultiExitModel
 from exitkit.surgery.calls import call_on
 from exitkit.surgery.capture import evaluation_mode
@@ -75,9 +76,10 @@ class _Seen:
             torch.cat(self.hashes),
             self.dtype,
         )
-        return (
-            RegressionOutputs(*given, times=self.model.method.times) if self.model.regression else ExitOutputs(*given)
-        )
+        weights = fingerprint(self.model.backbone)
+        if self.model.regression:
+            return RegressionOutputs(*given, weights=weights, times=self.model.method.times)
+        return ExitOutputs(*given, weights=weights)
 
 
 def _run(model: MultiExitModel, loader: Iterable[Any], keep: Callable[[Tensor], Any]) -> _Seen:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,7 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from exitkit.errors import ExitkitError
+from exitkit.evaluation.given import positive
 from exitkit.evaluation.plots import Array, plot_curves
+from exitkit.evaluation.scaled import Temperatures, check_temperatures, scaled
+from exitkit.evaluation.timing import ExitTimes, selected
 
 BUDGETS = (0.25, 0.5, 0.75, 1.0)
 
@@ -35,6 +38,10 @@ class Curve:
         cost: (T,) average MACs per sample at each τ, as a share of the unmodified backbone; never falls with τ.
         measure: what ``accuracy`` is.
         milliseconds: where costs are measured times instead of MACs, the time that a cost of 1 stands for; else None.
+        temperatures: of the exits, where the scores are those of ``outputs.calibrated(temperatures)``; points then have a
+            :class:`~exitkit.evaluation.ScaledThreshold`.
+        timings: (K,) measured times of some devices and batches (:class:`~exitkit.evaluation.ExitTimes`).
+        times: (K, T) average milliseconds of each at each τ.
     """
 
     thresholds: Array
@@ -42,39 +49,74 @@ class Curve:
     cost: Array
     measure: str = "accuracy"
     milliseconds: float | None = None
+    temperatures: Temperatures | None = None
+    timings: tuple[ExitTimes, ...] = ()
+    times: Array | None = None
 
     @classmethod
     def of(cls, scores: NDArray[np.floating], correct: NDArray[np.bool_], macs: Array, backbone_macs: float) -> Curve:
         """The curve from scores (N, M) of the exits, and correctness (N, M+1) and MACs (M+1,) of exits and backbone."""
-        thresholds, right, cost = sweep(scores, correct.astype(np.int64), macs, backbone_macs)
-        return cls(thresholds, right / len(scores), cost)
+        thresholds, right, spent = sweep(scores, correct.astype(np.int64), macs[None])
+        return cls(thresholds, right / len(scores), spent[0] / (len(scores) * backbone_macs))
 
-    def at_budget(self, budget: float | None = None, *, ms: float | None = None) -> BudgetPoint:
-        """The highest threshold whose average cost stays under ``budget``, a share of the backbone, or under ``ms``.
+    def timed(self, device: str | None = None, batch: int | None = None) -> Curve:
+        """The same curve in measured time: costs are shares of the time to answer at the backbone.
+
+        Args:
+            device: its kind (``"cuda"``) or name; may be left out where one alone was measured.
+            batch: how many samples are answered together; likewise.
 
         Raises:
-            ExitkitError: a budget that even leaving at exit 0 does not stay under, or milliseconds on a curve of MACs.
+            ExitkitError: nothing was measured for them, or several; the message says what was.
         """
-        if (budget is None) == (ms is None) or (ms is not None and self.milliseconds is None):
-            raise ExitkitError(
-                f"budget={budget!r}, ms={ms!r}: give one of them, and ms only to a curve of measured times, "
-                "outputs.curve(milliseconds=[...])"
-            )
-        if ms is not None and self.milliseconds is not None:
-            budget = ms / self.milliseconds
-        assert budget is not None
-        below = int(np.searchsorted(self.cost, budget, side="left")) - 1
-        if not budget > 0 or below < 0:
-            raise ExitkitError(
-                f"budget={budget!r} cannot be kept: it is a share of the backbone's cost, and leaving at the first exit "
-                f"already costs {self.cost[0]:.3f}"
-            )
-        return self._point(below)
+        place = selected(self.timings, device, batch)
+        assert self.times is not None
+        whole = self.timings[place].milliseconds[-1]
+        return replace(self, cost=self.times[place] / whole, milliseconds=whole, timings=(), times=None)
+
+    def at_budget(
+        self,
+        budget: float | None = None,
+        *,
+        ms: float | None = None,
+        device: str | None = None,
+        batch: int | None = None,
+    ) -> BudgetPoint:
+        """The highest threshold whose average cost stays under ``budget``, a share of the backbone, or under ``ms``.
+
+        Args:
+            budget: a share of the backbone's MACs; of its time on a curve of times.
+            ms: milliseconds that a batch takes on average, as if a batch that samples left took proportionally less; the
+                point's cost is then a share of the time to answer at the backbone.
+            device: for ``ms``, as for :meth:`timed`.
+            batch: for ``ms``, as for :meth:`timed`.
+
+        Raises:
+            ExitkitError: a budget that is no positive number, or that even leaving at exit 0 does not stay under; a device
+                or batch that was not measured.
+        """
+        if (budget is None) == (ms is None):
+            raise ExitkitError(f"budget={budget!r}, ms={ms!r}: give one of them")
+        if ms is None:
+            if (device, batch) != (None, None):
+                raise ExitkitError(
+                    f"device={device!r}, batch={batch!r} are for ms=; shares of them: curve.timed(device, batch)"
+                )
+            return self._under(positive("budget", budget, "a share of the backbone's cost, such as 0.5"))
+        limit = positive("ms", ms, "milliseconds that a batch may take on average")
+        if self.milliseconds is None or (device, batch) != (None, None):
+            return self.timed(device, batch).at_budget(ms=limit)
+        return self._under(limit / self.milliseconds)
 
     def at_threshold(self, threshold: float) -> BudgetPoint:
-        """Accuracy and cost at any τ."""
+        """Accuracy and cost at any τ.
+
+        Raises:
+            ExitkitError: a τ found with other temperatures.
+        """
+        check_temperatures(threshold, self.temperatures)
         index = max(int(np.searchsorted(self.thresholds, threshold, side="right")) - 1, 0)
-        return self._point(index)._replace(threshold=threshold)
+        return self._point(index)._replace(threshold=scaled(threshold, self.temperatures))
 
     def best(self) -> BudgetPoint:
         """The highest accuracy over all thresholds, at its lowest cost."""
@@ -111,18 +153,30 @@ class Curve:
         """Write the picture of accuracy against cost to ``path`` (png, svg or pdf)."""
         plot_curves({"early exits": self}, path, self.measure)
 
+    def _under(self, budget: float) -> BudgetPoint:
+        """The last point whose cost is below a share of the whole."""
+        below = int(np.searchsorted(self.cost, budget, side="left")) - 1
+        if below < 0:
+            raise ExitkitError(
+                f"budget={budget!r} cannot be kept: it is a share of the backbone's cost, and leaving at the first exit "
+                f"already costs {self.cost[0]:.3f}"
+            )
+        return self._point(below)
+
     def _point(self, index: int) -> BudgetPoint:
-        return BudgetPoint(float(self.thresholds[index]), float(self.accuracy[index]), float(self.cost[index]))
+        threshold = scaled(float(self.thresholds[index]), self.temperatures)
+        return BudgetPoint(threshold, float(self.accuracy[index]), float(self.cost[index]))
 
 
-def sweep(
-    scores: NDArray[np.floating], values: NDArray[Any], macs: Array, backbone_macs: float
-) -> tuple[Array, NDArray[Any], Array]:
-    """Every distinct threshold in ascending order, the sum of ``values`` (N, M+1, …) over the samples there, and the cost.
+def sweep(scores: NDArray[np.floating], values: NDArray[Any], prices: Array) -> tuple[Array, NDArray[Any], Array]:
+    """Every distinct threshold in ascending order, and the sums over the samples there of ``values`` (N, M+1, …) and prices.
 
     A sample passes exit m exactly when τ reaches the running maximum of its scores (N, M) up to m, so each of the N·M
-    running maxima is one event that moves one sample one exit further; sorted, their sums are the curve. MACs are
-    summed as they are and divided once, so that no rounding pushes a cost over a budget.
+    running maxima is one event that moves one sample one exit further; sorted, their sums are the curve. Prices (K, M+1) are
+    summed as they are, for the caller to divide once, so that no rounding pushes a cost over a budget.
+
+    Returns:
+        Thresholds (T,), sums (T, …) and spent (K, T).
     """
     samples, exits = scores.shape
     events = np.maximum.accumulate(scores.astype(np.float64), axis=1).ravel()
@@ -130,13 +184,13 @@ def sweep(
     events = events[order]
     last_of_value = np.append(np.flatnonzero(np.diff(events)), len(events) - 1)
     gained = np.diff(values, axis=1).reshape(samples * exits, *values.shape[2:])[order]
-    spent = np.broadcast_to(np.diff(macs), (samples, exits)).ravel()[order]
+    spent = np.diff(prices)[:, order % exits]
     lowest = events[0]
     first = values[:, :1].sum(0)
     return (
         np.concatenate([[0.0 if lowest > 0 else np.nextafter(lowest, -np.inf)], events[last_of_value]]),
         np.concatenate([first, first + gained.cumsum(0)[last_of_value]]),
-        (macs[0] * samples + np.concatenate([[0.0], spent.cumsum()[last_of_value]])) / (samples * backbone_macs),
+        prices[:, :1] * samples + np.pad(spent.cumsum(1)[:, last_of_value], ((0, 0), (1, 0))),
     )
 
 

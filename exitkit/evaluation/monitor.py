@@ -15,6 +15,7 @@ from torch import Tensor
 
 from exitkit.errors import ExitkitError
 from exitkit.evaluation.outputs import ExitOutputs
+from exitkit.evaluation.scaled import Temperatures
 
 
 @dataclass(frozen=True)
@@ -90,6 +91,8 @@ class ShiftMonitor:
             raise ExitkitError(f"window={window!r} must be a whole number of samples, at least 20; 500 is usual")
         if not 0 < false_alarm < 1:
             raise ExitkitError(f"false_alarm={false_alarm!r} must lie between 0 and 1, both excluded; 1e-4 is usual")
+        self.criterion: str = criterion or outputs.criterion
+        self.temperatures: Temperatures | None = outputs.temperatures
         self._exits = outputs.exits_at(threshold, criterion)
         self._scores = outputs.scores(criterion).double().numpy()[np.arange(len(outputs)), self._exits]
         self._last_exit = len(outputs.macs) - 1

@@ -2,29 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Self
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
 
 from exitkit.batches import check_labels
 from exitkit.criteria import scores
 from exitkit.errors import ExitkitError
-from exitkit.evaluation.curve import Curve
-from exitkit.files import replacing
-
-_SETTINGS: dict[str, Callable[[str], Any]] = {"backbone_macs": float, "criterion": str, "times": int, "dtype": str}
-_NORMALISED = 1e-5
-_CHUNK = 1024
-"""Samples that are looked at together: what is computed on the way is this much and no more."""
+from exitkit.evaluation.curve import Curve, sweep
+from exitkit.evaluation.given import positive
+from exitkit.evaluation.log_probs import CHUNK, by_chunks, normalised
+from exitkit.evaluation.scaled import Temperatures, check_temperatures, checked_temperatures
+from exitkit.evaluation.storage import load_fields, save_outputs
+from exitkit.evaluation.timing import ExitTimes, checked_times
 
 
 class ExitChoice(NamedTuple):
@@ -48,6 +45,10 @@ class ExitOutputs:
         criterion: the score used unless another is asked for.
         hashes: (N,) int64, the samples' content hashes (:func:`exitkit.evaluation.content_hashes`), or None.
         dtype: what the model computed in, ``"float32"``; a threshold is safest used in the same.
+        temperatures: (M+1,) what each exit's logits were divided by (:meth:`calibrated`), or None; thresholds found on these
+            outputs know them.
+        weights: what tells the backbone from others of its architecture (:func:`exitkit.fingerprint.fingerprint`), or None.
+        timings: what answering takes on some devices (:meth:`timed`), for budgets in milliseconds.
 
     Raises:
         ExitkitError: shapes that do not fit together, NaN, labels out of range, or costs that fall.
@@ -60,6 +61,9 @@ class ExitOutputs:
     criterion: str = "confidence"
     hashes: Tensor | None = None
     dtype: str = "float32"
+    temperatures: Temperatures | None = None
+    weights: str | None = None
+    timings: tuple[ExitTimes, ...] = ()
 
     measure: ClassVar[str] = "accuracy"
     _format: ClassVar[str] = "exitkit-outputs-1"
@@ -79,6 +83,10 @@ class ExitOutputs:
             raise ExitkitError(
                 f"backbone_macs={self.backbone_macs!r} must be positive: MACs of the unmodified backbone"
             )
+        if self.temperatures is not None:
+            object.__setattr__(self, "temperatures", checked_temperatures(self.temperatures, len(macs)))
+        for one in self.timings:
+            checked_times(one.milliseconds, len(macs))
         if self.labels is not None:
             labels = check_labels(self.labels, log_probs.shape[2], log_probs.shape[0]).cpu().contiguous()
             object.__setattr__(self, "labels", labels)
@@ -106,7 +114,7 @@ class ExitOutputs:
 
     def chunks(self) -> Iterator[Tensor]:
         """The log-probabilities in float32, normalised, some samples (n, M+1, C) at a time, in order."""
-        for rows in self.log_probs.split(_CHUNK):
+        for rows in self.log_probs.split(CHUNK):
             yield rows if rows.dtype == torch.float32 else F.log_softmax(rows.float(), dim=-1)
 
     @property
@@ -134,21 +142,36 @@ class ExitOutputs:
         """The same outputs with the full model's answers as labels: accuracy is then agreement with it."""
         return replace(self, labels=self.answers[:, -1])
 
-    def calibrated(self, temperatures: Sequence[float]) -> ExitOutputs:
+    def calibrated(self, temperatures: Sequence[float]) -> Self:
         """The outputs with each exit's logits divided by its temperature (:func:`exitkit.evaluation.fit_temperatures`).
 
-        Answers stay the same; scores, and so thresholds, do not.
+        Answers stay the same; scores, and so thresholds, do not: a threshold found on the result knows its temperatures, and
+        whatever takes it (:func:`exitkit.compile`, ``export``, ``save_pretrained``) applies them.
 
         Raises:
-            ExitkitError: another number than one per exit and one for the backbone, or one that is not positive.
+            ExitkitError: another number than one per exit and one for the backbone, one that is not positive, outputs that
+                have temperatures already.
         """
-        divisors = torch.as_tensor(temperatures, dtype=torch.float32)
-        if divisors.shape != self.macs.shape or not bool(((divisors > 0) & divisors.isfinite()).all()):
+        given = checked_temperatures(temperatures, len(self.macs))
+        if self.temperatures is not None:
             raise ExitkitError(
-                f"temperatures={list(temperatures)!r} must be {len(self.macs)} positive numbers, one per exit and the "
-                "backbone's last"
+                f"these outputs were divided by temperatures={list(self.temperatures)} already; calibrate those that they "
+                "were made of"
             )
-        return replace(self, log_probs=_by_chunks(self.log_probs, lambda rows: rows / divisors[:, None]))
+        divisors = torch.tensor(given, dtype=torch.float32)[:, None]
+        log_probs = by_chunks(self.log_probs, lambda rows: rows / divisors)
+        return replace(self, log_probs=log_probs, temperatures=given)
+
+    def timed(self, times: Iterable[ExitTimes]) -> Self:
+        """The same outputs with measured times (:func:`exitkit.time_exits`), newer ones in place of older.
+
+        ``outputs.curve().at_budget(ms=3.0, device="cuda", batch=64)`` then finds a threshold for a time; they are saved too.
+
+        Raises:
+            ExitkitError: times of another number of exits.
+        """
+        merged = {one.place: one for one in (*self.timings, *times)}
+        return replace(self, timings=tuple(merged.values()))
 
     def accuracy(self) -> NDArray[np.float64]:
         """(M+1,): accuracy of each exit over all samples; the backbone's is last."""
@@ -163,8 +186,9 @@ class ExitOutputs:
         """(N,): the exit at which each sample leaves, for one τ or one per exit; M where no exit before it is sure enough.
 
         Raises:
-            ExitkitError: no numbers, or another number of them than 1 or M.
+            ExitkitError: no numbers, another number of them than 1 or M, or a τ found with other temperatures.
         """
+        check_temperatures(threshold, self.temperatures)
         try:
             taus = torch.as_tensor(threshold, dtype=torch.float64)  # in float32 τ would be rounded
         except (TypeError, ValueError, RuntimeError) as error:
@@ -200,22 +224,30 @@ class ExitOutputs:
             raise ExitkitError(
                 "log_probs holds the backbone alone, shape (N, 1, C); a curve needs at least one exit before it"
             )
-        scores, correct = self.scores(criterion)[:, :-1].numpy(), self.correct.numpy()
-        prices, whole = self._prices(milliseconds)
-        made = Curve.of(scores, correct, prices, whole)
-        return made if milliseconds is None else replace(made, milliseconds=whole)
+        scores, correct = self.scores(criterion)[:, :-1].numpy(), self.correct.numpy().astype(np.int64)
+        thresholds, right, spent = sweep(scores, correct, self._prices(milliseconds))
+        return self._curve(thresholds, right / len(self), spent, milliseconds)
 
-    def _prices(self, milliseconds: Sequence[float] | None) -> tuple[NDArray[np.float64], float]:
-        """(M+1,) prices of the exits, and what a cost of 1 stands for: MACs, or measured times."""
-        if milliseconds is None:
-            return self.macs.numpy(), self.backbone_macs
-        times = np.asarray(milliseconds, dtype=np.float64)
-        if times.shape != (len(self.macs),) or not (times > 0).all() or not (np.diff(times) >= 0).all():
-            raise ExitkitError(
-                f"milliseconds={list(milliseconds)!r} must hold {len(self.macs)} positive times, to answer at each exit and "
-                "at the backbone, none below the one before it"
-            )
-        return times, float(times[-1])
+    def _prices(self, milliseconds: Sequence[float] | None) -> NDArray[np.float64]:
+        """(1 + K, M+1) prices of the exits: MACs, then the measured times; or the times that are given alone."""
+        if milliseconds is not None:
+            return checked_times(milliseconds, len(self.macs))[None]
+        return np.stack([self.macs.numpy(), *(np.asarray(one.milliseconds) for one in self.timings)])
+
+    def _curve(
+        self,
+        thresholds: NDArray[np.float64],
+        reached: NDArray[np.float64],
+        spent: NDArray[np.float64],
+        milliseconds: Sequence[float] | None,
+    ) -> Curve:
+        """The curve from what all samples spend (1 + K, T) in the prices of :meth:`_prices`."""
+        whole = self.backbone_macs if milliseconds is None else float(milliseconds[-1])
+        cost = spent[0] / (len(self) * whole)
+        made = Curve(thresholds, reached, cost, temperatures=self.temperatures)
+        if milliseconds is not None:
+            return replace(made, milliseconds=whole)
+        return replace(made, timings=self.timings, times=spent[1:] / len(self))
 
     def best_exit(self, budget: float = 1.0) -> ExitChoice:
         """The exit to stop every sample at when the cost of one is limited (Phuong & Lampert 2019, section 3.2).
@@ -226,8 +258,9 @@ class ExitOutputs:
             budget: the most that one sample may cost, as a share of the backbone; of equally accurate exits the cheapest.
 
         Raises:
-            ExitkitError: no exit costs so little, or no labels.
+            ExitkitError: a budget that is no positive number, no exit costs so little, or no labels.
         """
+        budget = positive("budget", budget, "a share of the backbone's cost, such as 0.5")
         within = self.costs <= budget
         if not within.any():
             raise ExitkitError(
@@ -259,16 +292,7 @@ class ExitOutputs:
             half: log-probabilities in float16: half the size. Scores stay within 5e-4; answers change where two classes
                 are as close as that.
         """
-        log_probs = self.log_probs.half() if half else self.log_probs
-        tensors = {"log_probs": log_probs, "macs": self.macs}
-        if self.labels is not None:
-            tensors["labels"] = self.labels
-        if self.hashes is not None:
-            tensors["hashes"] = self.hashes.contiguous()
-        settings = {field.name: str(getattr(self, field.name)) for field in fields(self) if field.name in _SETTINGS}
-        header = {"format": self._format, **settings}
-        with replacing(path) as temporary:
-            save_file(tensors, temporary, metadata=header)
+        save_outputs(self, path, self._format, half)
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
@@ -277,51 +301,8 @@ class ExitOutputs:
         Raises:
             ExitkitError: no such file, a damaged one, or one that exitkit did not write.
         """
-        try:
-            with safe_open(str(path), framework="pt") as file:
-                header: dict[str, Any] = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no iterator
-        except (OSError, SafetensorError) as error:
-            raise ExitkitError(f"path={str(path)!r} cannot be read as saved outputs: {error}") from error
-        if header.get("format") != cls._format:
-            raise ExitkitError(
-                f"path={str(path)!r} is no file of saved outputs for {cls.__name__} (its format is {header.get('format')!r}); "
-                "write one with outputs.save(path)"
-            )
-        settings = {name: read(header[name]) for name, read in _SETTINGS.items() if name in header}
-        return cls(
-            tensors["log_probs"], tensors.get("labels"), tensors["macs"], hashes=tensors.get("hashes"), **settings
-        )
+        return cls(**load_fields(path, cls._format, cls.__name__))
 
     @staticmethod
     def _checked(given: Tensor) -> Tensor:
-        """Checked log-probabilities: float16 as it is, else normalised float32; rows that are normalised keep every bit."""
-        if given.dim() != 3 or not given.is_floating_point() or 0 in given.shape or given.shape[2] < 2:
-            raise ExitkitError(
-                f"log_probs has dtype {given.dtype} and shape {tuple(given.shape)}; expected floating point of shape "
-                "(samples, exits + 1, classes), with at least two classes"
-            )
-        normaliser = torch.cat([rows.float().logsumexp(-1, keepdim=True) for rows in given.split(_CHUNK)])
-        broken = ~normaliser.isfinite().squeeze(-1)
-        if bool(broken.any()):
-            exit_ = int(broken.any(0).int().argmax())
-            raise ExitkitError(
-                f"log_probs holds NaN, infinite or all-impossible rows: exit {exit_} on {int(broken[:, exit_].sum())} of "
-                f"{len(given)} samples. The model overflowed there; check its inputs (normalised?) and run in float32"
-            )
-        normalised = normaliser.abs() < _NORMALISED
-        if given.dtype == torch.float16 or (given.dtype == torch.float32 and bool(normalised.all())):
-            return given.contiguous()
-        log_probs = torch.empty(given.shape, dtype=torch.float32)
-        parts = (tensor.split(_CHUNK) for tensor in (log_probs, given, normaliser, normalised))
-        for kept, rows, total, fine in zip(*parts, strict=True):
-            kept[:] = torch.where(fine, rows.float(), rows.float() - total)
-        return log_probs
-
-
-def _by_chunks(log_probs: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
-    """A tensor of the same shape and dtype, computed in float32 some samples at a time."""
-    changed = torch.empty_like(log_probs)
-    for kept, rows in zip(changed.split(_CHUNK), log_probs.split(_CHUNK), strict=True):
-        kept[:] = F.log_softmax(change(rows.float()), dim=-1)
-    return changed
+        return normalised(given)

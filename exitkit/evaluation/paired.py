@@ -15,6 +15,7 @@ from exitkit.errors import ExitkitError
 from exitkit.evaluation.curve import Curve
 from exitkit.evaluation.metrics import Interval
 from exitkit.evaluation.outputs import ExitOutputs
+from exitkit.fingerprint import same_weights
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,7 @@ class PairedTest:
         only_first, only_second: how many samples only the one, or only the other, has right there.
         p_value: McNemar's exact test of the hypothesis that these are equally probable.
         auc: first minus second of the mean accuracy over the budgets both can keep, with a paired bootstrap interval.
+        same_backbone: whether their backbones have the same weights; None where the outputs do not say.
     """
 
     first: str
@@ -38,11 +40,12 @@ class PairedTest:
     only_second: int
     p_value: float
     auc: Interval
+    same_backbone: bool | None
 
 
 @dataclass(frozen=True)
 class PairedTests:
-    """All pairs; prints as a table. p-values are not corrected for the number of pairs."""
+    """All pairs; prints as a table, with a star where backbones differ. p-values are not corrected for how many there are."""
 
     pairs: tuple[PairedTest, ...]
 
@@ -51,10 +54,12 @@ class PairedTests:
         for pair in self.pairs:
             accuracies = "{:.2%} {:.2%}".format(*pair.accuracies)
             auc = f"{pair.auc.value:+.4f} ({pair.auc.low:+.4f} … {pair.auc.high:+.4f})"
-            name = f"{pair.first} – {pair.second}"
+            name = f"{pair.first} – {pair.second}{'' if pair.same_backbone is not False else ' *'}"
             lines.append(
                 f"{name:<26}{accuracies:>17}{pair.only_first:>9}{pair.only_second:>9}{pair.p_value:>9.2g}{auc:>29}"
             )
+        if any(pair.same_backbone is False for pair in self.pairs):
+            lines.append("* their backbones have other weights, so that the difference may be the backbones'")
         return "\n".join(lines)
 
 
@@ -98,7 +103,13 @@ def _pair(
         only_second,
         float(binomtest(only_first, differing).pvalue) if differing else 1.0,
         _auc_difference(outputs[one], outputs[two], resamples, seed),
+        same_backbone(outputs[one], outputs[two]),
     )
+
+
+def same_backbone(one: ExitOutputs, other: ExitOutputs) -> bool | None:
+    """Whether the weights of two backbones are the same; None where the outputs do not say."""
+    return None if one.weights is None or other.weights is None else same_weights(one.weights, other.weights)
 
 
 def _right_at(outputs: ExitOutputs, budget: float) -> NDArray[np.bool_]:

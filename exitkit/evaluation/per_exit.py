@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from exitkit.evaluation.choose import ThresholdPath, never_leave
 from exitkit.evaluation.outputs import ExitOutputs
+from exitkit.evaluation.scaled import scaled
 
 _LEVELS = 32
 _PRICES = np.geomspace(1e-3, 30, 40)
@@ -75,7 +76,8 @@ def per_exit_thresholds(
         best = max(best, found, key=lambda levels: search.rank(levels, budget))
     best, bound = search.branch(best, budget)
     right, cost = search.value(best)
-    return PerExitThresholds(search.thresholds(best), right / len(outputs), cost, bound / len(outputs))
+    thresholds = scaled(search.thresholds(best), outputs.temperatures)
+    return PerExitThresholds(thresholds, right / len(outputs), cost, bound / len(outputs))
 
 
 def threshold_path(outputs: ExitOutputs, *, criterion: str | None = None) -> ThresholdPath:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import ClassVar, Literal
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +15,7 @@ from exitkit.criteria import tolerance
 from exitkit.errors import ExitkitError, unknown_name
 from exitkit.evaluation.curve import Curve, sweep
 from exitkit.evaluation.outputs import ExitOutputs
+from exitkit.evaluation.storage import REGRESSION
 
 Measure = Literal["pearson", "r2"]
 
@@ -37,7 +38,7 @@ class RegressionOutputs(ExitOutputs):
     times: int = 1
 
     measure: ClassVar[str] = "Pearson correlation"
-    _format: ClassVar[str] = "exitkit-regression-1"
+    _format: ClassVar[str] = REGRESSION
 
     @property
     def predictions(self) -> Tensor:
@@ -89,11 +90,20 @@ class RegressionOutputs(ExitOutputs):
         targets = self._targets()
         values = self._moments() if measure == "pearson" else self._squared_errors()
         scores = self.scores(criterion)[:, :-1].numpy()
-        prices, whole = self._prices(milliseconds)
-        thresholds, sums, cost = sweep(scores, values, prices, whole)
+        thresholds, sums, spent = sweep(scores, values, self._prices(milliseconds))
         spread = ((targets - targets.mean()) ** 2).sum()
         reached = _correlation(sums, targets) if measure == "pearson" else 1 - sums / spread
-        return Curve(thresholds, reached, cost, measure, None if milliseconds is None else whole)
+        return replace(self._curve(thresholds, reached, spent / len(self), milliseconds), measure=measure)
+
+    def calibrated(self, temperatures: Sequence[float]) -> NoReturn:
+        """Predictions have no temperature.
+
+        Raises:
+            ExitkitError: always.
+        """
+        raise ExitkitError(
+            "regression has no temperatures: its score is the change between predictions, which needs no calibration"
+        )
 
     def _targets(self) -> NDArray[np.float64]:
         """The labels, which must differ for anything to be correlated with or explained."""

@@ -22,13 +22,12 @@ from exitkit.packages.manifest import Kind, program_of_manifest, to_manifest
 from exitkit.packages.onnx_branches import write_branches
 from exitkit.packages.onnx_steps import onnx_run, to_onnx
 from exitkit.preprocessing import ImagePreprocessing, Preprocessing, TextPreprocessing
-from exitkit.runtime.engine import checked_criterion, checked_thresholds
+from exitkit.runtime.engine import checked_criterion, checked_program, resolved_threshold
 from exitkit.runtime.exported import example_of, export_steps
 from exitkit.runtime.memory_format import is_channels_last
 from exitkit.runtime.optimize import compile_step, load_step
 from exitkit.runtime.program import Description, Program
-from exitkit.runtime.stepping import program_of
-from exitkit.thresholds import Threshold
+from exitkit.thresholds import Threshold, numbers
 
 _TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}
 _COARSE = 5e-2
@@ -53,7 +52,7 @@ def export(
         path: its ending says what is written. ``.pt2``: the stages as torch programs, for batches of any size on any
             device. ``.onnx``: one graph for one sample at a time, whose exits are ``If`` branches. ``.onnx.zip``: one ONNX
             graph for each stage, for batches. An older file there is replaced when the new one is complete.
-        threshold: as for :func:`exitkit.compile`; a guarantee goes into the package in words.
+        threshold: as for :func:`exitkit.compile`; its temperatures become part of the package, and a guarantee in words.
         criterion: by default the method's.
         optimize: ``.pt2`` only: stages compiled for the device the model is on, which takes minutes, and for this version
             of torch.
@@ -70,10 +69,10 @@ def export(
     target = Path(path)
     kind = _kind(target, optimize)
     criterion = checked_criterion(model, criterion)
-    program = program_of(model, criterion)
-    chosen = model.threshold if threshold is None else threshold
+    chosen = resolved_threshold(model, threshold)
+    program = checked_program(model, chosen, criterion)
     description = Description(
-        checked_thresholds(model, threshold, criterion),
+        numbers(chosen, len(model.classifiers)),
         _labels(model, labels),
         _preprocessing(model, preprocessing, tokenizer),
         tuple((exit_.name, exit_.macs_fraction) for exit_ in model.exits),

@@ -13,6 +13,7 @@ import torch
 from torch.export.passes import move_to_device_pass
 
 from exitkit.errors import ExitkitError
+from exitkit.evaluation.monitor import ShiftMonitor
 from exitkit.packages.archive import read_archive
 from exitkit.packages.manifest import description_of, program_of_manifest
 from exitkit.packages.onnx_branches import OnnxBranches
@@ -20,7 +21,7 @@ from exitkit.packages.onnx_steps import onnx_run
 from exitkit.runtime.engine import Engine
 from exitkit.runtime.loop import Loop
 from exitkit.runtime.optimize import load_step
-from exitkit.thresholds import Threshold, numbers
+from exitkit.thresholds import Threshold
 
 
 def load(
@@ -28,6 +29,7 @@ def load(
     *,
     threshold: Threshold | None = None,
     device: str | torch.device | None = None,
+    monitor: ShiftMonitor | None = None,
 ) -> Engine | OnnxBranches:
     """What :func:`export` wrote, ready to be called as the model; needs neither its code nor transformers or timm.
 
@@ -35,26 +37,29 @@ def load(
 
     Args:
         path: the file.
-        threshold: another τ, or one for each exit, than the file's; a single ``.onnx`` has its own fixed.
+        threshold: another τ, or one for each exit, than the file's, as for :meth:`exitkit.Engine.at`; a single ``.onnx``
+            has its own fixed.
         device: where ``.pt2`` stages run; by default on CPU, and compiled ones where they were compiled for.
+        monitor: is told of every answer, as for :func:`exitkit.compile`; not for a single ``.onnx``.
 
     Returns:
         For ``.pt2`` and ``.onnx.zip`` an :class:`~exitkit.Engine`; for ``.onnx`` an object that is called alike and answers
         one sample after another.
 
     Raises:
-        ExitkitError: no such file, a damaged one, a package for another device or version of torch, a missing library.
+        ExitkitError: no such file, a damaged one, a package for another device or version of torch, a missing library, a
+            threshold or monitor for other scores than the package's.
     """
     source = Path(path)
     if source.name.endswith(".onnx"):
-        if threshold is not None or device is not None:
+        if (threshold, device, monitor) != (None, None, None):
             raise ExitkitError(
-                "a single .onnx has its thresholds in the graph and runs on CPU; export a .pt2 for others"
+                "a single .onnx has its thresholds in the graph, runs on CPU, and tells no monitor (call monitor.update on "
+                "its predictions); export a .pt2 for others"
             )
         return OnnxBranches(_bytes(source), str(source))
     manifest, contents = read_archive(source)
     description = description_of(manifest)
-    thresholds = description.thresholds if threshold is None else numbers(threshold, len(description.thresholds))
     target = _device(manifest, device, str(source))
     try:
         runs = [
@@ -69,7 +74,9 @@ def load(
             f"{str(source)!r} was written by torch {made} and cannot be read by torch {torch.__version__} "
             f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}); export it again"
         ) from error
-    return Engine(Loop(program_of_manifest(manifest, runs, target), thresholds), description)
+    engine = Engine(Loop(program_of_manifest(manifest, runs, target), description.thresholds), description)
+    engine = engine if threshold is None else engine.at(threshold)
+    return engine if monitor is None else engine.watched(monitor)
 
 
 def _bytes(path: Path) -> bytes:

@@ -14,7 +14,7 @@ from exitkit.runtime.program import Description, Inputs, Program, Step
 from exitkit.surgery.calls import CallSpec
 from exitkit.versions import versions
 
-FORMAT = "exitkit-package-1"
+FORMAT = "exitkit-package-2"
 Kind = Literal["torch", "compiled", "onnx"]
 
 
@@ -36,6 +36,8 @@ def to_manifest(program: Program, description: Description, kind: Kind) -> dict[
         "axes": {name: program.axes[name] for name in _carried(program) if name in program.axes},
         "criterion": program.criterion,
         "num_classes": program.num_classes,
+        "dtype": program.dtype,
+        "temperatures": program.temperatures,
         **asdict(description),
         "preprocessing": preprocessing_to_json(description.preprocessing),
     }
@@ -60,8 +62,17 @@ def program_of_manifest(
     for run, step in zip(runs, manifest["steps"], strict=True):
         names = {key: tuple(step[key]) for key in ("inputs", "outputs", "live")}
         steps.append(Step(run, step["exit"], step["decides"], **names))
-    inputs, criterion = inputs_of(manifest, device), manifest["criterion"]
-    return Program(inputs, tuple(steps), manifest["axes"], {}, criterion, manifest["num_classes"])
+    temperatures = manifest["temperatures"]
+    return Program(
+        inputs_of(manifest, device),
+        tuple(steps),
+        manifest["axes"],
+        {},
+        manifest["criterion"],
+        manifest["num_classes"],
+        manifest["dtype"],
+        None if temperatures is None else tuple(temperatures),
+    )
 
 
 def inputs_of(manifest: dict[str, Any], device: torch.device) -> Inputs:

@@ -13,8 +13,10 @@ from typing import Any, Literal, NamedTuple
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.collections import LineCollection, PolyCollection
 from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
+from numpy.typing import NDArray
 
 from exitkit.evaluation import ExitOutputs, calibration_error, reliability
 from exitkit.evaluation.plots import curves_figure, hindsight_figure, labelled, new_figure, write_figure
@@ -24,6 +26,7 @@ from exitkit.report.points import MATRIX, Points
 _POINTS_PER_INCH = 72  # the unit of matplotlib's SVG
 _WIDTH, _HEIGHT = 5.0, 3.6  # inches; text stays readable on a phone
 _COLUMNS = 3
+_SIDE, _BESIDE, _APART, _ABOVE, _BELOW = 1.3, 0.6, 0.2, 0.35, 0.5  # of the squares of a reliability diagram, in inches
 _STYLES: tuple[Literal["-", "--", "-.", ":"], ...] = ("-", "--", "-.", ":")  # colours alone do not tell everyone
 _DARK, _FAINT = re.compile("#(000000|666666)"), re.compile("#(ebebeb|cccccc)")
 
@@ -91,21 +94,32 @@ def draw_reliability(outputs: ExitOutputs, beside: Path, name: str) -> Drawn:
     """A reliability diagram of every exit."""
     found, errors = reliability(outputs), calibration_error(outputs)
     exits, bins = found.share.shape
-    figure, cells = _grid(exits)
-    for exit_, axes in enumerate(cells):
-        _diagonal(axes, f"{exit_name(exit_, exits)}: ECE {errors[exit_]:.1%}")
-        strength = 0.2 + 0.8 * (found.share[exit_] / found.share[exit_].max())
-        colours = [to_rgba("C0", alpha) for alpha in strength]  # pale where a bar stands for few samples
-        axes.bar((np.arange(bins) + 0.5) / bins, np.nan_to_num(found.accuracy[exit_]), 0.9 / bins, color=colours)
-        axes.plot(found.confidence[exit_], found.accuracy[exit_], "o", color="C1", markersize=3)
+    cells = _Cells.of(exits)
+    shade = 0.2 + 0.8 * (found.share / found.share.max(1, keepdims=True))  # pale where a bar stands for few samples
+    height = np.nan_to_num(found.accuracy)
+    left = np.broadcast_to((np.arange(bins) + 0.05) / bins, height.shape)
+    around = (0, 0), (0, 1), (0.9 / bins, 1), (0.9 / bins, 0)
+    corners = np.stack([np.stack([left + side, height * up], -1) for side, up in around], -2)
+    dots = cells.placed(np.stack([found.confidence, found.accuracy], -1)).reshape(-1, 2)
+    cells.axes.add_collection(
+        PolyCollection(
+            list(cells.placed(corners).reshape(-1, 4, 2)), facecolors=[to_rgba("C0", alpha) for alpha in shade.ravel()]
+        )
+    )
+    cells.axes.plot(*dots.T, "o", color="C1", markersize=3)
+    cells.label([f"{exit_name(exit_, exits)}: ECE {error:.1%}" for exit_, error in enumerate(errors)])
     rows = (
         (exit_, bin_, found.confidence[exit_, bin_], found.accuracy[exit_, bin_], found.share[exit_, bin_])
         for exit_ in range(exits)
         for bin_ in range(bins)
     )
-    _beside(figure, ["exit", "bin", "confidence", "accuracy", "share"], rows, beside, name)
+    _beside(cells.figure, ["exit", "bin", "confidence", "accuracy", "share"], rows, beside, name)
     listed = ", ".join(f"{exit_name(exit_, exits)} {error:.1%}" for exit_, error in enumerate(errors))
-    return _drawn(figure, name, f"Accuracy against confidence at each exit. Expected calibration error: {listed}.")
+    return _drawn(
+        cells.figure,
+        name,
+        f"Accuracy against confidence at each exit. Expected calibration error: {listed}.",
+    )
 
 
 def still_exits(points: Points, beside: Path, name: str) -> None:
@@ -133,9 +147,8 @@ def still_confusion(points: Points, classes: Sequence[str], beside: Path, name: 
         axes.set_xticks(range(len(classes)), classes, rotation=90)
         axes.set_yticks(range(len(classes)), classes)
         for (i, j), count in np.ndenumerate(matrix):
-            axes.text(
-                j, i, str(count), ha="center", va="center", color="white" if count > matrix.max() / 2 else "black"
-            )
+            colour = "white" if count > matrix.max() / 2 else "black"
+            axes.text(j, i, str(count), ha="center", va="center", color=colour).set_in_layout(False)
         axes.set(xlabel="answer", ylabel="label")
     else:
         rows = [(classes[label], classes[answer], count) for label, answer, count in at]
@@ -160,21 +173,56 @@ def exit_name(exit_: int, exits: int) -> str:
     return "backbone" if exit_ == exits - 1 else f"exit {exit_}"
 
 
-def _grid(count: int) -> tuple[Figure, list[Axes]]:
-    rows = -(-count // _COLUMNS)
-    figure = new_figure(_WIDTH, 1.75 * rows + 0.2)
-    cells = figure.subplots(rows, _COLUMNS, sharex=True, sharey=True, squeeze=False).ravel()
-    for spare in cells[count:]:
-        spare.set_visible(False)
-    figure.supxlabel("confidence", fontsize="medium")
-    figure.supylabel("accuracy", fontsize="medium")
-    return figure, list(cells[:count])
+@dataclass(frozen=True, eq=False)
+class _Cells:
+    """Small squares from 0 to 1 side by side, all in one ``Axes`` whose unit is the inch: many of them take seconds to draw.
 
+    Attributes:
+        figure: of all of them.
+        axes: what is drawn on, without any axis of its own.
+        origins: (N, 2) the lower left corner of each square.
+    """
 
-def _diagonal(axes: Axes, title: str) -> None:
-    labelled(axes, "", "").set_title(title, fontsize="small")
-    axes.plot([0, 1], [0, 1], color="#666666", linestyle="--", linewidth=1, zorder=3)
-    axes.set(xlim=(0, 1), ylim=(0, 1))
+    figure: Figure
+    axes: Axes
+    origins: NDArray[np.float64]
+
+    @classmethod
+    def of(cls, count: int) -> _Cells:
+        rows = -(-count // _COLUMNS)
+        row, column = np.divmod(np.arange(count), _COLUMNS)
+        height = rows * (_SIDE + _ABOVE) + _BELOW
+        origins = np.stack([_BESIDE + column * (_SIDE + _APART), height - (row + 1) * (_SIDE + _ABOVE)], -1)
+        figure = new_figure(_WIDTH, height)
+        figure.set_layout_engine("none")
+        axes = figure.add_axes((0, 0, 1, 1), xlim=(0, _WIDTH), ylim=(0, height))
+        axes.set_axis_off()
+        return cls(figure, axes, origins)
+
+    def placed(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
+        """(N, …, 2) points of each square, in inches."""
+        return self.origins.reshape(len(self.origins), *[1] * (values.ndim - 2), 2) + values * _SIDE
+
+    def label(self, titles: Sequence[str]) -> None:
+        """Grid, diagonal and title of every square; numbers along the outer ones."""
+        count = len(self.origins)
+        for ends, style in (
+            ([[(0, 0.5), (1, 0.5)], [(0.5, 0), (0.5, 1)], [(0, 1), (1, 1)], [(1, 0), (1, 1)]], {"color": "0.92"}),
+            ([[(0, 1), (0, 0)], [(0, 0), (1, 0)]], {"color": "#000000"}),
+            ([[(0, 0), (1, 1)]], {"color": "#666666", "linestyle": "--", "zorder": 3}),
+        ):
+            lines = self.placed(np.broadcast_to(np.array(ends, float), (count, len(ends), 2, 2))).reshape(-1, 2, 2)
+            self.axes.add_collection(LineCollection(list(lines), linewidths=0.8, **{"zorder": 0} | style))
+        for number, ((x, y), title) in enumerate(zip(self.origins, titles, strict=True)):
+            self.axes.text(x + _SIDE / 2, y + _SIDE + 0.06, title, ha="center", size="small")
+            for tick in (0, 0.5, 1):
+                if number % _COLUMNS == 0:
+                    self.axes.text(x - 0.05, y + tick * _SIDE, f"{tick:g}", ha="right", va="center", size="small")
+                if number + _COLUMNS >= count:
+                    self.axes.text(x + tick * _SIDE, y - 0.05, f"{tick:g}", ha="center", va="top", size="small")
+        top = self.origins[0, 1] + _SIDE
+        self.axes.text(_WIDTH / 2, 0.06, "confidence", ha="center", va="bottom")
+        self.axes.text(0.05, top / 2 + _BELOW / 2, "accuracy", ha="left", va="center", rotation=90)
 
 
 def _beside(figure: Figure, heading: Sequence[str], rows: Iterable[Iterable[Any]], beside: Path, name: str) -> None:

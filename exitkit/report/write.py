@@ -16,7 +16,7 @@ from markupsafe import Markup
 
 from exitkit.errors import ExitkitError
 from exitkit.evaluation import ExitOutputs
-from exitkit.evaluation.paired import check_comparable
+from exitkit.evaluation.paired import check_comparable, same_backbone
 from exitkit.files import replacing
 from exitkit.report import figures
 from exitkit.report.points import MATRIX, Points, points_of, single_threshold
@@ -81,9 +81,12 @@ def _together(runs: Sequence[Run]) -> dict[str, Result]:
 
 def _chosen(result: Result) -> float | None:
     """The τ that was calibrated, where it is on the curve."""
-    if result.calibrated is None or result.calibrated.chosen.criterion != result.outputs.criterion:
+    if result.calibrated is None:
         return None
-    return single_threshold(result.calibrated.chosen.threshold)
+    chosen, outputs = result.calibrated.chosen, result.outputs
+    if (chosen.criterion, chosen.temperatures) != (outputs.criterion, outputs.temperatures):
+        return None
+    return single_threshold(chosen.threshold)
 
 
 def _page(runs: Sequence[Run], results: dict[str, Result], points: dict[str, Points], path: Path) -> str:
@@ -105,6 +108,7 @@ def _page(runs: Sequence[Run], results: dict[str, Result], points: dict[str, Poi
         title="Early exits: " + ", ".join(run.directory.resolve().name for run in runs),
         about=[(name, runs[0].about[name]) for name in _FACTS if runs[0].about.get(name) is not None],
         data=data,
+        others=[name for name, one in outputs.items() if same_backbone(first, one) is False],
         curve=curve,
         hindsight=figures.draw_hindsight(outputs, path, "hindsight"),
         improvability=[(name, one.hindsight_improvability()) for name, one in outputs.items()],

@@ -2,5 +2,6 @@
 
 from exitkit.runtime.engine import Engine, compile
 from exitkit.runtime.loop import Prediction
+from exitkit.runtime.timing import time_exits
 
-__all__ = ["Engine", "Prediction", "compile"]
+__all__ = ["Engine", "Prediction", "compile", "time_exits"]

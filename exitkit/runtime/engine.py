@@ -14,6 +14,7 @@ from exitkit.batches import split_batch
 from exitkit.console import make_console
 from exitkit.criteria import Criterion
 from exitkit.errors import ExitkitError, unknown_name
+from exitkit.evaluation.choose import ChosenThreshold
 from exitkit.evaluation.monitor import ShiftMonitor
 from exitkit.model import MultiExitModel
 from exitkit.runtime.exported import example_of
@@ -24,9 +25,9 @@ from exitkit.runtime.optimize import optimized
 from exitkit.runtime.plan import Plan
 from exitkit.runtime.program import Description, Inputs, Program
 from exitkit.runtime.refill import Refill
-from exitkit.runtime.stepping import program_of
+from exitkit.runtime.stepping import dtype_of, program_of
 from exitkit.surgery.calls import as_call
-from exitkit.thresholds import Threshold, check_calibrated, numbers
+from exitkit.thresholds import Threshold, check_calibrated, numbers, temperatures_for
 
 _LARGEST_RECORDED = 256
 """Batches above run without CUDA graphs."""
@@ -50,11 +51,37 @@ class Engine:
     def at(self, threshold: Threshold) -> Engine:
         """The same engine with another τ, or one for each exit; without a monitor, which compares with the old one.
 
+        A plain number is compared with the scores that the engine has, after its temperatures where it has any.
+
         Raises:
-            ExitkitError: as for :func:`compile`.
+            ExitkitError: one of the wrong length or that is no number, a τ found with other temperatures than the engine's,
+                a guarantee for another criterion or precision.
         """
-        loop = replace(self.loop, thresholds=numbers(threshold, len(self.thresholds)))
-        return replace(self, loop=loop, monitor=None)
+        program, taus = self.loop.program, numbers(threshold, len(self.thresholds))
+        check_calibrated(threshold, program.criterion, program.dtype, program.temperatures)
+        promised = threshold.guarantee if isinstance(threshold, ChosenThreshold) else None
+        told = None if self.description is None else replace(self.description, thresholds=taus, guarantee=promised)
+        return Engine(replace(self.loop, thresholds=taus), told)
+
+    def watched(self, monitor: ShiftMonitor) -> Engine:
+        """The same engine, which tells ``monitor`` of every answer.
+
+        Raises:
+            ExitkitError: a monitor of other scores than the engine's.
+        """
+        if not isinstance(monitor, ShiftMonitor):
+            raise ExitkitError(f"monitor is {type(monitor).__name__}; give a ShiftMonitor of the calibration outputs")
+        program = self.loop.program
+        for name, expected, used in (
+            ("criterion", monitor.criterion, program.criterion),
+            ("temperatures", monitor.temperatures, program.temperatures),
+        ):
+            if expected != used:
+                raise ExitkitError(
+                    f"monitor compares scores with {name} {expected!r}, but the engine's have {used!r}, so that all would "
+                    f"look like a shift; make the monitor of outputs with the same {name}"
+                )
+        return replace(self, monitor=monitor)
 
     @property
     def thresholds(self) -> tuple[float, ...]:
@@ -160,7 +187,9 @@ def compile(
     Args:
         model: what :func:`exitkit.attach` returned. Its weights are shared; it runs in eval mode.
         threshold: τ, one τ for each exit before the backbone, or what :func:`exitkit.choose_threshold` returned; by default
-            the one saved with the model. A sample leaves at the first exit whose score is strictly above it.
+            the one saved with the model. A sample leaves at the first exit whose score is strictly above it. One that was
+            found on ``outputs.calibrated(temperatures)`` brings its temperatures: logits are divided by them for the score,
+            and answers stay the same.
         criterion: ``"confidence"``, ``"entropy"``, ``"nats"``, ``"margin"`` or ``"patience"``, for regression
             ``"tolerance"``; by default the method's.
         optimize: compile every stage together with its exit by AOTInductor, for any batch size; on CPU with BatchNorm
@@ -173,15 +202,18 @@ def compile(
 
     Raises:
         ExitkitError: not a multi-exit model, no threshold, one of the wrong length or that is no number, an unknown
-            criterion, samples that do not fit the model, a guarantee for another criterion or precision.
+            criterion, samples that do not fit the model, a guarantee for another criterion or precision, temperatures of
+            another number of exits, a monitor of other scores.
     """
     if not isinstance(model, MultiExitModel):
         raise ExitkitError(f"model is {type(model).__name__}; compile takes what exitkit.attach(model) returns")
     criterion = checked_criterion(model, criterion)
-    thresholds = checked_thresholds(model, threshold, criterion)
-    program = program_of(model, criterion)
+    threshold = resolved_threshold(model, threshold)
+    thresholds = numbers(threshold, len(model.classifiers))
+    program = checked_program(model, threshold, criterion)
     loop = _optimized(model, program, thresholds) if optimize else Loop(program, thresholds)
-    return Engine(loop if samples is None else _planned(model, loop, program, samples), monitor=monitor)
+    engine = Engine(loop if samples is None else _planned(model, loop, program, samples))
+    return engine if monitor is None else engine.watched(monitor)
 
 
 def _optimized(model: MultiExitModel, program: Program, thresholds: tuple[float, ...]) -> Loop:
@@ -208,7 +240,7 @@ def _planned(model: MultiExitModel, loop: Loop, eager: Program, samples: Any) ->
         plan = measure(loop, eager, tensors, independent)
     if not plan.skipped:
         return replace(loop, plan=plan)
-    program = program_of(model, eager.criterion, plan.skipped)
+    program = program_of(model, eager.criterion, eager.temperatures, plan.skipped)
     if loop.program is eager:
         return replace(loop, program=program, plan=plan)
     return replace(_optimized(model, program, loop.thresholds), plan=plan)
@@ -227,13 +259,21 @@ def checked_criterion(model: MultiExitModel, criterion: Any) -> Criterion:
     return chosen
 
 
-def checked_thresholds(model: MultiExitModel, threshold: Threshold | None, criterion: Criterion) -> tuple[float, ...]:
-    """τ of each exit before the backbone; by default the one saved with the model."""
+def resolved_threshold(model: MultiExitModel, threshold: Threshold | None) -> Threshold:
+    """The threshold that is given, or the one saved with the model."""
     threshold = model.threshold if threshold is None else threshold
     if threshold is None:
         raise ExitkitError(
             "threshold=None, and none was saved with the model; choose one on held-out samples: "
             "exitkit.collect(ee, loader).curve().at_budget(0.5).threshold"
         )
-    check_calibrated(threshold, criterion, str(next(model.classifiers.parameters()).dtype).removeprefix("torch."))
-    return numbers(threshold, len(model.classifiers))
+    return threshold
+
+
+def checked_program(model: MultiExitModel, threshold: Threshold, criterion: Criterion) -> Program:
+    """The model's program for this threshold: with its temperatures, and refused where a guarantee is for other scores."""
+    temperatures = temperatures_for(threshold, len(model.classifiers))
+    if temperatures is not None and model.regression:
+        raise ExitkitError("threshold has temperatures, but predictions of a regression have none; give a plain τ")
+    check_calibrated(threshold, criterion, dtype_of(model), temperatures)
+    return program_of(model, criterion, temperatures)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from exitkit.criteria import Criterion
 from exitkit.errors import ExitkitError
+from exitkit.evaluation.scaled import Temperatures
 from exitkit.preprocessing import Preprocessing
 from exitkit.surgery.calls import CallSpec
 
@@ -90,6 +91,8 @@ class Program:
         dynamic: the dimensions of a value that follow the batch or the length of a text, by name.
         criterion: the score that every step gives.
         num_classes: C.
+        dtype: what the exits compute in, ``"float32"``.
+        temperatures: what each exit's logits are divided by before they are scored, or None.
     """
 
     inputs: Inputs
@@ -98,6 +101,8 @@ class Program:
     dynamic: dict[str, tuple[int, ...]]
     criterion: Criterion
     num_classes: int
+    dtype: str
+    temperatures: Temperatures | None = None
 
 
 @dataclass(frozen=True)

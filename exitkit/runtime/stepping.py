@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from exitkit.criteria import CRITERIA, Criterion, tolerance
+from exitkit.evaluation.scaled import Temperatures
 from exitkit.model import MultiExitModel
 from exitkit.runtime.program import Inputs, Program, Step
 from exitkit.surgery.lower import Lowered, Stage
@@ -32,6 +33,7 @@ class StageWithExit(nn.Module):
         combiner: the method's ensemble up to here, if it has one.
         criterion: how the answer is scored.
         times: for the criterion ``"tolerance"``, how many changes in a row must be small.
+        temperature: what the answer's log-probabilities are divided by for the score, or None.
         head_inputs: the model's inputs that the head reads, by value name.
         inputs, outputs: as a :class:`Step` has them.
         decides: whether anyone may leave here; without, the stage runs alone.
@@ -44,6 +46,7 @@ class StageWithExit(nn.Module):
         combiner: nn.Module | None,
         criterion: Criterion,
         times: int,
+        temperature: float | None,
         head_inputs: Sequence[str],
         inputs: Sequence[str],
         outputs: Sequence[str],
@@ -54,7 +57,7 @@ class StageWithExit(nn.Module):
         self.stage_inputs, self.stage_outputs = stage.inputs, stage.outputs
         self.classifier, self.combiner = classifier, combiner
         self.shared = getattr(classifier, "shared", None)  # registered with one exit, read by all
-        self.criterion, self.times = criterion, times
+        self.criterion, self.times, self.temperature = criterion, times, temperature
         self.head_inputs = tuple(head_inputs)
         self.inputs, self.outputs = tuple(inputs), tuple(outputs)
         self.decides = decides
@@ -90,6 +93,8 @@ class StageWithExit(nn.Module):
             named[HISTORY] = seen[:, -self.times - 1 :]
             return tolerance(named[HISTORY], self.times)[:, -1]
         log_probs = F.log_softmax(answer.float(), dim=-1)
+        if self.temperature is not None:  # as ExitOutputs.calibrated, to the bit
+            log_probs = F.log_softmax(log_probs / self.temperature, dim=-1)
         if self.criterion != "patience":
             return CRITERIA[self.criterion](log_probs)
         latest = log_probs.argmax(-1)
@@ -106,7 +111,12 @@ def _in_eval(modules: nn.ModuleList) -> list[nn.Module]:
     return list(deepcopy(modules, {id(tensor): tensor for tensor in tensors}).eval())
 
 
-def program_of(model: MultiExitModel, criterion: Criterion, skipped: Sequence[int] = ()) -> Program:
+def program_of(
+    model: MultiExitModel,
+    criterion: Criterion,
+    temperatures: Temperatures | None = None,
+    skipped: Sequence[int] = (),
+) -> Program:
     """The model's stages and exits as a program, without the exits ``skipped``; weights are shared."""
     lowered = model.lower()
     names = dict(zip(model.example.spec.keys, lowered.inputs, strict=True))
@@ -119,7 +129,8 @@ def program_of(model: MultiExitModel, criterion: Criterion, skipped: Sequence[in
         stage, state_in, state_out = lowered.stages[m], _state(model, criterion, m), _state(model, criterion, m + 1)
         inputs = tuple(dict.fromkeys([*stage.inputs, *reads[m], *state_in]))
         outputs = tuple(name for name in (*stage.outputs, *state_out) if name in needed)
-        parts = stage, classifiers[m], combiners[m], criterion, model.method.times, reads[m]
+        temperature = None if temperatures is None else temperatures[m]
+        parts = stage, classifiers[m], combiners[m], criterion, model.method.times, temperature, reads[m]
         run = StageWithExit(*parts, inputs, outputs, decides=m not in skipped)
         steps.append(Step(run, m, m not in skipped, inputs, outputs, tuple(sorted(needed))))
         needed = (needed - set(outputs)) | set(inputs)
@@ -130,7 +141,14 @@ def program_of(model: MultiExitModel, criterion: Criterion, skipped: Sequence[in
         lowered.dynamic | dict.fromkeys(_STATE, (0,)),
         criterion,
         model.num_classes,
+        dtype_of(model),
+        temperatures,
     )
+
+
+def dtype_of(model: MultiExitModel) -> str:
+    """What the exits compute in, ``"float32"``."""
+    return str(next(model.classifiers.parameters()).dtype).removeprefix("torch.")
 
 
 def _inputs(model: MultiExitModel, lowered: Lowered) -> Inputs:

@@ -11,6 +11,7 @@ from torch import nn
 
 from exitkit.errors import ExitkitError
 from exitkit.evaluation.outputs import ExitOutputs
+from exitkit.evaluation.scaled import temperatures_of
 from exitkit.model import MultiExitModel
 from exitkit.saving.hub import is_name
 from exitkit.thresholds import Threshold, numbers
@@ -41,10 +42,14 @@ def measured(model: MultiExitModel, outputs: ExitOutputs, threshold: Threshold |
             f"outputs are of another model: {classes} classes and exits at {outputs.macs.tolist()} MACs, where this one has "
             f"{model.num_classes} and {costs}; give what exitkit.collect(ee, loader) returned for it"
         )
+    temperatures = None if threshold is None else temperatures_of(threshold)
+    if temperatures is not None and outputs.temperatures is None:
+        outputs = outputs.calibrated(temperatures)  # all thresholds on the card are for the same scores
     curve = outputs.curve(model.method.criterion)
     rows = curve.budget_table().rows
     return {
         "measure": outputs.measure,
+        "temperatures": outputs.temperatures,
         "samples": len(outputs.log_probs),
         "accuracy": outputs.accuracy().tolist(),
         "budgets": {name: None if point is None else point._asdict() for name, point in rows.items()},
@@ -96,14 +101,14 @@ ee = exitkit.MultiExitModel.from_pretrained(backbone, "{source}"){threshold}
 
 Costs are multiply-accumulates per sample, as a share of the backbone's {model.anatomy.macs:,}.
 
-{chosen["guarantee"] if isinstance(chosen, dict) else ""}
+{chosen.get("guarantee", "") if isinstance(chosen, dict) else ""}
 
 {_exits(model, metrics)}
 {_budgets(metrics) if metrics else ""}"""
 
 
 def _shown(threshold: Any) -> str:
-    """τ as saved, in a few digits."""
+    """τ as saved, or other numbers, in a few digits."""
     taus = threshold["threshold"] if isinstance(threshold, dict) else threshold
     return ", ".join(f"{tau:.6g}" for tau in taus) if isinstance(taus, list | tuple) else f"{taus:.6g}"
 
@@ -133,10 +138,15 @@ def _budgets(metrics: Mapping[str, Any]) -> str:
         for name, point in {**chosen, **metrics["budgets"]}.items()
     ]
     return f"""
-On {metrics["samples"]:,} samples, each of which leaves at the first exit whose score is above τ:
+On {metrics["samples"]:,} samples, each of which leaves at the first exit whose score is above τ{_divided(metrics)}:
 
 {_table(["budget", metrics["measure"], "average cost", "τ"], rows)}
 """
+
+
+def _divided(metrics: Mapping[str, Any]) -> str:
+    """What the scores are of, where exits have temperatures."""
+    return f" (logits divided by {_shown(metrics['temperatures'])} for the score)" if metrics["temperatures"] else ""
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
