@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.export import ExportedProgram
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from exitkit.errors import ExitkitError
 
@@ -35,7 +36,8 @@ def to_onnx(exported: ExportedProgram) -> bytes:
     disabled = logging.root.manager.disable
     logging.disable(logging.CRITICAL)  # the exporter reports every pass
     try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        # torch's faster attention kernels leave strides that the exporter's attention does not, and views rely on them
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), sdpa_kernel(SDPBackend.MATH):
             warnings.simplefilter("ignore")
             converted = torch.onnx.export(exported, dynamo=True, verbose=False)
             model: Any = converted.model_proto  # type: ignore[union-attr]
