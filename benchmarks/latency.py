@@ -92,7 +92,7 @@ def main() -> None:
             rows.append(row)
             console.print(" ".join(f"{key}={value}" for key, value in row.items()), soft_wrap=True)
         console.print(_table(rows))
-    console.print(machine()["device"], f"{args.threads} threads")
+    console.print(machine()["device"])
     with replacing(args.out) as temporary:
         temporary.write_text(json.dumps({"about": machine(), "rows": rows}, indent=1))
 

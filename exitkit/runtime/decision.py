@@ -3,36 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 
-class Side(NamedTuple):
+@dataclass(frozen=True)
+class Side:
     """The samples on one side of a decision.
 
     Attributes:
-        index: (K,) int64, their places in the batch, ascending.
+        places: (K,) int64, their places in the batch, ascending.
         rows: (K,) int64, the callers' numbers.
         score: (K,) float32, at this exit.
         fault: (K,) float32, as :class:`~exitkit.runtime.flight.Flight` has it.
     """
 
-    index: Tensor
+    places: Tensor
     rows: Tensor
     score: Tensor
     fault: Tensor
 
     @classmethod
-    def of(cls, index: Tensor, rows: Tensor, score: Tensor, fault: Tensor) -> Side:
-        """The samples at ``index`` of a batch's columns; nothing is copied where these are all of them."""
-        if len(index) == len(rows):
-            return cls(index, rows, score, fault)
-        return cls(index, *(column.index_select(0, index) for column in (rows, score, fault)))
+    def of(cls, places: Tensor, rows: Tensor, score: Tensor, fault: Tensor) -> Side:
+        """The samples at ``places`` of a batch's columns; nothing is copied where these are all of them."""
+        if len(places) == len(rows):
+            return cls(places, rows, score, fault)
+        return cls(places, *(column.index_select(0, places) for column in (rows, score, fault)))
 
     def __len__(self) -> int:
-        return len(self.index)
+        return len(self.places)
 
 
 Split = Callable[[Tensor, Tensor, Tensor, float], tuple[Side, Side]]

@@ -104,7 +104,7 @@ class Loop:
             go, stay = self.split(score, flight.rows, fault, self.thresholds[step.exit])
         if len(go) == 0:
             return flight, []
-        logits = answer if len(go) == len(flight) else self.gather(answer, go.index)
+        logits = answer if len(go) == len(flight) else self.gather(answer, go.places)
         departure = Departure(go.rows, step.exit, logits, go.score, go.fault.isnan())
         return self._onward(flight, stay, index), [departure]
 
@@ -113,10 +113,10 @@ class Loop:
         if len(stay) == 0:
             return None
         if self.plan is not None and not self.plan.compacts(index + 1, len(flight), len(stay)):
-            flight.rows = torch.full_like(flight.rows, -1).index_copy(0, stay.index, stay.rows)
+            flight.rows = torch.full_like(flight.rows, -1).index_copy(0, stay.places, stay.rows)
             return flight
         values = {
-            name: select(value, stay.index, self.program.axes.get(name), len(flight), self.gather)
+            name: select(value, stay.places, self.program.axes.get(name), len(flight), self.gather)
             for name, value in flight.values.items()
         }
         return Flight(stay.rows, values, stay.fault)
