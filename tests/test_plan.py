@@ -76,6 +76,8 @@ def test_exits_that_nobody_takes_are_left_out_and_keep_their_numbers(
     engine = exitkit.compile(ee, [2.0, 0.5, 2.0], samples=x)
     plan = engine.plan()
     assert {0, 2} <= set(plan.skipped)
+    assert len(plan.decisions) == 3
+    assert all(0 < seconds < 1 for seconds in plan.decisions)
     shown = capsys.readouterr().out
     assert "costs more than it saves" in shown
     assert "leave the batch" in shown
