@@ -74,8 +74,8 @@ class Loop:
                 finite = finite and math.isfinite(number)
                 if number > threshold:
                     break
-        exit_ = torch.tensor([step.exit], device=score.device)
-        return Prediction(answer, exit_, score, torch.tensor([not finite], device=score.device))
+        exit_ = score.new_full((1,), step.exit, dtype=torch.int64)
+        return Prediction(answer, exit_, score, score.new_full((1,), not finite, dtype=torch.bool))
 
     def enter(self, tensors: Sequence[Tensor], first: int = 0) -> Flight:
         """A flight of new samples before step 0, numbered from ``first``."""
