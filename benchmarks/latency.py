@@ -1,16 +1,24 @@
-"""Does the wall clock follow the FLOPs? The engine against the equally compiled backbone, and against what is possible.
+"""Does the wall clock follow the FLOPs? The engine against the backbone by itself, and against what is possible.
 
-    python benchmarks/latency.py [--models cifar:resnet56 torchvision:resnet50 ...] [--batches 1 8 64] [--optimize]
+    python benchmarks/latency.py [--models cifar:resnet56 torchvision:resnet50 torchvision:vit_b_16 hf:bert-base ...]
+                                 [--batches 1 8 64 256] [--optimize] [--device cuda]
 
-Only time is asked, so exits are not trained: thresholds are set so that the same share of the samples leaves at every exit,
-chosen so that the average cost is 25, 50 or 75% of the backbone's MACs (100%: nobody leaves). Inputs are random, or CIFAR
-images with ``--images``. The backbone is eager, or with ``--optimize`` compiled as the engine's stages are. Beside its
-milliseconds per batch stand:
+Only time is asked, so weights are random and exits are not trained: thresholds are set so that the same share of the samples
+leaves at every exit, chosen so that the average cost is 25, 50 or 75% of the backbone's MACs (100%: nobody leaves). Inputs are
+random, or CIFAR images with ``--images``. Large models need seconds a batch on a CPU: ``--samples`` and ``--rounds`` say how
+many are measured, and how often.
+
+References, in the same run, are the backbone eager and, with ``--optimize``, compiled by AOTInductor as the engine's stages
+are (*AOTI*; on CUDA replayed from CUDA graphs too) and by ``torch.compile`` for each batch size, on CPU in its default mode,
+on CUDA as ``reduce-overhead`` and ``max-autotune``. Beside their milliseconds per batch stand:
 
 * *MAC bound*: 1 / Σ cᵢ sᵢ, where sᵢ is the share of samples that enter stage i and cᵢ its share of the MACs, head included;
 * *time bound*: the backbone's time over the times of the steps that ran (stage and exit), each alone at the batch it saw;
-* *measured*: the backbone's time over the engine's. Efficiency is measured ÷ time bound: what the loop itself costs;
-* *map*: the same for ``engine.map``, whose stages run full;
+* *measured*: the backbone's time over the engine's, both eager or both AOTI. Efficiency is measured ÷ time bound: what the
+  loop itself costs;
+* *over best*: the time of the fastest reference over the engine's;
+* *exit µs*: an exit's decision and compaction, half of the batch leaving: the mean over the exits;
+* *map*: as *measured*, for ``engine.map``, whose stages run full (at batches above 1);
 * *earlyon*: the same for earlyon 0.3.0 with the same exits and thresholds, in which a batch leaves as a whole (``pip install
   earlyon`` to see it).
 """
@@ -36,6 +44,7 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 import exitkit
+from exitkit.batches import move
 from exitkit.cli.bench import machine
 from exitkit.cli.data import normalise
 from exitkit.cli.sources import load_model
@@ -43,21 +52,32 @@ from exitkit.console import make_console
 from exitkit.files import replacing
 from exitkit.models import cifar_resnet
 from exitkit.models.cifar_resnet import load_weights
+from exitkit.runtime.cuda.buckets import Buckets
+from exitkit.runtime.cuda.graphs import Graphed
 from exitkit.runtime.flight import Flight
+from exitkit.runtime.measure import decision_seconds
 from exitkit.runtime.optimize import compile_step, load_step
 from exitkit.surgery.calls import Example, call_on
 from exitkit.surgery.capture import capture
 from exitkit.surgery.examples import example_for
 from exitkit.surgery.lower import lower
 
-TARGETS = (0.25, 0.5, 0.75, 1.0)
-EXITS, SAMPLES, LENGTH, ROUNDS = 4, 256, 128, 5
+EXITS, LENGTH = 4, 128
+MODES = {"cpu": ("default",), "cuda": ("reduce-overhead", "max-autotune")}
+"""Modes of ``torch.compile`` that references are compiled in."""
+Run = Callable[[Any], Any]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=["cifar:resnet56", "torchvision:resnet18"])
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8, 64])
+    parser.add_argument("--targets", nargs="+", type=float, default=[0.25, 0.5, 0.75, 1.0], help="shares of the MACs")
+    parser.add_argument(
+        "--samples", type=int, default=256, help="thresholds are set on these, and times taken on some"
+    )
+    parser.add_argument("--rounds", type=int, default=5, help="medians of so many runs over the samples")
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--optimize", action="store_true", help="compile the engine's stages and the backbone")
     parser.add_argument("--weights", type=Path, help="weights of cifar:resnet56")
@@ -72,7 +92,7 @@ def main() -> None:
             rows.append(row)
             console.print(" ".join(f"{key}={value}" for key, value in row.items()), soft_wrap=True)
         console.print(_table(rows))
-    console.print(machine()["device"], f"{args.threads} threads")
+    console.print(machine()["device"])
     with replacing(args.out) as temporary:
         temporary.write_text(json.dumps({"about": machine(), "rows": rows}, indent=1))
 
@@ -80,21 +100,22 @@ def main() -> None:
 def measure(name: str, args: argparse.Namespace) -> Any:
     """One row for every target and batch size."""
     backbone, samples = _backbone(name, args)
+    backbone, samples = backbone.to(args.device), move(samples, args.device)
     shares = [(index + 1) / (EXITS + 1) for index in range(EXITS)]
     torch.manual_seed(0)
     ee = exitkit.attach(backbone, at_cost=shares, method="sdn", head="1L").eval()
-    batches = [_rows(samples, start, start + 32) for start in range(0, SAMPLES, 32)]
-    scores = exitkit.collect(ee, batches).scores()[:, :-1].double()
+    batches = [_rows(samples, start, start + 32) for start in range(0, args.samples, 32)]
+    scores = exitkit.collect(ee, batches).scores()[:, :-1].double().cpu()
     costs = [exit_.macs_fraction for exit_ in ee.exits]
     compiled = exitkit.compile(ee, 2.0, optimize=args.optimize)
-    reference = _compiled(ee) if args.optimize else partial(call_on, backbone)
-    for target in TARGETS:
+    references = _references(ee, args)
+    for target in args.targets:
         thresholds = _thresholds(scores, costs, target) if target < 1 else [2.0] * EXITS
         engine = compiled.at(thresholds)
         other = _earlyon(ee, thresholds)
         for batch in args.batches:
             about = {"model": name, "optimize": args.optimize, "target": target, "batch": batch}
-            yield about | _row(engine, reference, other, samples, batch, costs)
+            yield about | _row(engine, references, other, samples, batch, costs, args)
 
 
 def _backbone(name: str, args: argparse.Namespace) -> tuple[nn.Module, Any]:
@@ -103,16 +124,16 @@ def _backbone(name: str, args: argparse.Namespace) -> tuple[nn.Module, Any]:
         resnet = cifar_resnet(56)
         if args.weights is not None:
             load_weights(resnet, args.weights)
-        images = None if args.images is None else normalise(np.load(args.images)["images"][:SAMPLES])
-        return resnet.train(False), torch.randn(SAMPLES, 3, 32, 32) if images is None else images
+        images = None if args.images is None else normalise(np.load(args.images)["images"][: args.samples])
+        return resnet.train(False), torch.randn(args.samples, 3, 32, 32) if images is None else images
     if name == "hf:bert-base":
         from transformers import BertConfig, BertForSequenceClassification
 
-        ids = torch.randint(1000, 30000, (SAMPLES, LENGTH))
+        ids = torch.randint(1000, 30000, (args.samples, LENGTH))
         bert: nn.Module = BertForSequenceClassification(BertConfig()).train(False)
         return bert, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     model = load_model(name).train(False)
-    return model, torch.randn(SAMPLES, *example_for(model).tensors[0].shape[1:])
+    return model, torch.randn(args.samples, *example_for(model).tensors[0].shape[1:])
 
 
 def _rows(samples: Any, start: int, stop: int) -> Any:
@@ -120,7 +141,18 @@ def _rows(samples: Any, start: int, stop: int) -> Any:
     return example.spec.batch(tuple(tensor[start:stop] for tensor in example.tensors))
 
 
-def _compiled(ee: exitkit.MultiExitModel) -> Callable[[Any], Any]:
+def _references(ee: exitkit.MultiExitModel, args: argparse.Namespace) -> dict[str, Run]:
+    """The backbone by itself, in the ways it is run; the engine is compared with the last of ``eager`` and ``AOTI``."""
+    references: dict[str, Run] = {"eager": partial(call_on, ee.backbone)}
+    if args.optimize:
+        references["AOTI"] = _aot_compiled(ee)
+        for mode in MODES[torch.device(args.device).type]:
+            compiled = torch.compile(ee.backbone, mode=mode, dynamic=False)
+            references[f"torch.compile {mode}"] = partial(call_on, compiled)
+    return references
+
+
+def _aot_compiled(ee: exitkit.MultiExitModel) -> Run:
     """The backbone alone, compiled as a step is."""
     tensors = ee.example.with_batch(3).tensors
     lowered = lower(capture(ee.backbone, ee.example.spec.batch(ee.example.tensors)), ())
@@ -128,11 +160,13 @@ def _compiled(ee: exitkit.MultiExitModel) -> Callable[[Any], Any]:
     with tempfile.TemporaryDirectory() as directory, torch.no_grad():
         path = Path(directory) / "backbone.pt2"
         exported = torch.export.export(lowered.stages[0].module, tensors, dynamic_shapes=dims, strict=False)
-        run = load_step(path, compile_step(exported, path))
+        run: Callable[..., Any] = load_step(path, compile_step(exported, path))
+    if tensors[0].is_cuda:
+        run = Graphed(run, tuple(map(lowered.axes.get, lowered.inputs)), (0,), Buckets.up_to(256))
     return lambda batch: run(*ee.example.spec.tensors(batch))
 
 
-def _earlyon(ee: exitkit.MultiExitModel, thresholds: Sequence[float]) -> Callable[[Any], Any] | None:
+def _earlyon(ee: exitkit.MultiExitModel, thresholds: Sequence[float]) -> Run | None:
     """The same backbone, heads and thresholds in earlyon; None for texts, which it does not take."""
     if find_spec("earlyon") is None or len(ee.example.spec.keys) > 1:
         return None
@@ -144,6 +178,7 @@ def _earlyon(ee: exitkit.MultiExitModel, thresholds: Sequence[float]) -> Callabl
     config.enabled_exits = [threshold <= 1 for threshold in thresholds]
     shape = (1, *ee.example.tensors[0].shape[1:])
     wrapper = EarlyExitWrapper(copy.deepcopy(ee.backbone), heads, nn.Identity(), config, shape).eval()
+    wrapper = wrapper.to(ee.example.tensors[0].device)
 
     def run(batch: tuple[Tensor]) -> Any:
         return wrapper(*batch) if len(batch[0]) == 1 else wrapper.forward_inference_batched(*batch)
@@ -172,39 +207,50 @@ def _thresholds(scores: Tensor, costs: Sequence[float], target: float) -> list[f
 
 def _row(
     engine: exitkit.Engine,
-    reference: Callable[[Any], Any],
-    other: Callable[[Any], Any] | None,
+    references: dict[str, Run],
+    other: Run | None,
     samples: Any,
     batch: int,
     costs: Sequence[float],
-) -> dict[str, float | None]:
-    chunks = [_rows(samples, start, start + batch) for start in range(0, min(SAMPLES, max(32, 2 * batch)), batch)]
-    runs: dict[str, Callable[[], Any]] = {
-        "backbone": lambda: [reference(chunk) for chunk in chunks],
-        "engine": lambda: [call_on(engine, chunk) for chunk in chunks],
-        "steps": _steps_alone(engine, chunks),
-        "map": lambda: list(engine.map(chunks, batch)),
-    }
+    args: argparse.Namespace,
+) -> dict[str, Any]:
+    count = min(args.samples, max(32, 2 * batch))
+    chunks = [_rows(samples, start, start + batch) for start in range(0, count, batch)]
+    answers: dict[str, Run] = references | {"engine": partial(call_on, engine)}
     if other is not None:
-        runs["earlyon"] = lambda: [other(chunk) for chunk in chunks]
+        answers["earlyon"] = other
+    runs: dict[str, Callable[[], Any]] = {name: partial(_each, run, chunks) for name, run in answers.items()}
+    runs["steps"] = _steps_alone(engine, chunks)
+    if batch > 1:
+        runs["map"] = lambda: list(engine.map(chunks, batch))
     with torch.inference_mode():
-        seconds = _interleaved(runs)
-    exits = torch.cat([call_on(engine, chunk).exit for chunk in chunks])
-    macs = float(torch.tensor(costs)[exits].mean())
-    full, own = seconds["backbone"], seconds["engine"]
+        seconds = _interleaved(runs, args.rounds)
+        decisions = decision_seconds(engine.loop, Example.of(chunks[0]).tensors)
+    exits = torch.cat([call_on(engine, chunk).exit for chunk in chunks]).cpu()
+    full, own = seconds.get("AOTI", seconds["eager"]), seconds["engine"]
     return {
-        "backbone_ms": 1e3 * full / len(chunks),
+        "references_ms": {name: 1e3 * seconds[name] / len(chunks) for name in references},
         "engine_ms": 1e3 * own / len(chunks),
-        "mac_bound": 1 / macs,
+        "mac_bound": 1 / float(torch.tensor(costs)[exits].mean()),
         "time_bound": full / seconds["steps"],
         "measured": full / own,
         "efficiency": seconds["steps"] / own,
-        "map": full / seconds["map"],
+        "over_best": min(seconds[name] for name in references) / own,
+        "exit_us": 1e6 * statistics.mean(decisions),
+        "map": full / seconds["map"] if "map" in seconds else None,
         "earlyon": None if other is None else full / seconds["earlyon"],
     }
 
 
-def _steps_alone(engine: exitkit.Engine, chunks: Sequence[Any]) -> Callable[[], Any]:
+def _each(run: Run, chunks: Sequence[Any]) -> None:
+    """One batch after another, each answered before the next."""
+    for chunk in chunks:
+        run(chunk)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+
+
+def _steps_alone(engine: exitkit.Engine, chunks: Sequence[Any]) -> Callable[[], None]:
     """The steps that run on these batches, on what stands before them, without the loop."""
     loop, runs = engine.loop, []
     for chunk in chunks:
@@ -213,13 +259,13 @@ def _steps_alone(engine: exitkit.Engine, chunks: Sequence[Any]) -> Callable[[], 
             if flight is not None:
                 runs.append(partial(step.run, *(flight.values[name] for name in step.inputs)))
                 flight, _ = loop.advance(flight, index)
-    return lambda: [run() for run in runs]
+    return partial(_each, lambda run: run(), runs)
 
 
-def _interleaved(runs: dict[str, Callable[[], Any]]) -> dict[str, float]:
+def _interleaved(runs: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
     """Seconds of each, in turn, so that they share whatever else the machine does: medians, after one round to warm up."""
     times: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(ROUNDS + 1):
+    for _ in range(rounds + 1):
         for name, run in runs.items():
             started = time.perf_counter()
             run()
@@ -228,21 +274,21 @@ def _interleaved(runs: dict[str, Callable[[], Any]]) -> dict[str, float]:
 
 
 def _table(rows: Sequence[dict[str, Any]]) -> Table:
-    table = Table(title="Speedup over the backbone (1×)")
-    headings = "model compute batch backbone_ms engine_ms mac_bound time_bound measured efficiency map earlyon".split()
-    for heading in headings:
+    table = Table(title="Milliseconds per batch, and speedup over the backbone (1×)")
+    references = list(dict.fromkeys(name for row in rows for name in row["references_ms"]))
+    speeds = ("mac_bound", "time_bound", "measured", "over_best", "map", "earlyon")
+    for heading in ("model", "compute", "batch", *references, "engine", *speeds, "efficiency", "exit µs"):
         table.add_column(heading.replace("_", " "), justify="left" if heading == "model" else "right")
     for row in rows:
-        speeds = ["" if row[key] is None else f"{row[key]:.2f}×" for key in ("map", "earlyon")]
         table.add_row(
-            row["model"] + (" (compiled)" if row["optimize"] else ""),
+            row["model"],
             f"{row['target']:.0%}",
             str(row["batch"]),
-            f"{row['backbone_ms']:.1f}",
+            *(f"{row['references_ms'][name]:.1f}" if name in row["references_ms"] else "" for name in references),
             f"{row['engine_ms']:.1f}",
-            *(f"{row[key]:.2f}×" for key in ("mac_bound", "time_bound", "measured")),
+            *("" if row[key] is None else f"{row[key]:.2f}×" for key in speeds),
             f"{row['efficiency']:.2f}",
-            *speeds,
+            f"{row['exit_us']:.0f}",
         )
     return table
 

@@ -91,22 +91,29 @@ def test_one_recording_for_each_bucket() -> None:
 
 _CASES = """
 import torch
-from exitkit.runtime import decision
+from exitkit.runtime import decision, flight
 from exitkit.runtime.cuda import kernels
 for seed in range(60):
     generator = torch.Generator().manual_seed(seed)
     size = int(torch.randint(1, 70, (1,), generator=generator))
-    score = torch.rand(size, generator=generator)
+    score, fault = torch.rand(2, size, generator=generator)
     threshold = float(score[0]) if seed % 3 == 0 else 1.2 * float(torch.rand(1, generator=generator)) - 0.1
     score[torch.rand(size, generator=generator) < 0.1] = float("nan")
     rows = torch.where(torch.rand(size, generator=generator) < 0.2, -1, torch.arange(size))
-    got, expected = kernels.split(score, rows, threshold), decision.split(score, rows, threshold)
-    assert all(map(torch.equal, got, expected)), (seed, got, expected)
+    got, expected = (module.split(score, rows, fault, threshold) for module in (kernels, decision))
+    for one, other in zip(got, expected, strict=True):
+        for name, column in vars(other).items():
+            assert torch.equal(getattr(one, name).nan_to_num(2), column.nan_to_num(2)), (seed, name, got, expected)
+int64, half = torch.int64, torch.float16
+for shape, dtype in (((70,), int64), ((70, 1000), torch.float32), ((70, 3, 7, 50), half), ((70, 5), torch.bool)):
+    value = torch.randn(shape).to(dtype)
+    for index in (torch.tensor([69, 0, 3]), torch.arange(70), torch.tensor([], dtype=torch.int64)):
+        assert torch.equal(kernels.gather(value, index), flight.gather(value, index)), (shape, dtype)
 print("alike")
 """
 
 
-def test_the_kernel_decides_as_plain_torch() -> None:
+def test_the_kernels_decide_and_gather_as_plain_torch() -> None:
     """In a process of its own: Triton reads the switch to its interpreter when it is imported."""
     pytest.importorskip("triton")
     environment = os.environ | {"TRITON_INTERPRET": "1"}
@@ -114,11 +121,33 @@ def test_the_kernel_decides_as_plain_torch() -> None:
     assert done.stdout.strip() == "alike", done.stderr
 
 
+_COMPILED = """
+import triton
+from triton.backends.compiler import GPUTarget
+from exitkit.runtime.cuda import kernels
+columns = dict.fromkeys(("index", "rows", "rows_out"), "*i64") | dict.fromkeys(("size", "width"), "i32")
+floats = dict.fromkeys(("score", "fault", "score_out", "fault_out", "source", "target"), "*fp32")
+types = columns | floats | {"threshold": "*fp64", "counts": "*i32", "BLOCK": "constexpr"}
+for kernel in (kernels._split_kernel, kernels._gather_kernel):
+    names = kernel.arg_names  # BLOCK is the last
+    source = triton.compiler.ASTSource(kernel, {name: types[name] for name in names}, {(len(names) - 1,): 256})
+    assert "cubin" in triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm
+print("compiled")
+"""
+
+
+def test_the_kernels_compile_for_a_gpu_that_is_not_there() -> None:
+    pytest.importorskip("triton")
+    done = subprocess.run([sys.executable, "-c", _COMPILED], capture_output=True, text=True)
+    assert done.stdout.strip() == "compiled", done.stderr
+
+
 def test_a_score_that_equals_the_threshold_stays_and_so_does_one_that_is_no_number() -> None:
     score = torch.tensor([0.7, 0.1, 0.7, 0.9, float("nan"), 0.9])
-    rows = torch.tensor([0, 1, 2, 3, 4, -1])
-    leave, stay = decision.split(score, rows, float(score[0]))
-    assert (leave.tolist(), stay.tolist()) == ([3], [0, 1, 2, 4])
+    rows, fault = torch.tensor([0, 1, 2, 3, 4, -1]), 2 * score
+    leave, stay = decision.split(score, rows, fault, float(score[0]))
+    assert (leave.rows.tolist(), stay.rows.tolist()) == ([3], [0, 1, 2, 4])
+    assert (leave.places.tolist(), leave.fault.tolist()) == ([3], [float(fault[3])])
 
 
 @pytest.mark.cuda

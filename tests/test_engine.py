@@ -149,9 +149,11 @@ def test_an_empty_batch_has_an_empty_answer(models: dict[str, exitkit.MultiExitM
 def test_a_score_that_is_not_finite_never_lets_a_sample_leave(models: dict[str, exitkit.MultiExitModel]) -> None:
     x = images(4)
     x[2, 0, 3, 3] = float("nan")
-    prediction = exitkit.compile(models["sdn"], 0.0)(x)
+    engine = exitkit.compile(models["sdn"], 0.0)
+    prediction = engine(x)
     assert prediction.exit.tolist() == [0, 0, 3, 0]
     assert prediction.non_finite.tolist() == [False, False, True, False]
+    assert [bool(engine(row).non_finite) for row in x.split(1)] == [False, False, True, False]
 
 
 @pytest.mark.parametrize(
@@ -339,6 +341,7 @@ def test_regression_leaves_after_small_changes_in_a_row() -> None:
     prediction = exitkit.compile(ee, threshold)(x)
     assert prediction.exit.tolist() == outputs.exits_at(threshold).tolist()
     assert set(prediction.exit.tolist()) == {2, 3}
+    assert not prediction.non_finite.any()  # the lowest finite score, twice, is finite
     for row, exit_ in enumerate(prediction.exit.tolist()):
         torch.testing.assert_close(prediction.logits[row, 0], outputs.predictions[row, exit_], rtol=1e-5, atol=1e-5)
     with pytest.raises(ExitkitError, match=r"criterion='margin' is not for this model: 'tolerance' is for regression"):

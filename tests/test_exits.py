@@ -120,6 +120,15 @@ def test_masked_mean_without_a_mask_is_the_mean() -> None:
     assert torch.allclose(TokenPool("masked_mean")(tokens), tokens.mean(1))
 
 
+def test_the_last_token_is_exported_for_batches_of_any_size() -> None:
+    """As T5's stages need it."""
+    pool, tokens, mask = TokenPool("last"), torch.randn(3, 5, 4), torch.ones(3, 5, dtype=torch.long)
+    mask[1, 2:] = 0
+    any_batch = {0: torch.export.Dim.DYNAMIC}
+    exported = torch.export.export(pool, (tokens, mask), dynamic_shapes=(any_batch, any_batch), strict=False).module()
+    assert torch.equal(exported(tokens[:2], mask[:2]), torch.stack([tokens[0, 4], tokens[1, 1]]))
+
+
 def test_token_head_passes_the_mask_on() -> None:
     classifier, tokens = head((3, 4), "tokens", readout="masked_mean"), torch.randn(2, 3, 4)
     masked = classifier(tokens, inputs=[torch.tensor([[1, 0, 0], [1, 0, 0]])])

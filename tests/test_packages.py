@@ -41,7 +41,11 @@ def _threshold(ee: exitkit.MultiExitModel) -> float:
     """τ that half of the samples pass."""
     if ee.method.criterion == "patience":
         return 1.0
-    return float(exitkit.collect(ee, [images(64)]).scores()[:, 0].median())
+    return _median(ee, images(64))
+
+
+def _median(ee: exitkit.MultiExitModel, x: Tensor) -> float:
+    return float(exitkit.collect(ee, [x]).scores()[:, 0].median())
 
 
 @pytest.fixture(scope="module")
@@ -140,6 +144,20 @@ def test_texts_of_any_length(tmp_path: Path) -> None:
         one, other = loaded(input_ids=ids, attention_mask=mask), engine(input_ids=ids, attention_mask=mask)
         assert torch.equal(one.exit, other.exit)
         torch.testing.assert_close(one.logits, other.logits, rtol=1e-4, atol=1e-5)
+
+
+def test_attention_over_windows_as_onnx(tmp_path: Path) -> None:
+    """Swin's windows are part of the batch, and its reshapes rely on strides that ONNX's attention does not leave."""
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("onnxruntime")
+    torch.manual_seed(0)
+    config = transformers.SwinConfig(
+        image_size=16, patch_size=2, embed_dim=8, depths=[1, 1], num_heads=[2, 2], window_size=4, num_labels=3
+    )
+    x = torch.randn(8, 3, 16, 16)
+    ee = noisy(exitkit.attach(transformers.SwinForImageClassification(config).eval(), x[:2], every=1, method="sdn"))
+    exitkit.export(ee, tmp_path / "model.onnx.zip", _median(ee, x))
+    _check(exitkit.compile(ee, _median(ee, x)), exitkit.load(tmp_path / "model.onnx.zip"), x)
 
 
 def test_compiled_stages(models: dict[str, exitkit.MultiExitModel], tmp_path: Path) -> None:

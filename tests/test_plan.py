@@ -18,6 +18,7 @@ PLAN = Plan(
     seconds=((1.0, 1.0, 1.0), (2.0, 2.0, 4.0), (1.0, 10.0, 20.0)),
     heads=((0.5, 0.5, 0.5), (0.1, 1.0, 2.0), (0.0, 0.0, 0.0)),
     gathers=((0.1, 0.1, 0.1),) * 3,
+    decisions=(2e-5, 3e-5),
     reached=(1.0, 0.9, 0.4),
 )
 
@@ -52,7 +53,7 @@ class _Never(Plan):
 def test_carrying_the_leavers_along_changes_no_answer(ee: exitkit.MultiExitModel, quantile: float) -> None:
     x = images(33)
     engine = exitkit.compile(ee, exitkit.collect(ee, [x]).scores()[:, :-1].quantile(quantile, dim=0).tolist())
-    carrying = replace(engine, loop=replace(engine.loop, plan=_Never((1,), (), (), (), ())))
+    carrying = replace(engine, loop=replace(engine.loop, plan=_Never((1,), (), (), (), (), ())))
     sizes: list[int] = []
     handles = [
         step.run.register_forward_pre_hook(lambda _, args: sizes.append(len(args[0])))  # type: ignore[attr-defined]
@@ -75,6 +76,8 @@ def test_exits_that_nobody_takes_are_left_out_and_keep_their_numbers(
     engine = exitkit.compile(ee, [2.0, 0.5, 2.0], samples=x)
     plan = engine.plan()
     assert {0, 2} <= set(plan.skipped)
+    assert len(plan.decisions) == 3
+    assert all(0 < seconds < 1 for seconds in plan.decisions)
     shown = capsys.readouterr().out
     assert "costs more than it saves" in shown
     assert "leave the batch" in shown

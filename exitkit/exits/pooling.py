@@ -66,7 +66,7 @@ class TokenPool(nn.Module):
             if mask is None:
                 return tokens[:, -1]
             places = torch.arange(tokens.shape[1], device=tokens.device)
-            return tokens[torch.arange(len(tokens), device=tokens.device), (places * (mask != 0)).argmax(1)]
+            return tokens[torch.arange(tokens.shape[0], device=tokens.device), (places * (mask != 0)).argmax(1)]
         if self.kind == "masked_mean" and mask is not None:
             weights = mask.to(tokens.dtype).unsqueeze(-1)
             return (tokens * weights).sum(1) / weights.sum(1).clamp(min=1)

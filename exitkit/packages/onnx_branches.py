@@ -14,7 +14,7 @@ from torch.export import Dim
 from exitkit.errors import ExitkitError
 from exitkit.files import replacing
 from exitkit.packages.manifest import check_format, description_of, inputs_of
-from exitkit.packages.onnx_steps import session, to_onnx
+from exitkit.packages.onnx_steps import plain_attention, session, to_onnx
 from exitkit.runtime.loop import Prediction
 from exitkit.runtime.program import Description, Inputs, Program
 
@@ -66,7 +66,7 @@ def write_branches(
     one = tuple(tensor[:1].contiguous() for tensor in example)
     lengths = tuple({dim: Dim.AUTO for dim in program.dynamic[name] if dim > 0} for name in program.inputs.names)
     try:
-        with torch.no_grad():
+        with torch.no_grad(), plain_attention():
             exported = torch.export.export(module, one, dynamic_shapes=(lengths,), strict=False)
     except Exception as error:  # torch.export raises dozens of types, most of them private
         raise ExitkitError(

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.export import ExportedProgram
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from exitkit.errors import ExitkitError
 
@@ -35,7 +36,7 @@ def to_onnx(exported: ExportedProgram) -> bytes:
     disabled = logging.root.manager.disable
     logging.disable(logging.CRITICAL)  # the exporter reports every pass
     try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), plain_attention():
             warnings.simplefilter("ignore")
             converted = torch.onnx.export(exported, dynamo=True, verbose=False)
             model: Any = converted.model_proto  # type: ignore[union-attr]
@@ -51,6 +52,11 @@ def to_onnx(exported: ExportedProgram) -> bytes:
         raise ExitkitError("ONNX files of more than 2 GiB are not written; export a .pt2")
     content: bytes = model.SerializeToString()
     return content
+
+
+def plain_attention() -> contextlib.AbstractContextManager[None]:
+    """To trace under: faster attention kernels leave strides that ONNX's does not, and later views would rely on them."""
+    return sdpa_kernel(SDPBackend.MATH)
 
 
 def session(content: bytes) -> Any:

@@ -3,22 +3,51 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-Split = Callable[[Tensor, Tensor, float], tuple[Tensor, Tensor]]
-"""From scores (B,) float32, rows (B,) int64 and τ to two int64 index tensors, both ascending: the samples that leave, and
-those that go on, as does whoever has a score of NaN. A row of −1 is neither."""
+
+@dataclass(frozen=True)
+class Side:
+    """The samples on one side of a decision.
+
+    Attributes:
+        places: (K,) int64, their places in the batch, ascending.
+        rows: (K,) int64, the callers' numbers.
+        score: (K,) float32, at this exit.
+        fault: (K,) float32, as :class:`~exitkit.runtime.flight.Flight` has it.
+    """
+
+    places: Tensor
+    rows: Tensor
+    score: Tensor
+    fault: Tensor
+
+    @classmethod
+    def of(cls, places: Tensor, rows: Tensor, score: Tensor, fault: Tensor) -> Side:
+        """The samples at ``places`` of a batch's columns; nothing is copied where these are all of them."""
+        if len(places) == len(rows):
+            return cls(places, rows, score, fault)
+        return cls(places, *(column.index_select(0, places) for column in (rows, score, fault)))
+
+    def __len__(self) -> int:
+        return len(self.places)
 
 
-def split(score: Tensor, rows: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
+Split = Callable[[Tensor, Tensor, Tensor, float], tuple[Side, Side]]
+"""From scores (B,) float32, rows (B,) int64, faults (B,) float32 and τ to the samples that leave, and those that go on, as
+does whoever has a score of NaN. A row of −1 is neither."""
+
+
+def split(score: Tensor, rows: Tensor, fault: Tensor, threshold: float) -> tuple[Side, Side]:
     """A :data:`Split` in plain torch; what other implementations are tested against."""
-    if len(rows) == 1:  # the usual case of latency: plain numbers take less time than a handful of operations
-        alone, nobody = rows.new_zeros(1), rows.new_empty(0)
-        if int(rows) < 0:
-            return nobody, nobody
-        return (alone, nobody) if float(score) > threshold else (nobody, alone)
+    leave, stay = _places(score, rows, threshold)
+    return Side.of(leave, rows, score, fault), Side.of(stay, rows, score, fault)
+
+
+def _places(score: Tensor, rows: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
     present = rows >= 0
     leaves = (score.double() > threshold) & present
     count = int(leaves.sum())

@@ -121,11 +121,12 @@ class Engine:
 
     def _answer(self, tensors: tuple[Tensor, ...]) -> Prediction:
         count = len(tensors[0])
+        if count == 1:
+            return self.loop.alone(tensors)
         try:
             departures = self._run(tensors) if count else []
         except torch.OutOfMemoryError:
-            if count == 1:
-                raise
+            pass
         else:
             return self.loop.landed(departures, count)
         half = count // 2  # outside of the except, whose traceback keeps the failed batch's tensors
@@ -193,7 +194,7 @@ def compile(
         criterion: ``"confidence"``, ``"entropy"``, ``"nats"``, ``"margin"`` or ``"patience"``, for regression
             ``"tolerance"``; by default the method's.
         optimize: compile every stage together with its exit by AOTInductor, for any batch size; on CPU with BatchNorm
-            folded into convolutions, on CUDA replayed from CUDA graphs, with the decision in one kernel. Takes seconds
+            folded into convolutions, on CUDA replayed from CUDA graphs, with decision and compaction in Triton. Takes seconds
             to minutes; later changes of the model's weights have no effect.
         samples: inputs as they come in use, on which the steps are timed on this device, as one batch. Samples then leave
             a batch only where going on without them is faster, and an exit that costs more than it saves is left out
@@ -217,14 +218,14 @@ def compile(
 
 
 def _optimized(model: MultiExitModel, program: Program, thresholds: tuple[float, ...]) -> Loop:
-    """Compiled steps; on CUDA also recorded, and the decision in one kernel."""
+    """Compiled steps; on CUDA also recorded, with the kernels of the decision."""
     compiled = optimized(program, example_of(model))
     if program.inputs.device.type != "cuda":
         return Loop(compiled, thresholds)
     from exitkit.runtime.cuda.graphs import graphed
-    from exitkit.runtime.cuda.kernels import split
+    from exitkit.runtime.cuda.kernels import gather, split
 
-    return Loop(graphed(compiled, _LARGEST_RECORDED), thresholds, split=split)
+    return Loop(graphed(compiled, _LARGEST_RECORDED), thresholds, split=split, gather=gather)
 
 
 def _planned(model: MultiExitModel, loop: Loop, eager: Program, samples: Any) -> Loop:

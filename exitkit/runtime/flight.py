@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +10,14 @@ import torch
 from torch import Tensor
 
 from exitkit.runtime.memory_format import is_channels_last
+
+Gather = Callable[[Tensor, Tensor], Tensor]
+"""From a value (B, …) and places (K,) int64 to the value's rows there (K, …)."""
+
+
+def gather(value: Tensor, index: Tensor) -> Tensor:
+    """A :data:`Gather` in plain torch."""
+    return value.index_select(0, index)
 
 
 @dataclass
@@ -19,23 +27,20 @@ class Flight:
     Attributes:
         rows: (B,) int64, the callers' numbers of the samples; −1 for one that has its answer and is carried along.
         values: what later steps read, by name.
-        total: (B,) float32, the sum of the scores so far, which is not finite once one of them was not.
+        fault: (B,) float32, 0 as long as every score was finite, NaN since one was not.
     """
 
     rows: Tensor
     values: dict[str, Any]
-    total: Tensor
+    fault: Tensor
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def select(self, keep: Tensor, axes: Mapping[str, int]) -> Flight:
-        """The samples at the indices ``keep`` (int64), by index-select of every batch-major value and of those only."""
-        return Flight(
-            self.rows.index_select(0, keep),
-            {name: select(value, keep, axes.get(name), len(self)) for name, value in self.values.items()},
-            self.total.index_select(0, keep),
-        )
+        """The samples at the places ``keep`` (int64): every batch-major value is gathered, and those only."""
+        values = {name: select(value, keep, axes.get(name), len(self)) for name, value in self.values.items()}
+        return Flight(gather(self.rows, keep), values, gather(self.fault, keep))
 
     @staticmethod
     def merge(flights: Sequence[Flight], axes: Mapping[str, int]) -> Flight:
@@ -51,17 +56,17 @@ class Flight:
         return Flight(
             torch.cat([flight.rows for flight in flights]),
             {name: joined(name) for name in flights[0].values},
-            torch.cat([flight.total for flight in flights]),
+            torch.cat([flight.fault for flight in flights]),
         )
 
 
-def select(value: Any, keep: Tensor, axis: int | None, batch: int) -> Any:
+def select(value: Any, keep: Tensor, axis: int | None, batch: int, gather: Gather = gather) -> Any:
     """The samples ``keep`` of ``batch``; a value without a batch axis (a rotary table, a size) stays as it is."""
     if axis is None:
         return value
     if value.shape[axis] == batch:
-        if axis == 0 and is_channels_last(value):  # index_select alone would give another memory format
-            return value.permute(0, 2, 3, 1).index_select(0, keep).permute(0, 3, 1, 2)
-        return value.index_select(axis, keep)
+        if axis == 0 and is_channels_last(value):  # gathered as it lies, it keeps its memory format
+            return gather(value.permute(0, 2, 3, 1), keep).permute(0, 3, 1, 2)
+        return gather(value, keep) if axis == 0 else value.index_select(axis, keep)
     samples = value.unflatten(axis, (batch, -1))
     return samples.index_select(axis, keep).flatten(axis, axis + 1)

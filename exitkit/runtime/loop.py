@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -9,8 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from exitkit.runtime.decision import Split, split
-from exitkit.runtime.flight import Flight
+from exitkit.runtime.decision import Side, Split, split
+from exitkit.runtime.flight import Flight, Gather, gather, select
 from exitkit.runtime.plan import Plan
 from exitkit.runtime.program import Program
 
@@ -50,12 +51,31 @@ class Loop:
         thresholds: τ of each exit before the backbone.
         plan: where samples that have their answer leave the batch; everywhere, without one.
         split: the decision.
+        gather: how rows are taken out of a batch.
     """
 
     program: Program
     thresholds: tuple[float, ...]
     plan: Plan | None = None
     split: Split = split
+    gather: Gather = gather
+
+    def alone(self, tensors: Sequence[Tensor]) -> Prediction:
+        """The answer of one sample, who has nobody to part from: plain numbers, which take less time than tensors."""
+        values = dict(zip(self.program.inputs.names, tensors, strict=True))
+        finite = True
+        for step, threshold in zip(self.program.steps, (*self.thresholds, float("-inf")), strict=True):
+            made = step.run(*[values[name] for name in step.inputs])
+            values.update(zip(step.outputs, made, strict=False))
+            values = {name: values[name] for name in step.live}
+            if step.decides:
+                answer, score = made[-2:]
+                number = float(score)
+                finite = finite and math.isfinite(number)
+                if number > threshold:
+                    break
+        exit_ = score.new_full((1,), step.exit, dtype=torch.int64)
+        return Prediction(answer, exit_, score, score.new_full((1,), not finite, dtype=torch.bool))
 
     def enter(self, tensors: Sequence[Tensor], first: int = 0) -> Flight:
         """A flight of new samples before step 0, numbered from ``first``."""
@@ -71,34 +91,38 @@ class Loop:
         flight.values = {name: values[name] for name in step.live}
         if not step.decides:
             return flight, []
-        answer, score = made[-2:]
-        flight.total = flight.total + score
+        return self.part(flight, index, *made[-2:])
+
+    def part(self, flight: Flight, index: int, answer: Tensor, score: Tensor) -> tuple[Flight | None, list[Departure]]:
+        """The decision after a step that gave this answer (B, C) and score (B,): as :meth:`advance` returns it."""
+        step = self.program.steps[index]
+        flight.fault = fault = flight.fault + 0 * score
         if index == len(self.program.steps) - 1:
-            go, keep = torch.nonzero(flight.rows >= 0).squeeze(1), flight.rows[:0]
+            present = torch.nonzero(flight.rows >= 0).squeeze(1)
+            go, stay = (Side.of(places, flight.rows, score, fault) for places in (present, present[:0]))
         else:
-            go, keep = self.split(score, flight.rows, self.thresholds[step.exit])
+            go, stay = self.split(score, flight.rows, fault, self.thresholds[step.exit])
         if len(go) == 0:
             return flight, []
-        if len(go) == len(flight):
-            return None, [Departure(flight.rows, step.exit, answer, score, ~flight.total.isfinite())]
-        departure = Departure(flight.rows[go], step.exit, answer[go], score[go], ~flight.total[go].isfinite())
-        return self._onward(flight, keep, index), [departure]
+        logits = answer if len(go) == len(flight) else self.gather(answer, go.places)
+        departure = Departure(go.rows, step.exit, logits, go.score, go.fault.isnan())
+        return self._onward(flight, stay, index), [departure]
 
-    def _onward(self, flight: Flight, keep: Tensor, index: int) -> Flight | None:
-        """The samples ``keep``; those that have left are carried along where taking them out does not pay."""
-        if len(keep) == 0:
+    def _onward(self, flight: Flight, stay: Side, index: int) -> Flight | None:
+        """Those that stay; the others are carried along where taking them out does not pay."""
+        if len(stay) == 0:
             return None
-        if self.plan is not None and not self.plan.compacts(index + 1, len(flight), len(keep)):
-            rows = torch.full_like(flight.rows, -1)
-            flight.rows = rows.index_copy(0, keep, flight.rows[keep])
+        if self.plan is not None and not self.plan.compacts(index + 1, len(flight), len(stay)):
+            flight.rows = torch.full_like(flight.rows, -1).index_copy(0, stay.places, stay.rows)
             return flight
-        return flight.select(keep, self.program.axes)
+        values = {
+            name: select(value, stay.places, self.program.axes.get(name), len(flight), self.gather)
+            for name, value in flight.values.items()
+        }
+        return Flight(stay.rows, values, stay.fault)
 
     def landed(self, departures: Sequence[Departure], count: int, first: int = 0) -> Prediction:
         """The answers of the samples numbered from ``first``, in order."""
-        if count == 1:
-            _, exit_, answer, score, non_finite = departures[0]
-            return Prediction(answer, torch.full_like(departures[0].rows, exit_), score, non_finite)
         device = self.program.inputs.device
         exits = torch.zeros(count, dtype=torch.int64, device=device)
         dtype = departures[0].logits.dtype if departures else torch.get_default_dtype()

@@ -1,4 +1,4 @@
-"""Measuring a plan: every step, head and compaction timed on this device, at a few batch sizes."""
+"""Measuring a plan: every step, head, decision and compaction timed on this device, at a few batch sizes."""
 
 from __future__ import annotations
 
@@ -19,6 +19,8 @@ from exitkit.runtime.program import Program
 from exitkit.runtime.stepping import StageWithExit
 
 _REPEATS = 5
+_SHORT = 30
+"""Repeats of what takes microseconds."""
 
 
 def measure(loop: Loop, eager: Program, tensors: Sequence[Tensor], independent: bool) -> Plan:
@@ -34,7 +36,8 @@ def measure(loop: Loop, eager: Program, tensors: Sequence[Tensor], independent: 
     sizes = tuple(dict.fromkeys([*(4**power for power in range(10) if 4**power < count), count]))
     columns = [_times(loop, eager, [tensor[:size] for tensor in tensors]) for size in sizes]
     seconds, heads, gathers = (tuple(zip(*rows, strict=True)) for rows in zip(*columns, strict=True))
-    plan = Plan(sizes, seconds, heads, gathers, _reached(loop, tensors))
+    decisions = tuple(decision_seconds(loop, tensors))
+    plan = Plan(sizes, seconds, heads, gathers, decisions, _reached(loop, tensors))
     if not independent:
         return plan
     return replace(plan, skipped=tuple(m for m in range(len(seconds) - 1) if plan.gain(m, count) <= 0))
@@ -54,6 +57,29 @@ def _times(loop: Loop, eager: Program, tensors: Sequence[Tensor]) -> tuple[list[
         heads.append(_exit_seconds(eager, index, values))
         flight = everyone.advance(flight, index)[0] or flight
     return seconds, heads, gathers
+
+
+def decision_seconds(loop: Loop, tensors: Sequence[Tensor]) -> list[float]:
+    """Seconds that each exit's decision and compaction take when all samples come to it and every other one leaves.
+
+    That is all that the loop does between two steps: scores against τ, the answers of those that leave, and every value of
+    those that go on. An exit that was left out takes none.
+    """
+    everyone = replace(loop, thresholds=(float("inf"),) * len(loop.thresholds), plan=None)
+    halved = replace(loop, thresholds=(0.5,) * len(loop.thresholds), plan=None)
+    flight = everyone.enter(tensors)
+    score = (torch.arange(len(flight), device=flight.rows.device) % 2 == 0).float()
+    answer = score.new_zeros(len(flight), loop.program.num_classes)
+    seconds = []
+    for index, step in enumerate(loop.program.steps[:-1]):
+        flight = everyone.advance(flight, index)[0] or flight
+        run = partial(_parted, halved, flight, index, answer, score)
+        seconds.append(_seconds(run, _SHORT) if step.decides else 0.0)
+    return seconds
+
+
+def _parted(loop: Loop, flight: Flight, index: int, answer: Tensor, score: Tensor) -> None:
+    loop.part(replace(flight), index, answer, score)
 
 
 def _exit_seconds(eager: Program, index: int, values: Sequence[Any]) -> float:
@@ -76,10 +102,10 @@ def _reached(loop: Loop, tensors: Sequence[Tensor]) -> tuple[float, ...]:
     return tuple(count / counts[0] for count in counts)
 
 
-def _seconds(run: Callable[[], Any]) -> float:
+def _seconds(run: Callable[[], Any], repeats: int = _REPEATS) -> float:
     """The median of several runs, after one to warm up."""
     times = []
-    for _ in range(_REPEATS + 1):
+    for _ in range(repeats + 1):
         started = time.perf_counter()
         run()
         if torch.cuda.is_available():

@@ -40,6 +40,9 @@ def compile_step(exported: ExportedProgram, path: Path) -> list[bool]:
 
 
 def load_step(path: Path, formats: Sequence[bool]) -> Callable[..., Sequence[Any]]:
-    """The compiled step as a function; it was compiled for these memory formats and does not check them itself."""
-    runner = torch._inductor.aoti_load_package(str(path))
-    return lambda *tensors: runner(*map(in_format, tensors, formats))
+    """The compiled step as a function; it was compiled for these memory formats and does not check them itself.
+
+    Inputs and results are flat, so torch's wrapper is left out, which parses two descriptions of them at every call.
+    """
+    run = torch._inductor.aoti_load_package(str(path)).loader.run
+    return lambda *tensors: run(list(map(in_format, tensors, formats)))

@@ -17,6 +17,7 @@ class Plan:
         seconds: per step and size, the stage and its exit.
         heads: per step and size, the exit alone (0 for the backbone's own classifier).
         gathers: per step and size, taking half of the samples out of a batch of that size before this step.
+        decisions: per exit, its decision and compaction at the largest size, half of the samples leaving.
         reached: per step, the share of the samples that come to it.
         skipped: exits that take longer than they save, and are left out. None where later exits read the earlier ones.
     """
@@ -25,6 +26,7 @@ class Plan:
     seconds: tuple[tuple[float, ...], ...]
     heads: tuple[tuple[float, ...], ...]
     gathers: tuple[tuple[float, ...], ...]
+    decisions: tuple[float, ...]
     reached: tuple[float, ...]
     skipped: tuple[int, ...] = ()
 
@@ -41,16 +43,26 @@ class Plan:
         return rest * leave / max(self.reached[exit_], 1e-9) - _at(self.sizes, self.heads[exit_], come)
 
     def table(self) -> Table:
-        """The numbers behind the decisions, in milliseconds at the largest batch size."""
+        """The numbers behind the decisions, in milliseconds at the largest batch size; an exit's decision in microseconds."""
         batch = self.sizes[-1]
         table = Table(title=f"milliseconds at batch {batch}")
-        for heading in ("exit", "reached", "step", "its head", "saves", "leave the batch from", "decision"):
+        for heading in (
+            "exit",
+            "reached",
+            "step",
+            "its head",
+            "split µs",
+            "saves",
+            "leave the batch from",
+            "decision",
+        ):
             table.add_column(heading, justify="left" if heading == "decision" else "right")
         last = len(self.seconds) - 1
         for m, (seconds, heads, reached) in enumerate(zip(self.seconds, self.heads, self.reached, strict=True)):
             cells = [f"{m}", f"{reached:.0%}", f"{1e3 * seconds[-1]:.2f}", f"{1e3 * heads[-1]:.2f}"]
             if m < last:
                 decision = "skipped: costs more than it saves" if m in self.skipped else "kept"
+                cells.append(f"{1e6 * self.decisions[m]:.0f}")
                 cells += [f"{1e3 * self.gain(m, batch):.2f}", self._leave_from(m + 1, batch), decision]
             table.add_row(*cells)
         return table

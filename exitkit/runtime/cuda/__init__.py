@@ -1,1 +1,1 @@
-"""What the engine does differently on a GPU: graphs per batch bucket, and one kernel for the decision."""
+"""What the engine does differently on a GPU: graphs per batch bucket, and kernels for the decision and the compaction."""
