@@ -59,7 +59,7 @@ def _program(args: argparse.Namespace) -> Program:
 
     inputs = Inputs(CallSpec((None,), (), (0,)), ("x",), ((None,),), (torch.float32,), torch.device(args.device))
     steps = Step(nothing, 0, True, ("x",), ("x",), ("x",)), Step(nothing, 1, True, ("x",), (), ())
-    return Program(inputs, steps, {"x": 0}, {"x": (0,)}, "confidence", args.classes)
+    return Program(inputs, steps, {"x": 0}, {"x": (0,)}, "confidence", args.classes, "float32")
 
 
 def _microseconds(loop: Loop, shape: tuple[int, ...], args: argparse.Namespace) -> float:

@@ -18,7 +18,6 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from cifar10 import Augmented, load
 from rich.table import Table
@@ -82,7 +81,7 @@ def _one_after_the_other(small: nn.Module, large: nn.Module, batches: list[tuple
     heads = [torch.cat([model.eval()(images) for images, _ in batches]) for model in (small, large)]
     log_probs = torch.stack([logits.log_softmax(1) for logits in heads], dim=1)
     labels = torch.cat([labels for _, labels in batches])
-    return ExitOutputs(log_probs.numpy(), labels.numpy(), np.cumsum(macs), macs[1])
+    return ExitOutputs(log_probs, labels, torch.tensor(macs).cumsum(0), macs[1])
 
 
 def _at(run: ExitOutputs, budget: float) -> float | None:

@@ -145,14 +145,14 @@ def _references(ee: exitkit.MultiExitModel, args: argparse.Namespace) -> dict[st
     """The backbone by itself, in the ways it is run; the engine is compared with the last of ``eager`` and ``AOTI``."""
     references: dict[str, Run] = {"eager": partial(call_on, ee.backbone)}
     if args.optimize:
-        references["AOTI"] = _aot_compiled(ee)
+        references["AOTI"] = aot_compiled(ee)
         for mode in MODES[torch.device(args.device).type]:
             compiled = torch.compile(ee.backbone, mode=mode, dynamic=False)
             references[f"torch.compile {mode}"] = partial(call_on, compiled)
     return references
 
 
-def _aot_compiled(ee: exitkit.MultiExitModel) -> Run:
+def aot_compiled(ee: exitkit.MultiExitModel) -> Run:
     """The backbone alone, compiled as a step is."""
     tensors = ee.example.with_batch(3).tensors
     lowered = lower(capture(ee.backbone, ee.example.spec.batch(ee.example.tensors)), ())

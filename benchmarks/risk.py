@@ -28,7 +28,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from latency import _compiled as compiled
+from latency import aot_compiled as compiled
 from numpy.typing import NDArray
 from PIL import Image
 from rich.table import Table

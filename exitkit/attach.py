@@ -57,9 +57,9 @@ def attach(
         head: ``"auto"`` (``"2L-256"`` on maps, else ``"1L"``), ``"1L"`` (pooling and a linear layer), ``"2L-<width>"`` (one
             hidden layer), ``"conv"`` (Zero Time Waste's, for maps), ``"separable"`` or ``"strided"`` (cheaper convolutions),
             ``"tail"``: a copy of what the backbone does after its last block, with its weights, for features of the same
-            shape, and for maps of another one behind a learned 1 × 1 adapter; or ``"branch-<n>"``: a copy of the rest of the backbone in which as many blocks are left out that,
-            those before the exit counted, at most n of each shape remain. Copies have no dropout. A list gives each exit
-            its own.
+            shape, and for maps of another one behind a learned 1 × 1 adapter; or ``"branch-<n>"``: a copy of the rest of the
+            backbone, shortened to at most n blocks of each shape, those before the exit counted. Copies have no dropout.
+            A list gives each exit its own.
         num_classes: how many classes the backbone and the exits shall tell apart; by default as many as it does.
         num_outputs: 1 for regression, which a model with one output (B, 1) is anyway.
 
@@ -99,10 +99,9 @@ def _assemble(
     maker = HeadMaker(captured, anatomy, outputs)
     placed = list(zip(boundaries, _one_each(heads, len(boundaries)), strict=True))
     made = [maker.make(boundary, head, method.cascade and m > 0) for m, (boundary, head) in enumerate(placed)]
-    classifiers, reads = zip(*made, strict=True)
+    own, reads = zip(*made, strict=True)
     specs = [ExitSpec(*read) for read in zip(boundaries, taps, reads, strict=True)]
-    if method.past_future:
-        classifiers = _past_future(classifiers, boundaries, outputs, method)
+    classifiers = _past_future(own, boundaries, outputs, method) if method.past_future else own
     head = heads[0].name if len(heads) == 1 else tuple(spec.name for spec in heads)
     return MultiExitModel(
         captured.backbone, classifiers, specs, anatomy, method, head, outputs, captured.example, new_head

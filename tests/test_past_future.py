@@ -172,7 +172,9 @@ def test_the_price_is_state_imitations_and_projections(gpf: exitkit.MultiExitMod
     spent, expected = 0, []
     for m in range(EXITS):
         ahead = EXITS - 1 - m
-        spent += FLAT * HIDDEN + HIDDEN * WIDTH + WIDTH * 2 * CLASSES + ahead * (WIDTH**2 + WIDTH * CLASSES) + CLASSES**2
+        spent += (
+            FLAT * HIDDEN + HIDDEN * WIDTH + WIDTH * 2 * CLASSES + ahead * (WIDTH**2 + WIDTH * CLASSES) + CLASSES**2
+        )
         expected.append(STEM + BLOCK * (m + 1) + spent)
     assert [exit_.macs for exit_ in gpf.exits] == [*expected, TOTAL + spent]
     assert TOTAL == STEM + 4 * BLOCK + LINEAR

@@ -30,8 +30,8 @@ class HeadSpec:
 
     Attributes:
         name: what the user wrote.
-        kind: ``"auto"`` (``2L-256`` on maps, else ``1L``), a convolution's name, ``"linear"`` (none), ``"tail"``: the backbone's own read-out, copied, or
-            ``"branch"``: with blocks before it.
+        kind: ``"auto"`` (``2L-256`` on maps, else ``1L``), a convolution's name, ``"linear"`` (none), ``"tail"``: the
+            backbone's own read-out, copied, or ``"branch"``: with blocks before it.
         hidden: width of a hidden layer.
         blocks: of a branch, how many of each shape at most.
     """
