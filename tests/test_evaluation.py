@@ -241,7 +241,7 @@ def test_staying_to_the_end_costs_exactly_the_last_exit(samples: int, macs: list
 
 @pytest.mark.parametrize("budget", [0.0, -1.0, 0.25, math.nan])
 def test_budgets_that_cannot_be_kept_are_refused(budget: float) -> None:
-    with pytest.raises(ExitkitError, match=r"budget=.*the first exit already costs 0\.250"):
+    with pytest.raises(ExitkitError, match=r"budget=.*(the first exit already costs 0\.250|must be a number above 0)"):
         confident([[0.6, 0.9]]).curve().at_budget(budget)
 
 
