@@ -260,7 +260,8 @@ def test_what_is_computed_in_chunks_is_computed_whole(monkeypatch: pytest.Monkey
     logits = torch.randn(50, 3, 4, generator=torch.Generator().manual_seed(0))
     options = {"labels": torch.zeros(50).long(), "macs": [1, 2, 4], "backbone_macs": 4.0}
     whole = ExitOutputs(logits, **options)  # type: ignore[arg-type]
-    monkeypatch.setattr("exitkit.evaluation.outputs._CHUNK", 7)
+    for module in ("outputs", "log_probs"):
+        monkeypatch.setattr(f"exitkit.evaluation.{module}.CHUNK", 7)
     parts = ExitOutputs(logits, **options)  # type: ignore[arg-type]
     assert torch.equal(parts.log_probs, whole.log_probs)
     for criterion in ("confidence", "patience"):

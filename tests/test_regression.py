@@ -172,7 +172,7 @@ def test_outputs_come_back(tmp_path: Path) -> None:
     assert torch.equal(again.predictions, outputs.predictions)
     assert torch.equal(again.labels, outputs.labels)
     assert (again.times, again.criterion, again.backbone_macs) == (2, "tolerance", 3.5)
-    with pytest.raises(ExitkitError, match=r"no file of saved outputs for ExitOutputs.*exitkit-regression-1"):
+    with pytest.raises(ExitkitError, match=r"holds predictions of a regression.*RegressionOutputs\.load"):
         exitkit.ExitOutputs.load(tmp_path / "o.safetensors")
 
 
