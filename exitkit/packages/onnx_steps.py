@@ -38,7 +38,8 @@ def to_onnx(exported: ExportedProgram) -> bytes:
     try:
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), plain_attention():
             warnings.simplefilter("ignore")
-            converted = torch.onnx.export(exported, dynamo=True, verbose=False)
+            written = exported.run_decompositions({torch.ops.aten.adaptive_max_pool2d.default: _max_of_windows})
+            converted = torch.onnx.export(written, dynamo=True, verbose=False)
             model: Any = converted.model_proto  # type: ignore[union-attr]
     except Exception as error:  # the exporter raises dozens of types, most of them private
         cause = error.__cause__ or error
@@ -57,6 +58,18 @@ def to_onnx(exported: ExportedProgram) -> bytes:
 def plain_attention() -> contextlib.AbstractContextManager[None]:
     """To trace under: faster attention kernels leave strides that ONNX's does not, and later views would rely on them."""
     return sdpa_kernel(SDPBackend.MATH)
+
+
+def _max_of_windows(maps: Tensor, size: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """``adaptive_max_pool2d`` by its definition, row by row and column by column: torch 2.11 does not write the operation.
+
+    Nobody reads the second result, which holds the places of the maxima.
+    """
+    for dim, cells in zip((-2, -1), size, strict=True):
+        length = maps.shape[dim]
+        edges = [(cell * length // cells, -(-(cell + 1) * length // cells)) for cell in range(cells)]
+        maps = torch.cat([maps.narrow(dim, start, stop - start).amax(dim, True) for start, stop in edges], dim)
+    return maps, maps.long()
 
 
 def session(content: bytes) -> Any:
