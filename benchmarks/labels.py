@@ -49,10 +49,10 @@ def main() -> None:
             exits = " ".join(f"{accuracy:.2%}" for accuracy in runs[name][-1].accuracy())
             console.print(f"seed {seed}  {name}: {exits}  ({time.perf_counter() - started:.0f} s)")
     console.print(_table(args, runs))
-    each = {name: [(100 * run.accuracy()).tolist() for run in those] for name, those in runs.items()}
+    accuracies = {name: [(100 * run.accuracy()).tolist() for run in those] for name, those in runs.items()}
     setting = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
     with replacing(args.out) as temporary:
-        temporary.write_text(json.dumps({"about": {**setting, **machine()}, "exits": each}, indent=1))
+        temporary.write_text(json.dumps({"about": {**setting, **machine()}, "exits": accuracies}, indent=1))
 
 
 def _rows(args: argparse.Namespace, images: Tensor, labels: Tensor) -> dict[str, tuple[Tensor, Tensor, int, Loss]]:
@@ -61,7 +61,7 @@ def _rows(args: argparse.Namespace, images: Tensor, labels: Tensor) -> dict[str,
     partly = torch.cat([labels[:few], none[few:]])
     short, long = args.steps // 5, args.steps
     named = {"short": short, "long": long}
-    rows = {}
+    rows: dict[str, tuple[Tensor, Tensor, int, Loss]] = {}
     for word, steps in named.items():
         rows[f"{few:,} labelled, {word}"] = (images[:few], labels[:few], steps, EXITWISE)
         rows[f"{few:,} labelled, distilled, {word}"] = (images[:few], labels[:few], steps, DISTILLED)

@@ -98,24 +98,34 @@ def main() -> None:
     args = _arguments()
     console = make_console()
     bounded = {name: _against_bound(name, args.images, args.rounds) for name in BOUNDED if args.part != "cached"}
+    if bounded:
+        console.print(_bounded_table(bounded))
+    caches = {name: _with_cache(name, args.images) for name in CACHED if args.part != "bounded"}
+    if caches:
+        console.print(_cached_table(caches, args.images))
+    about = {"images": args.images, "rounds": args.rounds, "batch": BATCH, **machine()}
+    with replacing(args.out / "results.json") as temporary:
+        temporary.write_text(json.dumps({"about": about, "bounded": bounded, "cached": caches}, indent=2))
+
+
+def _bounded_table(bounded: dict[str, dict[str, float]]) -> Table:
     table = Table(title="Training heads on a frozen backbone")
     for heading in ("", "images/s", "bound", "share", "MiB", "bound's MiB"):
         table.add_column(heading, justify="right" if heading else "left")
     for name, row in bounded.items():
         speeds = (f"{row['speed']:.1f}", f"{row['bound']:.1f}", f"{row['share']:.2f}")
         table.add_row(name, *speeds, f"{row['memory']:.0f}", f"{row['bound_memory']:.0f}")
-    console.print(table)
-    caches = {name: _with_cache(name, args.images) for name in CACHED if args.part != "bounded"}
-    table = Table(title=f"An epoch of {args.images} samples")
+    return table
+
+
+def _cached_table(caches: dict[str, dict[str, float]], images: int) -> Table:
+    table = Table(title=f"An epoch of {images} samples")
     for heading in ("", "without cache, s", "first pass, s", "from the cache, s", "faster", "MB on disk"):
         table.add_column(heading, justify="right" if heading else "left")
     for name, row in caches.items():
         numbers = (f"{row['plain']:.2f}", f"{row['first']:.2f}", f"{row['cached']:.3f}", f"{row['faster']:.0f}×")
         table.add_row(name, *numbers, f"{row['megabytes']:.1f}")
-    console.print(table)
-    about = {"images": args.images, "rounds": args.rounds, "batch": BATCH, **machine()}
-    with replacing(args.out / "results.json") as temporary:
-        temporary.write_text(json.dumps({"about": about, "bounded": bounded, "cached": caches}, indent=2))
+    return table
 
 
 def _against_bound(name: str, images: int, rounds: int) -> dict[str, float]:

@@ -30,8 +30,10 @@ def prepared(recipe: Recipe) -> tuple[nn.Module, Split]:
     backbone = load_model(recipe.model, recipe.weights, recipe.num_classes)
     tokenizer = recipe.model.removeprefix("hf:") if recipe.model.startswith("hf:") else None
     regression = 1 in (recipe.num_classes, recipe.exits.get("num_outputs"))
-    options: dict[str, Any] = {"numbers": regression, "pairs": recipe.pairs, "max_tokens": recipe.max_tokens}
-    return backbone, load_data(recipe.data, backbone, recipe.test, tokenizer, **options)
+    pairs, length = recipe.pairs, recipe.max_tokens
+    return backbone, load_data(
+        recipe.data, backbone, recipe.test, tokenizer, numbers=regression, pairs=pairs, max_tokens=length
+    )
 
 
 def train_recipe(
