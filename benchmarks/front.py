@@ -6,13 +6,17 @@ DIR and the weights are those of ``benchmarks/cifar10.py``. The backbone is froz
 the heads of ``--heads``, method sdn, learn from flipped and shifted images: SGD with momentum, a cosine to 0. They are
 independent, so that one run serves every choice among them; each is a row. Beside them the static front, the networks of the
 same repository as they are, and two of these one after the other: ResNet-20 answers, and where it is not sure, ResNet-56 does.
+``--exits DIR/exits`` takes those of an earlier run and also measures time: the compiled engine at the thresholds of the first
+budgets beside the two networks, compiled alike.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import time
+from collections.abc import Callable
 from functools import partial
 from itertools import combinations
 from pathlib import Path
@@ -20,6 +24,7 @@ from typing import Any
 
 import torch
 from cifar10 import Augmented, load
+from latency import aot_compiled
 from rich.table import Table
 from torch import Tensor, nn
 
@@ -42,6 +47,23 @@ def main() -> None:
     images, labels = load(args.data / "cifar10_test.npz", args.test_images)
     batches = list(zip(images.split(500), labels.split(500), strict=True))
     backbone = cifar_resnet(56, weights=args.weights)
+    small = cifar_resnet(20, weights=args.small)
+    ee = _trained(backbone, args, train) if args.exits is None else _loaded(backbone, args)
+    exits = range(len(args.heads))
+    choices = [kept for count in exits for kept in combinations(exits, count + 1)]
+    rows = {_name(args, kept): exitkit.collect(_kept(ee, kept), batches) for kept in choices}
+    rows["ResNet-20, then ResNet-56"] = _one_after_the_other(small, backbone, batches)
+    console.print(_table(rows, args, len(train[0])))
+    static = ", ".join(f"ResNet-{depth} {accuracy:.2f} at {cost:.0%}" for depth, (accuracy, cost) in STATIC.items())
+    console.print(f"static front (its repository, 10,000 test images): {static}")
+    times = {}
+    if args.exits is not None:
+        times = _times(ee, small, images, exitkit.collect(ee, batches))
+        console.print(_time_table(times))
+    _write(args, rows, {"milliseconds": times, "seconds": time.perf_counter() - started, **machine()})
+
+
+def _trained(backbone: nn.Module, args: argparse.Namespace, train: tuple[Tensor, Tensor]) -> exitkit.MultiExitModel:
     torch.manual_seed(args.seed)
     ee = exitkit.attach(backbone, at=args.at, head=args.heads, method="sdn")
     exitkit.Trainer(
@@ -55,14 +77,14 @@ def main() -> None:
         output_dir=args.out,
     ).fit(Augmented(*train))
     ee.save_pretrained(args.out / "exits")
-    exits = range(len(args.heads))
-    choices = [kept for count in exits for kept in combinations(exits, count + 1)]
-    rows = {_name(args, kept): exitkit.collect(_kept(ee, kept), batches) for kept in choices}
-    rows["ResNet-20, then ResNet-56"] = _one_after_the_other(cifar_resnet(20, weights=args.small), backbone, batches)
-    console.print(_table(rows, args, len(train[0])))
-    static = ", ".join(f"ResNet-{depth} {accuracy:.2f} at {cost:.0%}" for depth, (accuracy, cost) in STATIC.items())
-    console.print(f"static front (its repository, 10,000 test images): {static}")
-    _write(args, rows, {"seconds": time.perf_counter() - started, **machine()})
+    return ee
+
+
+def _loaded(backbone: nn.Module, args: argparse.Namespace) -> exitkit.MultiExitModel:
+    ee = exitkit.MultiExitModel.from_pretrained(backbone, args.exits)
+    args.at = [boundary.name for boundary in ee.boundaries]
+    args.heads = [ee.head] * len(args.at) if isinstance(ee.head, str) else list(ee.head)
+    return ee
 
 
 def _kept(ee: exitkit.MultiExitModel, kept: tuple[int, ...]) -> exitkit.MultiExitModel:
@@ -82,6 +104,40 @@ def _one_after_the_other(small: nn.Module, large: nn.Module, batches: list[tuple
     log_probs = torch.stack([logits.log_softmax(1) for logits in heads], dim=1)
     labels = torch.cat([labels for _, labels in batches])
     return ExitOutputs(log_probs, labels, torch.tensor(macs).cumsum(0), macs[1])
+
+
+def _times(
+    ee: exitkit.MultiExitModel, small: nn.Module, images: Tensor, outputs: ExitOutputs
+) -> dict[str, dict[int, float]]:
+    """Milliseconds per image by batch size, the ways measured in turn, the median of five rounds."""
+    engine = exitkit.compile(ee, 2.0, optimize=True)
+    runs: dict[str, Callable[[Tensor], Any]] = {
+        "ResNet-20": aot_compiled(exitkit.attach(small, every=3, head="1L")),
+        "ResNet-56": aot_compiled(ee),
+    }
+    for budget in BUDGETS[:3]:
+        runs[f"exits at {budget:.0%}"] = engine.at(outputs.curve().at_budget(budget).threshold)
+    times: dict[str, dict[int, list[float]]] = {name: {1: [], 64: []} for name in runs}
+    with torch.inference_mode():
+        for batch in (1, 64):
+            chunks = images[: 256 if batch == 1 else 1024].split(batch)
+            for _ in range(6):
+                for name, run in runs.items():
+                    started = time.perf_counter()
+                    for chunk in chunks:
+                        run(chunk if name.startswith("exits") else (chunk,))
+                    times[name][batch].append(1e3 * (time.perf_counter() - started) / (batch * len(chunks)))
+    return {name: {batch: statistics.median(t[1:]) for batch, t in those.items()} for name, those in times.items()}
+
+
+def _time_table(times: dict[str, dict[int, float]]) -> Table:
+    table = Table(title="Milliseconds per image, compiled", caption=machine()["device"], caption_justify="left")
+    for heading in ("", "batch 1", "of ResNet-56", "batch 64", "of ResNet-56"):
+        table.add_column(heading, justify="right" if heading else "left")
+    whole = times["ResNet-56"]
+    for name, those in times.items():
+        table.add_row(name, *(cell for b, t in those.items() for cell in (f"{t:.2f}", f"{t / whole[b]:.0%}")))
+    return table
 
 
 def _at(run: ExitOutputs, budget: float) -> float | None:
@@ -123,6 +179,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--data", type=Path, required=True, help="folder with cifar10_train.npz and cifar10_test.npz")
     parser.add_argument("--weights", type=Path, required=True, help="safetensors file of ResNet-56")
     parser.add_argument("--small", type=Path, required=True, help="safetensors file of ResNet-20")
+    parser.add_argument("--exits", type=Path, help="exits that an earlier run trained")
     parser.add_argument("--at", nargs="+", default=["layer1.1"])
     parser.add_argument("--heads", nargs="+", default=["branch-2"], help="one for each exit")
     parser.add_argument("--images", type=int, default=50_000)
