@@ -93,7 +93,7 @@ class RegressionOutputs(ExitOutputs):
         thresholds, sums, spent = sweep(scores, values, self._prices(milliseconds))
         spread = ((targets - targets.mean()) ** 2).sum()
         reached = _correlation(sums, targets) if measure == "pearson" else 1 - sums / spread
-        return replace(self._curve(thresholds, reached, spent / len(self), milliseconds), measure=measure)
+        return replace(self._curve(thresholds, reached, spent, milliseconds), measure=measure)
 
     def calibrated(self, temperatures: Sequence[float]) -> NoReturn:
         """Predictions have no temperature.
