@@ -41,11 +41,12 @@ PAPER = {
 SHORT: dict[str, Any] = {"images": 8_000, "epochs": 6, "milestones": (4,), "seeds": 3}
 FULL: dict[str, Any] = {"images": 50_000, "epochs": 50, "milestones": (15,), "seeds": 3}
 WEIGHT_DECAY = 1e-4
+BLACK = normalise(np.zeros((1, 1, 1, 3), np.uint8))
 
 
 @dataclass
 class Augmented:
-    """Shuffled batches of normalised images, randomly flipped and shifted by up to 4 pixels."""
+    """Shuffled batches of normalised images, randomly flipped and shifted by up to 4 pixels, black coming in at the border."""
 
     images: Tensor
     labels: Tensor
@@ -56,7 +57,7 @@ class Augmented:
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         for rows in torch.randperm(len(self.images)).split(self.batch):
-            images = F.pad(self.images[rows], (4, 4, 4, 4))
+            images = F.pad(self.images[rows] - BLACK, (4, 4, 4, 4)) + BLACK
             flips = torch.rand(len(rows)) < 0.5
             images[flips] = images[flips].flip(-1)
             top, left = torch.randint(0, 9, (2, len(rows)))
