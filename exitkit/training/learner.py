@@ -48,7 +48,7 @@ class Learner:
         self.optimizer = trainer.make_optimizer(
             *(_learning(part) for part in (trainer.model.classifiers, trainer.model.backbone))
         )
-        self.scheduler = make_scheduler(self.optimizer, trainer, epochs, steps)
+        self.scheduler = make_scheduler(self.optimizer, trainer.schedule, trainer.milestones, epochs, steps)
         accelerator.free_memory()  # forgets the optimiser of the phase before
         self.stepper = accelerator.prepare_optimizer(self.optimizer)
         self.view = _wrapped(self._pass(view), trainer.compile, accelerator)

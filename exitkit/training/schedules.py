@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, MultiStepLR
 
 from exitkit.errors import ExitkitError
-
-if TYPE_CHECKING:
-    from exitkit.training.trainer import Trainer
 
 Schedule = Callable[[Optimizer, int], LRScheduler]
 """(an optimiser, the number of its steps) → a schedule that goes on after every step."""
@@ -36,21 +33,23 @@ def check_schedule(schedule: Schedule | None, milestones: Sequence[int] | None, 
         )
 
 
-def make_scheduler(optimizer: Optimizer, trainer: Trainer, epochs: int, steps: int | None) -> LRScheduler:
+def make_scheduler(
+    optimizer: Optimizer, schedule: Schedule | None, milestones: Sequence[int] | None, epochs: int, steps: int | None
+) -> LRScheduler:
     """The user's schedule over all ``steps`` of every epoch, or one by epochs: milestones, or a cosine to 0.
 
     Raises:
         ExitkitError: a schedule by steps, and a loader that does not know their number.
     """
-    if trainer.schedule is not None:
+    if schedule is not None:
         if steps is None:
             raise ExitkitError(
                 "schedule= needs the number of steps, but train_loader has no length; give a loader that has one, or "
                 "milestones="
             )
-        return trainer.schedule(optimizer, epochs * steps)
-    if trainer.milestones is not None:
-        return MultiStepLR(optimizer, list(trainer.milestones))
+        return schedule(optimizer, epochs * steps)
+    if milestones is not None:
+        return MultiStepLR(optimizer, list(milestones))
     return CosineAnnealingLR(optimizer, epochs)
 
 
