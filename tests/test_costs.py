@@ -145,7 +145,7 @@ def test_an_exit_costs_what_came_before_it_and_all_earlier_heads(tiny_net: TinyN
 
 
 def test_a_convolutional_head_costs_its_convolution(tiny_net: TinyNet) -> None:
-    ee = exitkit.attach(tiny_net, images(), at=["blocks.0"], method="sdn")
+    ee = exitkit.attach(tiny_net, images(), at=["blocks.0"], method="sdn", head="conv")
     assert ee.exits[0].macs == STEM + BLOCK + 8 * 8 * 9 * 8 * 8 + HEAD
 
 

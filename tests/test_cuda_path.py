@@ -50,7 +50,7 @@ def test_a_bucket_holds_its_batch_with_little_padding(largest: int, batch: int) 
 @pytest.fixture(scope="module")
 def ee() -> exitkit.MultiExitModel:
     torch.manual_seed(0)
-    return noisy(exitkit.attach(TinyNet().eval(), images(), method="ztw"))
+    return noisy(exitkit.attach(TinyNet().eval(), images(), head="conv", method="ztw"))
 
 
 def test_recorded_steps_answer_as_the_engine_does(ee: exitkit.MultiExitModel) -> None:

@@ -35,7 +35,7 @@ METHODS: dict[str, Any] = {
 def models() -> dict[str, exitkit.MultiExitModel]:
     torch.manual_seed(0)
     net = TinyNet().eval()
-    return {name: noisy(exitkit.attach(net, images(), method=method)) for name, method in METHODS.items()}
+    return {name: noisy(exitkit.attach(net, images(), head="conv", method=method)) for name, method in METHODS.items()}
 
 
 def _expected(ee: exitkit.MultiExitModel, x: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
@@ -352,7 +352,7 @@ def test_regression_leaves_after_small_changes_in_a_row() -> None:
 def test_half_precision(dtype: torch.dtype) -> None:
     """Exits follow the backbone's precision; the same samples leave, but where rounding moves a score past τ."""
     torch.manual_seed(0)
-    ee, x = noisy(exitkit.attach(TinyNet().eval(), images(), method="ztw")), images(64)
+    ee, x = noisy(exitkit.attach(TinyNet().eval(), images(), head="conv", method="ztw")), images(64)
     scores = exitkit.collect(ee, [x]).scores()[:, :-1]
     thresholds = scores.quantile(0.6, dim=0)
     expected = exitkit.compile(ee, thresholds.tolist())(x)
@@ -366,7 +366,7 @@ def test_half_precision(dtype: torch.dtype) -> None:
 
 def test_channels_last() -> None:
     torch.manual_seed(0)
-    ee, x = noisy(exitkit.attach(TinyNet().eval(), images(), method="ztw")), images(64)
+    ee, x = noisy(exitkit.attach(TinyNet().eval(), images(), head="conv", method="ztw")), images(64)
     thresholds = exitkit.collect(ee, [x]).scores()[:, :-1].quantile(0.6, dim=0).tolist()
     expected = exitkit.compile(ee, thresholds)(x)
     got = exitkit.compile(ee.to(memory_format=torch.channels_last), thresholds)(

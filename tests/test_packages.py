@@ -32,7 +32,7 @@ def models() -> dict[str, exitkit.MultiExitModel]:
     net = TinyNet().eval()
     every = {name: 1 if name in ("pbee", "gpf") else 2 for name in METHODS}  # a single exit agrees with itself alone
     return {
-        name: noisy(exitkit.attach(net, images(), every=every[name], method=method))
+        name: noisy(exitkit.attach(net, images(), head="conv", every=every[name], method=method))
         for name, method in METHODS.items()
     }
 

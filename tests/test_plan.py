@@ -26,7 +26,7 @@ PLAN = Plan(
 @pytest.fixture(scope="module")
 def ee() -> exitkit.MultiExitModel:
     torch.manual_seed(0)
-    return noisy(exitkit.attach(TinyNet().eval(), images(), method="sdn"))
+    return noisy(exitkit.attach(TinyNet().eval(), images(), head="conv", method="sdn"))
 
 
 def test_compaction_pays_where_the_next_step_gets_faster_by_more_than_it_takes() -> None:
@@ -90,7 +90,7 @@ def test_exits_that_nobody_takes_are_left_out_and_keep_their_numbers(
 @pytest.mark.parametrize("method", ["ztw", "pbee"])
 def test_an_exit_that_later_ones_read_is_never_left_out(method: str) -> None:
     torch.manual_seed(0)
-    ee = noisy(exitkit.attach(TinyNet().eval(), images(), method=method))
+    ee = noisy(exitkit.attach(TinyNet().eval(), images(), head="conv", method=method))
     assert exitkit.compile(ee, 100.0, samples=images(8)).plan().skipped == ()
 
 

@@ -163,7 +163,7 @@ def test_the_backbone_has_a_rate_of_its_own(ee: MultiExitModel, loader: Loaders)
 @pytest.mark.parametrize("regime", ["mixed", "alternating", "mixed-gradual", "separate", "branch-wise"])
 def test_regimes_learn(loader: Loaders, regime: str) -> None:
     torch.manual_seed(1)
-    ee = exitkit.attach(TinyNet(), EXAMPLE, every=1, method="sdn")
+    ee = exitkit.attach(TinyNet(), EXAMPLE, every=1, method="sdn", head="conv")
     trainer(ee, regime, epochs=8).fit(loader(shuffle=True))
     assert (exitkit.collect(ee, loader(seed=1)).accuracy() > 0.6).all()
 

@@ -55,7 +55,7 @@ def test_spearman_is_pearson_of_the_ranks(outputs: RegressionOutputs) -> None:
     ranks = torch.tensor(np.stack([rankdata(column) for column in outputs.predictions.numpy().T], 1)).float()
     assert outputs.labels is not None
     places = torch.tensor(rankdata(outputs.labels.numpy())).float()
-    of_ranks = RegressionOutputs(ranks, places, torch.from_numpy(outputs.macs), outputs.backbone_macs)
+    of_ranks = RegressionOutputs(ranks, places, outputs.macs, outputs.backbone_macs)
     assert outputs.spearman() == pytest.approx(of_ranks.accuracy(), abs=1e-6)
 
 

@@ -25,7 +25,7 @@ METHODS = ["sdn", "ztw"]
 @pytest.fixture(scope="module", params=METHODS)
 def ee(request: pytest.FixtureRequest) -> exitkit.MultiExitModel:
     torch.manual_seed(0)
-    return noisy(exitkit.attach(TinyNet().eval(), images(), method=request.param))
+    return noisy(exitkit.attach(TinyNet().eval(), images(), head="conv", method=request.param))
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +97,11 @@ def test_a_plan_keeps_the_temperatures(ee: exitkit.MultiExitModel, scaled: ExitO
 def small() -> tuple[exitkit.MultiExitModel, ExitOutputs, float, torch.Tensor]:
     """One exit and the ensemble's, quick to export; scaled outputs, τ, and which samples are not at its edge."""
     torch.manual_seed(0)
-    ee = noisy(exitkit.attach(TinyNet().eval(), images(), at=["blocks.1"], method=exitkit.ZTW(ensemble_final=True)))
+    ee = noisy(
+        exitkit.attach(
+            TinyNet().eval(), images(), head="conv", at=["blocks.1"], method=exitkit.ZTW(ensemble_final=True)
+        )
+    )
     scaled = exitkit.collect(ee, [images(60)]).against_backbone().calibrated((20.0, 5.0))
     tau = scaled.curve().at_budget(0.8).threshold
     assert 0.2 < scaled.exit_rates(tau)[0] < 0.8

@@ -18,7 +18,7 @@ from tests.toy import TinyNet, images, noisy
 @pytest.fixture(scope="module")
 def ee() -> exitkit.MultiExitModel:
     torch.manual_seed(0)
-    return noisy(exitkit.attach(TinyNet().eval(), images(), method="sdn"))
+    return noisy(exitkit.attach(TinyNet().eval(), images(), head="conv", method="sdn"))
 
 
 @pytest.fixture(scope="module")
