@@ -111,7 +111,7 @@ def _times(
 ) -> dict[str, dict[int, float]]:
     """Milliseconds per image by batch size, the ways measured in turn, the median of five rounds."""
     engine = exitkit.compile(ee, 2.0, optimize=True)
-    runs: dict[str, Callable[[Tensor], Any]] = {
+    runs: dict[str, Callable[[Any], Any]] = {
         "ResNet-20": aot_compiled(exitkit.attach(small, every=3, head="1L")),
         "ResNet-56": aot_compiled(ee),
     }

@@ -9,8 +9,9 @@ random, or CIFAR images with ``--images``. Large models need seconds a batch on 
 many are measured, and how often.
 
 References, in the same run, are the backbone eager and, with ``--optimize``, compiled by AOTInductor as the engine's stages
-are (*AOTI*; on CUDA replayed from CUDA graphs too) and by ``torch.compile`` for each batch size, on CPU in its default mode,
-on CUDA as ``reduce-overhead`` and ``max-autotune``. Beside their milliseconds per batch stand:
+are (*AOTI*; on CUDA replayed from CUDA graphs too), the same cut into stages without exits, which shows what cuts cost, and by
+``torch.compile`` for each batch size, on CPU in its default mode, on CUDA as
+``reduce-overhead`` and ``max-autotune``. Beside their milliseconds per batch stand:
 
 * *MAC bound*: 1 / Σ cᵢ sᵢ, where sᵢ is the share of samples that enter stage i and cᵢ its share of the MACs, head included;
 * *time bound*: the backbone's time over the times of the steps that ran (stage and exit), each alone at the batch it saw;
@@ -56,7 +57,9 @@ from exitkit.runtime.cuda.buckets import Buckets
 from exitkit.runtime.cuda.graphs import Graphed
 from exitkit.runtime.flight import Flight
 from exitkit.runtime.measure import decision_seconds
+from exitkit.runtime.memory_format import in_format
 from exitkit.runtime.optimize import compile_step, load_step
+from exitkit.surgery.boundaries import Boundary
 from exitkit.surgery.calls import Example, call_on
 from exitkit.surgery.capture import capture
 from exitkit.surgery.examples import example_for
@@ -146,24 +149,37 @@ def _references(ee: exitkit.MultiExitModel, args: argparse.Namespace) -> dict[st
     references: dict[str, Run] = {"eager": partial(call_on, ee.backbone)}
     if args.optimize:
         references["AOTI"] = aot_compiled(ee)
+        references["AOTI in stages"] = aot_compiled(ee, ee.boundaries)
         for mode in MODES[torch.device(args.device).type]:
             compiled = torch.compile(ee.backbone, mode=mode, dynamic=False)
             references[f"torch.compile {mode}"] = partial(call_on, compiled)
     return references
 
 
-def aot_compiled(ee: exitkit.MultiExitModel) -> Run:
-    """The backbone alone, compiled as a step is."""
-    tensors = ee.example.with_batch(3).tensors
-    lowered = lower(capture(ee.backbone, ee.example.spec.batch(ee.example.tensors)), ())
-    dims = tuple(dict.fromkeys(lowered.dynamic[name], Dim.AUTO) for name in lowered.inputs)
-    with tempfile.TemporaryDirectory() as directory, torch.no_grad():
-        path = Path(directory) / "backbone.pt2"
-        exported = torch.export.export(lowered.stages[0].module, tensors, dynamic_shapes=dims, strict=False)
-        run: Callable[..., Any] = load_step(path, compile_step(exported, path))
-    if tensors[0].is_cuda:
-        run = Graphed(run, tuple(map(lowered.axes.get, lowered.inputs)), (0,), Buckets.up_to(256))
-    return lambda batch: run(*ee.example.spec.tensors(batch))
+def aot_compiled(ee: exitkit.MultiExitModel, cuts: Sequence[Boundary] = ()) -> Run:
+    """The backbone alone, compiled as a step is: whole, or cut into stages, which shows what the cuts cost."""
+    lowered = lower(capture(ee.backbone, ee.example.spec.batch(ee.example.tensors)), cuts)
+    start = [in_format(tensor, bool(cuts) and tensor.dim() == 4) for tensor in ee.example.with_batch(3).tensors]
+    values: dict[str, Any] = dict(zip(lowered.inputs, start, strict=True))  # maps as the engine's steps hand them on
+    runs: list[Callable[..., Any]] = []
+    for stage in lowered.stages:
+        given = tuple(values[name] for name in stage.inputs)
+        dims = tuple(dict.fromkeys(lowered.dynamic.get(name, ()), Dim.AUTO) for name in stage.inputs)
+        with tempfile.TemporaryDirectory() as directory, torch.no_grad():
+            path = Path(directory) / "stage.pt2"
+            exported = torch.export.export(stage.module, given, dynamic_shapes=dims, strict=False)
+            runs.append(load_step(path, compile_step(exported, path)))
+            values.update(zip(stage.outputs, stage.module(*given), strict=True))
+        if given[0].is_cuda:
+            taken, made = (tuple(map(lowered.axes.get, names)) for names in (stage.inputs, stage.outputs))
+            runs[-1] = Graphed(runs[-1], taken, made, Buckets.up_to(256))
+
+    def run(batch: Any) -> None:
+        values = dict(zip(lowered.inputs, ee.example.spec.tensors(batch), strict=True))
+        for stage, compiled in zip(lowered.stages, runs, strict=True):
+            values.update(zip(stage.outputs, compiled(*(values[name] for name in stage.inputs)), strict=True))
+
+    return run
 
 
 def _earlyon(ee: exitkit.MultiExitModel, thresholds: Sequence[float]) -> Run | None:
@@ -235,7 +251,7 @@ def _row(
         "time_bound": full / seconds["steps"],
         "measured": full / own,
         "efficiency": seconds["steps"] / own,
-        "over_best": min(seconds[name] for name in references) / own,
+        "over_best": min(seconds[name] for name in references if name != "AOTI in stages") / own,
         "exit_us": 1e6 * statistics.mean(decisions),
         "map": full / seconds["map"] if "map" in seconds else None,
         "earlyon": None if other is None else full / seconds["earlyon"],
