@@ -174,10 +174,12 @@ def aot_compiled(ee: exitkit.MultiExitModel, cuts: Sequence[Boundary] = ()) -> R
             taken, made = (tuple(map(lowered.axes.get, names)) for names in (stage.inputs, stage.outputs))
             runs[-1] = Graphed(runs[-1], taken, made, Buckets.up_to(256))
 
-    def run(batch: Any) -> None:
+    def run(batch: Any) -> Any:
         values = dict(zip(lowered.inputs, ee.example.spec.tensors(batch), strict=True))
         for stage, compiled in zip(lowered.stages, runs, strict=True):
-            values.update(zip(stage.outputs, compiled(*(values[name] for name in stage.inputs)), strict=True))
+            made = compiled(*(values[name] for name in stage.inputs))
+            values.update(zip(stage.outputs, made, strict=True))
+        return made
 
     return run
 

@@ -360,16 +360,23 @@ def _outputs(args: argparse.Namespace) -> tuple[ExitOutputs, ExitOutputs, Tensor
     training = content_hashes(_loader(images, labels))
     paths = args.out / "clean.safetensors", args.out / "jpeg.safetensors"
     if not all(path.exists() for path in (*paths, args.out / "exits")):
-        torch.manual_seed(0)
         backbone = exitkit.models.cifar_resnet(args.depth, weights=args.weights)
-        ee = exitkit.attach(backbone, torch.zeros(2, 3, 32, 32), at_cost=[0.25, 0.5, 0.75], head="1L", method="sdn")
-        trainer = exitkit.Trainer(ee, epochs=args.epochs, milestones=(args.epochs - 1,), lr=3e-3)
-        trainer.fit(_loader(images, labels, shuffle=True))
+        if args.exits is None:
+            ee = _trained(backbone, _loader(images, labels, shuffle=True), args.epochs)
+        else:
+            ee = exitkit.MultiExitModel.from_pretrained(backbone, args.exits)
         ee.save_pretrained(args.out / "exits")
         tests, truth = _load(args.data / "cifar10_test.npz", None)
         exitkit.collect(ee, _loader(tests, truth)).save(paths[0])
         exitkit.collect(ee, _loader(_as_jpeg(tests), truth)).save(paths[1])
     return ExitOutputs.load(paths[0]), ExitOutputs.load(paths[1]), training
+
+
+def _trained(backbone: torch.nn.Module, batches: Loader, epochs: int) -> exitkit.MultiExitModel:
+    torch.manual_seed(0)
+    ee = exitkit.attach(backbone, torch.zeros(2, 3, 32, 32), at_cost=[0.25, 0.5, 0.75], head="1L", method="sdn")
+    exitkit.Trainer(ee, epochs=epochs, milestones=(epochs - 1,), lr=3e-3).fit(batches)
+    return ee
 
 
 def _load(path: Path, limit: int | None) -> tuple[NDArray[np.uint8], Tensor]:
@@ -395,6 +402,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--data", type=Path, required=True, help="folder with cifar10_train.npz and cifar10_test.npz")
     parser.add_argument("--weights", type=Path, required=True, help="safetensors file of the backbone")
     parser.add_argument("--depth", type=int, default=56)
+    parser.add_argument("--exits", type=Path, help="exits trained before, such as those of benchmarks/front.py")
     parser.add_argument("--images", type=int, default=6_000, help="training images")
     parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
