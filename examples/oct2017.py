@@ -63,7 +63,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--classes", type=int, help="by default as many as the training labels have")
     parser.add_argument("--method", default="ztw")
     parser.add_argument("--every", type=int, default=4, help="an exit after every n-th block")
-    parser.add_argument("--head", default="auto")
+    parser.add_argument("--head", default="conv", help="the paper has convolutions; 'auto' costs less")
     parser.add_argument("--epochs", type=int, default=15)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--batch-size", type=int, default=64)
