@@ -25,7 +25,7 @@ from exitkit import ExitkitError, MultiExitModel, Trainer
 from exitkit.training import fit_ensemble
 from exitkit.training.ensemble import penalty
 from exitkit.training.stopping import EarlyStopping
-from tests.toy import TinyNet, images
+from tests.toy import TinyNet
 
 Loaders = Callable[..., DataLoader[tuple[Tensor, ...]]]
 State = dict[str, Tensor]
@@ -249,7 +249,7 @@ def test_fit_trains_heads_and_ensemble(tiny_ee: MultiExitModel) -> None:
 
 def test_the_fit_keeps_confidences_apart_on_separable_data(tiny_net: TinyNet, loader: Loaders) -> None:
     """Heads that are always right on the training set must not drive every confidence to exactly 1."""
-    ee = exitkit.attach(tiny_net, images(), every=1, head="conv")
+    ee = exitkit.attach(tiny_net, EXAMPLE, every=1, head="conv")
     trainer(ee, epochs=4).fit(loader())
     assert (exitkit.collect(ee, loader(seed=1)).scores()[:, :-1] == 1).double().mean() < 0.5
 
