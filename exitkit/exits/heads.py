@@ -60,7 +60,9 @@ class HeadSpec:
     @classmethod
     def parse_all(cls, head: str | Sequence[str]) -> list[HeadSpec]:
         """The one head of all exits, or one for each."""
-        return [cls.parse(name) for name in head] if isinstance(head, list | tuple) and head else [cls.parse(head)]  # type: ignore[arg-type]
+        if isinstance(head, list | tuple) and head:
+            return [cls.parse(name) for name in head]
+        return [cls.parse(head)]  # type: ignore[arg-type]  # an empty list is refused there, as any other value
 
 
 @dataclass(frozen=True)

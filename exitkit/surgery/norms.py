@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
@@ -16,7 +14,8 @@ _LAYERS = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchN
 
 def with_norms(module: GraphModule) -> GraphModule:
     """``module`` with its batch norms as layers that share its weights and follow train() and eval(); else as it was."""
-    graph, layers = module.graph, dict[str, Any](module.named_children())
+    graph = module.graph
+    layers: dict[str, nn.Module] = {}
     for node in list(graph.nodes):
         if node.op != "call_function" or op_name(node) != "batch_norm" or node.args[3] is None:
             continue
