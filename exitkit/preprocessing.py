@@ -45,6 +45,11 @@ class ImagePreprocessing:
         centre, spread = (IMAGENET_MEAN, IMAGENET_STD) if size[0] == 3 else ((0.5,) * size[0],) * 2
         return cls(size, tuple(mean or centre), tuple(std or spread))
 
+    @property
+    def black(self) -> tuple[float, ...]:
+        """A black pixel, normalised, per channel."""
+        return tuple(-mean / std for mean, std in zip(self.mean, self.std, strict=True))
+
     @cached_property
     def transform(self) -> Any:
         """As a torchvision transform of one PIL image, array or tensor."""

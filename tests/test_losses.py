@@ -523,6 +523,8 @@ def test_a_batch_of_one_and_batch_norm() -> None:
     with pytest.raises(ExitkitError, match=r"a batch of one sample has no statistics.*drop_last=True"):
         trainer(ee, "mixed").fit(batch)
     assert len(trainer(ee).fit(batch)) == 1
+    with pytest.raises(ExitkitError, match="one in the head of an exit"):
+        trainer(exitkit.attach(Normalised(), EXAMPLE, every=1, head="tail", method="sdn")).fit(batch)
 
 
 def test_a_methods_own_loss_is_added(ee: MultiExitModel, loader: Loaders, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -18,6 +19,7 @@ from exitkit.cli.augmentation import augmented
 from exitkit.cli.recipe import parse_override, read_recipe
 from exitkit.cli.schedule import by_name
 from exitkit.cli.sources import load_model
+from exitkit.preprocessing import IMAGENET_MEAN, IMAGENET_STD
 from exitkit.surgery.boundaries import find_boundaries
 from exitkit.surgery.capture import capture
 from exitkit.surgery.placement import place
@@ -129,12 +131,29 @@ def test_augmented_training_runs(run: Any, recipe: Any, tmp_path: Path) -> None:
 def test_mixing_gives_soft_labels() -> None:
     pytest.importorskip("torchvision")
     samples = [(torch.randn(1, 8, 8), number % 3) for number in range(6)]
-    _, collate = augmented(samples, None, ["mixup"], 3)
+    _, collate = augmented(samples, None, ["mixup"], 3, (0.0,))
     assert collate is not None
     pixels, labels = collate(samples)
     assert pixels.shape == (6, 1, 8, 8)
     assert labels.shape == (6, 3)
     assert torch.allclose(labels.sum(1), torch.ones(6))
+
+
+def test_what_comes_in_at_the_border_is_black(tmp_path: Path) -> None:
+    """As in training before normalisation, whose 0 is grey."""
+    pytest.importorskip("torchvision")
+    from exitkit.cli.data import load_data
+
+    pixels = np.full((8, 8, 8, 3), 255, np.uint8)
+    np.savez(tmp_path / "white.npz", images=pixels, labels=np.arange(8) % 2)
+    split = load_data(str(tmp_path / "white.npz"), torch.nn.Conv2d(3, 4, 3))
+    white, black = split.train[0][0][:, 0, 0], torch.tensor(split.black)
+    assert torch.allclose(black * torch.tensor(IMAGENET_STD) + torch.tensor(IMAGENET_MEAN), torch.zeros(3), atol=1e-6)
+    torch.manual_seed(0)
+    for names in (["shift"], ["rotation"]):
+        samples, _ = augmented(split.train, None, names, 2, split.black)
+        seen = torch.cat([samples[number % len(samples)][0].flatten(1).T for number in range(20)]).unique(dim=0)
+        assert {tuple(value) for value in seen.tolist()} == {tuple(white.tolist()), tuple(black.tolist())}
 
 
 def test_a_schedule_of_the_recipe_sets_the_rate(run: Any, recipe: Any, tmp_path: Path) -> None:  # noqa: F811
@@ -300,7 +319,7 @@ def test_values_of_set_are_toml_or_strings() -> None:
 
 def test_augmenting_texts_is_refused() -> None:
     with pytest.raises(ExitkitError, match="for images"):
-        augmented([("a text", "1")], None, ["flip"], 2)
+        augmented([("a text", "1")], None, ["flip"], 2, ())
 
 
 def test_text_scores_must_be_numbers(tmp_path: Path, bert: Path) -> None:  # noqa: F811

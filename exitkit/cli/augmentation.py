@@ -11,15 +11,16 @@ from torch.utils.data import Dataset, default_collate
 from exitkit._torchvision import import_torchvision
 from exitkit.errors import ExitkitError
 
-Make = Callable[[Any, tuple[int, int]], Any]
-"""(torchvision.transforms.v2, height and width) → a transform of one image."""
+Make = Callable[[Any, tuple[int, int], list[float]], Any]
+"""(torchvision.transforms.v2, height and width, black per channel) → a transform of one image."""
 
+# what comes in at a border is black, as in training before normalisation: BatchNorm's statistics notice a grey one
 SINGLE: dict[str, Make] = {
-    "flip": lambda v2, size: v2.RandomHorizontalFlip(),
-    "shift": lambda v2, size: v2.RandomCrop(size, padding=4),
-    "crop": lambda v2, size: v2.RandomResizedCrop(size, antialias=True),
-    "rotation": lambda v2, size: v2.RandomRotation(15),
-    "erasing": lambda v2, size: v2.RandomErasing(),
+    "flip": lambda v2, size, black: v2.RandomHorizontalFlip(),
+    "shift": lambda v2, size, black: v2.RandomCrop(size, padding=4, fill=black),
+    "crop": lambda v2, size, black: v2.RandomResizedCrop(size, antialias=True),
+    "rotation": lambda v2, size, black: v2.RandomRotation(15, fill=black),
+    "erasing": lambda v2, size, black: v2.RandomErasing(),
 }
 MIXING = {"mixup": "MixUp", "cutmix": "CutMix"}
 AUGMENTATIONS = (*SINGLE, *MIXING)
@@ -32,6 +33,7 @@ class AugmentedImages(Dataset[Any]):
 
     samples: Any
     names: Sequence[str]
+    black: Sequence[float]
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -40,14 +42,20 @@ class AugmentedImages(Dataset[Any]):
         image, label = self.samples[number]
         v2 = import_torchvision("transforms.v2", "augment")
         for name in self.names:
-            image = SINGLE[name](v2, tuple(image.shape[-2:]))(image)
+            image = SINGLE[name](v2, tuple(image.shape[-2:]), list(self.black))(image)
         return image, label
 
 
 def augmented(
-    samples: Any, collate: Callable[..., Any] | None, names: Sequence[str], num_classes: int
+    samples: Any,
+    collate: Callable[..., Any] | None,
+    names: Sequence[str],
+    num_classes: int,
+    black: Sequence[float],
 ) -> tuple[Any, Callable[..., Any] | None]:
     """The samples and their collate function, augmentations applied: to one image each, or mixing those of a batch.
+
+    ``black`` is a black pixel after normalisation, per channel.
 
     Raises:
         ExitkitError: samples that are no (image, label).
@@ -60,7 +68,7 @@ def augmented(
     single = [name for name in names if name in SINGLE]
     mixing = [name for name in names if name in MIXING]
     if not mixing:
-        return AugmentedImages(samples, single), collate
+        return AugmentedImages(samples, single, black), collate
     v2 = import_torchvision("transforms.v2", "augment")
     mix = v2.RandomChoice([getattr(v2, MIXING[name])(num_classes=num_classes) for name in mixing])
-    return AugmentedImages(samples, single), lambda batch: mix(*default_collate(batch))
+    return AugmentedImages(samples, single, black), lambda batch: mix(*default_collate(batch))

@@ -24,11 +24,12 @@ MAX_TOKENS = 128
 
 @dataclass(frozen=True)
 class Split:
-    """Training and test samples, and how they become batches."""
+    """Training and test samples, and how they become batches; of images, a black pixel, normalised, per channel."""
 
     train: Dataset[Any]
     test: Dataset[Any]
     collate: Callable[..., Any] | None = None
+    black: tuple[float, ...] = ()
 
     def loaders(self, batch: int, limit: int | None, seed: int) -> tuple[DataLoader[Any], DataLoader[Any]]:
         """Shuffled training batches (of ``limit`` samples at most) and test batches."""
@@ -131,13 +132,17 @@ def _arrays(path: Path, model: nn.Module, test: str | None) -> Split:
             raise ExitkitError(f"{str(origin)!r} has labels of dtype {labels.dtype}; expected class indices from 0")
         return TensorDataset(normalise(images, size, mean, std), torch.as_tensor(labels.astype(np.int64)))
 
+    train: Dataset[Any]
+    held_out: Dataset[Any]
     if test is not None:
         train, held_out = samples(arrays, "", path), samples(_read_npz(Path(test)), "", Path(test))
     elif "train_images" in arrays:
         train, held_out = samples(arrays, "train_", path), samples(arrays, "test_", path)
     else:
-        return _hold_out(samples(arrays, "", path))
-    return Split(train, held_out)
+        train, held_out = _hold_out(samples(arrays, "", path))
+    channels = train[0][0].shape[0]
+    black = normalise(np.zeros((1, 1, 1, channels), np.uint8), mean=mean, std=std)
+    return Split(train, held_out, black=tuple(black.flatten().tolist()))
 
 
 def _read_npz(path: Path) -> dict[str, Any]:
@@ -150,41 +155,40 @@ def _read_npz(path: Path) -> dict[str, Any]:
 
 def _image_folder(path: Path, model: nn.Module, test: str | None) -> Split:
     datasets = import_torchvision("datasets", "an image folder")
-    transform = _image_transform(model)
+    preprocessing = _image_preprocessing(model)
 
     def folder(at: Path) -> Any:
         try:
-            return datasets.ImageFolder(str(at), transform)
+            return datasets.ImageFolder(str(at), preprocessing.transform)
         except (FileNotFoundError, OSError) as error:
             raise ExitkitError(f"--data {str(at)!r} is no image folder (one subfolder per class): {error}") from error
 
     parts = {name: path / name for name in ("train", "val", "test") if (path / name).is_dir()}
     held_out = Path(test) if test is not None else parts.get("test", parts.get("val"))
     if held_out is None:
-        return _hold_out(folder(path))
+        return Split(*_hold_out(folder(path)), black=preprocessing.black)
     train_set, test_set = folder(parts.get("train", path)), folder(held_out)
     if train_set.class_to_idx != test_set.class_to_idx:
         raise ExitkitError(
             f"{str(held_out)!r} has the classes {test_set.classes[:5]}, but the training folder has {train_set.classes[:5]} "
             "(first five of each); both need the same subfolders"
         )
-    return Split(train_set, test_set)
+    return Split(train_set, test_set, black=preprocessing.black)
 
 
 def _torchvision_dataset(name: str, model: nn.Module) -> Split:
     datasets = import_torchvision("datasets", f"--data {name}")
     if not hasattr(datasets, name):
         raise ExitkitError(f"--data {name!r} is neither a path nor a name in torchvision.datasets, such as CIFAR10")
-    transform = _image_transform(model)
+    preprocessing = _image_preprocessing(model)
+    options = {"transform": preprocessing.transform, "download": True}
     try:
-        train, test = (
-            getattr(datasets, name)("data", train=train, transform=transform, download=True) for train in (True, False)
-        )
+        train, test = (getattr(datasets, name)("data", train=train, **options) for train in (True, False))
     except Exception as error:  # downloads fail in many ways
         raise ExitkitError(
             f"--data {name}: {type(error).__name__}: {error}. Files are looked for in ./data"
         ) from error
-    return Split(train, test)
+    return Split(train, test, black=preprocessing.black)
 
 
 def _text(path: Path, test: str | None, tokenizer: str | None, numbers: bool, pairs: bool, max_tokens: int) -> Split:
@@ -204,8 +208,7 @@ def _text(path: Path, test: str | None, tokenizer: str | None, numbers: bool, pa
 
     kinds = ("input_ids", "attention_mask", *(["token_type_ids"] if pairs else []))
     if test is None:
-        split = _hold_out(rows)
-        return Split(split.train, split.test, collate)
+        return Split(*_hold_out(rows), collate)
     held_out = _read_text(Path(test), pairs)
     if numbers:
         names |= _numbers({label for _, label in held_out})
@@ -266,16 +269,16 @@ def _numbers(labels: set[str]) -> dict[str, float]:
         ) from error
 
 
-def _hold_out(samples: Any) -> Split:
+def _hold_out(samples: Any) -> tuple[Dataset[Any], Dataset[Any]]:
     train, test = random_split(samples, [1 - _HELD_OUT, _HELD_OUT], generator=_generator(0))
-    return Split(train, test)
+    return train, test
 
 
-def _image_transform(model: nn.Module) -> Any:
+def _image_preprocessing(model: nn.Module) -> ImagePreprocessing:
     preprocessing = ImagePreprocessing.of(model)
     if preprocessing is None:
         raise ExitkitError(f"{type(model).__name__} does not say what image size it takes; use an .npz of that size")
-    return preprocessing.transform
+    return preprocessing
 
 
 def _generator(seed: int) -> torch.Generator:

@@ -85,7 +85,7 @@ def loaders(
                 f"and {len(held_out)} to validate on; both need some"
             )
         _, val = Split(train, held_out, split.collate).loaders(recipe.batch_size, None, seed)
-    samples, collate = augmented(train, split.collate, recipe.augment, num_classes)
+    samples, collate = augmented(train, split.collate, recipe.augment, num_classes, split.black)
     batches, _ = Split(samples, split.test, collate).loaders(recipe.batch_size, recipe.limit, seed)
     _, test = split.loaders(recipe.batch_size, None, seed)
     return batches, val, test

@@ -203,6 +203,6 @@ def _batch_norm_explained() -> Iterator[None]:
         if "more than 1 value per channel" not in str(error):
             raise
         raise ExitkitError(
-            "a batch of one sample has no statistics for the backbone's BatchNorm, which this regime trains; use a larger "
-            "batch_size, drop_last=True, or regime='disjoint'"
+            "a batch of one sample has no statistics for a BatchNorm that learns here: the backbone's, unless "
+            "regime='disjoint', or one in the head of an exit ('branch-n', 'tail'); use a larger batch_size or drop_last=True"
         ) from error
