@@ -11,7 +11,6 @@ training images, 50 epochs of Adam at 1e-3, divided by ten after epoch 15, three
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 from rich.table import Table
+from tables import cell, table, write
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -29,7 +29,6 @@ from exitkit.cli.bench import compare, machine
 from exitkit.cli.data import normalise
 from exitkit.console import make_console
 from exitkit.evaluation import ExitOutputs, plot_curves, plot_hindsight
-from exitkit.files import replacing
 from exitkit.models import cifar_resnet
 
 # Zero Time Waste, table 1, CIFAR-10, ResNet-56 (backbone 92.0): accuracy at 25, 50, 75, 100% and Max.
@@ -38,6 +37,8 @@ PAPER = {
     "pbee": (69.8, 81.8, 87.5, 91.0, 92.1),
     "ztw": (80.3, 88.7, 91.5, 92.1, 92.1),
 }
+# The static front: top-1 of the weights' repository on all 10,000 test images, and MACs as a share of ResNet-56's, by depth.
+STATIC = {20: (91.73, 0.33), 32: (92.63, 0.55), 44: (93.10, 0.78), 56: (93.39, 1.0)}
 SHORT: dict[str, Any] = {"images": 8_000, "epochs": 6, "milestones": (4,), "seeds": 3}
 FULL: dict[str, Any] = {"images": 50_000, "epochs": 50, "milestones": (15,), "seeds": 3}
 WEIGHT_DECAY = 1e-4
@@ -103,30 +104,26 @@ def main() -> None:
 def _table(runs: list[dict[str, ExitOutputs]], depth: int, setting: dict[str, Any], images: int, tested: int) -> Table:
     outputs = next(iter(runs[0].values()))
     names = list(outputs.curve().budget_table().rows)
-    table = Table(
-        title=f"CIFAR-10, frozen ResNet-{depth}, {len(outputs.macs) - 1} exits: accuracy (%) by share of its MACs",
-        caption=f"backbone {outputs.accuracy()[-1]:.2%}; {images:,} training and {tested:,} test images, "
-        f"{setting['epochs']} epochs, mean ± std of {len(runs)} seeds. Paper: its ResNet-56 (92.0), all images, 50 epochs.",
-        caption_justify="left",
-    )
-    for heading in ("method", "heads", *names):
-        table.add_column(heading, justify="left" if heading == "method" else "right")
+    rows = []
     for method in runs[0]:
         heads = f"+{runs[0][method].costs[-1] - 1:.1%}"
-        table.add_row(method, heads, *(_cell([_value(run[method], name) for run in runs]) for name in names))
-    for method, row in PAPER.items():
-        table.add_row(f"{method} (paper, ResNet-56)", "", *(f"{value:.1f}" for value in row[:4]), "", f"{row[4]:.1f}")
-    return table
+        rows.append((method, heads, *(cell([_value(run[method], name) for run in runs]) for name in names)))
+    for method, values in PAPER.items():
+        rows.append(
+            (f"{method} (paper, ResNet-56)", "", *(f"{value:.1f}" for value in values[:4]), "", f"{values[4]:.1f}")
+        )
+    return table(
+        ("method", "heads", *names),
+        rows,
+        f"CIFAR-10, frozen ResNet-{depth}, {len(outputs.macs) - 1} exits: accuracy (%) by share of its MACs",
+        f"backbone {outputs.accuracy()[-1]:.2%}; {images:,} training and {tested:,} test images, {setting['epochs']} "
+        f"epochs, mean ± std of {len(runs)} seeds. Paper: its ResNet-56 (92.0), all images, 50 epochs.",
+    )
 
 
 def _value(outputs: ExitOutputs, row: str) -> float | None:
     point = outputs.curve().budget_table().rows[row]
     return None if point is None else 100 * point.accuracy
-
-
-def _cell(values: list[float | None]) -> str:
-    kept = [value for value in values if value is not None]
-    return f"{np.mean(kept):.1f} ± {np.std(kept):.1f}" if len(kept) == len(values) else "-"
 
 
 def _write(runs: list[dict[str, ExitOutputs]], args: argparse.Namespace, about: dict[str, Any]) -> None:
@@ -139,14 +136,7 @@ def _write(runs: list[dict[str, ExitOutputs]], args: argparse.Namespace, about: 
     results = {method: {row: [_value(run[method], row) for run in runs] for row in rows} for method in runs[0]}
     exits = {method: outputs.accuracy().tolist() for method, outputs in runs[0].items()}
     costs = {method: outputs.costs.tolist() for method, outputs in runs[0].items()}
-    summary = {
-        "about": {"depth": args.depth, **about, **machine()},
-        "budgets": results,
-        "exits": exits,
-        "costs": costs,
-    }
-    with replacing(args.out / "results.json") as temporary:
-        temporary.write_text(json.dumps(summary, indent=2))
+    write(args.out / "results.json", {"depth": args.depth, **about}, budgets=results, exits=exits, costs=costs)
 
 
 def load(path: Path, limit: int | None) -> tuple[Tensor, Tensor]:

@@ -15,7 +15,7 @@ import time
 from typing import Any
 
 import torch
-from rich.table import Table
+from tables import table
 
 from exitkit.cli.bench import machine
 from exitkit.console import make_console
@@ -42,13 +42,13 @@ def main() -> None:
         from exitkit.runtime.cuda.kernels import gather, split
 
         loops["Triton"] = Loop(program, (0.5,), split=split, gather=gather)
-    table = Table(title=f"decision and compaction of {args.samples} samples × {args.classes} classes, µs")
-    for heading in ("a row", *loops):
-        table.add_column(heading, justify="right")
     with torch.inference_mode():
-        for name, shape in ROWS.items():
-            table.add_row(name, *(f"{_microseconds(loop, shape, args):.0f}" for loop in loops.values()))
-    make_console().print(table, machine()["device"])
+        rows = [
+            (name, *(f"{_microseconds(loop, shape, args):.0f}" for loop in loops.values()))
+            for name, shape in ROWS.items()
+        ]
+    title = f"decision and compaction of {args.samples} samples × {args.classes} classes, µs"
+    make_console().print(table(("a row", *loops), rows, title), machine()["device"])
 
 
 def _program(args: argparse.Namespace) -> Program:

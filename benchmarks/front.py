@@ -6,14 +6,14 @@ DIR and the weights are those of ``benchmarks/cifar10.py``. The backbone is froz
 the heads of ``--heads``, method sdn, learn from flipped and shifted images: SGD with momentum, a cosine to 0. They are
 independent, so that one run serves every choice among them; each is a row. Beside them the static front, the networks of the
 same repository as they are, and two of these one after the other: ResNet-20 answers, and where it is not sure, ResNet-56 does.
-``--exits DIR/exits`` takes those of an earlier run and also measures time: the compiled engine at the thresholds of the first
-budgets beside the two networks, compiled alike.
+``--exits DIR/exits …`` takes those of earlier runs (of one seed each: the table then has means and deviations) and also
+measures time, with those of the first: the compiled engine at the thresholds of the first budgets beside the two networks,
+compiled alike.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable
@@ -23,20 +23,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cifar10 import Augmented, load
+from cifar10 import STATIC, Augmented, load
 from latency import aot_compiled
 from rich.table import Table
+from tables import at, cell, table, write
 from torch import Tensor, nn
 
 import exitkit
 from exitkit.cli.bench import machine
 from exitkit.console import make_console
 from exitkit.evaluation import ExitOutputs
-from exitkit.files import replacing
 from exitkit.models import cifar_resnet
 
-# Top-1 on all 10,000 test images (the repository's own), and MACs as a share of ResNet-56's.
-STATIC = {20: (91.73, 0.33), 32: (92.63, 0.55), 44: (93.10, 0.78), 56: (93.39, 1.0)}
 BUDGETS = (0.25, *(cost for _, cost in STATIC.values()))
 
 
@@ -48,19 +46,28 @@ def main() -> None:
     batches = list(zip(images.split(500), labels.split(500), strict=True))
     backbone = cifar_resnet(56, weights=args.weights)
     small = cifar_resnet(20, weights=args.small)
-    ee = _trained(backbone, args, train) if args.exits is None else _loaded(backbone, args)
+    models = [_trained(backbone, args, train)] if args.exits is None else _loaded(backbone, args)
     exits = range(len(args.heads))
     choices = [kept for count in exits for kept in combinations(exits, count + 1)]
-    rows = {_name(args, kept): exitkit.collect(_kept(ee, kept), batches) for kept in choices}
-    rows["ResNet-20, then ResNet-56"] = _one_after_the_other(small, backbone, batches)
+    rows = {_name(args, kept): [exitkit.collect(_kept(ee, kept), batches) for ee in models] for kept in choices}
+    rows["ResNet-20, then ResNet-56"] = [_one_after_the_other(small, backbone, batches)]
     console.print(_table(rows, args, len(train[0])))
     static = ", ".join(f"ResNet-{depth} {accuracy:.2f} at {cost:.0%}" for depth, (accuracy, cost) in STATIC.items())
     console.print(f"static front (its repository, 10,000 test images): {static}")
     times = {}
     if args.exits is not None:
-        times = _times(ee, small, images, exitkit.collect(ee, batches))
+        times = _times(models[0], small, images, exitkit.collect(models[0], batches))
         console.print(_time_table(times))
-    _write(args, rows, {"milliseconds": times, "seconds": time.perf_counter() - started, **machine()})
+    results = {
+        name: {
+            "exits": [(100 * run.accuracy()).tolist() for run in runs],
+            "costs": runs[0].costs.tolist(),
+            "budgets": {f"{budget:.0%}": [at(run, budget) for run in runs] for budget in BUDGETS},
+        }
+        for name, runs in rows.items()
+    }
+    seconds = time.perf_counter() - started
+    write(args.out / "results.json", args, rows=results, static=STATIC, milliseconds=times, seconds=seconds)
 
 
 def _trained(backbone: nn.Module, args: argparse.Namespace, train: tuple[Tensor, Tensor]) -> exitkit.MultiExitModel:
@@ -80,11 +87,12 @@ def _trained(backbone: nn.Module, args: argparse.Namespace, train: tuple[Tensor,
     return ee
 
 
-def _loaded(backbone: nn.Module, args: argparse.Namespace) -> exitkit.MultiExitModel:
-    ee = exitkit.MultiExitModel.from_pretrained(backbone, args.exits)
+def _loaded(backbone: nn.Module, args: argparse.Namespace) -> list[exitkit.MultiExitModel]:
+    models = [exitkit.MultiExitModel.from_pretrained(backbone, folder) for folder in args.exits]
+    ee = models[0]
     args.at = [boundary.name for boundary in ee.boundaries]
     args.heads = [ee.head] * len(args.at) if isinstance(ee.head, str) else list(ee.head)
-    return ee
+    return models
 
 
 def _kept(ee: exitkit.MultiExitModel, kept: tuple[int, ...]) -> exitkit.MultiExitModel:
@@ -131,47 +139,31 @@ def _times(
 
 
 def _time_table(times: dict[str, dict[int, float]]) -> Table:
-    table = Table(title="Milliseconds per image, compiled", caption=machine()["device"], caption_justify="left")
-    for heading in ("", "batch 1", "of ResNet-56", "batch 64", "of ResNet-56"):
-        table.add_column(heading, justify="right" if heading else "left")
     whole = times["ResNet-56"]
-    for name, those in times.items():
-        table.add_row(name, *(cell for b, t in those.items() for cell in (f"{t:.2f}", f"{t / whole[b]:.0%}")))
-    return table
+    rows = [
+        (name, *(text for b, t in those.items() for text in (f"{t:.2f}", f"{t / whole[b]:.0%}")))
+        for name, those in times.items()
+    ]
+    headings = ("", "batch 1", "of ResNet-56", "batch 64", "of ResNet-56")
+    return table(headings, rows, "Milliseconds per image, compiled", machine()["device"])
 
 
-def _at(run: ExitOutputs, budget: float) -> float | None:
-    return None if run.costs[0] > budget + 0.005 else 100 * run.curve().at_budget(budget).accuracy
-
-
-def _table(rows: dict[str, ExitOutputs], args: argparse.Namespace, images: int) -> Table:
-    table = Table(
-        title="CIFAR-10, frozen ResNet-56 with exits: accuracy (%) by share of its MACs",
-        caption=f"{images:,} training and {args.test_images:,} test images, {args.epochs} epochs; exits' own accuracy at "
-        "their own cost in brackets",
-        caption_justify="left",
+def _table(rows: dict[str, list[ExitOutputs]], args: argparse.Namespace, images: int) -> Table:
+    return table(
+        ("exits", "each alone", *(f"{budget:.0%}" for budget in BUDGETS), "nobody leaves"),
+        [_row(name, runs) for name, runs in rows.items()],
+        "CIFAR-10, frozen ResNet-56 with exits: accuracy (%) by share of its MACs",
+        f"{images:,} training and {args.test_images:,} test images, {args.epochs} epochs, {len(args.exits or [0])} seeds; "
+        "exits' own accuracy at their own cost in brackets",
     )
-    for heading in ("exits", "each alone", *(f"{budget:.0%}" for budget in BUDGETS), "nobody leaves"):
-        table.add_column(heading, justify="left" if heading == "exits" else "right")
-    for name, run in rows.items():
-        own = " ".join(f"{100 * a:.1f} ({c:.0%})" for a, c in zip(run.accuracy()[:-1], run.costs, strict=False))
-        cells = ["-" if value is None else f"{value:.2f}" for value in (_at(run, budget) for budget in BUDGETS)]
-        table.add_row(name, own, *cells, f"{100 * run.accuracy()[-1]:.2f} ({run.costs[-1]:.0%})")
-    return table
 
 
-def _write(args: argparse.Namespace, rows: dict[str, ExitOutputs], about: dict[str, Any]) -> None:
-    setting = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
-    results = {
-        name: {
-            "exits": (100 * run.accuracy()).tolist(),
-            "costs": run.costs.tolist(),
-            "budgets": {f"{budget:.0%}": _at(run, budget) for budget in BUDGETS},
-        }
-        for name, run in rows.items()
-    }
-    with replacing(args.out / "results.json") as temporary:
-        temporary.write_text(json.dumps({"about": {**setting, **about}, "rows": results, "static": STATIC}, indent=2))
+def _row(name: str, runs: list[ExitOutputs]) -> tuple[str, ...]:
+    exits = [
+        [100 * float(accuracy) for accuracy in column] for column in zip(*(r.accuracy() for r in runs), strict=True)
+    ]
+    *own, last = (f"{cell(values)} ({c:.0%})" for values, c in zip(exits, runs[0].costs, strict=True))
+    return name, " ".join(own), *(cell([at(run, budget) for run in runs], 2) for budget in BUDGETS), last
 
 
 def _arguments() -> argparse.Namespace:
@@ -179,7 +171,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--data", type=Path, required=True, help="folder with cifar10_train.npz and cifar10_test.npz")
     parser.add_argument("--weights", type=Path, required=True, help="safetensors file of ResNet-56")
     parser.add_argument("--small", type=Path, required=True, help="safetensors file of ResNet-20")
-    parser.add_argument("--exits", type=Path, help="exits that an earlier run trained")
+    parser.add_argument("--exits", type=Path, nargs="+", help="exits that earlier runs trained")
     parser.add_argument("--at", nargs="+", default=["layer1.1"])
     parser.add_argument("--heads", nargs="+", default=["branch-2"], help="one for each exit")
     parser.add_argument("--images", type=int, default=50_000)

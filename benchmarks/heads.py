@@ -11,7 +11,6 @@ that gain for each per cent of the backbone's MACs that the heads spend beyond t
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,18 +20,17 @@ import numpy as np
 import torch
 from cifar10 import Augmented, load
 from rich.table import Table
+from tables import BUDGETS, at, cell, table, write
 from torch import Tensor
 from torch.nn import functional as F
 
 import exitkit
-from exitkit.cli.bench import head_share, machine
+from exitkit.cli.bench import head_share
 from exitkit.console import make_console
 from exitkit.evaluation import ExitOutputs
-from exitkit.files import replacing
 from exitkit.models import cifar_resnet
 
 HEADS = ("1L", "strided", "separable", "conv", "2L-256")
-BUDGETS = (0.25, 0.5, 0.75, 1.0)
 
 
 def main() -> None:
@@ -51,8 +49,8 @@ def main() -> None:
         console.print(f"seed {seed}: {time.perf_counter() - started:.0f} s")
     rows = {head: _row([run[head] for run in runs], [run["1L"] for run in runs]) for head in HEADS}
     console.print(_table(rows, args, len(runs[0]["1L"].macs) - 1, float(runs[0]["1L"].accuracy()[-1])))
-    about = {"seconds": time.perf_counter() - started, "exits": len(runs[0]["1L"].macs) - 1, **machine()}
-    _write(args, about, rows, {head: head_share(model) for head, model in models.items()})
+    shares = {head: head_share(model) for head, model in models.items()}
+    write(args.out / "results.json", args, heads=rows, shares=shares, seconds=time.perf_counter() - started)
 
 
 def _train(models: Sequence[exitkit.MultiExitModel], batches: Augmented, epochs: int) -> None:
@@ -80,47 +78,29 @@ def _row(runs: Sequence[ExitOutputs], plain: Sequence[ExitOutputs]) -> dict[str,
     spent = float(runs[0].costs[-1] - 1)
     more = spent - float(plain[0].costs[-1] - 1)
     gains = [100 * (run.accuracy() - base.accuracy())[:-1].mean() for run, base in zip(runs, plain, strict=True)]
-    at = {f"{budget:.0%}": _at(runs, budget) for budget in BUDGETS}
     exits = 100 * np.mean([run.accuracy() for run in runs], axis=0)
     gain = float(np.mean(gains))
     return {
         "heads": spent,
         "gain": gain,
         "per_percent": gain / (100 * more) if more > 0 else None,
-        "budgets": at,
+        "budgets": {f"{budget:.0%}": [at(run, budget) for run in runs] for budget in BUDGETS},
         "exits": exits.tolist(),
     }
 
 
-def _at(runs: Sequence[ExitOutputs], budget: float) -> tuple[float, float] | None:
-    """Mean and deviation over seeds; None where the first exit is over the budget."""
-    if runs[0].costs[0] >= budget:
-        return None
-    values = [100 * run.curve().at_budget(budget).accuracy for run in runs]
-    return float(np.mean(values)), float(np.std(values))
-
-
 def _table(rows: dict[str, dict[str, Any]], args: argparse.Namespace, exits: int, backbone: float) -> Table:
-    table = Table(
-        title=f"CIFAR-10, frozen ResNet-{args.depth}, {exits} exits, method sdn: accuracy (%) by share of its MACs",
-        caption=f"backbone {backbone:.2%}; {args.images:,} training and {args.test_images:,} test images, {args.epochs} "
-        f"epochs, {args.seeds} seeds",
-        caption_justify="left",
-    )
-    for heading in ("head", "heads add", "gain", "per 1%", *next(iter(rows.values()))["budgets"]):
-        table.add_column(heading, justify="left" if heading == "head" else "right")
+    lines = []
     for head, row in rows.items():
         worth = "" if row["per_percent"] is None else f"{row['per_percent']:+.2f}"
-        budgets = ["-" if value is None else f"{value[0]:.1f} ± {value[1]:.1f}" for value in row["budgets"].values()]
-        table.add_row(head, f"{row['heads']:+.1%}", f"{row['gain']:+.1f}", worth, *budgets)
-    return table
-
-
-def _write(args: argparse.Namespace, about: dict[str, Any], rows: dict[str, Any], shares: dict[str, float]) -> None:
-    args.out.mkdir(parents=True, exist_ok=True)
-    setting = {name: getattr(args, name) for name in ("depth", "every", "images", "test_images", "epochs", "seeds")}
-    with replacing(args.out / "results.json") as temporary:
-        temporary.write_text(json.dumps({"about": {**setting, **about}, "heads": rows, "shares": shares}, indent=2))
+        lines.append((head, f"{row['heads']:+.1%}", f"{row['gain']:+.1f}", worth, *map(cell, row["budgets"].values())))
+    return table(
+        ("head", "heads add", "gain", "per 1%", *next(iter(rows.values()))["budgets"]),
+        lines,
+        f"CIFAR-10, frozen ResNet-{args.depth}, {exits} exits, method sdn: accuracy (%) by share of its MACs",
+        f"backbone {backbone:.2%}; {args.images:,} training and {args.test_images:,} test images, {args.epochs} epochs, "
+        f"{args.seeds} seeds",
+    )
 
 
 def _arguments() -> argparse.Namespace:

@@ -12,23 +12,20 @@ distillation at a high temperature copies the backbone's logits, for which the f
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from cifar10 import load
 from rich.table import Table
+from tables import cell, table, write
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 import exitkit
-from exitkit.cli.bench import machine
 from exitkit.console import make_console
 from exitkit.evaluation import ExitOutputs
-from exitkit.files import replacing
 from exitkit.models import cifar_resnet
 from exitkit.training import Distillation, Loss
 
@@ -50,9 +47,7 @@ def main() -> None:
             console.print(f"seed {seed}  {name}: {exits}  ({time.perf_counter() - started:.0f} s)")
     console.print(_table(args, runs))
     accuracies = {name: [(100 * run.accuracy()).tolist() for run in those] for name, those in runs.items()}
-    setting = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
-    with replacing(args.out) as temporary:
-        temporary.write_text(json.dumps({"about": {**setting, **machine()}, "exits": accuracies}, indent=1))
+    write(args.out, args, exits=accuracies)
 
 
 def _rows(args: argparse.Namespace, images: Tensor, labels: Tensor) -> dict[str, tuple[Tensor, Tensor, int, Loss]]:
@@ -92,19 +87,17 @@ def _run(
 
 
 def _table(args: argparse.Namespace, runs: dict[str, list[ExitOutputs]]) -> Table:
-    table = Table(
-        title=f"CIFAR-10, frozen ResNet-20, heads {args.head}: accuracy (%) of each exit",
-        caption=f"{args.steps // 5} steps (short) or {args.steps} (long) of {BATCH} images, {args.test_images:,} test images, "
+    rows = [
+        (name, *(cell([100 * float(run.accuracy()[m]) for run in those]) for m in range(4)))
+        for name, those in runs.items()
+    ]
+    return table(
+        ("trained on", *(f"exit {m}" for m in range(3)), "backbone"),
+        rows,
+        f"CIFAR-10, frozen ResNet-20, heads {args.head}: accuracy (%) of each exit",
+        f"{args.steps // 5} steps (short) or {args.steps} (long) of {BATCH} images, {args.test_images:,} test images, "
         f"{args.seeds} seeds",
-        caption_justify="left",
     )
-    for heading in ("trained on", *(f"exit {m}" for m in range(3)), "backbone"):
-        table.add_column(heading, justify="left" if heading == "trained on" else "right")
-    for name, those in runs.items():
-        exits = np.array([100 * run.accuracy() for run in those])
-        cells = zip(exits.mean(0), exits.std(0), strict=True)
-        table.add_row(name, *(f"{mean:.1f} ± {deviation:.1f}" for mean, deviation in cells))
-    return table
 
 
 def _arguments() -> argparse.Namespace:

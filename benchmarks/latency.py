@@ -28,7 +28,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import statistics
 import tempfile
 import time
@@ -41,6 +40,7 @@ from typing import Any
 import numpy as np
 import torch
 from rich.table import Table
+from tables import table, write
 from torch import Tensor, nn
 from torch.export import Dim
 
@@ -50,7 +50,6 @@ from exitkit.cli.bench import machine
 from exitkit.cli.data import normalise
 from exitkit.cli.sources import load_model
 from exitkit.console import make_console
-from exitkit.files import replacing
 from exitkit.models import cifar_resnet
 from exitkit.models.cifar_resnet import load_weights
 from exitkit.runtime.cuda.buckets import Buckets
@@ -96,8 +95,7 @@ def main() -> None:
             console.print(" ".join(f"{key}={value}" for key, value in row.items()), soft_wrap=True)
         console.print(_table(rows))
     console.print(machine()["device"])
-    with replacing(args.out) as temporary:
-        temporary.write_text(json.dumps({"about": machine(), "rows": rows}, indent=1))
+    write(args.out, args, rows=rows)
 
 
 def measure(name: str, args: argparse.Namespace) -> Any:
@@ -291,14 +289,12 @@ def _interleaved(runs: dict[str, Callable[[], Any]], rounds: int) -> dict[str, f
     return {name: statistics.median(measured[1:]) for name, measured in times.items()}
 
 
-def _table(rows: Sequence[dict[str, Any]]) -> Table:
-    table = Table(title="Milliseconds per batch, and speedup over the backbone (1×)")
-    references = list(dict.fromkeys(name for row in rows for name in row["references_ms"]))
+def _table(measured: Sequence[dict[str, Any]]) -> Table:
+    references = list(dict.fromkeys(name for row in measured for name in row["references_ms"]))
     speeds = ("mac_bound", "time_bound", "measured", "over_best", "map", "earlyon")
-    for heading in ("model", "compute", "batch", *references, "engine", *speeds, "efficiency", "exit µs"):
-        table.add_column(heading.replace("_", " "), justify="left" if heading == "model" else "right")
-    for row in rows:
-        table.add_row(
+    headings = ("model", "compute", "batch", *references, "engine", *speeds, "efficiency", "exit µs")
+    rows = [
+        (
             row["model"],
             f"{row['target']:.0%}",
             str(row["batch"]),
@@ -308,7 +304,10 @@ def _table(rows: Sequence[dict[str, Any]]) -> Table:
             f"{row['efficiency']:.2f}",
             f"{row['exit_us']:.0f}",
         )
-    return table
+        for row in measured
+    ]
+    title = "Milliseconds per batch, and speedup over the backbone (1×)"
+    return table([heading.replace("_", " ") for heading in headings], rows, title)
 
 
 if __name__ == "__main__":

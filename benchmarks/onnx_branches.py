@@ -10,7 +10,6 @@ which everybody runs to the end, and the engine.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -21,13 +20,12 @@ from typing import Any
 import numpy as np
 import torch
 from rich.table import Table
+from tables import table, write
 from torch import Tensor
 
 import exitkit
-from exitkit.cli.bench import machine
 from exitkit.cli.data import normalise
 from exitkit.console import make_console
-from exitkit.files import replacing
 from exitkit.models import cifar_resnet
 from exitkit.models.cifar_resnet import load_weights
 
@@ -46,8 +44,7 @@ def main() -> None:
     rows = measure(*_model(args))
     console = make_console()
     console.print(_table(rows, f"ResNet-{args.depth}, milliseconds of one sample, {args.threads} threads"))
-    with replacing(args.out) as temporary:
-        temporary.write_text(json.dumps({"about": machine(), "rows": rows}, indent=1))
+    write(args.out, args, rows=rows)
 
 
 def _model(args: argparse.Namespace) -> tuple[exitkit.MultiExitModel, Tensor]:
@@ -93,12 +90,9 @@ def _seconds(runs: dict[str, Callable[[Tensor], Any]], sample: Tensor) -> dict[s
     return {name: statistics.median(measured[1:]) for name, measured in times.items()}
 
 
-def _table(rows: Sequence[dict[str, Any]], title: str) -> Table:
-    table = Table(title=title)
-    for heading in ("exit", "samples", "MACs", "ONNX, branches", "ONNX, to the end", "speedup", "engine"):
-        table.add_column(heading, justify="right")
-    for row in rows:
-        table.add_row(
+def _table(measured: Sequence[dict[str, Any]], title: str) -> Table:
+    rows = [
+        (
             str(row["exit"]),
             str(row["samples"]),
             f"{row['macs']:.0%}",
@@ -107,7 +101,10 @@ def _table(rows: Sequence[dict[str, Any]], title: str) -> Table:
             f"{row['whole'] / row['branches']:.2f}×",
             f"{row['engine']:.2f}",
         )
-    return table
+        for row in measured
+    ]
+    headings = ("exit", "samples", "MACs", "ONNX, branches", "ONNX, to the end", "speedup", "engine")
+    return table(headings, rows, title)
 
 
 if __name__ == "__main__":

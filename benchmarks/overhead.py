@@ -11,7 +11,6 @@ kernel's (Linux), reset before attaching.
 from __future__ import annotations
 
 import argparse
-import json
 import multiprocessing
 import time
 from collections.abc import Callable
@@ -21,13 +20,13 @@ from typing import Any
 import numpy as np
 import torch
 from rich.table import Table
+from tables import table, write
 
 import exitkit
 from exitkit.cli.bench import machine
 from exitkit.cli.sources import load_model
 from exitkit.console import make_console
 from exitkit.evaluation import Curve
-from exitkit.files import replacing
 from exitkit.surgery.calls import call_on
 from exitkit.surgery.examples import example_for
 
@@ -44,8 +43,7 @@ def main() -> None:
         attached = {name: pool.apply(measure_attach, (name,)) for name in MODELS}
     curve = measure_curve()
     console.print(_attach_table(attached), _curve_table(curve), machine()["device"])
-    with replacing(args.out) as temporary:
-        temporary.write_text(json.dumps({"about": machine(), "attach": attached, "curve": curve}, indent=2))
+    write(args.out, args, attach=attached, curve=curve)
 
 
 def measure_attach(name: str) -> dict[str, float]:
@@ -84,34 +82,25 @@ def measure_curve() -> dict[str, float]:
     return {"exact_s": exact, "exact_points": len(curve.thresholds), "grid_s": grid, "grid_points": GRID}
 
 
-def _attach_table(rows: dict[str, dict[str, float]]) -> Table:
-    table = Table(title="exitkit.attach(model, every=3, method='ztw')")
-    for heading in (
-        "model",
-        "attach (s)",
-        "one forward, batch 2 (s)",
-        "ratio",
-        "extra memory (MiB)",
-        "model (MiB)",
-        "ratio",
-    ):
-        table.add_column(heading, justify="left" if heading == "model" else "right")
-    for name, row in rows.items():
+def _attach_table(measured: dict[str, dict[str, float]]) -> Table:
+    rows = []
+    for name, row in measured.items():
         times = f"{row['attach_s']:.2f}", f"{row['forward_s']:.3f}", f"{row['attach_s'] / row['forward_s']:.1f}×"
         memory = f"{row['extra_mib']:.0f}", f"{row['model_mib']:.0f}", f"{row['extra_mib'] / row['model_mib']:.2f}×"
-        table.add_row(name, *times, *memory)
-    return table
+        rows.append((name, *times, *memory))
+    time_headings = ("attach (s)", "one forward, batch 2 (s)", "ratio")
+    memory_headings = ("extra memory (MiB)", "model (MiB)", "ratio")
+    return table(("model", *time_headings, *memory_headings), rows, "exitkit.attach(model, every=3, method='ztw')")
 
 
 def _curve_table(row: dict[str, float]) -> Table:
-    table = Table(title=f"Accuracy against cost, {SAMPLES:,} samples × {EXITS} exits, from scores")
-    for heading in ("", "seconds", "thresholds", "time, grid = 1"):
-        table.add_column(heading, justify="right" if heading else "left")
-    table.add_row(
-        "exact", f"{row['exact_s']:.2f}", f"{row['exact_points']:,}", f"{row['exact_s'] / row['grid_s']:.3f}×"
-    )
-    table.add_row("grid loop", f"{row['grid_s']:.2f}", f"{row['grid_points']:,}", "1×")
-    return table
+    ratio = f"{row['exact_s'] / row['grid_s']:.3f}×"
+    rows = [
+        ("exact", f"{row['exact_s']:.2f}", f"{row['exact_points']:,}", ratio),
+        ("grid loop", f"{row['grid_s']:.2f}", f"{row['grid_points']:,}", "1×"),
+    ]
+    title = f"Accuracy against cost, {SAMPLES:,} samples × {EXITS} exits, from scores"
+    return table(("", "seconds", "thresholds", "time, grid = 1"), rows, title)
 
 
 def _bert_base() -> Any:

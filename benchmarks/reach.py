@@ -27,13 +27,12 @@ from typing import Any
 import torch
 from reach_models import FAMILIES, build, family_of, inputs_of, names_of
 from rich.table import Table
+from tables import table, write
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import exitkit
-from exitkit.cli.bench import machine
 from exitkit.console import make_console
-from exitkit.files import replacing
 from exitkit.surgery.calls import Example, call_on
 from exitkit.surgery.capture import logits_of
 from exitkit.surgery.examples import example_for
@@ -63,8 +62,7 @@ def main() -> None:
             row = done.result()
             rows[row["model"]] = row
             console.print(_line(row), soft_wrap=True, highlight=False, markup=False)
-            with replacing(args.out) as temporary:
-                temporary.write_text(json.dumps({"about": machine(), "models": list(rows.values())}, indent=1))
+            write(args.out, args, models=list(rows.values()))
     console.print(_summary(list(rows.values())))
 
 
@@ -174,20 +172,18 @@ def _line(row: dict[str, Any]) -> str:
     )
 
 
-def _summary(rows: Sequence[dict[str, Any]]) -> Table:
-    table = Table(title=f"torch {torch.__version__}")
-    table.add_column("family")
-    for heading in ("models", "exact", "4 blocks or more", "different", "refused", "crashed", "skipped"):
-        table.add_column(heading, justify="right")
+def _summary(models: Sequence[dict[str, Any]]) -> Table:
+    rows = []
     for family in FAMILIES:
-        own = [row for row in rows if row["family"] == family]
+        own = [row for row in models if row["family"] == family]
         measured = [row for row in own if "blocks" in row]
         exact = [row for row in measured if row["largest_difference"] == 0]
         counts = [len(own), len(exact), sum(row["blocks"] >= 4 for row in exact), len(measured) - len(exact)]
         counts += [sum(key in row for row in own) for key in ("refused", "crashed", "skipped")]
         if own:
-            table.add_row(family, *map(str, counts))
-    return table
+            rows.append((family, *map(str, counts)))
+    headings = ("family", "models", "exact", "4 blocks or more", "different", "refused", "crashed", "skipped")
+    return table(headings, rows, f"torch {torch.__version__}")
 
 
 if __name__ == "__main__":

@@ -1,13 +1,14 @@
-"""Training regimes (Kubaty et al.) on CIFAR-10: a pretrained ResNet-20, and a small Vision Transformer trained on the spot.
+"""Training regimes (Kubaty et al.) on CIFAR-10: a pretrained ResNet, and a small Vision Transformer trained on the spot.
 
-    python benchmarks/regimes.py resnet --data DIR --weights cifar10_resnet20.safetensors
+    python benchmarks/regimes.py resnet20 --data DIR --weights cifar10_resnet20.safetensors
     python benchmarks/regimes.py vit --data DIR
 
 DIR and the weights are those of ``benchmarks/cifar10.py``. In the paper, ``disjoint`` and ``mixed`` start from a
 backbone that was trained alone, ``joint`` from random weights. Here:
 
-* ``resnet``: the backbone's weights come from 200 epochs on all 50,000 images, which no row pays for; ``joint`` has as many
-  epochs as the others; it shows what a trained backbone is worth, not which regime is better.
+* ResNets: the backbone's weights come from 200 epochs on all 50,000 images, which no row pays for; ``joint`` has as many
+  epochs as the others; it shows what a trained backbone is worth, not which regime is better. Below the regimes stands the
+  best network of the same family, without exits, that costs no more.
 * ``vit``: every row has the same images and the same number of epochs in all; ``joint`` spends those in which the others'
   backbone is trained alone (a phase of ``exitkit.Trainer``) on everything at once.
 
@@ -18,32 +19,33 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from cifar10 import Augmented, load
+from cifar10 import STATIC, Augmented, load
 from rich.table import Table
+from tables import BUDGETS, at, cell, table, write
 from torch import Tensor, nn
 
 import exitkit
-from exitkit.cli.bench import machine
 from exitkit.console import make_console
 from exitkit.evaluation import ExitOutputs
-from exitkit.files import replacing
 from exitkit.models import cifar_resnet
 from exitkit.training import Phase
 
-BUDGETS = (0.25, 0.5, 0.75, 1.0)
-
-
-EXITS: dict[str, dict[str, Any]] = {"resnet": {"every": 2, "head": "2L-256"}, "vit": {"every": 1, "head": "1L"}}
+DEPTHS = {"resnet20": 20, "resnet56": 56}
+EXITS: dict[str, dict[str, Any]] = {
+    "resnet20": {"every": 2, "head": "2L-256"},
+    "resnet56": {"every": 3, "head": "2L-256"},
+    "vit": {"every": 1, "head": "1L"},
+}
+PRETRAINED: dict[str, Any] = {"images": 15_000, "epochs": 3, "pretraining": 0, "backbone_lr": 1e-4}
 DEFAULTS: dict[str, dict[str, Any]] = {
-    "resnet": {"images": 15_000, "epochs": 3, "pretraining": 0, "backbone_lr": 1e-4},
-    "vit": {"images": 10_000, "epochs": 5, "pretraining": 8, "backbone_lr": 1e-3},
+    "resnet20": PRETRAINED,
+    "resnet56": PRETRAINED,
+    "vit": {"images": 10_000, "epochs": 15, "pretraining": 30, "backbone_lr": 1e-3},
 }
 
 
@@ -58,19 +60,26 @@ def main() -> None:
         for name, those in runs.items():
             those.append(_run(args, name, backbone, train, test, seed))
             exits = " ".join(f"{accuracy:.2%}" for accuracy in those[-1].accuracy())
-            budgets = " ".join(_cell([_at(those[-1], budget)]) for budget in BUDGETS)
+            budgets = " ".join(cell([at(those[-1], budget)], 2) for budget in BUDGETS)
             console.print(
                 f"seed {seed}  {name}: exits {exits}  budgets {budgets}  ({time.perf_counter() - started:.0f} s)"
             )
     console.print(_table(args, runs))
-    about = {"seconds": time.perf_counter() - started, **machine()}
-    _write(args, runs, about)
+    results = {
+        name: {
+            "exits": [(100 * run.accuracy()).tolist() for run in those],
+            "budgets": {f"{budget:.0%}": [at(run, budget) for run in those] for budget in BUDGETS},
+            "costs": those[0].costs.tolist(),
+        }
+        for name, those in runs.items()
+    }
+    write(args.out / f"{args.backbone}.json", args, runs=results, seconds=time.perf_counter() - started)
 
 
 def _untrained(args: argparse.Namespace, seed: int) -> nn.Module:
     torch.manual_seed(seed)
-    if args.backbone == "resnet":
-        return cifar_resnet(20)
+    if args.backbone in DEPTHS:
+        return cifar_resnet(DEPTHS[args.backbone])
     from timm.models import VisionTransformer
 
     size: dict[str, Any] = {
@@ -86,13 +95,18 @@ def _untrained(args: argparse.Namespace, seed: int) -> nn.Module:
 
 def _trained(args: argparse.Namespace, train: tuple[Tensor, Tensor], seed: int) -> nn.Module:
     """The backbone that disjoint and mixed start from."""
-    if args.backbone == "resnet":
-        return cifar_resnet(20, weights=args.weights)
+    if args.backbone in DEPTHS:
+        return cifar_resnet(DEPTHS[args.backbone], weights=args.weights)
     ee = _attached(args, _untrained(args, seed))
     last = len(ee.classifiers)
     alone = Phase((last,), tuple(range(last + 1)))
-    exitkit.Trainer(ee, regime=[alone], epochs=args.pretraining, seed=seed, show_progress=False).fit(Augmented(*train))
+    _fit(ee, args, train, regime=[alone], epochs=args.pretraining, seed=seed)
     return exitkit.detach(ee)
+
+
+def _fit(ee: exitkit.MultiExitModel, args: argparse.Namespace, train: tuple[Tensor, Tensor], **options: Any) -> None:
+    speed = {"mixed_precision": args.mixed_precision, "channels_last": True}
+    exitkit.Trainer(ee, show_progress=False, **speed, **options).fit(Augmented(*train))
 
 
 def _attached(args: argparse.Namespace, backbone: nn.Module) -> exitkit.MultiExitModel:
@@ -117,67 +131,57 @@ def _run(
         options = {} if regime == "disjoint" else {"backbone_lr": args.backbone_lr}
     torch.manual_seed(seed)
     ee = _attached(args, start)
-    exitkit.Trainer(ee, regime=regime, epochs=epochs, seed=seed, show_progress=False, **options).fit(Augmented(*train))
+    _fit(ee, args, train, regime=regime, epochs=epochs, seed=seed, **options)
     return exitkit.collect(ee, list(zip(test[0].split(500), test[1].split(500), strict=True)))
 
 
 def _table(args: argparse.Namespace, runs: dict[str, list[ExitOutputs]]) -> Table:
     first = next(iter(runs.values()))[0]
     before = f"{args.pretraining} + {args.epochs}" if args.pretraining else f"{args.epochs}"
-    table = Table(
-        title=f"CIFAR-10, {args.backbone}, {len(first.macs) - 1} exits: accuracy (%) by share of its MACs",
-        caption=f"{args.images:,} training and {args.test_images:,} test images, {before} epochs, {args.seeds} seeds",
-        caption_justify="left",
-    )
-    for heading in ("regime", *(f"{budget:.0%}" for budget in BUDGETS), "nobody leaves"):
-        table.add_column(heading, justify="left" if heading == "regime" else "right")
-    for name, those in runs.items():
-        cells = [_cell([_at(run, budget) for run in those]) for budget in BUDGETS]
-        table.add_row(name, *cells, _cell([100 * float(run.accuracy()[-1]) for run in those]))
-    return table
-
-
-def _at(run: ExitOutputs, budget: float) -> float:
-    return 100 * run.curve().at_budget(budget).accuracy
-
-
-def _cell(values: list[float]) -> str:
-    return f"{np.mean(values):.2f}" + (f" ± {np.std(values):.2f}" if len(values) > 1 else "")
-
-
-def _write(args: argparse.Namespace, runs: dict[str, list[ExitOutputs]], about: dict[str, Any]) -> None:
-    setting = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
-    results = {
-        name: {
-            "exits": [(100 * run.accuracy()).tolist() for run in those],
-            "budgets": {f"{budget:.0%}": [_at(run, budget) for run in those] for budget in BUDGETS},
-            "costs": those[0].costs.tolist(),
-        }
+    rows = [
+        (
+            name,
+            *(cell([at(run, budget) for run in those]) for budget in BUDGETS),
+            cell([100 * float(run.accuracy()[-1]) for run in those]),
+        )
         for name, those in runs.items()
-    }
-    with replacing(args.out / f"{args.backbone}.json") as temporary:
-        temporary.write_text(json.dumps({"about": {**setting, **about}, "runs": results}, indent=2))
+    ]
+    if args.backbone in DEPTHS:
+        rows.append(("(a network of that cost)", *(_static(DEPTHS[args.backbone], budget) for budget in BUDGETS), ""))
+    return table(
+        ("regime", *(f"{budget:.0%}" for budget in BUDGETS), "nobody leaves"),
+        rows,
+        f"CIFAR-10, {args.backbone}, {len(first.macs) - 1} exits: accuracy (%) by share of its MACs",
+        f"{args.images:,} training and {args.test_images:,} test images, {before} epochs, {args.seeds} seeds",
+    )
+
+
+def _static(depth: int, budget: float) -> str:
+    """The static network's accuracy, on all 10,000 test images."""
+    share = budget * STATIC[depth][1]
+    return max((f"{accuracy:.2f}" for accuracy, cost in STATIC.values() if cost <= share), default="-")
 
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("backbone", choices=list(EXITS))
     parser.add_argument("--data", type=Path, required=True, help="folder with cifar10_train.npz and cifar10_test.npz")
-    parser.add_argument("--weights", type=Path, help="safetensors file of the ResNet-20")
+    parser.add_argument("--weights", type=Path, help="safetensors file of the ResNet")
     parser.add_argument("--regimes", default="disjoint,mixed,joint", help="comma-separated")
-    parser.add_argument("--images", type=int, help="of training; 15,000 for the ResNet, 10,000 for the ViT")
-    parser.add_argument("--epochs", type=int, help="3 for the ResNet, 5 for the ViT")
-    parser.add_argument("--pretraining", type=int, help="epochs of the ViT alone: 8")
-    parser.add_argument("--backbone-lr", type=float, help="in mixed: 1e-4 for the ResNet, 1e-3 for the ViT")
+    parser.add_argument("--images", type=int, help="of training; 15,000 for a ResNet, 10,000 for the ViT")
+    parser.add_argument("--epochs", type=int, help="3 for a ResNet, 15 for the ViT")
+    parser.add_argument("--pretraining", type=int, help="epochs of the ViT alone: 30")
+    parser.add_argument("--backbone-lr", type=float, help="in mixed: 1e-4 for a ResNet, 1e-3 for the ViT")
     parser.add_argument("--test-images", type=int, default=5_000)
-    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--mixed-precision", choices=("no", "fp16", "bf16"), default="no")
     parser.add_argument("--out", type=Path, default=Path("results/regimes"))
     args = parser.parse_args()
     for name, value in DEFAULTS[args.backbone].items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    if args.backbone == "resnet" and args.weights is None:
-        parser.error("resnet needs --weights: the ResNet-20's")
+    if args.backbone in DEPTHS and args.weights is None:
+        parser.error(f"{args.backbone} needs --weights")
     return args
 
 

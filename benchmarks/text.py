@@ -3,33 +3,29 @@
     python benchmarks/text.py --data DIR [--seeds 3] [--epochs 10]
 
 DIR holds ``agnews_train.tsv`` and ``agnews_test.tsv``. For every seed a six-layer BERT of width 128 is trained on the
-training texts from random weights (``benchmarks/tail.py``) and then frozen; an exit after each layer but the last learns from
+training texts from random weights and then frozen; an exit after each layer but the last learns from
 the feature cache. Accuracy by share of the backbone's MACs, on the test texts.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
+from agnews import BATCH, Texts, load_texts, pretrained
 from rich.table import Table
-from tail import BATCH, Texts, load_texts, pretrained
+from tables import BUDGETS, at, cell, table, write
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset, default_collate
 
 import exitkit
-from exitkit.cli.bench import machine
 from exitkit.console import make_console
 from exitkit.evaluation import ExitOutputs
-from exitkit.files import replacing
 
 METHODS = ("ztw", "sdn", "pbee")
-BUDGETS = (0.25, 0.5, 0.75, 1.0)
 
 
 def main() -> None:
@@ -45,10 +41,8 @@ def main() -> None:
             exits = " ".join(f"{accuracy:.1%}" for accuracy in runs[method][-1].accuracy())
             console.print(f"seed {seed}  {method}: {exits}  ({time.perf_counter() - started:.0f} s)")
     console.print(_table(runs, args))
-    budgets = {name: {f"{b:.0%}": [_at(run, b) for run in those] for b in BUDGETS} for name, those in runs.items()}
-    about = {"seeds": args.seeds, "epochs": args.epochs, "head": args.head, **machine()}
-    with replacing(args.out) as temporary:
-        temporary.write_text(json.dumps({"about": about, "budgets": budgets}, indent=1))
+    budgets = {name: {f"{b:.0%}": [at(run, b) for run in those] for b in BUDGETS} for name, those in runs.items()}
+    write(args.out, args, budgets=budgets)
 
 
 def _measure(
@@ -72,22 +66,20 @@ def _inputs(rows: list[tuple[Tensor, Tensor]], labelled: bool = False) -> dict[s
 
 
 def _table(runs: dict[str, list[ExitOutputs]], args: argparse.Namespace) -> Table:
-    table = Table(
-        title=f"AG News, frozen six-layer BERT, 5 exits ({args.head}): accuracy (%) by share of its MACs",
-        caption=f"{args.epochs} epochs of the heads, mean ± std of {args.seeds} seeds",
-        caption_justify="left",
+    rows = [
+        (
+            method,
+            *(cell([at(run, budget) for run in those]) for budget in BUDGETS),
+            cell([100 * float(run.accuracy()[-1]) for run in those]),
+        )
+        for method, those in runs.items()
+    ]
+    return table(
+        ("method", *(f"{budget:.0%}" for budget in BUDGETS), "nobody leaves"),
+        rows,
+        f"AG News, frozen six-layer BERT, 5 exits ({args.head}): accuracy (%) by share of its MACs",
+        f"{args.epochs} epochs of the heads, mean ± std of {args.seeds} seeds",
     )
-    for heading in ("method", *(f"{budget:.0%}" for budget in BUDGETS), "nobody leaves"):
-        table.add_column(heading, justify="left" if heading == "method" else "right")
-    for method, those in runs.items():
-        cells = [[_at(run, budget) for run in those] for budget in BUDGETS]
-        last = [100 * float(run.accuracy()[-1]) for run in those]
-        table.add_row(method, *(f"{np.mean(cell):.2f} ± {np.std(cell):.2f}" for cell in (*cells, last)))
-    return table
-
-
-def _at(run: ExitOutputs, budget: float) -> float:
-    return 100 * run.curve().at_budget(budget).accuracy
 
 
 def _arguments() -> argparse.Namespace:

@@ -15,7 +15,6 @@ Weights and data are random: speed does not depend on them.
 from __future__ import annotations
 
 import argparse
-import json
 import multiprocessing
 import statistics
 import time
@@ -26,14 +25,13 @@ from typing import Any
 
 import torch
 from rich.table import Table
+from tables import table, write
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 import exitkit
-from exitkit.cli.bench import machine
 from exitkit.console import make_console
-from exitkit.files import replacing
 from exitkit.models import cifar_resnet
 
 BATCH = 32
@@ -103,29 +101,24 @@ def main() -> None:
     caches = {name: _with_cache(name, args.images) for name in CACHED if args.part != "bounded"}
     if caches:
         console.print(_cached_table(caches, args.images))
-    about = {"images": args.images, "rounds": args.rounds, "batch": BATCH, **machine()}
-    with replacing(args.out / "results.json") as temporary:
-        temporary.write_text(json.dumps({"about": about, "bounded": bounded, "cached": caches}, indent=2))
+    write(args.out / "results.json", args, batch=BATCH, bounded=bounded, cached=caches)
 
 
 def _bounded_table(bounded: dict[str, dict[str, float]]) -> Table:
-    table = Table(title="Training heads on a frozen backbone")
-    for heading in ("", "images/s", "bound", "share", "MiB", "bound's MiB"):
-        table.add_column(heading, justify="right" if heading else "left")
+    rows = []
     for name, row in bounded.items():
         speeds = (f"{row['speed']:.1f}", f"{row['bound']:.1f}", f"{row['share']:.2f}")
-        table.add_row(name, *speeds, f"{row['memory']:.0f}", f"{row['bound_memory']:.0f}")
-    return table
+        rows.append((name, *speeds, f"{row['memory']:.0f}", f"{row['bound_memory']:.0f}"))
+    return table(("", "images/s", "bound", "share", "MiB", "bound's MiB"), rows, "Training heads on a frozen backbone")
 
 
 def _cached_table(caches: dict[str, dict[str, float]], images: int) -> Table:
-    table = Table(title=f"An epoch of {images} samples")
-    for heading in ("", "without cache, s", "first pass, s", "from the cache, s", "faster", "MB on disk"):
-        table.add_column(heading, justify="right" if heading else "left")
+    rows = []
     for name, row in caches.items():
         numbers = (f"{row['plain']:.2f}", f"{row['first']:.2f}", f"{row['cached']:.3f}", f"{row['faster']:.0f}×")
-        table.add_row(name, *numbers, f"{row['megabytes']:.1f}")
-    return table
+        rows.append((name, *numbers, f"{row['megabytes']:.1f}"))
+    headings = ("", "without cache, s", "first pass, s", "from the cache, s", "faster", "MB on disk")
+    return table(headings, rows, f"An epoch of {images} samples")
 
 
 def _against_bound(name: str, images: int, rounds: int) -> dict[str, float]:

@@ -1,0 +1,51 @@
+"""What several benchmarks share: accuracy under a budget, a table of numbers, and a file of results."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.table import Table
+
+from exitkit.cli.bench import machine
+from exitkit.evaluation import ExitOutputs
+from exitkit.files import replacing
+
+BUDGETS = (0.25, 0.5, 0.75, 1.0)
+"""Shares of the backbone's MACs."""
+
+
+def at(run: ExitOutputs, budget: float) -> float | None:
+    """Accuracy in per cent under a share of the backbone's MACs; None where the first exit costs more (by over 0.5%)."""
+    return None if run.costs[0] > budget + 0.005 else 100 * run.curve().at_budget(budget).accuracy
+
+
+def cell(values: Sequence[float | None], digits: int = 1) -> str:
+    """Mean ± standard deviation over seeds."""
+    known = [value for value in values if value is not None]
+    if not known or len(known) < len(values):
+        return "-"
+    spread = f" ± {np.std(known):.{digits}f}" if len(known) > 1 else ""
+    return f"{np.mean(known):.{digits}f}{spread}"
+
+
+def table(headings: Sequence[str], rows: Iterable[Sequence[str]], title: str, caption: str = "") -> Table:
+    """Names in the first column, numbers in the others."""
+    made = Table(title=title, caption=caption or None, caption_justify="left")
+    for number, heading in enumerate(headings):
+        made.add_column(heading, justify="right" if number else "left")
+    for row in rows:
+        made.add_row(*row)
+    return made
+
+
+def write(path: Path, about: argparse.Namespace | dict[str, Any], **results: Any) -> None:
+    """Results as JSON, with the setting and the machine."""
+    setting = about if isinstance(about, dict) else vars(about)
+    plain = {name: str(value) if isinstance(value, Path) else value for name, value in setting.items()}
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps({"about": {**plain, **machine()}, **results}, indent=1))
