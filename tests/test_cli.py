@@ -209,6 +209,7 @@ def test_demo_shows_a_table_and_writes_the_plot(run: Run, tmp_path: Path) -> Non
         (("inspect", "hf:/no/such/folder"), "/no/such/folder"),
         (("inspect", "torchvision:resnet18", "--weights", "/no/such/file"), "--weights '/no/such/file'"),
         (("inspect", TOY), "example_inputs"),
+        (("inspect", TOY, "--image-size", "-8"), "--image-size -8 must be at least 1"),
         (("inspect", "torchvision:fasterrcnn_resnet50_fpn"), "fasterrcnn"),
     ],
 )
@@ -265,7 +266,10 @@ def test_numeric_text_labels_are_class_indices(tmp_path: Path, bert: Path) -> No
 
 def test_an_out_that_is_a_file_is_refused_before_training(refused: Run, images: Path, tmp_path: Path) -> None:
     (tmp_path / "taken").write_text("mine")
-    assert "taken" in refused("bench", "--model", TOY, "--data", images, "--out", tmp_path / "taken")
+    for out in (tmp_path / "taken", tmp_path / "taken" / "run"):
+        error = f"--out '{out}': '{tmp_path / 'taken'}' is a file"
+        assert error in refused("bench", "--model", TOY, "--data", images, "--out", out)
+        assert error in refused("demo", "--out", out)
     assert (tmp_path / "taken").read_text() == "mine"
 
 

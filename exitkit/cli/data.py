@@ -235,7 +235,7 @@ def _read_text(path: Path, pairs: bool) -> list[tuple[Any, str]]:
     """A text, or a pair of texts, and a label of each row."""
     try:
         with path.open(newline="", encoding="utf-8") as file:
-            reader = csv.reader(file, delimiter="\t" if path.suffix == ".tsv" else ",", quoting=_quoting(path))
+            reader = csv.reader(file, delimiter="\t" if path.suffix == ".tsv" else ",", quoting=quoting(path))
             rows = [row for row in reader if len(row) > 1][1:]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise ExitkitError(f"{str(path)!r} cannot be read as UTF-8 text and label: {error}") from error
@@ -248,7 +248,8 @@ def _read_text(path: Path, pairs: bool) -> list[tuple[Any, str]]:
     return [((row[0], row[1]) if pairs else row[0], row[-1]) for row in rows]
 
 
-def _quoting(path: Path) -> Any:
+def quoting(path: Path) -> Any:
+    """A quotation mark in a ``.tsv`` is a character like others, as in GLUE's files."""
     return csv.QUOTE_NONE if path.suffix == ".tsv" else csv.QUOTE_MINIMAL
 
 
