@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
+from numbers import Real
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -112,8 +114,10 @@ class Curve:
         """Accuracy and cost at any τ.
 
         Raises:
-            ExitkitError: a τ found with other temperatures.
+            ExitkitError: no number, or a τ found with other temperatures.
         """
+        if not isinstance(threshold, Real) or math.isnan(threshold):
+            raise ExitkitError(f"threshold={threshold!r} must be a number: the τ above which a sample leaves")
         check_temperatures(threshold, self.temperatures)
         index = max(int(np.searchsorted(self.thresholds, threshold, side="right")) - 1, 0)
         return self._point(index)._replace(threshold=scaled(threshold, self.temperatures))
@@ -135,6 +139,8 @@ class Curve:
             ExitkitError: budgets that end before they begin, or begin below the cheapest point.
         """
         low = float(self.cost[0]) if low is None else low
+        if not isinstance(low, Real) or not isinstance(high, Real):
+            raise ExitkitError(f"low={low!r}, high={high!r} must be numbers: shares of the backbone's cost")
         if not self.cost[0] <= low * (1 + 1e-12) < high:  # shares computed elsewhere may round otherwise
             raise ExitkitError(
                 f"low={low!r}, high={high!r}: budgets must rise, from {self.cost[0]:.3f} (leaving at the first exit) on"

@@ -6,6 +6,7 @@ import threading
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -89,7 +90,7 @@ class ShiftMonitor:
             raise ExitkitError(f"outputs is {type(outputs).__name__}; give those that the threshold was calibrated on")
         if not isinstance(window, int) or window < 20:
             raise ExitkitError(f"window={window!r} must be a whole number of samples, at least 20; 500 is usual")
-        if not 0 < false_alarm < 1:
+        if not isinstance(false_alarm, Real) or not 0 < false_alarm < 1:
             raise ExitkitError(f"false_alarm={false_alarm!r} must lie between 0 and 1, both excluded; 1e-4 is usual")
         self.criterion: str = criterion or outputs.criterion
         self.temperatures: Temperatures | None = outputs.temperatures
