@@ -217,6 +217,13 @@ def test_wrong_models_are_refused(refused: Run, arguments: tuple[str, ...], mess
     assert message in refused(*arguments).replace("\n", " ")
 
 
+def test_weights_that_are_no_state_dict_are_refused_in_one_line(refused: Run, tmp_path: Path) -> None:
+    (tmp_path / "text.pth").write_text("no weights")
+    error = refused("inspect", TOY, "--weights", tmp_path / "text.pth")
+    assert "text.pth' cannot be read as a state dict (UnpicklingError); give what torch.save(" in error
+    assert len(error.splitlines()) == 1
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -244,7 +251,10 @@ def test_damaged_and_foreign_arrays_are_refused(refused: Run, images: Path, tmp_
     damaged.write_bytes(images.read_bytes()[:200])
     foreign = tmp_path / "foreign.npz"
     np.savez(foreign, x=np.zeros(3))
-    assert "cannot be read" in refused("bench", "--model", TOY, "--data", damaged, "--out", tmp_path / "run")
+    text = tmp_path / "text.npz"
+    text.write_text("no archive")
+    for path in (damaged, text):
+        assert "cannot be read as .npz" in refused("bench", "--model", TOY, "--data", path, "--out", tmp_path / "run")
     assert "'images' and 'labels'" in refused("bench", "--model", TOY, "--data", foreign, "--out", tmp_path / "run")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -146,6 +147,8 @@ def _arrays(path: Path, model: nn.Module, test: str | None) -> Split:
 
 
 def _read_npz(path: Path) -> dict[str, Any]:
+    if not zipfile.is_zipfile(path):  # numpy would take it for a pickle, and advise to trust it
+        raise ExitkitError(f"{str(path)!r} cannot be read as .npz: it is no zip archive; write it with numpy.savez")
     try:
         with np.load(path, allow_pickle=False) as file:
             return dict(file)
