@@ -206,6 +206,13 @@ def test_outputs_that_cannot_be_compared_are_refused(other: ExitOutputs, message
         paired_tests({"a": random_outputs(hashes=torch.arange(400)), "b": other}, 0.6)
 
 
+def test_columns_stand_below_their_headings_whatever_the_names() -> None:
+    long = {f"runs/of/a/long/name/{name}": random_outputs(seed=seed) for seed, name in enumerate(("sdn", "ztw"))}
+    heading, row = str(paired_tests(long, 0.6, resamples=2)).splitlines()
+    assert len(heading) == len(row)
+    assert heading.index("accuracy") + len("accuracy") == row.rindex("%", 0, row.index("(")) + 1
+
+
 def test_one_method_cannot_be_compared() -> None:
     with pytest.raises(ExitkitError, match=r"outputs=\['a'\]: give a dict of at least two"):
         paired_tests({"a": random_outputs()})
@@ -241,7 +248,7 @@ def test_budgets_and_thresholds_that_are_no_numbers_are_refused() -> None:
             curve.at_threshold(threshold)
     with pytest.raises(ExitkitError, match="threshold=nan holds NaN"):
         outputs.exits_at(float("nan"))
-    with pytest.raises(ExitkitError, match=r"low='cheap', high=1\.0 must be numbers"):
+    with pytest.raises(ExitkitError, match=r"low='cheap', high=1\.0: budgets must rise"):
         curve.auc("cheap")
 
 
