@@ -92,8 +92,21 @@ def check_training_labels(labels: Any, num_classes: int, batch: int) -> Tensor:
     return check_labels(labels, num_classes, batch)
 
 
+def check_iterable(loader: Any, name: str) -> None:
+    """Refuse what yields nothing at all.
+
+    Raises:
+        ExitkitError: no iterable.
+    """
+    if not isinstance(loader, Iterable) and not hasattr(loader, "__getitem__"):
+        raise ExitkitError(
+            f"{name} is {type(loader).__name__}, which yields no batches; give a DataLoader or a list of batches"
+        )
+
+
 def checked(loader: Iterable[Any], name: str) -> Iterable[Any]:
     """Yield from ``loader``; an :class:`ExitkitError` that names it when nothing came."""
+    check_iterable(loader, name)
     empty = True
     for batch in loader:
         empty = False

@@ -56,9 +56,10 @@ class HeadMaker:
         left_out = gaps(self._blocks, boundary, most)
         _check_single([boundary, *(side for gap in left_out for side in gap)], f"branch-{most}")
         if not left_out and boundary != self._blocks[-1]:
+            smaller = "use a smaller number, or" if most > 1 else "there is nothing to leave out; use"
             raise ExitkitError(
                 f"head='branch-{most}' at {boundary.name!r} would be the whole rest of the backbone: no shape occurs in more "
-                f"than {most} of its blocks; use a smaller number, or head='auto'"
+                f"than {most} of its blocks; {smaller} head='auto'"
             )
         return find_tail(self.captured, boundary, self.outputs, left_out)
 

@@ -209,11 +209,19 @@ def test_demo_shows_a_table_and_writes_the_plot(run: Run, tmp_path: Path) -> Non
         (("inspect", "hf:/no/such/folder"), "/no/such/folder"),
         (("inspect", "torchvision:resnet18", "--weights", "/no/such/file"), "--weights '/no/such/file'"),
         (("inspect", TOY), "example_inputs"),
+        (("inspect", TOY, "--image-size", "-8"), "--image-size -8 must be at least 1"),
         (("inspect", "torchvision:fasterrcnn_resnet50_fpn"), "fasterrcnn"),
     ],
 )
 def test_wrong_models_are_refused(refused: Run, arguments: tuple[str, ...], message: str) -> None:
     assert message in refused(*arguments).replace("\n", " ")
+
+
+def test_weights_that_are_no_state_dict_are_refused_in_one_line(refused: Run, tmp_path: Path) -> None:
+    (tmp_path / "text.pth").write_text("no weights")
+    error = refused("inspect", TOY, "--weights", tmp_path / "text.pth")
+    assert "text.pth' cannot be read as a state dict (UnpicklingError); give what torch.save(" in error
+    assert len(error.splitlines()) == 1
 
 
 @pytest.mark.parametrize(
@@ -243,7 +251,10 @@ def test_damaged_and_foreign_arrays_are_refused(refused: Run, images: Path, tmp_
     damaged.write_bytes(images.read_bytes()[:200])
     foreign = tmp_path / "foreign.npz"
     np.savez(foreign, x=np.zeros(3))
-    assert "cannot be read" in refused("bench", "--model", TOY, "--data", damaged, "--out", tmp_path / "run")
+    text = tmp_path / "text.npz"
+    text.write_text("no archive")
+    for path in (damaged, text):
+        assert "cannot be read as .npz" in refused("bench", "--model", TOY, "--data", path, "--out", tmp_path / "run")
     assert "'images' and 'labels'" in refused("bench", "--model", TOY, "--data", foreign, "--out", tmp_path / "run")
 
 
@@ -265,7 +276,10 @@ def test_numeric_text_labels_are_class_indices(tmp_path: Path, bert: Path) -> No
 
 def test_an_out_that_is_a_file_is_refused_before_training(refused: Run, images: Path, tmp_path: Path) -> None:
     (tmp_path / "taken").write_text("mine")
-    assert "taken" in refused("bench", "--model", TOY, "--data", images, "--out", tmp_path / "taken")
+    for out in (tmp_path / "taken", tmp_path / "taken" / "run"):
+        error = f"--out '{out}': '{tmp_path / 'taken'}' is a file"
+        assert error in refused("bench", "--model", TOY, "--data", images, "--out", out)
+        assert error in refused("demo", "--out", out)
     assert (tmp_path / "taken").read_text() == "mine"
 
 

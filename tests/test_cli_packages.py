@@ -95,6 +95,9 @@ def test_texts(tmp_path: Path) -> None:
     (tmp_path / "texts.csv").write_text("text,label\ngood film,1\nbad film film film,0\n")
     records = [json.loads(line) for line in run("run", tmp_path / "model.pt2", "good film", tmp_path / "texts.csv")]
     assert [record["input"] for record in records] == ["good film", "good film", "bad film film film"]
+    (tmp_path / "quotes.tsv").write_text('text\tlabel\n" good film\t1\n"bad" film\t0\n')
+    quoted = [json.loads(line)["input"] for line in run("run", tmp_path / "model.pt2", tmp_path / "quotes.tsv")]
+    assert quoted == ['" good film', '"bad" film']
     assert records[0] == records[1]
     for record in records:
         ids = torch.tensor([[words[word] for word in record["input"].split()]])
@@ -113,6 +116,7 @@ def test_texts(tmp_path: Path) -> None:
         (["run", "nowhere.pt2", "0.png"], r"'nowhere\.pt2' does not exist"),
         (["bench-latency", "PACKAGE", "--batches", "1,x"], r"--batches '1,x' must be numbers"),
         (["bench-latency", "PACKAGE", "--inputs", "notes.txt"], r"cannot be read as \.npy"),
+        (["run", "PACKAGE", "0.png", "--device", "gpu"], r"device='gpu' is no device of torch"),
     ],
 )
 def test_wrong_input(

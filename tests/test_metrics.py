@@ -18,9 +18,11 @@ from exitkit.evaluation import (
     bootstrap,
     calibration_error,
     exit_rates_by_class,
+    fit_temperatures,
     overthinking,
     paired_tests,
     reliability,
+    threshold_path,
 )
 
 
@@ -204,6 +206,13 @@ def test_outputs_that_cannot_be_compared_are_refused(other: ExitOutputs, message
         paired_tests({"a": random_outputs(hashes=torch.arange(400)), "b": other}, 0.6)
 
 
+def test_columns_stand_below_their_headings_whatever_the_names() -> None:
+    long = {f"runs/of/a/long/name/{name}": random_outputs(seed=seed) for seed, name in enumerate(("sdn", "ztw"))}
+    heading, row = str(paired_tests(long, 0.6, resamples=2)).splitlines()
+    assert len(heading) == len(row)
+    assert heading.index("accuracy") + len("accuracy") == row.rindex("%", 0, row.index("(")) + 1
+
+
 def test_one_method_cannot_be_compared() -> None:
     with pytest.raises(ExitkitError, match=r"outputs=\['a'\]: give a dict of at least two"):
         paired_tests({"a": random_outputs()})
@@ -215,7 +224,41 @@ def test_metrics_need_labels(ask: Callable[[ExitOutputs], object]) -> None:
         ask(random_outputs(labels=None))
 
 
+@pytest.mark.parametrize(
+    "ask",
+    [
+        reliability,
+        calibration_error,
+        overthinking,
+        fit_temperatures,
+        threshold_path,
+        lambda o: exit_rates_by_class(o, 0.5),
+    ],
+)
+def test_what_are_no_outputs_is_refused(ask: Callable[[Any], object]) -> None:
+    with pytest.raises(ExitkitError, match=r"outputs is Curve; give what exitkit\.collect"):
+        ask(random_outputs().curve())
+
+
+def test_budgets_and_thresholds_that_are_no_numbers_are_refused() -> None:
+    outputs = random_outputs()
+    curve: Any = outputs.curve()
+    for threshold in ("high", None, float("nan")):
+        with pytest.raises(ExitkitError, match=rf"threshold={threshold!r} must be a number"):
+            curve.at_threshold(threshold)
+    with pytest.raises(ExitkitError, match="threshold=nan holds NaN"):
+        outputs.exits_at(float("nan"))
+    with pytest.raises(ExitkitError, match=r"low='cheap', high=1\.0: budgets must rise"):
+        curve.auc("cheap")
+
+
 def test_other_bad_arguments_are_refused() -> None:
+    with pytest.raises(ExitkitError, match=r"outputs\['b'\] is int"):
+        paired_tests({"a": random_outputs(), "b": 5})  # type: ignore[dict-item]
+    with pytest.raises(ExitkitError, match="outputs=list: give a dict"):
+        paired_tests([random_outputs()] * 2)  # type: ignore[arg-type]
+    with pytest.raises(ExitkitError, match="resamples='many' must be"):
+        paired_tests({"a": random_outputs(), "b": random_outputs()}, resamples="many")  # type: ignore[arg-type]
     with pytest.raises(ExitkitError, match="rates per class need labels"):
         exit_rates_by_class(random_outputs(labels=None), 0.5)
     with pytest.raises(ExitkitError, match="bins=0 must be"):

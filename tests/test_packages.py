@@ -214,6 +214,9 @@ def test_a_package_of_another_kind(package: Path, tmp_path: Path) -> None:
         exitkit.load(newer)
     with pytest.raises(ExitkitError, match=r"nowhere\.pt2' does not exist"):
         exitkit.load(tmp_path / "nowhere.pt2")
+    for device in ("gpu", [0]):
+        with pytest.raises(ExitkitError, match=r"device=.* is no device of torch; give 'cpu', 'cuda'"):
+            exitkit.load(package, device=device)
     if not torch.cuda.is_available():
         with pytest.raises(ExitkitError, match=r"no CUDA device"):
             exitkit.load(package, device="cuda")
@@ -225,6 +228,8 @@ def test_a_package_of_another_kind(package: Path, tmp_path: Path) -> None:
         ("model.bin", {}, r"must end in \.pt2, \.onnx or \.onnx\.zip"),
         ("model.onnx", {"optimize": True}, r"optimize=True compiles \.pt2"),
         ("model.pt2", {"labels": ["a", "b"]}, r"labels has 2 names; the model has 3 classes"),
+        ("model.pt2", {"labels": 3}, r"labels=3 must be a list of names"),
+        ("model.pt2", {"preprocessing": "resize"}, r"preprocessing is str; give exitkit\.ImagePreprocessing"),
         ("model.pt2", {"criterion": "sureness"}, r"criterion='sureness' is unknown"),
         ("model.pt2", {"tokenizer": object()}, r"tokenizer is a object without a fast backend"),
     ],

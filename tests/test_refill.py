@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -126,12 +127,15 @@ def test_a_failing_stage_names_the_batch_and_loses_nothing(engine: exitkit.Engin
 
 
 @pytest.mark.parametrize(
-    "arguments", [{"batch_size": 0}, {"batch_size": 2.5}, {"max_wait": -1.0}, {"max_wait": float("nan")}]
+    "arguments",
+    [{"batch_size": 0}, {"batch_size": 2.5}, {"max_wait": -1.0}, {"max_wait": float("nan")}, {"max_wait": "long"}],
 )
-def test_arguments_out_of_range(engine: exitkit.Engine, arguments: dict[str, float]) -> None:
+def test_arguments_out_of_range(engine: exitkit.Engine, arguments: dict[str, Any]) -> None:
     name, value = next(iter(arguments.items()))
     with pytest.raises(ExitkitError, match=rf"{name}={value!r} must be"):
-        engine.map([], **arguments)  # type: ignore[arg-type]
+        engine.map([], **arguments)
+    with pytest.raises(ExitkitError, match="batches is int, which yields no batches"):
+        engine.map(5)  # type: ignore[arg-type]
 
 
 def test_a_batch_of_another_kind_is_refused(engine: exitkit.Engine) -> None:

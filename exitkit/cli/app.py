@@ -23,7 +23,7 @@ from exitkit.cli.sources import load_model
 from exitkit.cli.train import prepared, train_recipe
 from exitkit.console import make_console
 from exitkit.errors import ExitkitError
-from exitkit.methods import as_method
+from exitkit.methods import PRESETS, as_method
 from exitkit.report import Stage
 from exitkit.surgery.examples import example_for
 
@@ -62,11 +62,13 @@ def bench(
     ],
     out: Annotated[Path, typer.Option(help="Folder for results.json, curve.png and the outputs")],
     test: Annotated[str | None, typer.Option(help="Test samples; by default a fifth of --data is held out")] = None,
-    methods: Annotated[str, typer.Option(help="Comma-separated: sdn, pbee, ztw")] = "sdn,pbee,ztw",
+    methods: Annotated[str, typer.Option(help=f"Comma-separated: {', '.join(PRESETS)}")] = "sdn,pbee,ztw",
     weights: Weights = None,
     num_classes: Classes = None,
     every: Annotated[int, typer.Option(help="An exit after every n-th block")] = 1,
-    head: Annotated[str, typer.Option(help="auto, 1L, 2L-WIDTH, conv, tail or branch-BLOCKS")] = "auto",
+    head: Annotated[
+        str, typer.Option(help="auto, 1L, 2L-WIDTH, conv, separable, strided, tail or branch-BLOCKS")
+    ] = "auto",
     epochs: Annotated[int, typer.Option(help="Passes over the training samples")] = 15,
     lr: Annotated[float, typer.Option(help="Adam's learning rate")] = 1e-3,
     batch_size: Annotated[int, typer.Option(help="Training batch size")] = 64,
@@ -80,8 +82,7 @@ def bench(
             raise ExitkitError(f"{name} {number} must be at least 1")
     if seed < 0:
         raise ExitkitError(f"--seed {seed} must be at least 0")
-    if out.exists() and not out.is_dir():
-        raise ExitkitError(f"--out {str(out)!r} is a file; name a folder")
+    _check_folder(out)
     backbone = load_model(model, weights, num_classes)
     if weights is None and not model.startswith("hf:"):
         _console.print("note: no --weights, so the backbone has random weights")
@@ -123,8 +124,7 @@ def train(
     set_: Annotated[list[str] | None, typer.Option("--set", help="KEY=VALUE, such as trainer.lr=1e-4")] = None,
 ) -> None:
     """Train exits as a recipe says; print accuracy against compute and write the exits and the results."""
-    if out.exists() and not out.is_dir():
-        raise ExitkitError(f"--out {str(out)!r} is a file; name a folder")
+    _check_folder(out)
     flags = {"model": model, "weights": weights, "data": data, "test": test, "limit": limit}
     flags |= {"trainer.epochs": epochs, "trainer.seed": seed} | dict(map(parse_override, set_ or ()))
     chosen = read_recipe(recipe, {key: value for key, value in flags.items() if value is not None})
@@ -194,12 +194,22 @@ def demo(
     out: Annotated[Path, typer.Option(help="Folder for the plot and the numbers")] = Path("exitkit-demo"),
 ) -> None:
     """Digits, a small network, exits: the whole path in under a minute, without network or GPU."""
+    _check_folder(out)
     run_demo(out, _console)
+
+
+def _check_folder(out: Path) -> None:
+    """Refuse what cannot become a folder, before anything is trained for it."""
+    there = next(path for path in (out, *out.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise ExitkitError(f"--out {str(out)!r}: {str(there)!r} is a file; name a folder")
 
 
 def _image_example(backbone: nn.Module, side: int | None) -> torch.Tensor | None:
     if side is None:
         return None
+    if side < 1:
+        raise ExitkitError(f"--image-size {side} must be at least 1: the side of the input image in pixels")
     channels = next((m.in_channels for m in backbone.modules() if isinstance(m, nn.Conv2d)), 3)
     return torch.randn(2, channels, side, side)
 

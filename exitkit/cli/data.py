@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -146,6 +147,8 @@ def _arrays(path: Path, model: nn.Module, test: str | None) -> Split:
 
 
 def _read_npz(path: Path) -> dict[str, Any]:
+    if not zipfile.is_zipfile(path):  # numpy would take it for a pickle, and advise to trust it
+        raise ExitkitError(f"{str(path)!r} cannot be read as .npz: it is no zip archive; write it with numpy.savez")
     try:
         with np.load(path, allow_pickle=False) as file:
             return dict(file)
@@ -235,7 +238,7 @@ def _read_text(path: Path, pairs: bool) -> list[tuple[Any, str]]:
     """A text, or a pair of texts, and a label of each row."""
     try:
         with path.open(newline="", encoding="utf-8") as file:
-            reader = csv.reader(file, delimiter="\t" if path.suffix == ".tsv" else ",", quoting=_quoting(path))
+            reader = csv.reader(file, delimiter="\t" if path.suffix == ".tsv" else ",", quoting=quoting(path))
             rows = [row for row in reader if len(row) > 1][1:]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise ExitkitError(f"{str(path)!r} cannot be read as UTF-8 text and label: {error}") from error
@@ -248,7 +251,8 @@ def _read_text(path: Path, pairs: bool) -> list[tuple[Any, str]]:
     return [((row[0], row[1]) if pairs else row[0], row[-1]) for row in rows]
 
 
-def _quoting(path: Path) -> Any:
+def quoting(path: Path) -> Any:
+    """A quotation mark in a ``.tsv`` is a character like others, as in GLUE's files."""
     return csv.QUOTE_NONE if path.suffix == ".tsv" else csv.QUOTE_MINIMAL
 
 

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from exitkit.console import make_console
+from exitkit.errors import ExitkitError
 from exitkit.evaluation import paired_tests
 from exitkit.report import calibrated, read_comparison, read_run, write_report, write_thresholds
 from exitkit.report.run import calibration_outputs, named
@@ -73,4 +74,10 @@ def compare(
     seed: Annotated[int, typer.Option(help="Seed of the bootstrap")] = 0,
 ) -> None:
     """Test whether methods or runs differ on the same samples: McNemar at a budget, and the area under the curves."""
-    typer.echo(paired_tests(read_comparison(runs), budget, resamples=resamples, seed=seed))
+    found = read_comparison(runs)
+    if len(found) < 2:
+        raise ExitkitError(
+            f"{str(runs[0])!r} holds one set of outputs, {next(iter(found))!r}, and a comparison needs at least two; name "
+            "another run, or a file of outputs, beside it"
+        )
+    typer.echo(paired_tests(found, budget, resamples=resamples, seed=seed))

@@ -48,8 +48,9 @@ def load_model(name: str, weights: str | None = None, num_classes: int | None = 
     except ExitkitError:
         raise
     except Exception as error:  # whatever a library or a user's function raises on these options
+        offline = "; without a network give a state-dict file as --weights, or none" if weights == PRETRAINED else ""
         raise ExitkitError(
-            f"--model {name!r} cannot be built with these options: {type(error).__name__}: {error}"
+            f"--model {name!r} cannot be built with these options: {type(error).__name__}: {error}{offline}"
         ) from error
     if weights not in (None, PRETRAINED):
         _load_file(model, Path(str(weights)))
@@ -124,8 +125,15 @@ def _load_file(model: nn.Module, path: Path) -> None:
         load_weights(model, path)
         return
     try:
-        model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
-    except Exception as error:  # torch.load raises what its unpickler raises
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # what its unpickler raises, with advice on options that are not the user's here
+        raise ExitkitError(
+            f"--weights {str(path)!r} cannot be read as a state dict ({type(error).__name__}); give what "
+            "torch.save(model.state_dict(), path) wrote, or a .safetensors file"
+        ) from error
+    try:
+        model.load_state_dict(state)
+    except Exception as error:  # keys and shapes, or no dict at all
         raise ExitkitError(f"--weights {str(path)!r} cannot be loaded into {type(model).__name__}: {error}") from error
 
 

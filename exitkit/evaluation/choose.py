@@ -27,7 +27,7 @@ from exitkit.evaluation.bounds import (
     conformal_mean,
     hoeffding_bentkus_p_value,
 )
-from exitkit.evaluation.outputs import ExitOutputs
+from exitkit.evaluation.outputs import ExitOutputs, check_outputs
 from exitkit.evaluation.risks import Risk, RiskFunction, RiskName, as_risk
 from exitkit.evaluation.scaled import Temperatures, scaled
 
@@ -262,8 +262,7 @@ def _test(method: Procedure, limit: float, level: float, binary: bool) -> _Passe
 
 
 def _check(outputs: ExitOutputs, max_drop: float, confidence: float, method: str) -> None:
-    if not isinstance(outputs, ExitOutputs):
-        raise ExitkitError(f"outputs is {type(outputs).__name__}; give what exitkit.collect(ee, loader) returned")
+    check_outputs(outputs)
     if len(outputs.macs) < 2:
         raise ExitkitError("outputs hold the backbone alone; there is no exit to choose a threshold for")
     if method not in get_args(Procedure):

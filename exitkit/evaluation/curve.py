@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from exitkit.errors import ExitkitError
-from exitkit.evaluation.given import positive
+from exitkit.evaluation.given import is_number, positive
 from exitkit.evaluation.plots import Array, plot_curves
 from exitkit.evaluation.scaled import Temperatures, check_temperatures, scaled
 from exitkit.evaluation.timing import ExitTimes, selected
@@ -112,8 +112,10 @@ class Curve:
         """Accuracy and cost at any τ.
 
         Raises:
-            ExitkitError: a τ found with other temperatures.
+            ExitkitError: no number, or a τ found with other temperatures.
         """
+        if not is_number(threshold):
+            raise ExitkitError(f"threshold={threshold!r} must be a number: the τ above which a sample leaves")
         check_temperatures(threshold, self.temperatures)
         index = max(int(np.searchsorted(self.thresholds, threshold, side="right")) - 1, 0)
         return self._point(index)._replace(threshold=scaled(threshold, self.temperatures))
@@ -135,7 +137,10 @@ class Curve:
             ExitkitError: budgets that end before they begin, or begin below the cheapest point.
         """
         low = float(self.cost[0]) if low is None else low
-        if not self.cost[0] <= low * (1 + 1e-12) < high:  # shares computed elsewhere may round otherwise
+        numbers = is_number(low) and is_number(high)
+        if (
+            not numbers or not self.cost[0] <= low * (1 + 1e-12) < high
+        ):  # shares computed elsewhere may round otherwise
             raise ExitkitError(
                 f"low={low!r}, high={high!r}: budgets must rise, from {self.cost[0]:.3f} (leaving at the first exit) on"
             )

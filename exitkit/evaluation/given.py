@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from numbers import Real
 from typing import Any
 
@@ -20,12 +21,17 @@ def numbers_in(given: Any) -> NDArray[np.float64]:
     return values.astype(np.float64) if values.ndim == 1 and values.dtype.kind in "iuf" else np.empty(0)
 
 
+def is_number(value: Any) -> bool:
+    """Whether a value is a real number: no text, no boolean, not NaN."""
+    return isinstance(value, Real) and not isinstance(value, bool) and not math.isnan(value)
+
+
 def positive(name: str, value: Any, meaning: str) -> float:
     """A number above 0.
 
     Raises:
         ExitkitError: anything else; NaN too.
     """
-    if not isinstance(value, Real) or isinstance(value, bool) or not float(value) > 0:
+    if not is_number(value) or value <= 0:
         raise ExitkitError(f"{name}={value!r} must be a number above 0: {meaning}")
     return float(value)

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from exitkit.errors import ExitkitError
-from exitkit.evaluation.outputs import ExitOutputs
+from exitkit.evaluation.outputs import ExitOutputs, check_outputs
 
 Array = NDArray[np.float64]
 
@@ -53,6 +53,7 @@ def reliability(outputs: ExitOutputs, bins: int = 15) -> Reliability:
     Raises:
         ExitkitError: no labels, or no positive number of bins.
     """
+    check_outputs(outputs)
     if not isinstance(bins, int) or bins < 1:
         raise ExitkitError(f"bins={bins!r} must be a whole number greater than 0")
     confidence, correct = outputs.scores("confidence").double().numpy(), outputs.correct.double().numpy()
@@ -84,6 +85,7 @@ def overthinking(outputs: ExitOutputs) -> Overthinking:
     Raises:
         ExitkitError: no labels.
     """
+    check_outputs(outputs)
     right = outputs.correct.numpy()
     exits, backbone = right[:, :-1], right[:, -1:]
     before = exits.any(1, keepdims=True)
@@ -101,6 +103,7 @@ def exit_rates_by_class(outputs: ExitOutputs, threshold: float | Sequence[float]
     Raises:
         ExitkitError: no labels.
     """
+    check_outputs(outputs)
     if outputs.labels is None:
         raise ExitkitError("labels=None: rates per class need labels")
     classes, exits = outputs.log_probs.shape[2], len(outputs.macs)

@@ -14,6 +14,7 @@ from scipy.stats import ks_2samp
 from torch import Tensor
 
 from exitkit.errors import ExitkitError
+from exitkit.evaluation.given import is_number
 from exitkit.evaluation.outputs import ExitOutputs
 from exitkit.evaluation.scaled import Temperatures
 
@@ -89,7 +90,7 @@ class ShiftMonitor:
             raise ExitkitError(f"outputs is {type(outputs).__name__}; give those that the threshold was calibrated on")
         if not isinstance(window, int) or window < 20:
             raise ExitkitError(f"window={window!r} must be a whole number of samples, at least 20; 500 is usual")
-        if not 0 < false_alarm < 1:
+        if not is_number(false_alarm) or not 0 < false_alarm < 1:
             raise ExitkitError(f"false_alarm={false_alarm!r} must lie between 0 and 1, both excluded; 1e-4 is usual")
         self.criterion: str = criterion or outputs.criterion
         self.temperatures: Temperatures | None = outputs.temperatures

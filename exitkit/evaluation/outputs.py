@@ -186,7 +186,7 @@ class ExitOutputs:
         """(N,): the exit at which each sample leaves, for one τ or one per exit; M where no exit before it is sure enough.
 
         Raises:
-            ExitkitError: no numbers, another number of them than 1 or M, or a τ found with other temperatures.
+            ExitkitError: no numbers or NaN, another number of them than 1 or M, or a τ found with other temperatures.
         """
         check_temperatures(threshold, self.temperatures)
         try:
@@ -196,6 +196,8 @@ class ExitOutputs:
                 f"threshold is {type(threshold).__name__}, no number: give one τ, or one per exit, such as "
                 "choose_threshold(...).threshold"
             ) from error
+        if bool(taus.isnan().any()):
+            raise ExitkitError(f"threshold={threshold!r} holds NaN, which no score compares with; give numbers")
         if tuple(taus.shape) not in ((), (len(self.macs) - 1,)):
             raise ExitkitError(
                 f"threshold has shape {tuple(taus.shape)}; give one τ, or one for each of the {len(self.macs) - 1} exits"
@@ -306,3 +308,13 @@ class ExitOutputs:
     @staticmethod
     def _checked(given: Tensor) -> Tensor:
         return normalised(given)
+
+
+def check_outputs(outputs: object, name: str = "outputs") -> None:
+    """Refuse what are no outputs.
+
+    Raises:
+        ExitkitError: anything else than :class:`ExitOutputs`.
+    """
+    if not isinstance(outputs, ExitOutputs):
+        raise ExitkitError(f"{name} is {type(outputs).__name__}; give what exitkit.collect(ee, loader) returned")

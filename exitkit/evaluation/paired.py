@@ -14,8 +14,9 @@ from scipy.stats import binomtest
 from exitkit.errors import ExitkitError
 from exitkit.evaluation.curve import Curve
 from exitkit.evaluation.metrics import Interval
-from exitkit.evaluation.outputs import ExitOutputs
+from exitkit.evaluation.outputs import ExitOutputs, check_outputs
 from exitkit.fingerprint import same_weights
+from exitkit.methods import is_count
 
 
 @dataclass(frozen=True)
@@ -50,13 +51,14 @@ class PairedTests:
     pairs: tuple[PairedTest, ...]
 
     def __str__(self) -> str:
-        lines = [f"{'pair':<26}{'accuracy':>17}{'only 1st':>9}{'only 2nd':>9}{'p':>9}{'AUC difference':>29}"]
-        for pair in self.pairs:
+        names = [f"{p.first} – {p.second}{'' if p.same_backbone is not False else ' *'}" for p in self.pairs]
+        width = max(26, *(len(name) + 2 for name in names))
+        lines = [f"{'pair':<{width}}{'accuracy':>17}{'only 1st':>9}{'only 2nd':>9}{'p':>9}{'AUC difference':>29}"]
+        for name, pair in zip(names, self.pairs, strict=True):
             accuracies = "{:.2%} {:.2%}".format(*pair.accuracies)
             auc = f"{pair.auc.value:+.4f} ({pair.auc.low:+.4f} … {pair.auc.high:+.4f})"
-            name = f"{pair.first} – {pair.second}{'' if pair.same_backbone is not False else ' *'}"
             lines.append(
-                f"{name:<26}{accuracies:>17}{pair.only_first:>9}{pair.only_second:>9}{pair.p_value:>9.2g}{auc:>29}"
+                f"{name:<{width}}{accuracies:>17}{pair.only_first:>9}{pair.only_second:>9}{pair.p_value:>9.2g}{auc:>29}"
             )
         if any(pair.same_backbone is False for pair in self.pairs):
             lines.append("* their backbones have other weights, so that the difference may be the backbones'")
@@ -80,9 +82,12 @@ def paired_tests(
         ExitkitError: other samples, another backbone, no labels, or a budget that one of them cannot keep.
     """
     if not isinstance(outputs, Mapping) or len(outputs) < 2:
-        raise ExitkitError(f"outputs={list(outputs)!r}: give a dict of at least two, by name")
-    if resamples < 1 or seed < 0:
-        raise ExitkitError(f"resamples={resamples!r} must be at least 1, and seed={seed!r} at least 0")
+        given = list(outputs) if isinstance(outputs, Mapping) else type(outputs).__name__
+        raise ExitkitError(f"outputs={given}: give a dict of at least two, by name")
+    if not is_count(resamples) or not isinstance(seed, int) or seed < 0:
+        raise ExitkitError(
+            f"resamples={resamples!r} must be a whole number of at least 1, and seed={seed!r} of at least 0"
+        )
     check_comparable(outputs)
     pairs = [_pair(one, two, outputs, budget, resamples, seed) for one, two in combinations(outputs, 2)]
     return PairedTests(tuple(pairs))
@@ -140,6 +145,8 @@ def check_comparable(outputs: Mapping[str, ExitOutputs]) -> None:
     Raises:
         ExitkitError: other samples, another backbone, or no labels.
     """
+    for name, one in outputs.items():
+        check_outputs(one, f"outputs[{name!r}]")
     (name, first), *others = outputs.items()
     for other, candidate in others:
         if candidate.labels is None or first.labels is None:

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from exitkit.evaluation.choose import ThresholdPath, never_leave
-from exitkit.evaluation.outputs import ExitOutputs
+from exitkit.evaluation.outputs import ExitOutputs, check_outputs
 from exitkit.evaluation.scaled import scaled
 
 _LEVELS = 32
@@ -66,6 +66,7 @@ def per_exit_thresholds(
     Raises:
         ExitkitError: a budget that even leaving at exit 0 does not stay under, or a table of another length.
     """
+    check_outputs(outputs)
     labelled = outputs if outputs.labels is not None else outputs.against_backbone()
     curve = labelled.curve(criterion, milliseconds=milliseconds)
     one = curve.at_budget(ms=budget) if milliseconds is not None else curve.at_budget(budget)
@@ -85,6 +86,7 @@ def threshold_path(outputs: ExitOutputs, *, criterion: str | None = None) -> Thr
 
     The rows maximise accuracy minus λ · cost on these samples for rising prices λ, with steps between them.
     """
+    check_outputs(outputs)
     labelled = outputs if outputs.labels is not None else outputs.against_backbone()
     search = _Search.of(labelled, None, criterion)
     corners = [search.careful]

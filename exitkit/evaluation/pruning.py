@@ -10,7 +10,7 @@ import numpy as np
 
 from exitkit.errors import ExitkitError
 from exitkit.evaluation.curve import Curve
-from exitkit.evaluation.outputs import ExitOutputs
+from exitkit.evaluation.outputs import ExitOutputs, check_outputs
 from exitkit.model import MultiExitModel
 
 
@@ -36,6 +36,7 @@ def exits_that_do_not_pay(
     Raises:
         ExitkitError: another number of heads than exits, heads that cost more than their exits, or no labels.
     """
+    check_outputs(outputs)
     exits = len(outputs.macs) - 1
     if len(heads) != exits or not all(head >= 0 for head in heads):
         raise ExitkitError(f"heads={list(heads)!r} must hold {exits} costs in MACs, of each exit's head")

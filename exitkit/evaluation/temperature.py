@@ -9,7 +9,7 @@ from scipy.optimize import minimize_scalar
 from torch.nn import functional as F
 
 from exitkit.errors import ExitkitError
-from exitkit.evaluation.outputs import ExitOutputs
+from exitkit.evaluation.outputs import ExitOutputs, check_outputs
 
 
 def fit_temperatures(outputs: ExitOutputs) -> tuple[float, ...]:
@@ -20,6 +20,7 @@ def fit_temperatures(outputs: ExitOutputs) -> tuple[float, ...]:
     Raises:
         ExitkitError: no labels.
     """
+    check_outputs(outputs)
     if outputs.labels is None:
         raise ExitkitError("labels=None: temperatures are fitted to labels")
     return tuple(_fit(outputs, exit_) for exit_ in range(len(outputs.macs)))

@@ -40,7 +40,7 @@ class CifarResNet(nn.Module):
 
     def __init__(self, depth: int, num_classes: int = 10) -> None:
         super().__init__()
-        if depth < 8 or (depth - 2) % 6:
+        if not isinstance(depth, int) or depth < 8 or (depth - 2) % 6:
             raise ExitkitError(f"depth={depth!r} is not 6n + 2; use 20, 32, 44, 56, 110, ...")
         blocks = (depth - 2) // 6
         self.conv1 = nn.Conv2d(3, 16, 3, padding=1, bias=False)

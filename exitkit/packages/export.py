@@ -151,6 +151,10 @@ def _labels(model: MultiExitModel, labels: Sequence[str] | None) -> tuple[str, .
         if not isinstance(known, dict) or set(known) != set(range(model.num_classes)):
             return None
         labels = [known[index] for index in range(model.num_classes)]
+    if not isinstance(labels, Sequence) or isinstance(labels, str):
+        raise ExitkitError(
+            f"labels={labels!r} must be a list of names, one for each of the {model.num_classes} classes"
+        )
     names = tuple(str(label) for label in labels)
     if len(names) != model.num_classes:
         raise ExitkitError(f"labels has {len(names)} names; the model has {model.num_classes} classes")
@@ -158,6 +162,11 @@ def _labels(model: MultiExitModel, labels: Sequence[str] | None) -> tuple[str, .
 
 
 def _preprocessing(model: MultiExitModel, preprocessing: Preprocessing | None, tokenizer: Any) -> Preprocessing | None:
+    if not isinstance(preprocessing, Preprocessing | None):
+        raise ExitkitError(
+            f"preprocessing is {type(preprocessing).__name__}; give exitkit.ImagePreprocessing(...) or "
+            "exitkit.TextPreprocessing(...)"
+        )
     if tokenizer is not None:
         return TextPreprocessing.of(tokenizer, [str(key) for key in model.example.spec.keys])
     return preprocessing if preprocessing is not None else ImagePreprocessing.of(model.backbone)

@@ -89,7 +89,11 @@ def _bytes(path: Path) -> bytes:
 def _device(manifest: dict[str, Any], device: str | torch.device | None, path: str) -> torch.device:
     """Where the steps run; refused where a package was made for another device or version."""
     kind, made = manifest["kind"], manifest["device"]
-    chosen = torch.device(device if device is not None else made if kind == "compiled" else "cpu")
+    given = device if device is not None else made if kind == "compiled" else "cpu"
+    try:
+        chosen = torch.device(given)
+    except (RuntimeError, TypeError) as error:  # what torch says of a name it does not know, and of what is no name
+        raise ExitkitError(f"device={given!r} is no device of torch; give 'cpu', 'cuda' or 'cuda:1'") from error
     if kind == "onnx" and chosen.type != "cpu":
         raise ExitkitError(
             f"device={str(chosen)!r}: {path!r} runs in onnxruntime on CPU; export a .pt2 for other devices"

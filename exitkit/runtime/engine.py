@@ -10,11 +10,12 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from exitkit.batches import split_batch
+from exitkit.batches import check_iterable, split_batch
 from exitkit.console import make_console
 from exitkit.criteria import Criterion
 from exitkit.errors import ExitkitError, unknown_name
 from exitkit.evaluation.choose import ChosenThreshold
+from exitkit.evaluation.given import is_number
 from exitkit.evaluation.monitor import ShiftMonitor
 from exitkit.model import MultiExitModel
 from exitkit.runtime.exported import example_of
@@ -163,8 +164,9 @@ class Engine:
         """
         if not isinstance(batch_size, int) or batch_size < 1:
             raise ExitkitError(f"batch_size={batch_size!r} must be a whole number greater than 0")
-        if not max_wait >= 0:
+        if not is_number(max_wait) or max_wait < 0:
             raise ExitkitError(f"max_wait={max_wait!r} must be a number of seconds of at least 0")
+        check_iterable(batches, "batches")
         return map(self._noted, Refill(replace(self.loop, plan=None), batch_size, max_wait).run(batches))
 
     def _noted(self, prediction: Prediction) -> Prediction:

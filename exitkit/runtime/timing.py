@@ -39,7 +39,7 @@ def time_exits(engine: Engine, samples: Any, batches: Sequence[int] = (1, 64)) -
     """
     if not isinstance(engine, Engine):
         raise ExitkitError(f"engine is {type(engine).__name__}; give what exitkit.compile or exitkit.load returned")
-    if not batches or not all(isinstance(size, int) and size > 0 for size in batches):
+    if not isinstance(batches, Sequence) or not batches or not all(isinstance(n, int) and n > 0 for n in batches):
         raise ExitkitError(f"batches={batches!r} must be whole numbers of at least 1, such as [1, 64]")
     given = Example.of(split_batch(samples)[0])
     return tuple(_times(engine, given.with_batch(size)) for size in batches)

@@ -62,7 +62,7 @@ def _at(anatomy: Anatomy, names: Sequence[str]) -> tuple[Boundary, ...]:
         )
     by_name = _by_name(anatomy)
     for name in names:
-        if name not in by_name:
+        if not isinstance(name, str) or name not in by_name:
             raise unknown_name("at", name, by_name, "exitkit.inspect(model) lists the boundaries")
     chosen: dict[int, Boundary] = {}
     for boundary in (by_name[name] for name in names):
