@@ -139,5 +139,8 @@ def test_arguments_out_of_range(engine: exitkit.Engine, arguments: dict[str, Any
 
 
 def test_a_batch_of_another_kind_is_refused(engine: exitkit.Engine) -> None:
-    with pytest.raises(ExitkitError, match="compiled for"):
-        list(engine.map([images(2), torch.randn(2, 1, 9, 9)]))
+    """In its turn, with its number: the answers before it come first."""
+    answers = engine.map([images(2), torch.randn(2, 1, 9, 9)])
+    assert len(next(answers).exit) == 2
+    with pytest.raises(ExitkitError, match=r"batch 1 failed: .*compiled for"):
+        next(answers)

@@ -57,8 +57,12 @@ class Refill:
         yield from self._finished()
 
     def _accept(self, index: int, batch: Any) -> None:
-        args, kwargs = as_call(split_batch(batch)[0])
-        tensors = self.loop.program.inputs.checked(args, kwargs)
+        try:
+            args, kwargs = as_call(split_batch(batch)[0])
+            tensors = self.loop.program.inputs.checked(args, kwargs)
+        except ExitkitError as error:  # told when it is this batch's turn, after the answers before it
+            self.items.append(_Item(index, self.samples, 0, time.monotonic(), error=error))
+            return
         item = _Item(index, self.samples, len(tensors[0]), time.monotonic())
         self.items.append(item)
         self.samples += item.count
@@ -164,8 +168,13 @@ class Refill:
             if item.error is None
         }
         error = ExitkitError(
-            f"batch {failed.index} failed: {type(failed.error).__name__}: {failed.error}. All batches before it were "
+            f"batch {failed.index} failed: {_said(failed.error)}. All batches before it were "
             f"answered, and {len(finished)} behind it are in this error's .finished, by their number; leave it out and go on"
         )
         error.finished = finished  # type: ignore[attr-defined]
         return error
+
+
+def _said(error: Exception | None) -> str:
+    """An error's words, after its kind where it is not one of ours."""
+    return str(error) if isinstance(error, ExitkitError) else f"{type(error).__name__}: {error}"
