@@ -385,7 +385,7 @@ def endable(directory: str, at: int = 10**9) -> MultiExitModel:
     data = TensorDataset(images + labels.view(-1, 1, 1, 1), labels)
     train = Slow(DataLoader(data, batch_size=15, shuffle=True), at)
     val = DataLoader(TensorDataset(images[:30], labels[:30]), batch_size=15)
-    loss = Loss(weights="sdn", distillation=Distillation(confidence_limit=0.3))
+    loss = Loss(weights="sdn", distillation=Distillation(confidence_limit=0.34))
     options = {"epochs": 6, "patience": 5, "loss": loss, "lr": 1e-2, "show_progress": False}
     Trainer(ee, "mixed-gradual", output_dir=directory, **options).fit(train, val)
     return ee
