@@ -17,7 +17,7 @@ from exitkit.model import MultiExitModel
 from exitkit.surgery.capture import evaluation_mode
 from exitkit.training.cache import Data, cached
 from exitkit.training.ensemble import fit_ensemble_on
-from exitkit.training.freezing import Stages, flags_restored, stages_of
+from exitkit.training.freezing import Stages, check_learning, flags_restored, stages_of
 from exitkit.training.interruption import sigterm_noted
 from exitkit.training.losses import Loss, check_loss
 from exitkit.training.processes import length, make_accelerator, own_part, seed_everything
@@ -212,6 +212,7 @@ class Trainer:
         if not self.trains_backbone:
             return None
         stages = stages_of(self.model)
+        check_learning(self.phases, stages, self.model)
         if self.loss.gradient_equilibrium and stages.shared:
             raise ExitkitError(
                 f"gradient_equilibrium divides each stage's gradient by another number, but {stages.shared[0]!r} is read "
