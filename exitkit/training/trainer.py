@@ -174,10 +174,7 @@ class Trainer:
         """
         if self.patience is not None and val_loader is None:
             raise ExitkitError("patience is set, but there is no val_loader to measure improvement on; give one")
-        if self.directory is not None and self.directory.exists() and not self.directory.is_dir():
-            raise ExitkitError(f"output_dir={str(self.directory)!r} is a file; give a folder")
-        if self.directory is not None:
-            self.directory.mkdir(parents=True, exist_ok=True)
+        self._make_directory()
         accelerator = make_accelerator(self.mixed_precision)
         train = own_part(accelerator, train_loader, "train_loader")
         val = None if val_loader is None else own_part(accelerator, val_loader, "val_loader")
@@ -200,6 +197,18 @@ class Trainer:
             seed_everything(data.train, self.seed * EPOCHS)
             fit_ensemble_on(self.model, data.view, data.train, accelerator.gather_for_metrics)
         return self.history
+
+    def _make_directory(self) -> None:
+        if self.directory is None:
+            return
+        if self.directory.exists() and not self.directory.is_dir():
+            raise ExitkitError(f"output_dir={str(self.directory)!r} is a file; give a folder")
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ExitkitError(
+                f"output_dir={str(self.directory)!r} cannot be made ({error.strerror}); give a folder where you may write"
+            ) from error
 
     def _place(self, device: torch.device) -> None:
         self.model.to(device)
