@@ -33,14 +33,7 @@ def check_labels(labels: Any, num_classes: int, batch: int) -> Tensor:
     Raises:
         ExitkitError: missing labels, another shape or dtype, a label out of range, or a target that is not finite.
     """
-    if labels is None:
-        raise ExitkitError("the loader yields no labels; yield (inputs, labels) or a dict with the key 'labels'")
-    try:
-        labels = torch.as_tensor(labels)
-    except (TypeError, ValueError) as error:
-        raise ExitkitError(
-            f"labels are no class indices: {error}; give whole numbers from 0 to {num_classes - 1}"
-        ) from error
+    labels = _as_tensor(labels, num_classes)
     if num_classes == 1:
         return _check_targets(labels, batch)
     if labels.is_floating_point() or labels.shape != (batch,):
@@ -54,6 +47,17 @@ def check_labels(labels: Any, num_classes: int, batch: int) -> Tensor:
         )
     classes: Tensor = labels.long()
     return classes
+
+
+def _as_tensor(labels: Any, num_classes: int) -> Tensor:
+    if labels is None:
+        raise ExitkitError("the loader yields no labels; yield (inputs, labels) or a dict with the key 'labels'")
+    try:
+        return torch.as_tensor(labels)
+    except (TypeError, ValueError) as error:
+        raise ExitkitError(
+            f"labels are no class indices: {error}; give whole numbers from 0 to {num_classes - 1}"
+        ) from error
 
 
 def _check_targets(targets: Tensor, batch: int) -> Tensor:
@@ -78,18 +82,19 @@ def check_training_labels(labels: Any, num_classes: int, batch: int) -> Tensor:
     Raises:
         ExitkitError: another shape or dtype, or values out of range.
     """
-    if not isinstance(labels, Tensor) or num_classes == 1:
-        return check_labels(labels, num_classes, batch)
-    if labels.is_floating_point() and labels.shape == (batch, num_classes):
-        if bool((labels < 0).any()) or not bool((labels.sum(1).float() - 1).abs().le(1e-2).all()):
+    targets = _as_tensor(labels, num_classes)
+    if num_classes == 1:
+        return check_labels(targets, num_classes, batch)
+    if targets.is_floating_point() and targets.shape == (batch, num_classes):
+        if bool((targets < 0).any()) or not bool((targets.sum(1).float() - 1).abs().le(1e-2).all()):
             raise ExitkitError(
-                f"labels of shape {tuple(labels.shape)} are soft ones: probabilities, each row of sum 1"
+                f"labels of shape {tuple(targets.shape)} are soft ones: probabilities, each row of sum 1"
             )
-        return labels.float()
-    if not labels.is_floating_point() and labels.shape == (batch,) and bool((labels == UNLABELLED).any()):
-        check_labels(labels.where(labels != UNLABELLED, 0), num_classes, batch)
-        return labels.long()
-    return check_labels(labels, num_classes, batch)
+        return targets.float()
+    if not targets.is_floating_point() and targets.shape == (batch,) and bool((targets == UNLABELLED).any()):
+        check_labels(targets.where(targets != UNLABELLED, 0), num_classes, batch)
+        return targets.long()
+    return check_labels(targets, num_classes, batch)
 
 
 def check_iterable(loader: Any, name: str) -> None:

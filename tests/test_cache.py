@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, IterableDataset, RandomSampler, TensorDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler, TensorDataset
 
 import exitkit
 from exitkit import ExitkitError, MultiExitModel, Trainer
@@ -245,6 +245,28 @@ def test_a_killed_run_continues_from_the_cache(tmp_path: Path) -> None:
     assert calls.count == 0
     assert close(whole, parts, within=0)
     assert not list(tmp_path.glob(".features-*"))
+
+
+class Augmented(Dataset[Any]):
+    """Images with noise that is drawn anew every time."""
+
+    def __len__(self) -> int:
+        return 48
+
+    def __getitem__(self, number: int) -> Any:
+        return torch.randn(1, 8, 8) + number % 3 - 1, number % 3
+
+
+def test_the_seed_decides_the_augmentation_that_is_frozen(tmp_path: Path) -> None:
+    """And a run that is taken up again finds its features, whatever was drawn before."""
+    one, other = two(method="sdn")
+    fitted(one, DataLoader(Augmented(), 16, shuffle=True), cache=True)
+    torch.rand(7)
+    fitted(other, DataLoader(Augmented(), 16, shuffle=True), cache=True, output_dir=tmp_path)
+    assert close(one, other, within=0)
+    calls = Calls(other)
+    fitted(other, DataLoader(Augmented(), 16, shuffle=True), cache=True, output_dir=tmp_path, resume="never")
+    assert calls.count == 0
 
 
 def test_without_an_output_dir_nothing_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

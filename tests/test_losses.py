@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -207,7 +208,7 @@ def test_the_trainer_anneals_once_per_batch(ee: MultiExitModel, loader: Loaders,
     reached = []
     anneal = Objective.anneal
     monkeypatch.setattr(Objective, "anneal", lambda self, c: (anneal(self, c), reached.append(self.temperature)))
-    config = Distillation(confidence_limit=0.01, multiplier=1.1)
+    config = Distillation(confidence_limit=0.334, multiplier=1.1)
     trainer(ee, epochs=2, loss=Loss(distillation=config)).fit(loader(48, 16), loader())
     assert reached == pytest.approx([1.1**k for k in range(1, 7)])
 
@@ -230,7 +231,7 @@ def test_what_is_shown_of_a_distillation_does_not_grow_with_the_temperature(logi
 
 
 def test_the_record_tells_the_temperature(ee: MultiExitModel, loader: Loaders) -> None:
-    config = Distillation(confidence_limit=0.01, multiplier=1.1)
+    config = Distillation(confidence_limit=0.334, multiplier=1.1)
     records = trainer(ee, epochs=2, loss=Loss(distillation=config)).fit(loader(48, 16))
     assert [record.temperature for record in records] == pytest.approx([1.1**3, 1.1**6])
     assert records[0].scalars()["temperature"] == records[0].temperature
@@ -423,6 +424,16 @@ def test_targets_that_are_none_are_refused(labels: Any, classes: int, message: s
         check_training_labels(labels, classes, 4)
 
 
+@pytest.mark.parametrize("make", [torch.tensor, np.array, list], ids=["tensor", "array", "list"])
+def test_labels_may_be_arrays_and_lists(make: Callable[[Any], Any]) -> None:
+    indices = check_training_labels(make([0, 2, -1]), 3, 3)
+    assert indices.tolist() == [0, 2, -1]
+    assert indices.dtype == torch.int64
+    soft = check_training_labels(make([[0.25, 0.75], [1.0, 0.0]]), 2, 2)
+    assert soft.tolist() == [[0.25, 0.75], [1.0, 0.0]]
+    assert soft.dtype == torch.float32
+
+
 # what is refused -----------------------------------------------------------------------------------------------------
 
 
@@ -466,6 +477,17 @@ def test_losses_that_make_no_sense_are_refused(make: Callable[[], Any], message:
         ("disjoint", Loss(distillation=Distillation({0: 3})), "maps exit 0 to 3; give a tuple of exits"),  # type: ignore[dict-item]
         ("disjoint", Loss(distillation=Distillation({0: "last"})), "maps exit 0 to 'last'"),
         ("disjoint", Loss(distillation=Distillation({0: [4]})), "exits from 0 to 3"),
+        ("disjoint", Loss(distillation=Distillation({0: [[3]]})), r"maps exit 0 to \[\[3\]\]"),  # type: ignore[list-item]
+        (
+            "disjoint",
+            Loss(weights=[0, 0, 0, 1]),
+            r"weights=\[0, 0, 0, 1\] are 0 for every exit that counts in phase 1",
+        ),
+        (
+            "disjoint",
+            Loss(distillation=Distillation(confidence_limit=0.3)),
+            r"confidence_limit=0\.3 is never undercut: among 3 classes .* at least 0\.333",
+        ),
         ("disjoint", "sum", "loss='sum' must be exitkit"),
     ],
 )

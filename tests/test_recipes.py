@@ -14,16 +14,17 @@ import torch
 from torch import nn
 
 import exitkit
-from exitkit import ExitkitError
+from exitkit import ExitkitError, Trainer
 from exitkit.cli.augmentation import augmented
 from exitkit.cli.recipe import parse_override, read_recipe
 from exitkit.cli.schedule import by_name
 from exitkit.cli.sources import load_model
+from exitkit.cli.train import prepared, train_recipe
 from exitkit.preprocessing import IMAGENET_MEAN, IMAGENET_STD
 from exitkit.surgery.boundaries import find_boundaries
 from exitkit.surgery.capture import capture
 from exitkit.surgery.placement import place
-from exitkit.training import Loss
+from exitkit.training import Distillation, Loss
 from tests.test_cli import bert, images, invoke, refused, run  # noqa: F401 - fixtures
 
 RECIPES = sorted((Path(__file__).resolve().parents[1] / "benchmarks" / "recipes").glob("*.toml"))
@@ -156,6 +157,28 @@ def test_what_comes_in_at_the_border_is_black(tmp_path: Path) -> None:
         assert {tuple(value) for value in seen.tolist()} == {tuple(white.tolist()), tuple(black.tolist())}
 
 
+def test_the_trainer_gets_what_the_recipe_says(recipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every table of it."""
+    given: dict[str, Any] = {}
+    monkeypatch.setattr("exitkit.cli.train.Trainer", lambda model, **options: given.update(options))
+    more = (
+        '[optimizer]\nname = "sgd"\nmomentum = 0.9\n[schedule]\nname = "linear"\n[loss]\nlabel_smoothing = 0.1\n'
+        "[loss.distillation]\nconfidence_limit = 0\n[loss.distillation.teachers]\n0 = [1]\n"
+    )
+    read = read_recipe(recipe(more), {})
+    with pytest.raises(AttributeError, match="fit"):  # there is no trainer
+        train_recipe(read, *prepared(read), torch.zeros(2, 1, 8, 8), tmp_path / "out", print)
+    assert given["loss"] == Loss(label_smoothing=0.1, distillation=Distillation({0: [1]}, confidence_limit=None))
+    optimizer = given["optimizer"]([{"params": [nn.Parameter(torch.zeros(1))], "lr": 0.2}])
+    assert isinstance(optimizer, torch.optim.SGD)
+    assert optimizer.defaults["momentum"] == 0.9
+    schedule = given["schedule"](optimizer, 2)
+    optimizer.step()
+    schedule.step()
+    assert schedule.get_last_lr() == [0.1]
+    assert (given["epochs"], given["lr"]) == (2, 0.01)
+
+
 def test_a_schedule_of_the_recipe_sets_the_rate(run: Any, recipe: Any, tmp_path: Path) -> None:  # noqa: F811
     run("train", recipe('[schedule]\nname = "restarts"\nwarmup = 0.1\ncycles = 2\n'), "--out", tmp_path / "out")
     results = json.loads((tmp_path / "out" / "results.json").read_text())
@@ -243,6 +266,7 @@ def test_a_regression_on_text(run: Any, bert: Path, tmp_path: Path) -> None:  # 
         ("[loss]\nsmoothing = 0.1\n", "", ["loss.smoothing", "'loss.label_smoothing'"]),
         ("[loss.distillation]\nteacher = 'last'\n", "", ["'loss.distillation.teachers'"]),
         ("[loss.distillation]\nteachers = 'lasst'\n", "", ["loss.distillation", "'last'"]),
+        ("[loss.distillation.teachers]\n0 = [1]\nfirst = [1]\n", "", ["loss.distillation.teachers", "'first'"]),
         ("[loss]\ndistillation = 'last'\n", "", ["must be a table"]),
         ("[optimizer]\nname = 'adamm'\n", "", ["'adam'"]),
         ("[optimizer]\nmomentum = 0.9\n", "", ["optimizer.momentum"]),
@@ -301,6 +325,16 @@ def test_a_wrong_flag_is_refused(
     tmp_path: Path,
 ) -> None:
     assert word in refused("train", recipe(), "--out", tmp_path / "out", *flags)
+
+
+def test_a_folder_that_cannot_be_made_is_refused_before_training(
+    recipe: Any,
+    refused: Any,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(Trainer, "fit", lambda *_: pytest.fail("it trains"))
+    path = recipe()
+    assert "cannot be made" in refused("train", path, "--out", path / "out")
 
 
 def test_a_missing_file_and_missing_keys_are_refused(refused: Any, tmp_path: Path) -> None:  # noqa: F811

@@ -242,7 +242,9 @@ def test_a_users_own_phases(ee: MultiExitModel, loader: Loaders) -> None:
         ((Phase((1, 0)),), "rising, each once"),
         ((Phase((0,), (1,)),), "trains stage 1 of the backbone, but no exit behind it counts"),
         ((Phase((0, 3)),), "counts exit 3, the backbone's own, and freezes the whole backbone"),
-        ((Phase((0,), alternate=(1,)),), r"alternates with exits \(1,\) that are not among"),
+        ((Phase((0,), alternate=(1,)),), r"alternates with exits \(1,\); give some of \(0,\), or None"),
+        ((Phase((0,), alternate=()),), r"alternates with exits \(\); give some of \(0,\), or None"),
+        ((Phase((0,), alternate=0),), "phase 1 has alternate=0; give numbers"),  # type: ignore[arg-type]
     ],
 )
 def test_phases_that_cannot_work_are_refused(ee: MultiExitModel, regime: Any, message: str) -> None:
@@ -296,3 +298,16 @@ def test_each_phase_stops_early_by_itself(ee: MultiExitModel, loader: Loaders) -
     options = {"epochs": 40, "milestones": [99], "patience": 1}
     history = trainer(ee, "branch-wise", **options).fit(loader(32), Worsening(loader(32), {0, 2, 4, 6}))
     assert [record.phase for record in history] == [0, 0, 1, 1, 2, 2, 3, 3]
+
+
+def test_a_phase_in_which_the_user_froze_everything_is_refused(ee: MultiExitModel, loader: Loaders) -> None:
+    """Before the first phase, and not after hours of the others."""
+    for part in (ee.backbone.blocks[3], ee.backbone.linear):
+        part.requires_grad_(False)
+    steps: list[Any] = []
+    ee.classifiers[0].register_forward_hook(lambda *_: steps.append(1))
+    with pytest.raises(
+        ExitkitError, match=r"phase 4 trains stages \[3\] of the backbone alone, but none of their param"
+    ):
+        trainer(ee, "branch-wise", epochs=4).fit(loader(16))
+    assert not steps

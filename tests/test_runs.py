@@ -6,6 +6,7 @@ import contextlib
 import copy
 import functools
 import os
+import random
 import resource
 import signal
 import socket
@@ -17,17 +18,19 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import exitkit
 from exitkit import ExitkitError, MultiExitModel, Trainer
 from exitkit.cli.schedule import by_name
 from exitkit.training import Distillation, Loss
-from exitkit.training.processes import own_part
+from exitkit.training.processes import make_accelerator, own_part, seed_everything
 from exitkit.training.progress import Display, Epoch
+from exitkit.training.run import EPOCHS
 from tests.toy import TinyNet
 
 Loaders = Callable[..., DataLoader[tuple[Tensor, ...]]]
@@ -146,16 +149,27 @@ def test_a_schedule_by_steps_is_taken_up_again(ee: MultiExitModel, loader: Loade
     assert identical(ee, other)
 
 
+class Stream(IterableDataset[int]):
+    """Samples that come one after another, nobody knows how many."""
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(3))
+
+
 def test_a_schedule_that_is_none_is_refused(ee: MultiExitModel, loader: Loaders) -> None:
     cosine = torch.optim.lr_scheduler.CosineAnnealingLR
     with pytest.raises(ExitkitError, match="both set"):
         trainer(ee, schedule=cosine, milestones=[1])
     with pytest.raises(ExitkitError, match="gives a int"):
         trainer(ee, schedule=lambda optimizer, steps: steps)
+    with pytest.raises(
+        ExitkitError, match=r"cannot be called with an optimiser and a number of steps \(You must define"
+    ):
+        trainer(ee, schedule=torch.optim.lr_scheduler.OneCycleLR)
     with pytest.raises(ExitkitError, match="gives a str"):
         trainer(ee, schedule="cosine")
     with pytest.raises(ExitkitError, match="no length"):
-        trainer(ee, schedule=cosine).fit(batch for batch in loader(16))
+        trainer(ee, schedule=cosine).fit(DataLoader(Stream(), batch_size=8))
 
 
 def test_the_compiled_training_view_is_the_training_view(
@@ -250,6 +264,44 @@ def test_a_run_directory_that_is_a_file_is_refused(tmp_path: Path, ee: MultiExit
     (tmp_path / "file").touch()
     with pytest.raises(ExitkitError, match="file' is a file; give a folder"):
         trainer(ee, output_dir=tmp_path / "file").fit(loader(16))
+
+
+def test_a_run_directory_that_cannot_be_made_is_refused(tmp_path: Path, ee: MultiExitModel, loader: Loaders) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ExitkitError, match=r"file/run' cannot be made .*; give a folder where you may write"):
+        trainer(ee, output_dir=tmp_path / "file" / "run").fit(loader(16))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="fp16 is for GPUs")
+def test_a_precision_that_the_device_has_not_is_refused() -> None:
+    with pytest.raises(ExitkitError, match=r"mixed_precision='fp16' would change nothing .*\(cpu\); use 'bf16'"):
+        make_accelerator("fp16")
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: iter([1]), "val_loader is a list_iterator, which is used up after one pass"),
+        (lambda: (batch for batch in [1]), "val_loader is a generator, which is used up after one pass"),
+        (lambda: TensorDataset(torch.zeros(2)), "val_loader is a TensorDataset, which yields no batches"),
+        (lambda: None, "val_loader is a NoneType, which yields no batches"),
+        (list, "val_loader is empty: it yields no batch"),
+    ],
+)
+def test_loaders_that_cannot_be_read_every_epoch_are_refused(make: Callable[[], Any], message: str) -> None:
+    with pytest.raises(ExitkitError, match=message):
+        own_part(SimpleNamespace(num_processes=1), make(), "val_loader")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("seed", [50_000, 20_261_121, 2**40])
+def test_any_whole_number_is_a_seed(seed: int) -> None:
+    drawn = []
+    for _ in range(2):
+        seed_everything([], seed * EPOCHS)
+        drawn.append((torch.rand(1).item(), np.random.rand(), random.random()))
+    seed_everything([], (seed + 1) * EPOCHS)
+    assert drawn[0] == drawn[1]
+    assert torch.rand(1).item() != drawn[0][0]
 
 
 def test_a_bad_loss_names_step_exit_and_rates(ee: MultiExitModel, loader: Loaders) -> None:
@@ -385,7 +437,7 @@ def endable(directory: str, at: int = 10**9) -> MultiExitModel:
     data = TensorDataset(images + labels.view(-1, 1, 1, 1), labels)
     train = Slow(DataLoader(data, batch_size=15, shuffle=True), at)
     val = DataLoader(TensorDataset(images[:30], labels[:30]), batch_size=15)
-    loss = Loss(weights="sdn", distillation=Distillation(confidence_limit=0.3))
+    loss = Loss(weights="sdn", distillation=Distillation(confidence_limit=0.34))
     options = {"epochs": 6, "patience": 5, "loss": loss, "lr": 1e-2, "show_progress": False}
     Trainer(ee, "mixed-gradual", output_dir=directory, **options).fit(train, val)
     return ee
@@ -530,6 +582,22 @@ def test_a_checkpoint_of_another_run_is_refused(
     trainer(ee, output_dir=tmp_path).fit(loader(16))
     with pytest.raises(ExitkitError, match=message):
         trainer(ee, **({"regime": "mixed"} | options), output_dir=tmp_path).fit(loader(16))
+
+
+def test_a_refused_checkpoint_leaves_the_model_as_it_was(tmp_path: Path, ee: MultiExitModel, loader: Loaders) -> None:
+    """Heads of which one has the shapes of the checkpoint's, and a backbone of which other parameters learn."""
+    mixed = exitkit.attach(ee.backbone, EXAMPLE, every=1, method="sdn", head=["2L-8", "2L-8", "2L-8"])
+    trainer(mixed, output_dir=tmp_path).fit(loader(16))
+    other = exitkit.attach(copy.deepcopy(ee.backbone), EXAMPLE, every=1, method="sdn", head=["2L-8", "2L-8", "2L-9"])
+    before = copy.deepcopy(other)
+    with pytest.raises(ExitkitError, match="belongs to other heads; use another output_dir, or resume='never'"):
+        trainer(other, output_dir=tmp_path).fit(loader(16))
+    assert identical(other, before)
+    before = copy.deepcopy(mixed)
+    mixed.backbone.stem.requires_grad_(False)
+    with pytest.raises(ExitkitError, match="belongs to a model of which other parameters learn"):
+        trainer(mixed, output_dir=tmp_path).fit(loader(16))
+    assert identical(mixed, before)
 
 
 # what is shown -------------------------------------------------------------------------------------------------------

@@ -217,7 +217,11 @@ def _plain(distillation: Mapping[str, Any]) -> dict[str, Any]:
     if options.get("confidence_limit") == 0:
         options["confidence_limit"] = None
     if isinstance(teachers := options.get("teachers"), dict):
-        options["teachers"] = {int(exit_): those for exit_, those in teachers.items() if exit_.isdecimal()}
+        if wrong := [exit_ for exit_ in teachers if not exit_.isdecimal()]:
+            raise ExitkitError(
+                f"loss.distillation.teachers has the key {wrong[0]!r}; exits are named by their numbers, such as 0 = [3]"
+            )
+        options["teachers"] = {int(exit_): those for exit_, those in teachers.items()}
     return options
 
 

@@ -26,7 +26,9 @@ from exitkit.model import MultiExitModel
 from exitkit.surgery.calls import call_on
 from exitkit.surgery.capture import evaluation_mode
 from exitkit.training.learner import placed
+from exitkit.training.processes import seed_everything
 from exitkit.training.reduced import HeadsAlone, bodies_read
+from exitkit.training.run import EPOCHS
 from exitkit.training.store import Writer, read_store, row_bytes
 
 if TYPE_CHECKING:
@@ -125,7 +127,7 @@ class _Cache:
         content, start, rows = self._about(), 0, len(loader.dataset)  # type: ignore[arg-type]
         first: dict[str, Tensor] = {}
         with replacing(path) as temporary:
-            for batch in checked(_in_order(loader), "the loader to cache"):
+            for batch in checked(self._in_order(loader), "the loader to cache"):
                 inputs, labels = self._added(content, batch)
                 parts = self._parts(inputs, labels)
                 if not first:
@@ -154,7 +156,7 @@ class _Cache:
 
     def _key(self, loader: DataLoader[Any]) -> str:
         content = self._about()
-        for batch in _in_order(loader):
+        for batch in self._in_order(loader):
             self._added(content, batch)
         return content.hexdigest()
 
@@ -176,6 +178,19 @@ class _Cache:
         labels = check_training_labels(labels, self.trainer.model.num_classes, len(hashes))
         content.update(labels.cpu().contiguous().numpy().tobytes())
         return inputs, labels
+
+    def _in_order(self, loader: DataLoader[Any]) -> DataLoader[Any]:
+        """Every sample once, by its number, and augmented alike in every pass and every run of one seed."""
+        seed_everything(loader, self.trainer.seed * EPOCHS)
+        size = getattr(loader.batch_sampler, "batch_size", None) or 64
+        return DataLoader(
+            loader.dataset,
+            batch_size=size,
+            num_workers=loader.num_workers,
+            collate_fn=loader.collate_fn,
+            worker_init_fn=loader.worker_init_fn,
+            multiprocessing_context=loader.multiprocessing_context,
+        )
 
     def _check_room(self, size: int, folder: Path) -> None:
         allowed = self.trainer.cache_gb * _GIGABYTE - self.used
@@ -211,19 +226,6 @@ class _Rows(Dataset[Any]):
 
 def _as_it_is(batch: Any) -> Any:
     return batch
-
-
-def _in_order(loader: DataLoader[Any]) -> DataLoader[Any]:
-    """Every sample once, by its number."""
-    size = getattr(loader.batch_sampler, "batch_size", None) or 64
-    return DataLoader(
-        loader.dataset,
-        batch_size=size,
-        num_workers=loader.num_workers,
-        collate_fn=loader.collate_fn,
-        worker_init_fn=loader.worker_init_fn,
-        multiprocessing_context=loader.multiprocessing_context,
-    )
 
 
 def _check_alike(first: dict[str, Tensor], parts: dict[str, Tensor]) -> None:

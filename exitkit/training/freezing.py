@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -54,6 +54,22 @@ def stages_of(model: MultiExitModel) -> Stages:
         tuple(frozenset(_called(model.backbone, graph)) for graph in graphs),
         tuple(names.get(parameter, "?") for parameter, stages in learns.items() if len(stages) > 1),
     )
+
+
+def check_learning(phases: Sequence[Phase], stages: Stages, model: MultiExitModel) -> None:
+    """Whether something learns in every phase.
+
+    Raises:
+        ExitkitError: a phase has the backbone alone, and the user has frozen all of its stages.
+    """
+    last = len(model.classifiers)
+    for number, phase in enumerate(phases, 1):
+        heads = tuple(phase.exits) != (last,) or model.new_head
+        if not heads and not any(stages.parameters[stage] for stage in phase.stages):
+            raise ExitkitError(
+                f"phase {number} trains stages {list(phase.stages)} of the backbone alone, but none of their parameters has "
+                "requires_grad=True; let some learn, or leave the phase out"
+            )
 
 
 def _called(backbone: nn.Module, graph: nn.Module) -> Iterator[nn.Module]:

@@ -159,7 +159,8 @@ def check_loss(loss: Loss, phases: Sequence[Phase], model: MultiExitModel) -> No
 
     Raises:
         ExitkitError: another number of weights than exits, options without meaning for a regression, gradient equilibrium
-            with a frozen backbone, teachers that are no other exit, or nobody to learn from.
+            with a frozen backbone, weights of 0 only, teachers that are no other exit, nobody to learn from, or a confidence
+            limit below any confidence.
     """
     last = len(model.classifiers)
     if not isinstance(loss.weights, str) and len(loss.weights) != last + 1:
@@ -167,6 +168,12 @@ def check_loss(loss: Loss, phases: Sequence[Phase], model: MultiExitModel) -> No
             f"weights={list(loss.weights)} has {len(loss.weights)} numbers, but there are {last + 1} exits: one for each of "
             f"{', '.join(exit_.name for exit_ in model.exits)} (a frozen backbone's does not count, but is written)"
         )
+    for number, phase in enumerate(phases, 1):
+        if not isinstance(loss.weights, str) and not any(loss.weights[m] for m in phase.exits):
+            raise ExitkitError(
+                f"weights={list(loss.weights)} are 0 for every exit that counts in phase {number} ({phase.exits}), so that "
+                "nothing would learn; give one of them a weight above 0"
+            )
     if loss.gradient_equilibrium and not any(phase.stages for phase in phases):
         raise ExitkitError(
             "gradient_equilibrium=True rescales the backbone's gradients, but the regime freezes the backbone; use "
@@ -187,7 +194,12 @@ def _check_regression(loss: Loss) -> None:
 
 
 def _check_teachers(distillation: Distillation, phases: Sequence[Phase], model: MultiExitModel, last: int) -> None:
-    teachers = distillation.teachers
+    teachers, limit = distillation.teachers, distillation.confidence_limit
+    if limit is not None and limit <= 1 / model.num_classes:
+        raise ExitkitError(
+            f"confidence_limit={limit} is never undercut: among {model.num_classes} classes the surest one has at least "
+            f"{1 / model.num_classes:.3g}, and the temperature would grow in every step; give more, or None to keep it"
+        )
     if isinstance(teachers, nn.Module):
         own = {id(parameter) for parameter in model.parameters()}
         if any(id(parameter) in own for parameter in teachers.parameters()):
@@ -195,8 +207,12 @@ def _check_teachers(distillation: Distillation, phases: Sequence[Phase], model: 
         return
     if isinstance(teachers, Mapping):
         for student, those in teachers.items():
-            known = set(range(last + 1)) - {student}
-            if student not in range(last + 1) or not isinstance(those, tuple | list) or not set(those) <= known:
+            known = [t for t in range(last + 1) if t != student]
+            if (
+                student not in range(last + 1)
+                or not isinstance(those, tuple | list)
+                or any(t not in known for t in those)
+            ):
                 raise ExitkitError(
                     f"teachers maps exit {student!r} to {those!r}; give a tuple of exits from 0 to {last}, where none teaches "
                     "itself"

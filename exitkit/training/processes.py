@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Sized
+from collections.abc import Iterable, Iterator, Sized
 from typing import Any, cast
 
 import numpy as np
@@ -23,11 +23,16 @@ _SHARDING = {
 """What ``accelerate launch`` asks every process for, by environment variable."""
 
 
+_SEEDS = 2**32
+"""numpy takes no seed beyond these."""
+
+
 def make_accelerator(mixed_precision: str) -> Accelerator:
     """accelerate keeps one precision per process; every fit brings its own, so an earlier one is forgotten first.
 
     Raises:
-        ExitkitError: ``accelerate launch`` was asked to divide the model among processes.
+        ExitkitError: ``accelerate launch`` was asked to divide the model among processes, or the device does not
+            have this precision.
     """
     if asked := [name for variable, name in _SHARDING.items() if parse_flag_from_env(variable)]:
         raise ExitkitError(
@@ -37,15 +42,25 @@ def make_accelerator(mixed_precision: str) -> Accelerator:
         )
     if AcceleratorState._shared_state and AcceleratorState().mixed_precision != mixed_precision:
         AcceleratorState._reset_state()
-    return Accelerator(mixed_precision=mixed_precision, dataloader_config=DataLoaderConfiguration(even_batches=True))
+    accelerator = Accelerator(
+        mixed_precision=mixed_precision, dataloader_config=DataLoaderConfiguration(even_batches=True)
+    )
+    if mixed_precision != "no" and not accelerator.native_amp:  # accelerate itself goes on without a word
+        raise ExitkitError(
+            f"mixed_precision={mixed_precision!r} would change nothing on this device ({accelerator.device.type}); use 'bf16' "
+            "or 'no'"
+        )
+    return accelerator
 
 
 def own_part(accelerator: Accelerator, loader: Iterable[Any], name: str) -> Iterable[Any]:
     """The batches of this process: every n-th of the loader's, so that a step takes n of them.
 
     Raises:
-        ExitkitError: several processes, and something that cannot be divided among them.
+        ExitkitError: something that yields no batches, or only once; several processes, and something that cannot be
+            divided among them.
     """
+    _check_readable(loader, name)
     if accelerator.num_processes == 1:
         return loader
     if not isinstance(loader, DataLoader):
@@ -57,8 +72,24 @@ def own_part(accelerator: Accelerator, loader: Iterable[Any], name: str) -> Iter
     return prepared
 
 
+def _check_readable(loader: Any, name: str) -> None:
+    kind = type(loader).__name__
+    if not isinstance(loader, Iterable):
+        raise ExitkitError(
+            f"{name} is a {kind}, which yields no batches; give a torch DataLoader, or a list of batches"
+        )
+    if isinstance(loader, Iterator):
+        raise ExitkitError(
+            f"{name} is a {kind}, which is used up after one pass, and a run makes several; give a torch DataLoader, or a "
+            "list of batches"
+        )
+    if length(loader) == 0:
+        raise ExitkitError(f"{name} is empty: it yields no batch; check the data set and drop_last")
+
+
 def seed_everything(loader: Iterable[Any], seed: int) -> None:
     """A seed per epoch instead of stored generator states: initial order, shuffling and augmentation follow from it."""
+    seed %= _SEEDS
     set_seed(seed)
     outer = getattr(loader, "batch_sampler", None)
     inner = getattr(outer, "batch_sampler", None)  # of a loader divided by accelerate

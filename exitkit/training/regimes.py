@@ -109,7 +109,11 @@ def epochs_of(phases: Sequence[Phase], epochs: int) -> tuple[int, ...]:
 
 
 def _check(phase: Phase, number: int, last: int, new_head: bool) -> None:
-    for name, given in (("exits", phase.exits), ("stages", phase.stages), ("alternate", phase.alternate or ())):
+    for name, given in (
+        ("exits", phase.exits),
+        ("stages", phase.stages),
+        ("alternate", () if phase.alternate is None else phase.alternate),
+    ):
         if (
             not isinstance(given, tuple | list)
             or any(not isinstance(m, int) or not 0 <= m <= last for m in given)
@@ -118,8 +122,10 @@ def _check(phase: Phase, number: int, last: int, new_head: bool) -> None:
             raise ExitkitError(f"phase {number} has {name}={given}; give numbers from 0 to {last}, rising, each once")
     if not phase.exits or not isinstance(phase.share, int | float) or not 0 < phase.share < float("inf"):
         raise ExitkitError(f"phase {number} needs exits and a share above 0; it has {phase.exits} and {phase.share!r}")
-    if not set(phase.alternate or phase.exits) <= set(phase.exits):
-        raise ExitkitError(f"phase {number} alternates with exits {phase.alternate} that are not among {phase.exits}")
+    if phase.alternate is not None and (not phase.alternate or not set(phase.alternate) <= set(phase.exits)):
+        raise ExitkitError(
+            f"phase {number} alternates with exits {phase.alternate}; give some of {phase.exits}, or None"
+        )
     if phase.stages and phase.stages[-1] > phase.exits[-1]:
         raise ExitkitError(
             f"phase {number} trains stage {phase.stages[-1]} of the backbone, but no exit behind it counts "

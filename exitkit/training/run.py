@@ -268,13 +268,16 @@ class Run:
         return load_checkpoint(directory, self.settings)
 
     def _restore(self, state: dict[str, Any], learner: Learner) -> None:
+        own, stored = self.model.state_dict(), state["weights"]
+        if not self._weights().keys() <= stored.keys() <= own.keys():
+            raise self._foreign("other heads")
+        if any(own[name].shape != value.shape for name, value in stored.items()):
+            raise self._foreign("other heads")
         try:
-            missing, unexpected = self.model.load_state_dict(state["weights"], strict=False)
-        except RuntimeError as error:
-            raise self._foreign() from error
-        if unexpected or {name for name in missing if name in self._weights()}:
-            raise self._foreign()
-        learner.optimizer.load_state_dict(state["optimizer"])
+            learner.optimizer.load_state_dict(state["optimizer"])
+        except ValueError as error:
+            raise self._foreign("a model of which other parameters learn (requires_grad)") from error
+        self.model.load_state_dict(stored, strict=False)
         learner.scheduler.load_state_dict(state["scheduler"])
         if self.accelerator.scaler is not None and state["scaler"] is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
@@ -289,9 +292,10 @@ class Run:
             self.tally.batches.zero_()
         self.random = state["random"] if self.tally.steps else None
 
-    def _foreign(self) -> ExitkitError:
+    def _foreign(self, owner: str) -> ExitkitError:
         return ExitkitError(
-            f"the checkpoint in output_dir={str(self.trainer.output_dir)!r} belongs to other heads; use another output_dir"
+            f"the checkpoint in output_dir={str(self.trainer.output_dir)!r} belongs to {owner}; use another output_dir, or "
+            "resume='never' to start again"
         )
 
 

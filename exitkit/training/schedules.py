@@ -25,7 +25,13 @@ def check_schedule(schedule: Schedule | None, milestones: Sequence[int] | None, 
         return
     if milestones is not None:
         raise ExitkitError(f"milestones={milestones!r} and schedule= are both set; leave one out")
-    made: Any = schedule(optimizer, 100) if callable(schedule) else schedule
+    try:
+        made: Any = schedule(optimizer, 100) if callable(schedule) else schedule
+    except (TypeError, ValueError) as error:
+        raise ExitkitError(
+            f"schedule= cannot be called with an optimiser and a number of steps ({error}); give such a function, its other "
+            "options by functools.partial or a lambda"
+        ) from error
     if not isinstance(made, LRScheduler) or made is schedule:
         raise ExitkitError(
             f"schedule= gives a {type(made).__name__}; give a function from an optimiser and a number of steps to one of "

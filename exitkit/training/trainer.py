@@ -17,7 +17,7 @@ from exitkit.model import MultiExitModel
 from exitkit.surgery.capture import evaluation_mode
 from exitkit.training.cache import Data, cached
 from exitkit.training.ensemble import fit_ensemble_on
-from exitkit.training.freezing import Stages, flags_restored, stages_of
+from exitkit.training.freezing import Stages, check_learning, flags_restored, stages_of
 from exitkit.training.interruption import sigterm_noted
 from exitkit.training.losses import Loss, check_loss
 from exitkit.training.processes import length, make_accelerator, own_part, seed_everything
@@ -174,10 +174,7 @@ class Trainer:
         """
         if self.patience is not None and val_loader is None:
             raise ExitkitError("patience is set, but there is no val_loader to measure improvement on; give one")
-        if self.directory is not None and self.directory.exists() and not self.directory.is_dir():
-            raise ExitkitError(f"output_dir={str(self.directory)!r} is a file; give a folder")
-        if self.directory is not None:
-            self.directory.mkdir(parents=True, exist_ok=True)
+        self._make_directory()
         accelerator = make_accelerator(self.mixed_precision)
         train = own_part(accelerator, train_loader, "train_loader")
         val = None if val_loader is None else own_part(accelerator, val_loader, "val_loader")
@@ -201,6 +198,18 @@ class Trainer:
             fit_ensemble_on(self.model, data.view, data.train, accelerator.gather_for_metrics)
         return self.history
 
+    def _make_directory(self) -> None:
+        if self.directory is None:
+            return
+        if self.directory.exists() and not self.directory.is_dir():
+            raise ExitkitError(f"output_dir={str(self.directory)!r} is a file; give a folder")
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ExitkitError(
+                f"output_dir={str(self.directory)!r} cannot be made ({error.strerror}); give a folder where you may write"
+            ) from error
+
     def _place(self, device: torch.device) -> None:
         self.model.to(device)
         if self.channels_last:
@@ -212,6 +221,7 @@ class Trainer:
         if not self.trains_backbone:
             return None
         stages = stages_of(self.model)
+        check_learning(self.phases, stages, self.model)
         if self.loss.gradient_equilibrium and stages.shared:
             raise ExitkitError(
                 f"gradient_equilibrium divides each stage's gradient by another number, but {stages.shared[0]!r} is read "
