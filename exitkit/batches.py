@@ -98,14 +98,14 @@ def check_training_labels(labels: Any, num_classes: int, batch: int) -> Tensor:
 
 
 def check_iterable(loader: Any, name: str) -> None:
-    """Refuse what yields nothing at all.
+    """Refuse what yields nothing at all, or single samples, as a data set does.
 
     Raises:
         ExitkitError: no iterable.
     """
-    if not isinstance(loader, Iterable) and not hasattr(loader, "__getitem__"):
+    if not isinstance(loader, Iterable):
         raise ExitkitError(
-            f"{name} is {type(loader).__name__}, which yields no batches; give a DataLoader or a list of batches"
+            f"{name} is {type(loader).__name__}, which yields no batches; give a torch DataLoader, or a list of batches"
         )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -537,6 +538,15 @@ class Normalised(TinyNet):
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.linear(self.norm(self.blocks(self.stem(x)).mean((2, 3))))
         return out
+
+
+def test_weights_that_the_last_step_ruined_are_not_kept(ee: MultiExitModel, loader: Loaders, tmp_path: Path) -> None:
+    """The loss was finite, its gradient is not: there is no next step to notice."""
+    weight = next(ee.classifiers[1].parameters())
+    weight.register_hook(lambda gradient: gradient * float("nan"))
+    with pytest.raises(ExitkitError, match=r"classifiers\.1\..* is not finite after epoch 1, at lr=0\.01; lower lr"):
+        trainer(ee, output_dir=tmp_path).fit(loader(16, 16))
+    assert not (tmp_path / "checkpoint.pt").exists()
 
 
 def test_a_batch_of_one_and_batch_norm() -> None:

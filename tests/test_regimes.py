@@ -149,6 +149,17 @@ def test_alternating_takes_turns(ee: MultiExitModel, loader: Loaders) -> None:
     batches = list(loader(32, 16))
     assert moved(ee, lambda: trainer(ee, "alternating", weight_decay=0.1).fit(batches[:1])) == named(set(), ALL)
     assert moved(ee, lambda: trainer(ee, "alternating").fit(batches)) == named(ALL, ALL)
+    assert moved(ee, lambda: trainer(ee, "alternating", epochs=2).fit(batches[:1])) == named(ALL, ALL)
+
+
+def test_what_past_future_exits_share_learns_with_any_of_them(tiny_net: TinyNet, loader: Loaders) -> None:
+    """It is registered in the first exit's classifier, which this phase leaves alone."""
+    ee = exitkit.attach(tiny_net, EXAMPLE, every=1, method="gpf")
+    before = {name: value.clone() for name, value in ee.named_parameters()}
+    trainer(ee, [Phase((1, 2))]).fit(loader(16))
+    changed = {name for name, value in ee.named_parameters() if not torch.equal(value, before[name])}
+    assert {"classifiers.0.shared.imitate", "classifiers.0.shared.project", "classifiers.1.state.weight"} <= changed
+    assert not any(name.startswith(("backbone.", "classifiers.0.state", "classifiers.0.body")) for name in changed)
 
 
 def test_the_backbone_has_a_rate_of_its_own(ee: MultiExitModel, loader: Loaders) -> None:

@@ -281,10 +281,10 @@ def test_a_precision_that_the_device_has_not_is_refused() -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: iter([1]), "val_loader is a list_iterator, which is used up after one pass"),
-        (lambda: (batch for batch in [1]), "val_loader is a generator, which is used up after one pass"),
-        (lambda: TensorDataset(torch.zeros(2)), "val_loader is a TensorDataset, which yields no batches"),
-        (lambda: None, "val_loader is a NoneType, which yields no batches"),
+        (lambda: iter([1]), "val_loader is list_iterator, which is used up after one pass"),
+        (lambda: (batch for batch in [1]), "val_loader is generator, which is used up after one pass"),
+        (lambda: TensorDataset(torch.zeros(2)), "val_loader is TensorDataset, which yields no batches"),
+        (lambda: None, "val_loader is NoneType, which yields no batches"),
         (list, "val_loader is empty: it yields no batch"),
     ],
 )

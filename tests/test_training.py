@@ -727,3 +727,30 @@ def test_a_loss_that_is_not_finite_leaves_the_heads_finite(tiny_ee: MultiExitMod
     with pytest.raises(ExitkitError):
         trainer(tiny_ee).fit([*loader(16), broken])
     assert all(parameter.isfinite().all() for parameter in tiny_ee.added_parameters())
+
+
+def test_tokenised_texts_and_their_collator_work_unchanged() -> None:
+    """Rows as ``datasets.Dataset.map(tokenizer)`` gives them, and a collator that yields ``BatchEncoding``, not dicts."""
+    transformers = pytest.importorskip("transformers")
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+
+    words = {"[PAD]": 0, "good": 1, "bad": 2, "film": 3}
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(WordLevel(words, unk_token="[PAD]")), pad_token="[PAD]"
+    )
+    lengths = (3, 5, 4, 6)
+    rows: Any = [
+        {"input_ids": [1 + n % 2] + [3] * lengths[n % 4], "attention_mask": [1] * (1 + lengths[n % 4]), "label": n % 2}
+        for n in range(32)
+    ]
+    collate = transformers.DataCollatorWithPadding(tokenizer)
+    loader: DataLoader[Any] = DataLoader(rows, batch_size=8, collate_fn=collate)
+    assert not isinstance(next(iter(loader)), dict)
+    config = transformers.BertConfig(
+        vocab_size=4, hidden_size=16, num_hidden_layers=3, num_attention_heads=2, intermediate_size=16, num_labels=2
+    )
+    torch.manual_seed(0)
+    ee = exitkit.attach(transformers.BertForSequenceClassification(config), every=1, method="ztw")
+    Trainer(ee, epochs=8, lr=0.05, show_progress=False).fit(loader, loader)
+    assert exitkit.collect(ee, loader).accuracy()[0] == 1

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from exitkit.errors import ExitkitError
+from exitkit.exits.past_future import PastFutureClassifier
 from exitkit.model import MultiExitModel
 from exitkit.surgery.capture import BACKBONE
 from exitkit.surgery.liveness import submodule
@@ -83,13 +84,17 @@ def _called(backbone: nn.Module, graph: nn.Module) -> Iterator[nn.Module]:
 def learn(model: MultiExitModel, phase: Phase, stages: Stages | None) -> None:
     """Let a phase's parts learn and freeze everything else. ``stages`` may be None where no stage learns.
 
-    A module learns when all the stages it is called in do; one that spans a frozen stage rests.
+    A module learns when all the stages it is called in do; one that spans a frozen stage rests. What past-future exits share
+    learns with any of them.
     """
     model.requires_grad_(False)
     model.eval()
     for m in phase.exits:
         if m < len(model.classifiers):
-            model.classifiers[m].requires_grad_(True).train()
+            classifier = model.classifiers[m]
+            classifier.requires_grad_(True).train()
+            if isinstance(classifier, PastFutureClassifier):  # registered in the first one's alone
+                classifier.shared.requires_grad_(True).train()
     if len(model.classifiers) in phase.exits:
         for name, parameter in model.backbone.named_parameters():
             parameter.requires_grad_(name in model.new_head)

@@ -65,8 +65,8 @@ class Learner:
         return HeadsUntil(view, last_needed(self.phase.exits, self.trainer.loss.distillation, view))
 
     def step(self, batches: Sequence[Any], weights: Sequence[float], epoch: int, step: int) -> tuple[Tensor, int]:
-        """One optimiser step on one or more batches: their losses of ``phase.exits_at(step)``, as shown, and their samples."""
-        exits = self.phase.exits_at(step)
+        """One optimiser step on one or more batches: their losses of ``phase.exits_at``, as shown, and their samples."""
+        exits = self.phase.exits_at(epoch, step)
         summed, samples = torch.zeros(len(exits)), 0
         for index, batch in enumerate(batches):
             with nullcontext() if index == len(batches) - 1 else self._unsynchronised():
@@ -84,8 +84,13 @@ class Learner:
             self._go_on()
         return summed, samples
 
-    def end_epoch(self) -> None:
-        """A schedule by epochs goes on."""
+    def end_epoch(self, epoch: int) -> None:
+        """Refuse weights that the last step ruined, before they are kept; a schedule by epochs goes on."""
+        for name, parameter in self.trainer.model.named_parameters():
+            if parameter.requires_grad and not bool(parameter.isfinite().all()):
+                raise ExitkitError(
+                    f"{name} is not finite after epoch {epoch + 1}, at lr={self._rates()}; lower lr, or set max_grad_norm"
+                )
         if self.trainer.schedule is None:
             self._go_on()
 
@@ -143,11 +148,13 @@ class Learner:
         """Stop before a loss that is not finite reaches the weights."""
         if not bool(losses.isfinite().all()):
             index = int(losses.isfinite().int().argmin())
-            rates = dict.fromkeys(f"{group['lr']:g}" for group in self.optimizer.param_groups)
             raise ExitkitError(
                 f"the loss of exit {exits[index]} is {losses[index].item()} in epoch {epoch + 1}, step {step + 1}, at "
-                f"lr={' and '.join(rates)}; lower lr, or check the inputs (normalised? NaN?)"
+                f"lr={self._rates()}; lower lr, or check the inputs (normalised? NaN?)"
             )
+
+    def _rates(self) -> str:
+        return " and ".join(dict.fromkeys(f"{group['lr']:g}" for group in self.optimizer.param_groups))
 
     def _anneal(self) -> None:
         if self.objective.confidence is not None:
@@ -160,7 +167,7 @@ class Learner:
                 parameter.grad = None
         if self.trainer.loss.gradient_equilibrium and self.stages is not None:
             for stage in self.phase.stages:
-                behind = sum(m >= stage for m in exits)
+                behind = max(1, sum(m >= stage for m in exits))  # in this step perhaps none, and gradients of 0
                 for parameter in self.stages.parameters[stage]:
                     if parameter.grad is not None:
                         parameter.grad /= behind

@@ -13,6 +13,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import parse_flag_from_env, set_seed
 from torch.utils.data import DataLoader
 
+from exitkit.batches import check_iterable
 from exitkit.errors import ExitkitError
 
 _SHARDING = {
@@ -73,15 +74,11 @@ def own_part(accelerator: Accelerator, loader: Iterable[Any], name: str) -> Iter
 
 
 def _check_readable(loader: Any, name: str) -> None:
-    kind = type(loader).__name__
-    if not isinstance(loader, Iterable):
-        raise ExitkitError(
-            f"{name} is a {kind}, which yields no batches; give a torch DataLoader, or a list of batches"
-        )
+    check_iterable(loader, name)
     if isinstance(loader, Iterator):
         raise ExitkitError(
-            f"{name} is a {kind}, which is used up after one pass, and a run makes several; give a torch DataLoader, or a "
-            "list of batches"
+            f"{name} is {type(loader).__name__}, which is used up after one pass, and a run makes several; give a torch "
+            "DataLoader, or a list of batches"
         )
     if length(loader) == 0:
         raise ExitkitError(f"{name} is empty: it yields no batch; check the data set and drop_last")

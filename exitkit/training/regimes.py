@@ -19,7 +19,7 @@ class Phase:
     Attributes:
         exits: those whose losses count; their internal classifiers learn.
         stages: the stages of the backbone that learn.
-        alternate: exits whose losses alone count in every other step, beginning with the first.
+        alternate: exits whose losses alone count in every other step, beginning with the first step of the first epoch.
         share: how much of the run's epochs, relative to the other phases.
     """
 
@@ -28,9 +28,9 @@ class Phase:
     alternate: tuple[int, ...] | None = None
     share: float = 1.0
 
-    def exits_at(self, step: int) -> tuple[int, ...]:
-        """The exits whose losses count in a step (from 0) of an epoch."""
-        return self.exits if self.alternate is None or step % 2 else self.alternate
+    def exits_at(self, epoch: int, step: int) -> tuple[int, ...]:
+        """The exits whose losses count in a step of an epoch, both from 0; each epoch begins with the other turn."""
+        return self.exits if self.alternate is None or (epoch + step) % 2 else self.alternate
 
 
 def _range(start: int, stop: int) -> tuple[int, ...]:

@@ -114,8 +114,8 @@ class Run:
         done = sum(record.phase == self.phase for record in self.history)
         while done < epochs and not self.stopping.stop:
             record = self._epoch(learner, progress=done / epochs)
+            learner.end_epoch(record.epoch)
             self.history.append(record)
-            learner.end_epoch()
             self._keep_best(record)
             self.tally = Tally.empty(len(self.model.exits))
             self.display.epoch(record)
@@ -142,7 +142,7 @@ class Run:
         for group in groups:
             step = self.tally.steps
             losses, samples = learner.step(group, weights, epoch, step)
-            self.tally.add(learner.phase.exits_at(step), losses, len(group), samples)
+            self.tally.add(learner.phase.exits_at(epoch, step), losses, len(group), samples)
             self.display.step(losses / len(group), samples * self.accelerator.num_processes)
             self._leave_if_asked(learner)
         seconds = time.monotonic() - started
