@@ -35,7 +35,7 @@ class Distillation:
         weight: of the distillation term, beside 1 for the classification term.
         temperature: τ, at the beginning.
         confidence_limit: μ: when the teachers' mean confidence at τ exceeds it in a batch, τ grows (algorithm 1); None
-            keeps τ. The paper has 0.5 for CIFAR-100, 0.1 for ImageNet.
+            keeps τ. The paper has 0.5 for CIFAR-100, 0.1 for ImageNet. It must be above 1 / classes (two classes: above 0.5).
         multiplier: τ*, by which τ grows.
         divergence: ``"kl"`` subtracts the teacher's entropy: the same gradients, and 0 for a perfect copy. With
             ``confidence_limit=None`` and no labels this is behavioural cloning (Zero Time Waste, appendix A.2).
