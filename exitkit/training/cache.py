@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -26,13 +26,10 @@ from exitkit.model import MultiExitModel
 from exitkit.surgery.calls import call_on
 from exitkit.surgery.capture import evaluation_mode
 from exitkit.training.learner import placed
+from exitkit.training.options import Options
 from exitkit.training.processes import seed_everything
 from exitkit.training.reduced import HeadsAlone, bodies_read
-from exitkit.training.run import EPOCHS
 from exitkit.training.store import Writer, read_store, row_bytes
-
-if TYPE_CHECKING:
-    from exitkit.training.trainer import Trainer
 
 _GIGABYTE = 1e9
 _LABELS, _LOGITS = "labels", "logits"
@@ -47,7 +44,7 @@ class Data(NamedTuple):
 
 
 @contextmanager
-def cached(trainer: Trainer, accelerator: Accelerator, data: Data) -> Iterator[Data]:
+def cached(options: Options, accelerator: Accelerator, data: Data) -> Iterator[Data]:
     """The same samples in the same order, as reduced features; ``data`` as it is where there is no room for them.
 
     They are kept in ``output_dir``, where a later run finds them, or in a temporary folder until the end.
@@ -64,10 +61,10 @@ def cached(trainer: Trainer, accelerator: Accelerator, data: Data) -> Iterator[D
     if data.val is not None:
         loaders["val"] = _numbered(data.val, "val_loader")
     with ExitStack() as stack:
-        folder = trainer.directory or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="exitkit-")))
+        folder = options.directory or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="exitkit-")))
         for leftover in folder.glob(".features-*"):
             leftover.unlink(missing_ok=True)  # of a run that was killed while it wrote one
-        cache = _Cache(trainer, accelerator, HeadsAlone(trainer.model))
+        cache = _Cache(options, accelerator, HeadsAlone(options.model))
         rows: dict[str, DataLoader[Any]] = {}
         try:
             for name, loader in loaders.items():
@@ -100,7 +97,7 @@ class _Cache:
         used: bytes of those made or found so far.
     """
 
-    trainer: Trainer
+    options: Options
     accelerator: Accelerator
     view: HeadsAlone
     used: int = 0
@@ -147,9 +144,9 @@ class _Cache:
 
     def _parts(self, inputs: Any, labels: Tensor | None) -> dict[str, Tensor]:
         """A batch's rows: reduced features, the backbone's logits, and labels where there are some."""
-        model = self.trainer.model
+        model = self.options.model
         with evaluation_mode(model), torch.no_grad(), self.accelerator.autocast(), bodies_read(model) as read:
-            _, heads = call_on(model.run_heads, placed(inputs, self.accelerator.device, self.trainer.channels_last))
+            _, heads = call_on(model.run_heads, placed(inputs, self.accelerator.device, self.options.channels_last))
             reduced = [reduce(*args) for reduce, args in zip(self.view.reductions, read, strict=True)]
         parts = {**{f"exit{m}": part for m, part in enumerate(reduced)}, _LOGITS: heads[-1]}
         return parts if labels is None else {**parts, _LABELS: labels}
@@ -162,9 +159,9 @@ class _Cache:
 
     def _about(self) -> hashlib._Hash:
         """A hash of all that features depend on but the samples."""
-        model = self.trainer.model
+        model = self.options.model
         reads = [spec.boundary.name for spec in model.specs]
-        precision = (self.trainer.mixed_precision, str(next(model.backbone.parameters()).dtype))
+        precision = (self.options.mixed_precision, str(next(model.backbone.parameters()).dtype))
         about = (weights_digest(model.backbone), reads, [str(part) for part in self.view.reductions], precision)
         return hashlib.sha256(repr(about).encode())
 
@@ -175,13 +172,13 @@ class _Cache:
         content.update(hashes.numpy().tobytes())
         if labels is None:
             return inputs, None
-        labels = check_training_labels(labels, self.trainer.model.num_classes, len(hashes))
+        labels = check_training_labels(labels, self.options.model.num_classes, len(hashes))
         content.update(labels.cpu().contiguous().numpy().tobytes())
         return inputs, labels
 
     def _in_order(self, loader: DataLoader[Any]) -> DataLoader[Any]:
         """Every sample once, by its number, and augmented alike in every pass and every run of one seed."""
-        seed_everything(loader, self.trainer.seed * EPOCHS)
+        seed_everything(loader, self.options.seed)
         size = getattr(loader.batch_sampler, "batch_size", None) or 64
         return DataLoader(
             loader.dataset,
@@ -193,7 +190,7 @@ class _Cache:
         )
 
     def _check_room(self, size: int, folder: Path) -> None:
-        allowed = self.trainer.cache_gb * _GIGABYTE - self.used
+        allowed = self.options.cache_gb * _GIGABYTE - self.used
         if size > allowed:
             raise OSError(
                 f"the features take {size / _GIGABYTE:.3g} GB of disk, and cache_gb leaves {allowed / _GIGABYTE:.3g}"

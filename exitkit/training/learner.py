@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -20,12 +20,10 @@ from exitkit.surgery.capture import logits_of
 from exitkit.training.freezing import Stages, learn
 from exitkit.training.needed import HeadsUntil, last_needed
 from exitkit.training.objective import Objective
+from exitkit.training.options import Options
 from exitkit.training.reduced import HeadsAlone
 from exitkit.training.regimes import Phase
 from exitkit.training.schedules import make_scheduler
-
-if TYPE_CHECKING:
-    from exitkit.training.trainer import Trainer
 
 
 class Learner:
@@ -33,7 +31,7 @@ class Learner:
 
     def __init__(
         self,
-        trainer: Trainer,
+        options: Options,
         accelerator: Accelerator,
         phase: Phase,
         stages: Stages | None,
@@ -42,16 +40,16 @@ class Learner:
         steps: int | None,
         view: MultiExitModel | HeadsAlone,
     ) -> None:
-        self.trainer, self.accelerator, self.phase, self.stages = trainer, accelerator, phase, stages
+        self.options, self.accelerator, self.phase, self.stages = options, accelerator, phase, stages
         self.objective = objective
-        learn(trainer.model, phase, stages)
-        self.optimizer = trainer.make_optimizer(
-            *(_learning(part) for part in (trainer.model.classifiers, trainer.model.backbone))
+        learn(options.model, phase, stages)
+        self.optimizer = options.make_optimizer(
+            *(_learning(part) for part in (options.model.classifiers, options.model.backbone))
         )
-        self.scheduler = make_scheduler(self.optimizer, trainer.schedule, trainer.milestones, epochs, steps)
+        self.scheduler = make_scheduler(self.optimizer, options.schedule, options.milestones, epochs, steps)
         accelerator.free_memory()  # forgets the optimiser of the phase before
         self.stepper = accelerator.prepare_optimizer(self.optimizer)
-        self.view = _wrapped(self._pass(view), trainer.compile, accelerator)
+        self.view = _wrapped(self._pass(view), options.compile, accelerator)
 
     def _pass(self, view: MultiExitModel | HeadsAlone) -> nn.Module:
         """What a step calls: heads alone as they are, a model no further than this phase's losses read.
@@ -60,9 +58,9 @@ class Learner:
         """
         if isinstance(view, HeadsAlone):
             return view
-        if self.trainer.compile or self.trainer.gradient_checkpointing:
+        if self.options.compile or self.options.gradient_checkpointing:
             return HeadsUntil(view, len(view.classifiers))
-        return HeadsUntil(view, last_needed(self.phase.exits, self.trainer.loss.distillation, view))
+        return HeadsUntil(view, last_needed(self.phase.exits, self.options.loss.distillation, view))
 
     def step(self, batches: Sequence[Any], weights: Sequence[float], epoch: int, step: int) -> tuple[Tensor, int]:
         """One optimiser step on one or more batches: their losses of ``phase.exits_at``, as shown, and their samples."""
@@ -80,18 +78,18 @@ class Learner:
         self._adjust_gradients(exits)
         self.stepper.step()
         self.stepper.zero_grad()
-        if self.trainer.schedule is not None:
+        if self.options.schedule is not None:
             self._go_on()
         return summed, samples
 
     def end_epoch(self, epoch: int) -> None:
         """Refuse weights that the last step ruined, before they are kept; a schedule by epochs goes on."""
-        for name, parameter in self.trainer.model.named_parameters():
+        for name, parameter in self.options.model.named_parameters():
             if parameter.requires_grad and not bool(parameter.isfinite().all()):
                 raise ExitkitError(
                     f"{name} is not finite after epoch {epoch + 1}, at lr={self._rates()}; lower lr, or set max_grad_norm"
                 )
-        if self.trainer.schedule is None:
+        if self.options.schedule is None:
             self._go_on()
 
     def _go_on(self) -> None:
@@ -102,7 +100,7 @@ class Learner:
 
     def inputs(self, inputs: Any) -> Any:
         """A batch's inputs on the device, maps in the memory format asked for."""
-        return placed(inputs, self.accelerator.device, self.trainer.channels_last)
+        return placed(inputs, self.accelerator.device, self.options.channels_last)
 
     def _losses(self, batch: Any, exits: Sequence[int]) -> tuple[Tensor, Tensor, int, Tensor | float]:
         """The losses to minimise and those to show, the number of samples, and what DDP needs besides."""
@@ -113,7 +111,7 @@ class Learner:
             heads = output.heads
             teacher = self._teacher(inputs, heads[-1])
         size = len(heads[-1])
-        targets = None if labels is None else check_training_labels(labels, self.trainer.model.num_classes, size)
+        targets = None if labels is None else check_training_labels(labels, self.options.model.num_classes, size)
         if targets is not None:
             targets = targets.to(heads[-1].device)
         losses = self.objective.losses(heads, targets, exits, teacher)
@@ -124,7 +122,7 @@ class Learner:
         return losses, shown, size, self._unused(heads, exits)
 
     def _teacher(self, inputs: Any, logits: Tensor) -> Tensor | None:
-        teacher = self.trainer.teacher
+        teacher = self.options.teacher
         if teacher is None:
             return None
         with torch.no_grad():
@@ -161,19 +159,19 @@ class Learner:
             self.objective.anneal(float(self.accelerator.reduce(self.objective.confidence, "mean")))
 
     def _adjust_gradients(self, exits: Sequence[int]) -> None:
-        model = self.trainer.model
+        model = self.options.model
         for m in set(self.phase.exits) - {*exits, len(model.classifiers)}:
             for parameter in model.classifiers[m].parameters():
                 parameter.grad = None
-        if self.trainer.loss.gradient_equilibrium and self.stages is not None:
+        if self.options.loss.gradient_equilibrium and self.stages is not None:
             for stage in self.phase.stages:
                 behind = max(1, sum(m >= stage for m in exits))  # in this step perhaps none, and gradients of 0
                 for parameter in self.stages.parameters[stage]:
                     if parameter.grad is not None:
                         parameter.grad /= behind
-        if self.trainer.max_grad_norm is not None:
+        if self.options.max_grad_norm is not None:
             learning = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
-            self.accelerator.clip_grad_norm_(learning, self.trainer.max_grad_norm)
+            self.accelerator.clip_grad_norm_(learning, self.options.max_grad_norm)
 
 
 def _learning(part: nn.Module) -> list[nn.Parameter]:

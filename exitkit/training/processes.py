@@ -24,6 +24,9 @@ _SHARDING = {
 """What ``accelerate launch`` asks every process for, by environment variable."""
 
 
+_APART = 100_003
+"""Epochs apart that the seeds of two runs lie, so that run 1 does not repeat run 0's orders one epoch later."""
+
 _SEEDS = 2**32
 """numpy takes no seed beyond these."""
 
@@ -84,9 +87,9 @@ def _check_readable(loader: Any, name: str) -> None:
         raise ExitkitError(f"{name} is empty: it yields no batch; check the data set and drop_last")
 
 
-def seed_everything(loader: Iterable[Any], seed: int) -> None:
+def seed_everything(loader: Iterable[Any], seed: int, epoch: int = 0) -> None:
     """A seed per epoch instead of stored generator states: initial order, shuffling and augmentation follow from it."""
-    seed %= _SEEDS
+    seed = (seed * _APART + epoch) % _SEEDS
     set_seed(seed)
     outer = getattr(loader, "batch_sampler", None)
     inner = getattr(outer, "batch_sampler", None)  # of a loader divided by accelerate

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -24,17 +24,12 @@ from exitkit.training.checkpoint import a_full_disk_survived, load_checkpoint, r
 from exitkit.training.freezing import Stages
 from exitkit.training.learner import Learner
 from exitkit.training.objective import Objective
+from exitkit.training.options import Options
 from exitkit.training.processes import length, random_state, seed_everything, set_random_state
 from exitkit.training.progress import Display, Epoch, write_log
 from exitkit.training.reduced import HeadsAlone
 from exitkit.training.schedules import schedule_name
 from exitkit.training.stopping import EarlyStopping
-
-if TYPE_CHECKING:
-    from exitkit.training.trainer import Trainer
-
-EPOCHS = 100_003
-"""Epochs apart that the seeds of two runs lie, so that run 1 does not repeat run 0's orders one epoch later."""
 
 TERMINATED = 143
 """The exit status that shells give a process ended by SIGTERM."""
@@ -71,7 +66,7 @@ class Run:
         history: the finished epochs.
     """
 
-    trainer: Trainer
+    options: Options
     accelerator: Accelerator
     view: MultiExitModel | HeadsAlone
     train_loader: Iterable[Any]
@@ -83,11 +78,11 @@ class Run:
     phase: int = 0
 
     def __post_init__(self) -> None:
-        self.model = self.trainer.model
-        self.objective = Objective(self.trainer.loss, len(self.model.classifiers))
+        self.model = self.options.model
+        self.objective = Objective(self.options.loss, len(self.model.classifiers))
         self.shares = [boundary.share for boundary in self.model.boundaries]
         self.tally = Tally.empty(len(self.model.exits))
-        self.stopping = EarlyStopping(self.trainer.patience)
+        self.stopping = EarlyStopping(self.options.patience)
         self.best: dict[str, Tensor] | None = None
         self.random: dict[str, Any] | None = None
         self.settings = self._settings()
@@ -95,20 +90,20 @@ class Run:
     def train(self) -> None:
         """Train every phase that is not over yet."""
         state = self._load()
-        for index in range(0 if state is None else state["phase"], len(self.trainer.phases)):
+        for index in range(0 if state is None else state["phase"], len(self.options.phases)):
             self.phase = index
             self._train_phase(state)
             state = None
 
     def _train_phase(self, state: dict[str, Any] | None) -> None:
         """One phase, from the beginning or from a checkpoint's state; afterwards its best weights are in place."""
-        epochs = self.trainer.lengths[self.phase]
-        phase = self.trainer.phases[self.phase]
+        epochs = self.options.lengths[self.phase]
+        phase = self.options.phases[self.phase]
         batches = length(self.train_loader)
-        steps = None if batches is None else -(-batches // self.trainer.accumulate)
-        learner = Learner(self.trainer, self.accelerator, phase, self.stages, self.objective, epochs, steps, self.view)
-        self.stopping = EarlyStopping(self.trainer.patience)
-        self.best = None if self.trainer.patience is None else self._weights()
+        steps = None if batches is None else -(-batches // self.options.accumulate)
+        learner = Learner(self.options, self.accelerator, phase, self.stages, self.objective, epochs, steps, self.view)
+        self.stopping = EarlyStopping(self.options.patience)
+        self.best = None if self.options.patience is None else self._weights()
         if state is not None:
             self._restore(state, learner)
         done = sum(record.phase == self.phase for record in self.history)
@@ -119,9 +114,9 @@ class Run:
             self._keep_best(record)
             self.tally = Tally.empty(len(self.model.exits))
             self.display.epoch(record)
-            if self.trainer.directory is not None and self.accelerator.is_main_process:
-                with a_full_disk_survived(self.trainer.directory):
-                    write_log(self.trainer.directory, self.trainer.log, self.history)
+            if self.options.directory is not None and self.accelerator.is_main_process:
+                with a_full_disk_survived(self.options.directory):
+                    write_log(self.options.directory, self.options.log, self.history)
             self._save(learner)
             self._leave_if_asked(learner)
             done += 1
@@ -131,9 +126,9 @@ class Run:
     def _epoch(self, learner: Learner, progress: float) -> Epoch:
         """Train and validate once; goes on where an interrupted epoch stood."""
         epoch, started, before = len(self.history), time.monotonic(), self.tally.samples
-        seed_everything(self.train_loader, self.trainer.seed * EPOCHS + epoch)
-        weights = self.trainer.loss.weights_at(progress, self.shares)
-        groups = grouped(checked(self.train_loader, "train_loader"), self.trainer.accumulate)
+        seed_everything(self.train_loader, self.options.seed, epoch)
+        weights = self.options.loss.weights_at(progress, self.shares)
+        groups = grouped(checked(self.train_loader, "train_loader"), self.options.accumulate)
         for _ in islice(groups, self.tally.steps):
             pass  # steps taken before the interruption: drawn again, so that the order goes on as it would have
         if self.random is not None:
@@ -156,7 +151,7 @@ class Run:
         batches = self.accelerator.reduce(self.tally.batches.to(self.accelerator.device)).cpu()
         loss = tuple((totals / batches)[list(learner.phase.exits)].tolist())
         accuracy, val_loss = (None, None) if self.val_loader is None else self._validate(self.val_loader, learner)
-        temperature = None if self.trainer.loss.distillation is None else self.objective.temperature
+        temperature = None if self.options.loss.distillation is None else self.objective.temperature
         return Epoch(epoch, loss, accuracy, self.phase, learner.phase.exits, val_loss, speed, temperature)
 
     def _validate(self, loader: Iterable[Any], learner: Learner) -> tuple[tuple[float, ...] | None, tuple[float, ...]]:
@@ -195,7 +190,7 @@ class Run:
 
     def _settings(self) -> dict[str, Any]:
         """What must be the same for a checkpoint to be continued."""
-        trainer, method = self.trainer, self.model.method
+        options, method = self.options, self.model.method
         return {
             "exits": [boundary.name for boundary in self.model.boundaries],
             "method": method.name,
@@ -203,24 +198,24 @@ class Run:
             "past_future": method.past_future,
             "width": method.width,
             "backbone": weights_digest(self.model.backbone, self.model.new_head) if self.stages is None else "trained",
-            "regime": [dict(vars(phase)) for phase in trainer.phases],
-            "epochs": trainer.epochs,
-            "lr": trainer.lr,
-            "backbone_lr": trainer.backbone_lr,
-            "milestones": None if trainer.milestones is None else list(trainer.milestones),
-            "schedule": schedule_name(trainer.schedule),
-            "weight_decay": trainer.weight_decay,
-            "optimizer": trainer.optimizer_name,
-            "loss": trainer.loss.describe(),
-            "accumulate": trainer.accumulate,
-            "max_grad_norm": trainer.max_grad_norm,
-            "seed": trainer.seed,
-            "mixed_precision": trainer.mixed_precision,
+            "regime": [dict(vars(phase)) for phase in options.phases],
+            "epochs": options.epochs,
+            "lr": options.lr,
+            "backbone_lr": options.backbone_lr,
+            "milestones": None if options.milestones is None else list(options.milestones),
+            "schedule": schedule_name(options.schedule),
+            "weight_decay": options.weight_decay,
+            "optimizer": options.optimizer_name,
+            "loss": options.loss.describe(),
+            "accumulate": options.accumulate,
+            "max_grad_norm": options.max_grad_norm,
+            "seed": options.seed,
+            "mixed_precision": options.mixed_precision,
         }
 
     def _leave_if_asked(self, learner: Learner) -> None:
         """After SIGTERM: write down where the epoch stands and end the process. All processes leave at one step."""
-        if self.trainer.directory is None:
+        if self.options.directory is None:
             return
         asked = self.interrupted()
         if self.accelerator.num_processes > 1:
@@ -232,7 +227,7 @@ class Run:
             raise SystemExit(TERMINATED)
 
     def _save(self, learner: Learner) -> None:
-        if self.trainer.directory is None:
+        if self.options.directory is None:
             return
         totals, batches = (
             self.accelerator.reduce(part.to(self.accelerator.device)).cpu()
@@ -253,17 +248,17 @@ class Run:
                 "tally": {**vars(self.tally), "totals": totals, "batches": batches},
                 "random": random_state(),
             }
-            save_checkpoint(self.trainer.directory, self.settings, state)
+            save_checkpoint(self.options.directory, self.settings, state)
         self.accelerator.wait_for_everyone()
 
     def _load(self) -> dict[str, Any] | None:
         """The checkpoint to go on from, checked against this run before anything is changed."""
-        directory = self.trainer.directory
+        directory = self.options.directory
         if directory is None:
             return None
         if self.accelerator.is_main_process:
             remove_leftovers(directory)
-        if self.trainer.resume == "never":
+        if self.options.resume == "never":
             return None
         return load_checkpoint(directory, self.settings)
 
@@ -281,7 +276,7 @@ class Run:
         learner.scheduler.load_state_dict(state["scheduler"])
         if self.accelerator.scaler is not None and state["scaler"] is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
-        self.best = None if self.trainer.patience is None else state["best"] or self._weights()
+        self.best = None if self.options.patience is None else state["best"] or self._weights()
         self.objective.temperature = state["temperature"]
         self.stopping.restore(state["stopping"])
         self.history[:] = [Epoch(**record) for record in state["history"]]
@@ -294,7 +289,7 @@ class Run:
 
     def _foreign(self, owner: str) -> ExitkitError:
         return ExitkitError(
-            f"the checkpoint in output_dir={str(self.trainer.output_dir)!r} belongs to {owner}; use another output_dir, or "
+            f"the checkpoint in output_dir={str(self.options.output_dir)!r} belongs to {owner}; use another output_dir, or "
             "resume='never' to start again"
         )
 

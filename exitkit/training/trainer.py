@@ -1,34 +1,29 @@
-"""The trainer: what a user asks for, checked, and ``fit``."""
+"""The trainer: ``fit``."""
 
 from __future__ import annotations
 
-import importlib.util
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import KW_ONLY, dataclass, field
-from pathlib import Path
-from typing import Any, Literal
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
 
-from exitkit.errors import ExitkitError, unknown_name
-from exitkit.model import MultiExitModel
+from exitkit.errors import ExitkitError
 from exitkit.surgery.capture import evaluation_mode
 from exitkit.training.cache import Data, cached
 from exitkit.training.ensemble import fit_ensemble_on
 from exitkit.training.freezing import Stages, check_learning, flags_restored, stages_of
 from exitkit.training.interruption import sigterm_noted
-from exitkit.training.losses import Loss, check_loss
+from exitkit.training.options import Options
 from exitkit.training.processes import length, make_accelerator, own_part, seed_everything
 from exitkit.training.progress import Epoch, displayed
-from exitkit.training.regimes import Phase, epochs_of, phases_of
-from exitkit.training.run import EPOCHS, Run
-from exitkit.training.schedules import Schedule, check_schedule
+from exitkit.training.run import Run
 
 
 @dataclass(eq=False)
-class Trainer:
+class Trainer(Options):
     """Train the exits of a multi-exit model, and its backbone where the regime says so.
 
     Args:
@@ -88,75 +83,7 @@ class Trainer:
         ExitkitError: an unknown name, a value out of range, or options that contradict each other.
     """
 
-    model: MultiExitModel
-    regime: str | Sequence[Phase] = "disjoint"
-    _: KW_ONLY
-    epochs: int = 15
-    lr: float = 1e-3
-    backbone_lr: float | None = None
-    weight_decay: float = 0.0
-    optimizer: Callable[[list[dict[str, Any]]], torch.optim.Optimizer] = torch.optim.Adam
-    milestones: Sequence[int] | None = None
-    schedule: Schedule | None = None
-    loss: Loss = field(default_factory=Loss)
-    patience: int | None = None
-    accumulate: int = 1
-    max_grad_norm: float | None = None
-    mixed_precision: Literal["no", "fp16", "bf16"] = "no"
-    compile: bool = False
-    channels_last: bool = False
-    gradient_checkpointing: bool = False
-    cache: bool = False
-    cache_gb: float = 10.0
-    seed: int = 0
-    output_dir: str | Path | None = None
-    resume: Literal["auto", "never"] = "auto"
-    log: Literal["csv", "tensorboard"] = "csv"
-    show_progress: bool = True
     history: list[Epoch] = field(init=False, default_factory=list)
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.model, MultiExitModel):
-            raise ExitkitError(f"model is {type(self.model).__name__}; train what exitkit.attach(model) returns")
-        self._check_names()
-        self._check_numbers()
-        if self.log == "tensorboard" and importlib.util.find_spec("tensorboard") is None:
-            raise ExitkitError("log='tensorboard' needs TensorBoard: pip install tensorboard")
-        self.phases = phases_of(self.regime, len(self.model.classifiers), bool(self.model.new_head))
-        self.lengths = epochs_of(self.phases, self.epochs)
-        if self.backbone_lr is not None and not self.trains_backbone:
-            raise ExitkitError(f"backbone_lr={self.backbone_lr!r} is set, but the regime freezes the backbone")
-        check_loss(self.loss, self.phases, self.model)
-        self._check_cache()
-        probe = self.make_optimizer([nn.Parameter(torch.zeros(1))], [])
-        self.optimizer_name = _name(probe)
-        check_schedule(self.schedule, self.milestones, probe)
-        self.directory = None if self.output_dir is None else Path(self.output_dir)
-
-    @property
-    def trains_backbone(self) -> bool:
-        return any(phase.stages for phase in self.phases)
-
-    @property
-    def teacher(self) -> nn.Module | None:
-        """The model that teaches the exits, where the loss has one."""
-        distillation = self.loss.distillation
-        teachers = None if distillation is None else distillation.teachers
-        return teachers if isinstance(teachers, nn.Module) else None
-
-    def make_optimizer(self, heads: Sequence[nn.Parameter], backbone: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
-        """The user's optimiser, or Adam: the heads at ``lr``, the backbone at ``backbone_lr``."""
-        rates = ((heads, self.lr), (backbone, self.lr if self.backbone_lr is None else self.backbone_lr))
-        groups = [
-            {"params": list(part), "lr": rate, "weight_decay": self.weight_decay} for part, rate in rates if part
-        ]
-        optimizer = self.optimizer(groups)
-        if not isinstance(optimizer, torch.optim.Optimizer):
-            raise ExitkitError(
-                f"optimizer= returned {type(optimizer).__name__}; give a function from parameter groups to an optimiser, such "
-                "as torch.optim.AdamW or functools.partial(torch.optim.SGD, momentum=0.9)"
-            )
-        return optimizer
 
     def fit(self, train_loader: Iterable[Any], val_loader: Iterable[Any] | None = None) -> list[Epoch]:
         """Train phase by phase, then fit the ensemble; the model is changed in place. Returns the record of every epoch.
@@ -194,7 +121,7 @@ class Trainer:
             ):
                 Run(self, accelerator, *data, stages, display, interrupted, self.history).train()
             self.model.combiners.requires_grad_(True)
-            seed_everything(data.train, self.seed * EPOCHS)
+            seed_everything(data.train, self.seed)
             fit_ensemble_on(self.model, data.view, data.train, accelerator.gather_for_metrics)
         return self.history
 
@@ -232,64 +159,6 @@ class Trainer:
     def _display(self, main: bool, steps: int | None) -> Any:
         steps = None if steps is None else -(-steps // self.accumulate)
         return displayed(self.show_progress and main, self.epochs, len(self.phases), steps)
-
-    def _check_names(self) -> None:
-        for name, value, allowed in (
-            ("mixed_precision", self.mixed_precision, ("no", "fp16", "bf16")),
-            ("resume", self.resume, ("auto", "never")),
-            ("log", self.log, ("csv", "tensorboard")),
-        ):
-            if value not in allowed:
-                raise unknown_name(name, value, allowed)
-        if not isinstance(self.loss, Loss):
-            raise ExitkitError(f"loss={self.loss!r} must be exitkit.training.Loss(...)")
-        if not callable(self.optimizer):
-            raise ExitkitError(
-                f"optimizer= is a {type(self.optimizer).__name__}; give a function that makes one, such as torch.optim.AdamW"
-            )
-
-    def _check_cache(self) -> None:
-        if not self.cache:
-            return
-        if self.trains_backbone or any(len(self.model.classifiers) in phase.exits for phase in self.phases):
-            raise ExitkitError(
-                "cache=True keeps what a frozen backbone says, but here the backbone learns, or its last layer, which attach "
-                "replaced; use regime='disjoint' on a backbone with its own classes, or leave cache out"
-            )
-        if self.teacher is not None:
-            raise ExitkitError(
-                "cache=True keeps features, and not the inputs that the teacher model reads; use teachers='last', or leave "
-                "cache out"
-            )
-
-    def _check_numbers(self) -> None:
-        optional = (("backbone_lr", self.backbone_lr), ("max_grad_norm", self.max_grad_norm))
-        above = (("lr", self.lr), ("cache_gb", self.cache_gb))
-        for name, real in (*above, ("weight_decay", self.weight_decay), *optional):
-            if real is not None and not isinstance(real, int | float):
-                raise ExitkitError(f"{name}={real!r} must be a number")
-        for name, real in (*above, *optional):
-            if real is not None and not 0 < real < float("inf"):
-                raise ExitkitError(f"{name}={real!r} must be greater than 0")
-        if not 0 <= self.weight_decay < float("inf"):
-            raise ExitkitError(f"weight_decay={self.weight_decay!r} must be at least 0")
-        if not isinstance(self.seed, int) or self.seed < 0:
-            raise ExitkitError(f"seed={self.seed!r} must be a whole number of at least 0")
-        milestones = () if self.milestones is None else self.milestones
-        if not isinstance(milestones, tuple | list) or any(
-            not isinstance(epoch, int) or epoch < 1 for epoch in milestones
-        ):
-            raise ExitkitError(f"milestones={milestones!r} must be whole numbers of epochs, such as [15]")
-        counts = (("epochs", self.epochs), ("patience", self.patience), ("accumulate", self.accumulate))
-        for name, number in counts:
-            if number is not None and (not isinstance(number, int) or isinstance(number, bool) or number < 1):
-                raise ExitkitError(f"{name}={number!r} must be a whole number greater than 0")
-
-
-def _name(optimizer: torch.optim.Optimizer) -> str:
-    """Its type and what it was given, for a checkpoint to compare."""
-    options = ", ".join(f"{name}={value!r}" for name, value in optimizer.defaults.items())
-    return f"{type(optimizer).__name__}({options})"
 
 
 @contextmanager
