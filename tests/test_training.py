@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import csv
+import functools
 import os
 import signal
 import subprocess
@@ -678,6 +679,9 @@ def test_each_trainer_has_its_own_precision(tiny_net: TinyNet, loader: Loaders, 
         ({"lr": float("nan")}, "lr=nan"),
         ({"patience": 0}, "patience=0 must be a whole number greater than 0"),
         ({"weight_decay": -0.1}, r"weight_decay=-0\.1"),
+        ({"cache": "yes"}, "cache='yes' must be True or False"),
+        ({"output_dir": 5}, "output_dir=5 must be the path of a folder"),
+        ({"optimizer": functools.partial(torch.optim.SGD, speed=2)}, "optimizer= cannot be called .*'speed'.*partial"),
     ],
 )
 def test_bad_arguments_are_refused(tiny_ee: MultiExitModel, options: dict[str, Any], message: str) -> None:

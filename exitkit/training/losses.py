@@ -117,6 +117,8 @@ class Loss:
             raise unknown_name("reduction", self.reduction, get_args(Reduction))
         if not _is_number(self.label_smoothing) or not 0 <= self.label_smoothing < 1:
             raise ExitkitError(f"label_smoothing={self.label_smoothing!r} must be at least 0 and below 1")
+        if not isinstance(self.gradient_equilibrium, bool):
+            raise ExitkitError(f"gradient_equilibrium={self.gradient_equilibrium!r} must be True or False")
         if self.distillation is not None and not isinstance(self.distillation, Distillation):
             raise ExitkitError(
                 f"distillation={self.distillation!r} must be exitkit.training.Distillation(...) or None"

@@ -93,7 +93,13 @@ class Options:
         groups = [
             {"params": list(part), "lr": rate, "weight_decay": self.weight_decay} for part, rate in rates if part
         ]
-        optimizer = self.optimizer(groups)
+        try:
+            optimizer = self.optimizer(groups)
+        except (TypeError, ValueError) as error:
+            raise ExitkitError(
+                f"optimizer= cannot be called with parameter groups ({error}); give its other options by functools.partial, such "
+                "as functools.partial(torch.optim.SGD, momentum=0.9)"
+            ) from error
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise ExitkitError(
                 f"optimizer= returned {type(optimizer).__name__}; give a function from parameter groups to an optimiser, such "
@@ -109,6 +115,11 @@ class Options:
         ):
             if value not in allowed:
                 raise unknown_name(name, value, allowed)
+        for name in ("compile", "channels_last", "gradient_checkpointing", "cache", "show_progress"):
+            if not isinstance(getattr(self, name), bool):
+                raise ExitkitError(f"{name}={getattr(self, name)!r} must be True or False")
+        if self.output_dir is not None and not isinstance(self.output_dir, str | Path):
+            raise ExitkitError(f"output_dir={self.output_dir!r} must be the path of a folder, or None")
         if not isinstance(self.loss, Loss):
             raise ExitkitError(f"loss={self.loss!r} must be exitkit.training.Loss(...)")
         if not callable(self.optimizer):
