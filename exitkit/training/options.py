@@ -97,8 +97,8 @@ class Options:
             optimizer = self.optimizer(groups)
         except (TypeError, ValueError) as error:
             raise ExitkitError(
-                f"optimizer= cannot be called with parameter groups ({error}); give its other options by functools.partial, such "
-                "as functools.partial(torch.optim.SGD, momentum=0.9)"
+                f"optimizer= cannot be called with parameter groups ({error}); give its other options by functools.partial, "
+                "such as functools.partial(torch.optim.SGD, momentum=0.9)"
             ) from error
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise ExitkitError(
