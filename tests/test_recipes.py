@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -334,7 +335,9 @@ def test_a_folder_that_cannot_be_made_is_refused_before_training(
 ) -> None:
     monkeypatch.setattr(Trainer, "fit", lambda *_: pytest.fail("it trains"))
     path = recipe()
-    assert "cannot be made" in refused("train", path, "--out", path / "out")
+    assert "is a file; name a folder" in refused("train", path, "--out", path / "out")
+    monkeypatch.setattr("os.access", lambda _, mode, **__: mode != os.W_OK)
+    assert "you may not write to" in refused("train", path, "--out", path.parent / "out")
 
 
 def test_a_missing_file_and_missing_keys_are_refused(refused: Any, tmp_path: Path) -> None:  # noqa: F811

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -203,6 +204,8 @@ def _check_folder(out: Path) -> None:
     there = next(path for path in (out, *out.absolute().parents) if path.exists())
     if not there.is_dir():
         raise ExitkitError(f"--out {str(out)!r}: {str(there)!r} is a file; name a folder")
+    if not os.access(there, os.W_OK):
+        raise ExitkitError(f"--out {str(out)!r}: you may not write to {str(there)!r}; name another folder")
 
 
 def _image_example(backbone: nn.Module, side: int | None) -> torch.Tensor | None:

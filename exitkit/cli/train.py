@@ -42,7 +42,7 @@ def train_recipe(
     """Attach, train and evaluate; write the exits, a backbone that learned, the outputs and a summary to ``out``.
 
     Raises:
-        ExitkitError: values that do not fit the model or the data, or ``out`` cannot be made.
+        ExitkitError: values that do not fit the model or the data.
     """
     seed = recipe.trainer.get("seed", 0)
     torch.manual_seed(seed if isinstance(seed, int) and seed >= 0 else 0)  # Trainer complains of others
@@ -55,9 +55,9 @@ def train_recipe(
         model, **recipe.trainer, loss=recipe.make_loss(), optimizer=recipe.make_optimizer(), schedule=schedule
     )
     train, val, test = loaders(recipe, split, model.num_classes, seed)
-    _make(out)
     trainer.fit(train, val)
     outputs = collect(model, test)
+    out.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(out / "exits", outputs=outputs)
     if trainer.trains_backbone:
         with replacing(out / "backbone.safetensors") as temporary:
@@ -69,16 +69,6 @@ def train_recipe(
         stages = {method.name: timed_stages(model, test, report)}
         write_results({method.name: outputs}, out, described(recipe), stages, test.dataset)
     report(_table(method.name, outputs, f"{recipe.model} on {recipe.data}"))
-
-
-def _make(out: Path) -> None:
-    """Before the training, which would be lost."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ExitkitError(
-            f"--out {str(out)!r} cannot be made ({error.strerror}); name a folder you may write to"
-        ) from error
 
 
 def loaders(
