@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from numbers import Real
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,7 +21,7 @@ def numbers_in(given: Any) -> NDArray[np.float64]:
     return values.astype(np.float64) if values.ndim == 1 and values.dtype.kind in "iuf" else np.empty(0)
 
 
-def is_number(value: Any) -> bool:
+def is_number(value: object) -> TypeGuard[float]:
     """Whether a value is a real number: no text, no boolean, not NaN."""
     return isinstance(value, Real) and not isinstance(value, bool) and not math.isnan(value)
 

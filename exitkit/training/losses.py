@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeGuard, get_args
+from typing import Any, Literal, get_args
 
 from torch import nn
 
 from exitkit.errors import ExitkitError, unknown_name
+from exitkit.evaluation.given import is_number
 from exitkit.fingerprint import weights_digest
 from exitkit.model import MultiExitModel
 from exitkit.training.regimes import Phase
@@ -56,12 +57,12 @@ class Distillation:
         if self.divergence not in get_args(Divergence):
             raise unknown_name("divergence", self.divergence, get_args(Divergence))
         for name, value in (("weight", self.weight), ("temperature", self.temperature)):
-            if not _is_number(value) or not 0 < value < float("inf"):
+            if not is_number(value) or not 0 < value < float("inf"):
                 raise ExitkitError(f"{name}={value!r} of the distillation must be greater than 0")
         limit = self.confidence_limit
-        if limit is not None and (not _is_number(limit) or not 0 < limit < 1):
+        if limit is not None and (not is_number(limit) or not 0 < limit < 1):
             raise ExitkitError(f"confidence_limit={limit!r} must be between 0 and 1, or None")
-        if not _is_number(self.multiplier) or not 1 < self.multiplier < float("inf"):
+        if not is_number(self.multiplier) or not 1 < self.multiplier < float("inf"):
             raise ExitkitError(f"multiplier={self.multiplier!r} must be greater than 1")
 
     def of(self, student: int, last: int) -> tuple[int, ...]:
@@ -110,12 +111,12 @@ class Loss:
             if self.weights not in get_args(Weights):
                 raise unknown_name("weights", self.weights, get_args(Weights), "Or one number per exit.")
         elif not isinstance(self.weights, Sequence) or not all(
-            _is_number(weight) and 0 <= weight < float("inf") for weight in self.weights
+            is_number(weight) and 0 <= weight < float("inf") for weight in self.weights
         ):
             raise ExitkitError(f"weights={self.weights!r} must be a name or numbers of at least 0, one per exit")
         if self.reduction not in get_args(Reduction):
             raise unknown_name("reduction", self.reduction, get_args(Reduction))
-        if not _is_number(self.label_smoothing) or not 0 <= self.label_smoothing < 1:
+        if not is_number(self.label_smoothing) or not 0 <= self.label_smoothing < 1:
             raise ExitkitError(f"label_smoothing={self.label_smoothing!r} must be at least 0 and below 1")
         if not isinstance(self.gradient_equilibrium, bool):
             raise ExitkitError(f"gradient_equilibrium={self.gradient_equilibrium!r} must be True or False")
@@ -150,10 +151,6 @@ class Loss:
                 distillation["teachers"] = {student: list(those) for student, those in teachers.items()}
         weights = self.weights if isinstance(self.weights, str) else [float(weight) for weight in self.weights]
         return {**vars(self), "weights": weights, "distillation": distillation}
-
-
-def _is_number(value: object) -> TypeGuard[float]:
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def check_loss(loss: Loss, phases: Sequence[Phase], model: MultiExitModel) -> None:
