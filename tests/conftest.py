@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -54,3 +55,13 @@ def loader() -> Callable[..., DataLoader[tuple[Tensor, ...]]]:
         return DataLoader(TensorDataset(images, labels), batch_size=batch, shuffle=shuffle)
 
     return make
+
+
+def pytest_collection_finish() -> None:
+    """What is imported by now stays: every fit collects garbage, and would look at all of it again."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_sessionfinish() -> None:
+    gc.unfreeze()
