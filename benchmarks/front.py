@@ -26,7 +26,7 @@ import torch
 from cifar10 import STATIC, Augmented, load
 from latency import aot_compiled
 from rich.table import Table
-from tables import at, cell, table, write
+from tables import at, cell, numbers, table, write
 from torch import Tensor, nn
 
 import exitkit
@@ -58,16 +58,15 @@ def main() -> None:
     if args.exits is not None:
         times = _times(models[0], small, images, exitkit.collect(models[0], batches))
         console.print(_time_table(times))
-    results = {
-        name: {
-            "exits": [(100 * run.accuracy()).tolist() for run in runs],
-            "costs": runs[0].costs.tolist(),
-            "budgets": {f"{budget:.0%}": [at(run, budget) for run in runs] for budget in BUDGETS},
-        }
-        for name, runs in rows.items()
-    }
     seconds = time.perf_counter() - started
-    write(args.out / "results.json", args, rows=results, static=STATIC, milliseconds=times, seconds=seconds)
+    write(
+        args.out / "results.json",
+        args,
+        rows=numbers(rows, BUDGETS),
+        static=STATIC,
+        milliseconds=times,
+        seconds=seconds,
+    )
 
 
 def _trained(backbone: nn.Module, args: argparse.Namespace, train: tuple[Tensor, Tensor]) -> exitkit.MultiExitModel:

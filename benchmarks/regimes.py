@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from cifar10 import STATIC, Augmented, load
 from rich.table import Table
-from tables import BUDGETS, at, cell, table, write
+from tables import BUDGETS, at, cell, numbers, over_budgets, table, write
 from torch import Tensor, nn
 
 import exitkit
@@ -65,15 +65,7 @@ def main() -> None:
                 f"seed {seed}  {name}: exits {exits}  budgets {budgets}  ({time.perf_counter() - started:.0f} s)"
             )
     console.print(_table(args, runs))
-    results = {
-        name: {
-            "exits": [(100 * run.accuracy()).tolist() for run in those],
-            "budgets": {f"{budget:.0%}": [at(run, budget) for run in those] for budget in BUDGETS},
-            "costs": those[0].costs.tolist(),
-        }
-        for name, those in runs.items()
-    }
-    write(args.out / f"{args.backbone}.json", args, runs=results, seconds=time.perf_counter() - started)
+    write(args.out / f"{args.backbone}.json", args, runs=numbers(runs), seconds=time.perf_counter() - started)
 
 
 def _untrained(args: argparse.Namespace, seed: int) -> nn.Module:
@@ -138,14 +130,7 @@ def _run(
 def _table(args: argparse.Namespace, runs: dict[str, list[ExitOutputs]]) -> Table:
     first = next(iter(runs.values()))[0]
     before = f"{args.pretraining} + {args.epochs}" if args.pretraining else f"{args.epochs}"
-    rows = [
-        (
-            name,
-            *(cell([at(run, budget) for run in those]) for budget in BUDGETS),
-            cell([100 * float(run.accuracy()[-1]) for run in those]),
-        )
-        for name, those in runs.items()
-    ]
+    rows = over_budgets(runs)
     if args.backbone in DEPTHS:
         rows.append(("(a network of that cost)", *(_static(DEPTHS[args.backbone], budget) for budget in BUDGETS), ""))
     return table(

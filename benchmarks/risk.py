@@ -39,23 +39,20 @@ def main() -> None:
     args = _arguments()
     console = make_console()
     clean, jpeg, training = outputs_of(args)
-    parts: dict[str, Callable[[], tuple[Any, Any]]] = {
-        "promises": lambda: _shown(promises(clean, training), lambda rows: promise_table(rows, clean, args.depth)),
-        "budgets": lambda: _shown(budgets(clean), budget_table),
-        "monitor": lambda: _shown(monitor(clean, jpeg), lambda numbers: numbers),
-        "milliseconds": lambda: _shown(milliseconds(clean, training, args), time_table),
+    parts: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
+        "promises": (lambda: promises(clean, training), lambda rows: promise_table(rows, clean, args.depth)),
+        "budgets": (lambda: budgets(clean), budget_table),
+        "monitor": (lambda: monitor(clean, jpeg), lambda found: found),
+        "milliseconds": (lambda: milliseconds(clean, training, args), time_table),
     }
     results: dict[str, Any] = {}
     for part in args.parts:
-        results[part], shown = parts[part]()
-        console.print(shown)
+        measure, shown = parts[part]
+        results[part] = measure()
+        console.print(shown(results[part]))
     accuracy = {"clean": clean.accuracy().tolist(), "jpeg": jpeg.accuracy().tolist()}
     name = "results.json" if args.parts == PARTS else f"results-{'-'.join(args.parts)}.json"
     write(args.out / name, args, costs=clean.costs.tolist(), accuracy=accuracy, **results)
-
-
-def _shown(values: Any, table: Callable[[Any], Any]) -> tuple[Any, Any]:
-    return values, table(values)
 
 
 def _arguments() -> argparse.Namespace:

@@ -33,6 +33,30 @@ def cell(values: Sequence[float | None], digits: int = 1) -> str:
     return f"{np.mean(known):.{digits}f}{spread}"
 
 
+def over_budgets(runs: dict[str, list[ExitOutputs]]) -> list[tuple[str, ...]]:
+    """A row of each name: accuracy at :data:`BUDGETS`, and where nobody leaves; mean ± standard deviation over its runs."""
+    return [
+        (
+            name,
+            *(cell([at(run, budget) for run in those]) for budget in BUDGETS),
+            cell([100 * float(run.accuracy()[-1]) for run in those]),
+        )
+        for name, those in runs.items()
+    ]
+
+
+def numbers(runs: dict[str, list[ExitOutputs]], budgets: Sequence[float] = BUDGETS) -> dict[str, dict[str, Any]]:
+    """Of each name: the accuracies (%) of every run's exits and at budgets, and the exits' costs."""
+    return {
+        name: {
+            "exits": [(100 * run.accuracy()).tolist() for run in those],
+            "budgets": {f"{budget:.0%}": [at(run, budget) for run in those] for budget in budgets},
+            "costs": those[0].costs.tolist(),
+        }
+        for name, those in runs.items()
+    }
+
+
 def table(headings: Sequence[str], rows: Iterable[Sequence[str]], title: str, caption: str = "") -> Table:
     """Names in the first column, numbers in the others."""
     made = Table(title=title, caption=caption or None, caption_justify="left")

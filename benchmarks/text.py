@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from agnews import BATCH, Texts, load_texts, pretrained
 from rich.table import Table
-from tables import BUDGETS, at, cell, table, write
+from tables import BUDGETS, numbers, over_budgets, table, write
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset, default_collate
 
@@ -51,8 +51,7 @@ def main() -> None:
             exits = " ".join(f"{accuracy:.1%}" for accuracy in runs[method][-1].accuracy())
             console.print(f"seed {seed}  {method}: {exits}  ({time.perf_counter() - started:.0f} s)")
     console.print(_table(runs, args))
-    budgets = {name: {f"{b:.0%}": [at(run, b) for run in those] for b in BUDGETS} for name, those in runs.items()}
-    write(args.out, args, budgets=budgets)
+    write(args.out, args, runs=numbers(runs))
 
 
 def _parted(train: Texts, unseen: int) -> tuple[Texts, Texts]:
@@ -89,17 +88,9 @@ def _inputs(rows: list[tuple[Tensor, Tensor]], labelled: bool = False) -> dict[s
 
 
 def _table(runs: dict[str, list[ExitOutputs]], args: argparse.Namespace) -> Table:
-    rows = [
-        (
-            method,
-            *(cell([at(run, budget) for run in those]) for budget in BUDGETS),
-            cell([100 * float(run.accuracy()[-1]) for run in those]),
-        )
-        for method, those in runs.items()
-    ]
     return table(
         ("method", *(f"{budget:.0%}" for budget in BUDGETS), "nobody leaves"),
-        rows,
+        over_budgets(runs),
         f"AG News, frozen six-layer BERT, 5 exits ({args.head}): accuracy (%) by share of its MACs",
         (f"exits trained on {args.unseen:,} texts that the backbone does not know, " if args.unseen else "")
         + f"{args.epochs} epochs of the heads, mean ± std of {args.seeds} seeds",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -238,8 +238,7 @@ def _read_text(path: Path, pairs: bool) -> list[tuple[Any, str]]:
     """A text, or a pair of texts, and a label of each row."""
     try:
         with path.open(newline="", encoding="utf-8") as file:
-            reader = csv.reader(file, delimiter="\t" if path.suffix == ".tsv" else ",", quoting=quoting(path))
-            rows = [row for row in reader if len(row) > 1][1:]
+            rows = [row for row in cells(file, path) if len(row) > 1][1:]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise ExitkitError(f"{str(path)!r} cannot be read as UTF-8 text and label: {error}") from error
     if not rows:
@@ -251,9 +250,11 @@ def _read_text(path: Path, pairs: bool) -> list[tuple[Any, str]]:
     return [((row[0], row[1]) if pairs else row[0], row[-1]) for row in rows]
 
 
-def quoting(path: Path) -> Any:
-    """A quotation mark in a ``.tsv`` is a character like others, as in GLUE's files."""
-    return csv.QUOTE_NONE if path.suffix == ".tsv" else csv.QUOTE_MINIMAL
+def cells(file: Iterable[str], path: Path) -> Iterator[list[str]]:
+    """The rows of a ``.csv`` or ``.tsv``. A quotation mark in a ``.tsv`` is a character like others, as in GLUE's files."""
+    if path.suffix == ".tsv":
+        return csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
+    return csv.reader(file)
 
 
 def _label_indices(labels: set[str]) -> dict[str, int]:

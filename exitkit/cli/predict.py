@@ -15,7 +15,7 @@ import torch
 from rich.table import Table
 
 from exitkit.batches import move
-from exitkit.cli.data import quoting
+from exitkit.cli.data import cells
 from exitkit.errors import ExitkitError
 from exitkit.packages.onnx_branches import OnnxBranches
 from exitkit.preprocessing import TextPreprocessing
@@ -95,8 +95,7 @@ def _texts(given: str) -> list[tuple[str, str]]:
             if path.suffix == ".txt":
                 lines = [line.rstrip("\r\n") for line in file if line.strip()]
             else:
-                reader = csv.reader(file, delimiter="\t" if path.suffix == ".tsv" else ",", quoting=quoting(path))
-                lines = [row[0] for row in reader if row][1:]
+                lines = [row[0] for row in cells(file, path) if row][1:]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise ExitkitError(f"{given!r} cannot be read as UTF-8 text: {error}") from error
     return [(line, line) for line in lines]

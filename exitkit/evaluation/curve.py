@@ -138,9 +138,8 @@ class Curve:
         """
         low = float(self.cost[0]) if low is None else low
         numbers = is_number(low) and is_number(high)
-        if (
-            not numbers or not self.cost[0] <= low * (1 + 1e-12) < high
-        ):  # shares computed elsewhere may round otherwise
+        # shares computed elsewhere may round otherwise
+        if not numbers or not self.cost[0] <= low * (1 + 1e-12) < high:
             raise ExitkitError(
                 f"low={low!r}, high={high!r}: budgets must rise, from {self.cost[0]:.3f} (leaving at the first exit) on"
             )
