@@ -27,7 +27,7 @@ from torch.nn import functional as F
 from exitkit import PBEE, SDN, ZTW
 from exitkit.cli.bench import compare, machine
 from exitkit.cli.data import normalise
-from exitkit.console import make_console
+from exitkit.common.console import make_console
 from exitkit.evaluation import ExitOutputs, plot_curves, plot_hindsight
 from exitkit.models import cifar_resnet
 

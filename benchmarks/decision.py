@@ -18,11 +18,11 @@ import torch
 from tables import table
 
 from exitkit.cli.bench import machine
-from exitkit.console import make_console
-from exitkit.runtime.flight import Flight
-from exitkit.runtime.loop import Loop
-from exitkit.runtime.program import Inputs, Program, Step
-from exitkit.surgery.calls import CallSpec
+from exitkit.common.console import make_console
+from exitkit.engine.batch_state import Flight
+from exitkit.engine.loop import Loop
+from exitkit.engine.program import Inputs, Program, Step
+from exitkit.surgery.inputs import CallSpec
 
 ROWS: dict[str, tuple[int, ...]] = {"answer only": (0,), "197 × 768": (197, 768), "1024 × 14 × 14": (1024, 14, 14)}
 
@@ -39,7 +39,7 @@ def main() -> None:
     program = _program(args)
     loops = {"torch": Loop(program, (0.5,))}
     if torch.device(args.device).type == "cuda":
-        from exitkit.runtime.cuda.kernels import gather, split
+        from exitkit.engine.cuda.kernels import gather, split
 
         loops["Triton"] = Loop(program, (0.5,), split=split, gather=gather)
     with torch.inference_mode():

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 import exitkit
 from exitkit.cli.bench import machine
-from exitkit.console import make_console
+from exitkit.common.console import make_console
 from exitkit.evaluation import ExitOutputs
 from exitkit.models import cifar_resnet
 

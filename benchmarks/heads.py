@@ -26,7 +26,7 @@ from torch.nn import functional as F
 
 import exitkit
 from exitkit.cli.bench import head_share
-from exitkit.console import make_console
+from exitkit.common.console import make_console
 from exitkit.evaluation import ExitOutputs
 from exitkit.models import cifar_resnet
 

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 import exitkit
-from exitkit.console import make_console
+from exitkit.common.console import make_console
 from exitkit.evaluation import ExitOutputs
 from exitkit.models import cifar_resnet
 from exitkit.training import Distillation, Loss

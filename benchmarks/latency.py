@@ -45,24 +45,24 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 import exitkit
-from exitkit.batches import move
 from exitkit.cli.bench import machine
 from exitkit.cli.data import normalise
 from exitkit.cli.sources import load_model
-from exitkit.console import make_console
+from exitkit.common.batches import move
+from exitkit.common.console import make_console
+from exitkit.engine.aot import compile_step, load_step
+from exitkit.engine.batch_state import Flight
+from exitkit.engine.cuda.buckets import Buckets
+from exitkit.engine.cuda.graphs import Graphed
+from exitkit.engine.memory_format import in_format
+from exitkit.engine.profiling import decision_seconds
 from exitkit.models import cifar_resnet
-from exitkit.models.cifar_resnet import load_weights
-from exitkit.runtime.cuda.buckets import Buckets
-from exitkit.runtime.cuda.graphs import Graphed
-from exitkit.runtime.flight import Flight
-from exitkit.runtime.measure import decision_seconds
-from exitkit.runtime.memory_format import in_format
-from exitkit.runtime.optimize import compile_step, load_step
+from exitkit.models.cifar_resnets import load_weights
 from exitkit.surgery.boundaries import Boundary
-from exitkit.surgery.calls import Example, call_on
-from exitkit.surgery.capture import capture
-from exitkit.surgery.examples import example_for
-from exitkit.surgery.lower import lower
+from exitkit.surgery.capturing import capture
+from exitkit.surgery.default_inputs import example_for
+from exitkit.surgery.inputs import Example, call_on
+from exitkit.surgery.partition import lower
 
 EXITS, LENGTH = 4, 128
 MODES = {"cpu": ("default",), "cuda": ("reduce-overhead", "max-autotune")}

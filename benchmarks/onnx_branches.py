@@ -25,9 +25,9 @@ from torch import Tensor
 
 import exitkit
 from exitkit.cli.data import normalise
-from exitkit.console import make_console
+from exitkit.common.console import make_console
 from exitkit.models import cifar_resnet
-from exitkit.models.cifar_resnet import load_weights
+from exitkit.models.cifar_resnets import load_weights
 
 SAMPLES, SHARE, ROUNDS = 60, 1 / 3, 5
 

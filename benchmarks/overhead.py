@@ -25,10 +25,10 @@ from tables import table, write
 import exitkit
 from exitkit.cli.bench import machine
 from exitkit.cli.sources import load_model
-from exitkit.console import make_console
+from exitkit.common.console import make_console
 from exitkit.evaluation import Curve
-from exitkit.surgery.calls import call_on
-from exitkit.surgery.examples import example_for
+from exitkit.surgery.default_inputs import example_for
+from exitkit.surgery.inputs import call_on
 
 MODELS = ("torchvision:resnet50", "torchvision:vit_b_16", "hf:bert-base", "hf:llama-0.6b")
 SAMPLES, EXITS, GRID = 50_000, 10, 1_000

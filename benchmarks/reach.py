@@ -32,10 +32,10 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import exitkit
-from exitkit.console import make_console
-from exitkit.surgery.calls import Example, call_on
-from exitkit.surgery.capture import logits_of
-from exitkit.surgery.examples import example_for
+from exitkit.common.console import make_console
+from exitkit.surgery.capturing import logits_of
+from exitkit.surgery.default_inputs import example_for
+from exitkit.surgery.inputs import Example, call_on
 
 _PRELOADED = ["exitkit", "torchvision", "timm", "transformers"]
 

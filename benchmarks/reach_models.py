@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from exitkit._torchvision import import_torchvision
 from exitkit.cli.sources import load_model
-from exitkit.files import replacing
+from exitkit.common.files import replacing
+from exitkit.common.torchvision_guard import import_torchvision
 
 FAMILIES = ("torchvision", "timm", "text encoder", "text decoder", "text encoder-decoder", "image", "audio")
 CLASSES = 5

@@ -30,7 +30,7 @@ from tables import BUDGETS, at, cell, numbers, over_budgets, table, write
 from torch import Tensor, nn
 
 import exitkit
-from exitkit.console import make_console
+from exitkit.common.console import make_console
 from exitkit.evaluation import ExitOutputs
 from exitkit.models import cifar_resnet
 from exitkit.training import Phase

@@ -15,7 +15,7 @@ import torch
 from playwright.sync_api import sync_playwright
 
 from exitkit import ExitOutputs
-from exitkit.console import make_console
+from exitkit.common.console import make_console
 from exitkit.report import write_report, write_samples
 
 

@@ -30,7 +30,7 @@ from risk_outputs import outputs_of
 from risk_promises import promise_table, promises
 from tables import write
 
-from exitkit.console import make_console
+from exitkit.common.console import make_console
 
 PARTS = ["promises", "budgets", "monitor", "milliseconds"]
 

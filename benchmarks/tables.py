@@ -12,8 +12,8 @@ import numpy as np
 from rich.table import Table
 
 from exitkit.cli.bench import machine
+from exitkit.common.files import replacing
 from exitkit.evaluation import ExitOutputs
-from exitkit.files import replacing
 
 BUDGETS = (0.25, 0.5, 0.75, 1.0)
 """Shares of the backbone's MACs."""

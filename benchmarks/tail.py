@@ -23,7 +23,7 @@ from torch import nn
 
 import exitkit
 from exitkit.cli.bench import machine
-from exitkit.console import make_console
+from exitkit.common.console import make_console
 from exitkit.evaluation import ExitOutputs, plot_curves
 
 

@@ -31,7 +31,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 import exitkit
-from exitkit.console import make_console
+from exitkit.common.console import make_console
 from exitkit.models import cifar_resnet
 
 BATCH = 32

@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import exitkit
 from exitkit.evaluation import ShiftMonitor
-from exitkit.preprocessing import IMAGENET_MEAN, IMAGENET_STD
+from exitkit.multi_exit.preprocessing import IMAGENET_MEAN, IMAGENET_STD
 from exitkit.training import Distillation, Loss
 
 

@@ -1,19 +1,20 @@
 """exitkit: early exits for pretrained classifiers, with the saved compute made real."""
 
-from exitkit._torchvision import make_torchvision_importable as _make_torchvision_importable
+from exitkit.common.torchvision_guard import make_torchvision_importable as _make_torchvision_importable
 
 _make_torchvision_importable()
 
 from exitkit import evaluation, models, training  # noqa: E402
-from exitkit.attach import attach  # noqa: E402
-from exitkit.errors import ExitkitError  # noqa: E402
-from exitkit.evaluation import ExitOutputs, choose_threshold, collect  # noqa: E402
-from exitkit.inspect import inspect  # noqa: E402
-from exitkit.methods import GPF, PBEE, SDN, ZTW, BranchyNet, Method  # noqa: E402
-from exitkit.model import MultiExitModel, MultiExitOutput, detach  # noqa: E402
+from exitkit.calibration.risk_control import choose_threshold  # noqa: E402
+from exitkit.common.errors import ExitkitError  # noqa: E402
+from exitkit.engine import Engine, Prediction, compile, time_exits  # noqa: E402
+from exitkit.evaluation import ExitOutputs, collect  # noqa: E402
+from exitkit.methods.presets import GPF, PBEE, SDN, ZTW, BranchyNet, Method  # noqa: E402
+from exitkit.multi_exit.attaching import attach  # noqa: E402
+from exitkit.multi_exit.inspection import inspect  # noqa: E402
+from exitkit.multi_exit.model import MultiExitModel, MultiExitOutput, detach  # noqa: E402
+from exitkit.multi_exit.preprocessing import ImagePreprocessing, TextPreprocessing  # noqa: E402
 from exitkit.packages import export, load  # noqa: E402
-from exitkit.preprocessing import ImagePreprocessing, TextPreprocessing  # noqa: E402
-from exitkit.runtime import Engine, Prediction, compile, time_exits  # noqa: E402
 from exitkit.training import Trainer  # noqa: E402
 
 __all__ = [

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 import exitkit
 from exitkit import ExitkitError
+from exitkit.exits.copied.shorten import gaps
 from exitkit.models import cifar_resnet
 from exitkit.surgery.boundaries import Activation, Boundary, ModuleCall
-from exitkit.surgery.shorten import gaps
 from tests.toy import BLOCK, LINEAR, STEM, TinyBlock, TinyNet, all_equal, images
 
 transformers = pytest.importorskip("transformers")

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler
 import exitkit
 from exitkit import ExitkitError, MultiExitModel, Trainer
 from exitkit.training import Distillation, Loss
-from exitkit.training.store import Writer, read_store
+from exitkit.training.feature_cache.store import Writer, read_store
 from tests.toy import TinyNet
 
 Loader = DataLoader[Any]

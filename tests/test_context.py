@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import exitkit
-from exitkit.surgery.lower import Lowered
+from exitkit.surgery.partition import Lowered
 from tests.toy import TinyNet, all_equal, images, names, staged
 
 

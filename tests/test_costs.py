@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import exitkit
-from exitkit.inspect import Inspection
+from exitkit.multi_exit.inspection import Inspection
 from exitkit.surgery.macs import count_macs
 from tests.test_any_backbone import Chain, chains
 from tests.toy import BLOCK, LINEAR, STEM, TOTAL, TinyNet, images

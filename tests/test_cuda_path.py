@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import exitkit
-from exitkit.runtime import decision
-from exitkit.runtime.cuda.buckets import Buckets
-from exitkit.runtime.cuda.graphs import Graphed, graphed
+from exitkit.engine import decision
+from exitkit.engine.cuda.buckets import Buckets
+from exitkit.engine.cuda.graphs import Graphed, graphed
 from tests.toy import TinyNet, images, noisy
 
 
@@ -91,8 +91,8 @@ def test_one_recording_for_each_bucket() -> None:
 
 _CASES = """
 import torch
-from exitkit.runtime import decision, flight
-from exitkit.runtime.cuda import kernels
+from exitkit.engine import batch_state, decision
+from exitkit.engine.cuda import kernels
 for seed in range(60):
     generator = torch.Generator().manual_seed(seed)
     size = int(torch.randint(1, 70, (1,), generator=generator))
@@ -108,7 +108,7 @@ int64, half = torch.int64, torch.float16
 for shape, dtype in (((70,), int64), ((70, 1000), torch.float32), ((70, 3, 7, 50), half), ((70, 5), torch.bool)):
     value = torch.randn(shape).to(dtype)
     for index in (torch.tensor([69, 0, 3]), torch.arange(70), torch.tensor([], dtype=torch.int64)):
-        assert torch.equal(kernels.gather(value, index), flight.gather(value, index)), (shape, dtype)
+        assert torch.equal(kernels.gather(value, index), batch_state.gather(value, index)), (shape, dtype)
 print("alike")
 """
 
@@ -124,7 +124,7 @@ def test_the_kernels_decide_and_gather_as_plain_torch() -> None:
 _COMPILED = """
 import triton
 from triton.backends.compiler import GPUTarget
-from exitkit.runtime.cuda import kernels
+from exitkit.engine.cuda import kernels
 columns = dict.fromkeys(("index", "rows", "rows_out"), "*i64") | dict.fromkeys(("size", "width"), "i32")
 floats = dict.fromkeys(("score", "fault", "score_out", "fault_out", "source", "target"), "*fp32")
 types = columns | floats | {"threshold": "*fp64", "counts": "*i32", "BLOCK": "constexpr"}

@@ -20,7 +20,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import exitkit
-from exitkit import ExitkitError, ExitOutputs, criteria, evaluation
+from exitkit import ExitkitError, ExitOutputs, evaluation
+from exitkit.methods import criteria
 from tests.toy import TinyNet
 
 CRITERIA = ["confidence", "entropy", "margin", "nats", "patience"]
@@ -534,7 +535,7 @@ def test_an_interrupted_save_keeps_the_old_file(
     path, old = tmp_path / "o.safetensors", some_outputs(samples=3)
     old.save(path)
     before = path.read_bytes()
-    monkeypatch.setattr("exitkit.evaluation.storage.save_file", half)
+    monkeypatch.setattr("exitkit.evaluation.files.save_file", half)
     with pytest.raises(error):
         some_outputs(samples=5).save(path)
     assert path.read_bytes() == before

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 import exitkit
-from exitkit.surgery.calls import call_on
-from exitkit.surgery.capture import logits_of
-from exitkit.surgery.examples import example_for
+from exitkit.surgery.capturing import logits_of
+from exitkit.surgery.default_inputs import example_for
+from exitkit.surgery.inputs import call_on
 
 transformers = pytest.importorskip("transformers")
 

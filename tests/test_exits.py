@@ -23,7 +23,7 @@ from exitkit.exits import (
     SDNPool,
     TokenPool,
 )
-from exitkit.exits.heads import Feature, HeadSpec, make_head
+from exitkit.exits.classifiers import Feature, HeadSpec, make_head
 from tests.toy import TinyNet
 
 ENSEMBLES = [GeometricEnsemble, AdditiveEnsemble]

@@ -85,7 +85,7 @@ def test_other_precisions(dtype: torch.dtype, head: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("method", ["ztw", exitkit.ZTW(ensemble="additive", ensemble_final=True)])
-def test_converted_after_attaching(dtype: torch.dtype, method: str | exitkit.methods.Method) -> None:
+def test_converted_after_attaching(dtype: torch.dtype, method: str | exitkit.methods.presets.Method) -> None:
     model = TinyNet().eval()
     ee = exitkit.attach(model, images(), method=method).eval().to(dtype)
     x = images(4).to(dtype)

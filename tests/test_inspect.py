@@ -112,19 +112,19 @@ def test_inspect_names_a_long_path_in_one_piece() -> None:
 @pytest.mark.parametrize("name", ["resnet18", "swin_t"])
 def test_example_inputs_of_torchvision_are_inferred(name: str) -> None:
     models = pytest.importorskip("torchvision.models")
-    assert exitkit.surgery.examples.example_for(models.get_model(name)).tensors[0].shape == (2, 3, 224, 224)
+    assert exitkit.surgery.default_inputs.example_for(models.get_model(name)).tensors[0].shape == (2, 3, 224, 224)
 
 
 def test_example_inputs_of_timm_are_inferred() -> None:
     timm = pytest.importorskip("timm")
     model = timm.create_model("convnext_atto", pretrained=False, in_chans=1)
-    assert exitkit.surgery.examples.example_for(model).tensors[0].shape[:2] == (2, 1)
+    assert exitkit.surgery.default_inputs.example_for(model).tensors[0].shape[:2] == (2, 1)
 
 
 def test_example_text_is_inferred_with_a_padded_mask() -> None:
     transformers = pytest.importorskip("transformers")
     config = transformers.DistilBertConfig(vocab_size=9, dim=8, n_layers=1, n_heads=1, hidden_dim=8)
-    example = exitkit.surgery.examples.example_for(transformers.DistilBertForSequenceClassification(config))
+    example = exitkit.surgery.default_inputs.example_for(transformers.DistilBertForSequenceClassification(config))
     mask, ids = example.tensors
     assert example.spec.keys == ("attention_mask", "input_ids")
     assert mask.shape == ids.shape

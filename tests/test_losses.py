@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, TensorDataset, default_collate
 
 import exitkit
 from exitkit import ExitkitError, MultiExitModel, Trainer
-from exitkit.batches import check_training_labels
+from exitkit.common.batches import check_training_labels
 from exitkit.training import Distillation, Loss, Phase
 from exitkit.training.objective import Objective
 from tests.toy import TinyNet

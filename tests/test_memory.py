@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import exitkit
-from exitkit.inspect import StageCost
+from exitkit.multi_exit.inspection import StageCost
 
 WIDTHS = st.integers(2, 40)
 FLOAT = 4

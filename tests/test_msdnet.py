@@ -12,7 +12,7 @@ from torch.nn import functional as F
 import exitkit
 from exitkit import ExitkitError
 from exitkit.models import msdnet
-from exitkit.models.msdnet import MSDNet
+from exitkit.models.msdnets import MSDNet
 from exitkit.surgery.macs import count_macs
 from tests.toy import all_equal, images, names, staged
 

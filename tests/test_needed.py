@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 
 import exitkit
 from exitkit import GPF, MultiExitModel, Trainer
-from exitkit.training import Distillation, Loss, Phase, learner
+from exitkit.training import Distillation, Loss, Phase, step
 from tests.toy import TinyNet
 
 Loaders = Callable[..., DataLoader[tuple[Tensor, ...]]]
@@ -78,7 +78,7 @@ def test_the_weights_learned_are_those_of_the_whole_pass(
 ) -> None:
     whole = copy.deepcopy(ee)
     fitted(ee, loader(), **options)
-    monkeypatch.setattr(learner, "last_needed", lambda exits, distillation, model: len(model.classifiers))
+    monkeypatch.setattr(step, "last_needed", lambda exits, distillation, model: len(model.classifiers))
     ran = blocks_run(whole, loader(), **options)
     assert ran[3]
     other = whole.state_dict()

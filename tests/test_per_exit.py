@@ -100,7 +100,7 @@ def test_better_than_one_threshold_where_an_exit_is_overconfident_and_on_new_sam
 def test_a_search_that_is_cut_short_gives_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
     outputs = some_outputs()
     exact = per_exit_thresholds(outputs, 0.5)
-    monkeypatch.setattr("exitkit.evaluation.per_exit._BOXES", 10)
+    monkeypatch.setattr("exitkit.calibration.per_exit._BOXES", 10)
     short = per_exit_thresholds(outputs, 0.5)
     assert exact.accuracy == exact.bound
     assert short.accuracy <= exact.accuracy <= short.bound < 1

@@ -10,7 +10,7 @@ import torch
 
 import exitkit
 from exitkit import ExitkitError
-from exitkit.runtime.plan import Plan
+from exitkit.engine.plan import Plan
 from tests.toy import TinyNet, images, noisy
 
 PLAN = Plan(

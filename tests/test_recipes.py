@@ -20,10 +20,10 @@ from exitkit.cli.augmentation import augmented
 from exitkit.cli.recipe import parse_override, read_recipe
 from exitkit.cli.schedule import by_name
 from exitkit.cli.sources import load_model
-from exitkit.cli.train import prepared, train_recipe
-from exitkit.preprocessing import IMAGENET_MEAN, IMAGENET_STD
+from exitkit.cli.training import prepared, train_recipe
+from exitkit.multi_exit.preprocessing import IMAGENET_MEAN, IMAGENET_STD
 from exitkit.surgery.boundaries import find_boundaries
-from exitkit.surgery.capture import capture
+from exitkit.surgery.capturing import capture
 from exitkit.surgery.placement import place
 from exitkit.training import Distillation, Loss
 from tests.test_cli import bert, images, invoke, refused, run  # noqa: F401 - fixtures
@@ -161,7 +161,7 @@ def test_what_comes_in_at_the_border_is_black(tmp_path: Path) -> None:
 def test_the_trainer_gets_what_the_recipe_says(recipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every table of it."""
     given: dict[str, Any] = {}
-    monkeypatch.setattr("exitkit.cli.train.Trainer", lambda model, **options: given.update(options))
+    monkeypatch.setattr("exitkit.cli.training.Trainer", lambda model, **options: given.update(options))
     more = (
         '[optimizer]\nname = "sgd"\nmomentum = 0.9\n[schedule]\nname = "linear"\n[loss]\nlabel_smoothing = 0.1\n'
         "[loss.distillation]\nconfidence_limit = 0\n[loss.distillation.teachers]\n0 = [1]\n"

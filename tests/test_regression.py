@@ -14,8 +14,9 @@ from scipy.stats import rankdata
 from torch import Tensor
 
 import exitkit
-from exitkit import ExitkitError, criteria
+from exitkit import ExitkitError
 from exitkit.evaluation import RegressionOutputs
+from exitkit.methods import criteria
 from tests.toy import TinyNet, images
 
 X = torch.randn(2, 1, 8, 8)

@@ -17,7 +17,6 @@ from torch.utils.data import TensorDataset
 import exitkit
 from exitkit import ExitkitError, ExitOutputs
 from exitkit.evaluation import RegressionOutputs, paired_tests
-from exitkit.fingerprint import fingerprint, same_weights
 from exitkit.report import (
     Stage,
     calibrated,
@@ -29,6 +28,7 @@ from exitkit.report import (
     write_thresholds,
 )
 from exitkit.report.points import points_of
+from exitkit.surgery.fingerprint import fingerprint, same_weights
 from tests import toy
 
 

@@ -21,9 +21,9 @@ from torch import Tensor
 
 import exitkit
 from exitkit import ExitkitError, ExitOutputs, choose_threshold
+from exitkit.calibration.p_values import betting_p_value, binomial_p_value, hoeffding_bentkus_p_value
+from exitkit.calibration.risks import as_risk
 from exitkit.evaluation import ChosenThreshold, ThresholdPath, content_hashes
-from exitkit.evaluation.bounds import betting_p_value, binomial_p_value, hoeffding_bentkus_p_value
-from exitkit.evaluation.risks import as_risk
 
 WRONG = (0.8, 0.4)
 """At score s, exit m errs with probability WRONG[m] · (1 − s); scores are uniform and independent."""

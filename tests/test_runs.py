@@ -28,7 +28,7 @@ import exitkit
 from exitkit import ExitkitError, MultiExitModel, Trainer
 from exitkit.cli.schedule import by_name
 from exitkit.training import Distillation, Loss
-from exitkit.training.processes import make_accelerator, own_part, seed_everything
+from exitkit.training.distributed import make_accelerator, own_part, seed_everything
 from exitkit.training.progress import Display, Epoch
 from tests.toy import TinyNet
 

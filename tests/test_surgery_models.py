@@ -13,9 +13,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 import exitkit
 from exitkit.surgery.boundaries import find_boundaries
-from exitkit.surgery.capture import capture, logits_of
-from exitkit.surgery.lower import Lowered, lower
-from exitkit.surgery.verify import verify
+from exitkit.surgery.capturing import capture, logits_of
+from exitkit.surgery.partition import Lowered, lower
+from exitkit.surgery.verification import verify
 
 torchvision_models = pytest.importorskip("torchvision.models")
 timm = pytest.importorskip("timm")

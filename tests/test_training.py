@@ -24,8 +24,8 @@ from torch.utils.data import DataLoader, IterableDataset, RandomSampler, TensorD
 import exitkit
 from exitkit import ExitkitError, MultiExitModel, Trainer
 from exitkit.training import fit_ensemble
+from exitkit.training.early_stopping import EarlyStopping
 from exitkit.training.ensemble import penalty
-from exitkit.training.stopping import EarlyStopping
 from tests.toy import TinyNet
 
 Loaders = Callable[..., DataLoader[tuple[Tensor, ...]]]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import exitkit
-from exitkit.surgery.lower import Lowered
+from exitkit.surgery.partition import Lowered
 
 # MACs of TinyNet on 1×8×8, by hand.
 STEM = 8 * 8 * 9 * 1 * 8

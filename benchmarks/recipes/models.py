@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from exitkit._torchvision import import_torchvision
+from exitkit.common.torchvision_guard import import_torchvision
 from exitkit.models import cifar_resnet, msdnet
 
 

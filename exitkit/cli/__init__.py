@@ -12,7 +12,7 @@ def main() -> None:
     except ImportError:
         sys.exit("exitkit's command line needs Typer: pip install 'exitkit[cli]'")
     from exitkit.cli.app import app
-    from exitkit.errors import ExitkitError
+    from exitkit.common.errors import ExitkitError
 
     try:
         app()

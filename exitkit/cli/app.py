@@ -12,21 +12,21 @@ import typer
 from torch import nn
 
 import exitkit
-from exitkit.batches import split_batch
 from exitkit.cli.bench import compare, comparison_table, write_results
 from exitkit.cli.data import load_data, load_tokenizer
 from exitkit.cli.demo import run_demo
-from exitkit.cli.predict import batch_sizes, latency_table, made_up, predict, read_samples
+from exitkit.cli.inference import batch_sizes, latency_table, made_up, predict, read_samples
 from exitkit.cli.recipe import parse_override, read_recipe
-from exitkit.cli.report import calibrate, report
-from exitkit.cli.report import compare as compare_runs
+from exitkit.cli.results import calibrate, report
+from exitkit.cli.results import compare as compare_runs
 from exitkit.cli.sources import load_model
-from exitkit.cli.train import prepared, train_recipe
-from exitkit.console import make_console
-from exitkit.errors import ExitkitError
-from exitkit.methods import PRESETS, as_method
+from exitkit.cli.training import prepared, train_recipe
+from exitkit.common.batches import split_batch
+from exitkit.common.console import make_console
+from exitkit.common.errors import ExitkitError
+from exitkit.methods.presets import PRESETS, as_method
 from exitkit.report import Stage
-from exitkit.surgery.examples import example_for
+from exitkit.surgery.default_inputs import example_for
 
 app = typer.Typer(
     help="Early exits for pretrained classifiers.", no_args_is_help=True, add_completion=False, rich_markup_mode=None

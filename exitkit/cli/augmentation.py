@@ -8,8 +8,8 @@ from typing import Any
 
 from torch.utils.data import Dataset, default_collate
 
-from exitkit._torchvision import import_torchvision
-from exitkit.errors import ExitkitError
+from exitkit.common.errors import ExitkitError
+from exitkit.common.torchvision_guard import import_torchvision
 
 Make = Callable[[Any, tuple[int, int], list[float]], Any]
 """(torchvision.transforms.v2, height and width, black per channel) → a transform of one image."""

@@ -13,16 +13,16 @@ import torch
 from rich.table import Table
 from torch import nn
 
-from exitkit.attach import attach
-from exitkit.batches import move, split_batch
-from exitkit.errors import ExitkitError
+from exitkit.common.batches import move, split_batch
+from exitkit.common.errors import ExitkitError
+from exitkit.common.files import replacing
 from exitkit.evaluation import ExitOutputs, collect, plot_curves, plot_hindsight
-from exitkit.files import replacing
-from exitkit.methods import Method
-from exitkit.model import MultiExitModel
+from exitkit.methods.presets import Method
+from exitkit.multi_exit.attaching import attach
+from exitkit.multi_exit.model import MultiExitModel
 from exitkit.report import Stage, stages_of, write_samples
 from exitkit.report.run import THRESHOLDS
-from exitkit.surgery.calls import Example
+from exitkit.surgery.inputs import Example
 from exitkit.training import Trainer
 
 _TIMED = 32

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset, random_split
 
-from exitkit._torchvision import import_torchvision
-from exitkit.errors import ExitkitError
-from exitkit.preprocessing import IMAGENET_MEAN, IMAGENET_STD, ImagePreprocessing
+from exitkit.common.errors import ExitkitError
+from exitkit.common.torchvision_guard import import_torchvision
+from exitkit.multi_exit.preprocessing import IMAGENET_MEAN, IMAGENET_STD, ImagePreprocessing
 
 _HELD_OUT = 0.2
 MAX_TOKENS = 128

@@ -12,8 +12,8 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from exitkit.cli.bench import compare, comparison_table, write_results
-from exitkit.errors import ExitkitError
-from exitkit.methods import PBEE, SDN, ZTW
+from exitkit.common.errors import ExitkitError
+from exitkit.methods.presets import PBEE, SDN, ZTW
 from exitkit.models import cifar_resnet
 from exitkit.report import Stage
 

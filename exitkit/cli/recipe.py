@@ -16,9 +16,9 @@ import torch
 from exitkit.cli.augmentation import AUGMENTATIONS
 from exitkit.cli.data import MAX_TOKENS
 from exitkit.cli.schedule import by_name
-from exitkit.errors import ExitkitError, unknown_name
-from exitkit.exits.heads import HeadSpec
-from exitkit.methods import PRESETS, Method
+from exitkit.common.errors import ExitkitError, unknown_name
+from exitkit.exits.classifiers import HeadSpec
+from exitkit.methods.presets import PRESETS, Method
 from exitkit.training import Distillation, Loss, Trainer
 
 OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {

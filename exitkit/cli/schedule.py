@@ -12,7 +12,7 @@ from torch.optim.lr_scheduler import (
     SequentialLR,
 )
 
-from exitkit.errors import ExitkitError, unknown_name
+from exitkit.common.errors import ExitkitError, unknown_name
 
 SCHEDULES = ("cosine", "restarts", "linear", "constant")
 _START = 1e-3

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from exitkit._torchvision import import_torchvision
-from exitkit.errors import ExitkitError, unknown_name
-from exitkit.models.cifar_resnet import load_weights
+from exitkit.common.errors import ExitkitError, unknown_name
+from exitkit.common.torchvision_guard import import_torchvision
+from exitkit.models.cifar_resnets import load_weights
 
 PRETRAINED = "pretrained"
 

@@ -9,11 +9,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from exitkit.errors import ExitkitError
-from exitkit.evaluation.given import is_number, positive
+from exitkit.common.checks import is_number, positive
+from exitkit.common.errors import ExitkitError
+from exitkit.evaluation.exit_times import ExitTimes, selected
 from exitkit.evaluation.plots import Array, plot_curves
-from exitkit.evaluation.scaled import Temperatures, check_temperatures, scaled
-from exitkit.evaluation.timing import ExitTimes, selected
+from exitkit.methods.scaled import Temperatures, check_temperatures, scaled
 
 BUDGETS = (0.25, 0.5, 0.75, 1.0)
 

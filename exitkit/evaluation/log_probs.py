@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from exitkit.errors import ExitkitError
+from exitkit.common.errors import ExitkitError
 
 _NORMALISED = 1e-5
 CHUNK = 1024

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
-from exitkit.errors import ExitkitError
+from exitkit.common.errors import ExitkitError
 from exitkit.evaluation.outputs import ExitOutputs, check_outputs
 
 Array = NDArray[np.float64]

@@ -13,15 +13,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from exitkit.batches import check_labels
-from exitkit.criteria import scores
-from exitkit.errors import ExitkitError
+from exitkit.common.batches import check_labels
+from exitkit.common.checks import positive
+from exitkit.common.errors import ExitkitError
 from exitkit.evaluation.curve import Curve, sweep
-from exitkit.evaluation.given import positive
+from exitkit.evaluation.exit_times import ExitTimes, checked_times
+from exitkit.evaluation.files import load_fields, save_outputs
 from exitkit.evaluation.log_probs import CHUNK, by_chunks, normalised
-from exitkit.evaluation.scaled import Temperatures, check_temperatures, checked_temperatures
-from exitkit.evaluation.storage import load_fields, save_outputs
-from exitkit.evaluation.timing import ExitTimes, checked_times
+from exitkit.methods.criteria import scores
+from exitkit.methods.scaled import Temperatures, check_temperatures, checked_temperatures
 
 
 class ExitChoice(NamedTuple):
@@ -47,7 +47,8 @@ class ExitOutputs:
         dtype: what the model computed in, ``"float32"``; a threshold is safest used in the same.
         temperatures: (M+1,) what each exit's logits were divided by (:meth:`calibrated`), or None; thresholds found on these
             outputs know them.
-        weights: what tells the backbone from others of its architecture (:func:`exitkit.fingerprint.fingerprint`), or None.
+        weights: what tells the backbone from others of its architecture, or None.
+            See :func:`exitkit.surgery.fingerprint.fingerprint`.
         timings: what answering takes on some devices (:meth:`timed`), for budgets in milliseconds.
 
     Raises:

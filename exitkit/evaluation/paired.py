@@ -11,12 +11,12 @@ import torch
 from numpy.typing import NDArray
 from scipy.stats import binomtest
 
-from exitkit.errors import ExitkitError
+from exitkit.common.errors import ExitkitError
 from exitkit.evaluation.curve import Curve
 from exitkit.evaluation.metrics import Interval
 from exitkit.evaluation.outputs import ExitOutputs, check_outputs
-from exitkit.fingerprint import same_weights
-from exitkit.methods import is_count
+from exitkit.methods.presets import is_count
+from exitkit.surgery.fingerprint import same_weights
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
-from exitkit.errors import ExitkitError
-from exitkit.files import replacing
+from exitkit.common.errors import ExitkitError
+from exitkit.common.files import replacing
 
 Array = NDArray[np.float64]
 

@@ -11,11 +11,11 @@ from numpy.typing import NDArray
 from scipy.stats import spearmanr
 from torch import Tensor
 
-from exitkit.criteria import tolerance
-from exitkit.errors import ExitkitError, unknown_name
+from exitkit.common.errors import ExitkitError, unknown_name
 from exitkit.evaluation.curve import Curve, sweep
+from exitkit.evaluation.files import REGRESSION
 from exitkit.evaluation.outputs import ExitOutputs
-from exitkit.evaluation.storage import REGRESSION
+from exitkit.methods.criteria import tolerance
 
 Measure = Literal["pearson", "r2"]
 
@@ -27,7 +27,7 @@ class RegressionOutputs(ExitOutputs):
     Attributes:
         log_probs: the predictions, float32, given as (N, M+1) and held as (N, M+1, 1).
         labels: (N,) float32, or None when there are none.
-        criterion: ``"tolerance"``, see :func:`exitkit.criteria.tolerance`; a sample leaves above τ = −a.
+        criterion: ``"tolerance"``, see :func:`exitkit.methods.criteria.tolerance`; a sample leaves above τ = −a.
         times: how many changes in a row must be smaller than a.
 
     Raises:

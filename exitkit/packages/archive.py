@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from exitkit.errors import ExitkitError
-from exitkit.files import replacing
+from exitkit.common.errors import ExitkitError
+from exitkit.common.files import replacing
 from exitkit.packages.manifest import check_format
 
 _MANIFEST = "manifest.json"

@@ -8,11 +8,11 @@ from typing import Any, Literal
 
 import torch
 
-from exitkit.errors import ExitkitError
-from exitkit.preprocessing import preprocessing_from_json, preprocessing_to_json
-from exitkit.runtime.program import Description, Inputs, Program, Step
-from exitkit.surgery.calls import CallSpec
-from exitkit.versions import versions
+from exitkit.common.errors import ExitkitError
+from exitkit.common.versions import versions
+from exitkit.engine.program import Description, Inputs, Program, Step
+from exitkit.multi_exit.preprocessing import preprocessing_from_json, preprocessing_to_json
+from exitkit.surgery.inputs import CallSpec
 
 FORMAT = "exitkit-package-2"
 Kind = Literal["torch", "compiled", "onnx"]

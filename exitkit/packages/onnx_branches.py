@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim
 
-from exitkit.errors import ExitkitError
-from exitkit.files import replacing
+from exitkit.common.errors import ExitkitError
+from exitkit.common.files import replacing
+from exitkit.engine.loop import Prediction
+from exitkit.engine.program import Description, Inputs, Program
 from exitkit.packages.manifest import check_format, description_of, inputs_of
 from exitkit.packages.onnx_steps import plain_attention, session, to_onnx
-from exitkit.runtime.loop import Prediction
-from exitkit.runtime.program import Description, Inputs, Program
 
 _METADATA = "exitkit"
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.export import ExportedProgram
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from exitkit.errors import ExitkitError
+from exitkit.common.errors import ExitkitError
 
 
 def to_onnx(exported: ExportedProgram) -> bytes:

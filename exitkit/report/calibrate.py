@@ -7,9 +7,9 @@ from typing import Any, cast
 import numpy as np
 import torch
 
-from exitkit.errors import ExitkitError
+from exitkit.calibration.risks import RiskName, as_risk
+from exitkit.common.errors import ExitkitError
 from exitkit.evaluation import ChosenThreshold, ExitOutputs, choose_threshold
-from exitkit.evaluation.risks import RiskName, as_risk
 from exitkit.report.run import Calibrated, Check
 
 

@@ -18,9 +18,9 @@ from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
+from exitkit.common.files import replacing
 from exitkit.evaluation import ExitOutputs, calibration_error, reliability
 from exitkit.evaluation.plots import curves_figure, hindsight_figure, labelled, new_figure, write_figure
-from exitkit.files import replacing
 from exitkit.report.points import MATRIX, Points
 
 _POINTS_PER_INCH = 72  # the unit of matplotlib's SVG

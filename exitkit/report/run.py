@@ -18,10 +18,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from exitkit.errors import ExitkitError, unknown_name
+from exitkit.common.errors import ExitkitError, unknown_name
+from exitkit.common.files import replacing
 from exitkit.evaluation import ChosenThreshold, ExitOutputs
 from exitkit.evaluation.paired import check_comparable
-from exitkit.files import replacing
 from exitkit.report.samples import Sample, read_samples
 from exitkit.report.stages import Stage
 

@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from exitkit.errors import ExitkitError
+from exitkit.common.errors import ExitkitError
+from exitkit.common.files import replacing
 from exitkit.evaluation import ExitOutputs
-from exitkit.files import replacing
 
 FILE = "samples.json"
 _MOST = 120

@@ -9,7 +9,7 @@ from typing import Any
 
 import exitkit
 from exitkit.evaluation import head_macs
-from exitkit.model import MultiExitModel
+from exitkit.multi_exit.model import MultiExitModel
 
 
 @dataclass(frozen=True)

@@ -14,15 +14,15 @@ import jinja2
 import matplotlib
 from markupsafe import Markup
 
-from exitkit.errors import ExitkitError
+from exitkit.common.errors import ExitkitError
+from exitkit.common.files import replacing
+from exitkit.common.versions import versions
 from exitkit.evaluation import ExitOutputs
 from exitkit.evaluation.paired import check_comparable, same_backbone
-from exitkit.files import replacing
 from exitkit.report import figures
 from exitkit.report.points import MATRIX, Points, points_of, single_threshold
 from exitkit.report.run import Result, Run, read_run
 from exitkit.report.stages import backbone_milliseconds
-from exitkit.versions import versions
 
 _FACTS = ("model", "weights", "data", "epochs", "every", "device")
 

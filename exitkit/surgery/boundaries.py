@@ -12,8 +12,8 @@ import torch
 from torch import nn
 from torch.fx import Node
 
-from exitkit.errors import ExitkitError
-from exitkit.surgery.capture import BACKBONE, Capture, untouched
+from exitkit.common.errors import ExitkitError
+from exitkit.surgery.capturing import BACKBONE, Capture, untouched
 from exitkit.surgery.layout import Layout, layout_of
 from exitkit.surgery.liveness import Flow, analyse, multiple_of, submodule, value_of
 from exitkit.surgery.macs import Profile, profile

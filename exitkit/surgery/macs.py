@@ -17,8 +17,8 @@ from torch.fx import GraphModule, Node
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from exitkit.errors import ExitkitError
-from exitkit.surgery.calls import Example
+from exitkit.common.errors import ExitkitError
+from exitkit.surgery.inputs import Example
 from exitkit.surgery.liveness import op_name
 from exitkit.surgery.memory import Storages, alive_bytes, parameter_bytes, storages_of
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from numbers import Real
 
-from exitkit.errors import ExitkitError, unknown_name
+from exitkit.common.errors import ExitkitError, unknown_name
 from exitkit.surgery.boundaries import Anatomy, Boundary
 
 PLACEMENTS = ("dense-sparse", "sparse-dense")

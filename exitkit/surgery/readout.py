@@ -7,7 +7,7 @@ from typing import Literal
 
 from torch.fx import Node
 
-from exitkit.surgery.capture import Capture
+from exitkit.surgery.capturing import Capture
 from exitkit.surgery.liveness import op_name, value_of
 
 _LOOK_AHEAD = 200

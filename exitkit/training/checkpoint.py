@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from exitkit.errors import ExitkitError
-from exitkit.files import replacing
+from exitkit.common.errors import ExitkitError
+from exitkit.common.files import replacing
 
 _FORMAT = "exitkit-checkpoint-2"
 NAME = "checkpoint.pt"

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from exitkit.batches import check_training_labels, checked, move, split_batch
-from exitkit.errors import ExitkitError
-from exitkit.model import MultiExitModel
-from exitkit.surgery.calls import call_on
-from exitkit.surgery.capture import evaluation_mode
-from exitkit.training.reduced import HeadsAlone
+from exitkit.common.batches import check_training_labels, checked, move, split_batch
+from exitkit.common.errors import ExitkitError
+from exitkit.multi_exit.model import MultiExitModel
+from exitkit.surgery.capturing import evaluation_mode
+from exitkit.surgery.inputs import call_on
+from exitkit.training.feature_cache.heads_alone import HeadsAlone
 
 _CACHED_FLOATS = 200_000_000
 _STEPS = 100

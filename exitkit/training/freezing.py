@@ -8,10 +8,10 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from exitkit.errors import ExitkitError
-from exitkit.exits.past_future import PastFutureClassifier
-from exitkit.model import MultiExitModel
-from exitkit.surgery.capture import BACKBONE
+from exitkit.common.errors import ExitkitError
+from exitkit.exits.gpf import PastFutureClassifier
+from exitkit.multi_exit.model import MultiExitModel
+from exitkit.surgery.capturing import BACKBONE
 from exitkit.surgery.liveness import submodule
 from exitkit.training.regimes import Phase
 

@@ -8,10 +8,10 @@ from typing import Any, Literal, get_args
 
 from torch import nn
 
-from exitkit.errors import ExitkitError, unknown_name
-from exitkit.evaluation.given import is_number
-from exitkit.fingerprint import weights_digest
-from exitkit.model import MultiExitModel
+from exitkit.common.checks import is_number
+from exitkit.common.errors import ExitkitError, unknown_name
+from exitkit.multi_exit.model import MultiExitModel
+from exitkit.surgery.fingerprint import weights_digest
 from exitkit.training.regimes import Phase
 
 Weights = Literal["constant", "increasing", "decreasing", "pabee", "sdn"]

@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import nn
 
-from exitkit.model import MultiExitModel
+from exitkit.multi_exit.model import MultiExitModel
+from exitkit.training.feature_cache.heads_alone import HeadsOutput
 from exitkit.training.losses import Distillation
-from exitkit.training.reduced import HeadsOutput
 
 
 class HeadsUntil(nn.Module):

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from exitkit.batches import UNLABELLED
-from exitkit.errors import ExitkitError
+from exitkit.common.batches import UNLABELLED
+from exitkit.common.errors import ExitkitError
 from exitkit.training.losses import Divergence, Loss
 
 
@@ -47,7 +47,7 @@ class Objective:
 
         Args:
             heads: logits (B, C) of every exit, the backbone's last; those behind all exits that count or teach may be missing.
-            targets: what :func:`exitkit.batches.check_training_labels` returned; None without labels.
+            targets: what :func:`exitkit.common.batches.check_training_labels` returned; None without labels.
             exits: those whose losses count.
             teacher: logits (B, C) of another model.
 

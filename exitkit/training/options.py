@@ -11,8 +11,8 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from exitkit.errors import ExitkitError, unknown_name
-from exitkit.model import MultiExitModel
+from exitkit.common.errors import ExitkitError, unknown_name
+from exitkit.multi_exit.model import MultiExitModel
 from exitkit.training.losses import Loss, check_loss
 from exitkit.training.regimes import Phase, epochs_of, phases_of
 from exitkit.training.schedules import Schedule, check_schedule

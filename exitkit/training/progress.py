@@ -17,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 from torch import Tensor
 
-from exitkit.files import replacing
+from exitkit.common.files import replacing
 
 T = TypeVar("T")
 

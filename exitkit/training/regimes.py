@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
-from exitkit.errors import ExitkitError, unknown_name
+from exitkit.common.errors import ExitkitError, unknown_name
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import Any
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, MultiStepLR
 
-from exitkit.errors import ExitkitError
+from exitkit.common.errors import ExitkitError
 
 Schedule = Callable[[Optimizer, int], LRScheduler]
 """(an optimiser, the number of its steps) → a schedule that goes on after every step."""

@@ -10,16 +10,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from exitkit.errors import ExitkitError
-from exitkit.surgery.capture import evaluation_mode
-from exitkit.training.cache import Data, cached
+from exitkit.common.errors import ExitkitError
+from exitkit.surgery.capturing import evaluation_mode
+from exitkit.training.distributed import length, make_accelerator, own_part, seed_everything
 from exitkit.training.ensemble import fit_ensemble_on
+from exitkit.training.feature_cache.cache import Data, cached
 from exitkit.training.freezing import Stages, check_learning, flags_restored, stages_of
 from exitkit.training.interruption import sigterm_noted
+from exitkit.training.loop import Run
 from exitkit.training.options import Options
-from exitkit.training.processes import length, make_accelerator, own_part, seed_everything
 from exitkit.training.progress import Epoch, displayed
-from exitkit.training.run import Run
 
 
 @dataclass(eq=False)

@@ -1,0 +1,191 @@
+"""``ShiftMonitor``: notices when production no longer looks like the calibration split, so that its guarantee ended."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.stats import ks_2samp
+from torch import Tensor
+
+from exitkit.common.checks import is_number
+from exitkit.common.errors import ExitkitError
+from exitkit.evaluation.outputs import ExitOutputs
+from exitkit.methods.scaled import Temperatures
+
+
+@dataclass(frozen=True)
+class ShiftReport:
+    """What a monitor has seen; printed, it is a sentence and a table.
+
+    Attributes:
+        samples: how many samples it was given.
+        fired_at: after how many of them it raised the alarm; None where it did not.
+        p_values: of the latest tests: ``"exits"`` and ``"scores"``; empty before the first.
+        level: what one of them had to fall below in that test.
+        expected_rates: (M+1,) share of the calibration samples that left at each exit.
+        observed_rates: (M+1,) share of the latest window.
+        expected_score: mean score with which calibration samples left.
+        observed_score: mean of the latest window; NaN where nothing was seen.
+    """
+
+    samples: int
+    fired_at: int | None
+    p_values: dict[str, float]
+    level: float
+    expected_rates: tuple[float, ...]
+    observed_rates: tuple[float, ...]
+    expected_score: float
+    observed_score: float
+
+    def __str__(self) -> str:
+        verdict = (
+            f"No shift seen in {self.samples:,} samples."
+            if self.fired_at is None
+            else f"SHIFT after {self.fired_at:,} samples: production differs from the calibration split, and the guarantee "
+            "of its threshold no longer applies. Collect and calibrate anew on samples like these."
+        )
+        rates = zip(self.expected_rates, self.observed_rates, strict=True)
+        lines = [f"{'leave at exit':<15}{'calibration':>12}{'now':>9}"]
+        lines += [f"{exit_:<15}{expected:>12.1%}{observed:>9.1%}" for exit_, (expected, observed) in enumerate(rates)]
+        lines += [f"{'mean score':<15}{self.expected_score:>12.3f}{self.observed_score:>9.3f}"]
+        return "\n".join([verdict, *lines])
+
+
+class ShiftMonitor:
+    """Compares the exits that samples take in production, and their scores, with the calibration split.
+
+    Twice per window the latest ``window`` samples are compared with the calibration split by two Kolmogorov-Smirnov tests, of
+    the exits taken and of the scores on leaving (ties make them conservative). The k-th comparison may use up
+    ``false_alarm / (k (k + 1))``, half for each test; these add up to ``false_alarm``, so that the probability of *ever*
+    raising an alarm is at most that while samples come independently from the calibration split's distribution. No labels
+    are needed. A change of labels alone (other classes, same looks) cannot be seen.
+
+    Args:
+        outputs: the calibration split; its own randomness is part of the tests.
+        threshold: the τ that is deployed, or one per exit.
+        criterion: the score; by default that of ``outputs``.
+        window: how many samples are compared at once: more see smaller shifts, fewer see them sooner.
+        false_alarm: probability of an alarm without a shift, over the whole life of the monitor.
+
+    Raises:
+        ExitkitError: a window below 20, ``false_alarm`` outside (0, 1), thresholds that do not fit the outputs.
+    """
+
+    def __init__(
+        self,
+        outputs: ExitOutputs,
+        threshold: float | Sequence[float],
+        *,
+        criterion: str | None = None,
+        window: int = 500,
+        false_alarm: float = 1e-4,
+    ) -> None:
+        if not isinstance(outputs, ExitOutputs):
+            raise ExitkitError(f"outputs is {type(outputs).__name__}; give those that the threshold was calibrated on")
+        if not isinstance(window, int) or window < 20:
+            raise ExitkitError(f"window={window!r} must be a whole number of samples, at least 20; 500 is usual")
+        if not is_number(false_alarm) or not 0 < false_alarm < 1:
+            raise ExitkitError(f"false_alarm={false_alarm!r} must lie between 0 and 1, both excluded; 1e-4 is usual")
+        self.criterion: str = criterion or outputs.criterion
+        self.temperatures: Temperatures | None = outputs.temperatures
+        self._exits = outputs.exits_at(threshold, criterion)
+        self._scores = outputs.scores(criterion).double().numpy()[np.arange(len(outputs)), self._exits]
+        self._last_exit = len(outputs.macs) - 1
+        self._false_alarm = false_alarm
+        self._step = window // 2
+        self._recent: deque[tuple[int, float]] = deque(maxlen=2 * self._step)
+        self._samples = 0
+        self._fired_at: int | None = None
+        self._p_values: dict[str, float] = {}
+        self._lock = threading.Lock()
+
+    @property
+    def alarm(self) -> bool:
+        """Whether a shift was seen; it stays on. Then build a monitor from a new calibration split."""
+        return self._fired_at is not None
+
+    def update(self, exit: Any, score: Any) -> None:
+        """Take note of answered samples, one or a batch: ``prediction.exit`` and ``prediction.score``.
+
+        Args:
+            exit: (B,) or one whole number: the exit at which each sample left.
+            score: (B,) or one number: the score with which it did.
+
+        Raises:
+            ExitkitError: exits that there are not, scores that are not finite, or another number of them. Nothing of the
+                batch is counted then.
+        """
+        exits, scores = self._checked(exit, score)
+        with self._lock:
+            for sample in zip(exits.tolist(), scores.tolist(), strict=True):
+                self._recent.append(sample)
+                self._samples += 1
+                if self._samples % self._step == 0:
+                    self._test()
+
+    def report(self) -> ShiftReport:
+        """What was seen so far."""
+        with self._lock:
+            exits, scores = self._window()
+            return ShiftReport(
+                self._samples,
+                self._fired_at,
+                dict(self._p_values),
+                self._level(),
+                self._rates(self._exits),
+                self._rates(exits),
+                float(self._scores.mean()),
+                float(scores.mean()) if len(scores) else float("nan"),
+            )
+
+    def _test(self) -> None:
+        exits, scores = self._window()
+        self._p_values = {
+            "exits": float(ks_2samp(self._exits, exits, method="asymp").pvalue),
+            "scores": float(ks_2samp(self._scores, scores, method="asymp").pvalue),
+        }
+        if self._fired_at is None and min(self._p_values.values()) < self._level():
+            self._fired_at = self._samples
+
+    def _level(self) -> float:
+        tests = max(self._samples // self._step, 1)
+        return self._false_alarm / (2 * tests * (tests + 1))
+
+    def _window(self) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+        exits, scores = zip(*self._recent, strict=True) if self._recent else ((), ())
+        return np.array(exits, dtype=np.int64), np.array(scores, dtype=np.float64)
+
+    def _rates(self, exits: NDArray[np.int64]) -> tuple[float, ...]:
+        counts = np.bincount(exits, minlength=self._last_exit + 1) / max(len(exits), 1)
+        return tuple(counts.tolist())
+
+    def _checked(self, exit: Any, score: Any) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+        exits, scores = _array(exit), _array(score)
+        if exits.ndim != 1 or exits.shape != scores.shape or not np.issubdtype(exits.dtype, np.integer):
+            raise ExitkitError(
+                f"exit has dtype {exits.dtype} and shape {exits.shape}, score shape {scores.shape}; give prediction.exit and "
+                "prediction.score: whole numbers and scores, as many of the one as of the other"
+            )
+        if len(exits) and not 0 <= exits.min() <= exits.max() <= self._last_exit:
+            raise ExitkitError(
+                f"exit runs from {exits.min()} to {exits.max()}, but the calibration outputs have exits 0 to "
+                f"{self._last_exit}; monitor the model that they are of"
+            )
+        if not np.isfinite(scores).all():
+            raise ExitkitError(
+                f"score holds {int((~np.isfinite(scores)).sum())} values that are not finite; leave out the samples that "
+                "prediction.non_finite marks"
+            )
+        return exits.astype(np.int64), scores.astype(np.float64)
+
+
+def _array(value: Any) -> NDArray[Any]:
+    if isinstance(value, Tensor):
+        value = (value.double() if value.is_floating_point() else value).cpu().numpy()
+    return np.atleast_1d(np.asarray(value))

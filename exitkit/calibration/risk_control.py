@@ -1,0 +1,306 @@
+"""``choose_threshold``: the cheapest threshold that keeps a promise, from held-out samples.
+
+Thresholds are tried in a fixed order, from "nobody leaves" on, and the last one before the first that fails is taken:
+fixed-sequence testing (Angelopoulos et al. 2021, Learn then Test, section 3.2), for which no correction for the number of
+thresholds is needed. Early exits in this setting: Jazbec et al. 2024, Fast yet Safe.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
+from numbers import Real
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy.special import expit, ndtri
+from torch import Tensor
+
+from exitkit.calibration.p_values import (
+    betting_p_value,
+    binomial_p_value,
+    conformal_mean,
+    hoeffding_bentkus_p_value,
+)
+from exitkit.calibration.risks import Risk, RiskFunction, RiskName, as_risk
+from exitkit.common.errors import ExitkitError, unknown_name
+from exitkit.evaluation.outputs import ExitOutputs, check_outputs
+from exitkit.methods.scaled import Temperatures, scaled
+
+Procedure = Literal["ltt", "ucb", "crc"]
+_Passes = Callable[[NDArray[np.float64]], bool]
+_MOST_SAMPLES = 1_000_000
+_GRID = 1_000
+
+
+@dataclass(frozen=True, eq=False)
+class ThresholdPath:
+    """An order in which thresholds are tried, fixed without the calibration split.
+
+    Attributes:
+        thresholds: (T, M), one τ per exit in each row, the most careful row first.
+        criterion: the score they are compared with.
+        hashes: content hashes of the samples the path was made from, or None; calibrating on these is refused.
+    """
+
+    thresholds: NDArray[np.float64]
+    criterion: str
+    hashes: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class ChosenThreshold:
+    """A threshold and what it promises: plain values, so that it can be saved beside the exits it belongs to.
+
+    Attributes:
+        threshold: τ, or one τ per exit; ``exitkit.compile`` and ``outputs.exits_at`` take either.
+        found: whether any threshold passed; if not, ``threshold`` is one at which nobody leaves.
+        guarantee: the promise in words.
+        risk: the risk that is bounded.
+        method: ``"ltt"``, ``"ucb"`` or ``"crc"``.
+        max_drop: the bound.
+        confidence: how often, over calibration splits, the promise holds; None for ``"crc"``, which promises a mean.
+        measured: the risk on the calibration split.
+        samples: size of the calibration split.
+        cost: average cost that is to be expected, as a share of the backbone.
+        cost_interval: its 95% interval (normal approximation).
+        criterion: the score that τ is compared with.
+        dtype: what the model computed in when the split was collected.
+        temperatures: of the exits, where τ is for scores after them (``outputs.calibrated``); then ``threshold`` is a
+            :class:`~exitkit.evaluation.ScaledThreshold`, and the engine applies them.
+    """
+
+    threshold: float | tuple[float, ...]
+    found: bool
+    guarantee: str
+    risk: str
+    method: Procedure
+    max_drop: float
+    confidence: float | None
+    measured: float
+    samples: int
+    cost: float
+    cost_interval: tuple[float, float]
+    criterion: str
+    dtype: str
+    temperatures: Temperatures | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "threshold", scaled(self.threshold, self.temperatures))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Values that JSON holds."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> ChosenThreshold:
+        """From what :meth:`to_dict` gave, through JSON or not.
+
+        Raises:
+            ExitkitError: other fields.
+        """
+        known = {field.name for field in fields(cls)}
+        if set(data) | {"temperatures"} != known:  # older files have none
+            raise ExitkitError(
+                f"data is no chosen threshold: fields {sorted(set(data) ^ known)} are missing or unknown; give what "
+                "ChosenThreshold.to_dict() returned"
+            )
+        values: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in data.items()}
+        return cls(**values)
+
+
+def choose_threshold(
+    outputs: ExitOutputs,
+    max_drop: float = 0.01,
+    confidence: float = 0.95,
+    risk: RiskName | RiskFunction = "accuracy_drop",
+    method: Procedure = "ltt",
+    *,
+    criterion: str | None = None,
+    path: ThresholdPath | None = None,
+    exclude: ExitOutputs | Tensor | None = None,
+) -> ChosenThreshold:
+    """The cheapest threshold whose risk is at most ``max_drop``, with a guarantee for new samples like these.
+
+    Args:
+        outputs: of held-out samples, which neither trained anything nor chose ``path`` or temperatures.
+        max_drop: the bound on the risk, in (0, 1).
+        confidence: how often, over calibration splits, the promise is to hold.
+        risk: ``"accuracy_drop"`` (the full model right and the exit wrong: what exits put right is not credited, so it
+            bounds the drop from above, and losses are 0 or 1), ``"net_accuracy_drop"`` (with that credit; in [−1, 1], for
+            ``"ucb"``), ``"disagreement"`` (needs no labels), ``"brier"``, or a function from outputs to losses (N, M+1)
+            in [0, 1], a bool tensor where they are 0 or 1.
+        method: ``"ltt"`` tests with exact binomial p-values where losses are 0 or 1, Hoeffding-Bentkus ones elsewhere;
+            ``"ucb"`` with the betting bound of Waudby-Smith and Ramdas, better for small or signed losses; ``"crc"``
+            bounds the risk in expectation only (conformal risk control), and needs the fewest samples.
+        criterion: the score; by default that of ``outputs``.
+        path: thresholds per exit to try (:func:`exitkit.evaluation.threshold_path`); by default one τ for all exits.
+        exclude: the training samples (their outputs, or ``content_hashes(loader)``); sharing one with them is an error.
+
+    Raises:
+        ExitkitError: bounds out of range, too few samples (the message says how many would do), missing labels, samples
+            shared with ``exclude`` or ``path``, a path of other exits or another criterion.
+    """
+    _check(outputs, max_drop, confidence, method)
+    for name, value, kinds in (("path", path, (ThresholdPath,)), ("exclude", exclude, (ExitOutputs, Tensor))):
+        if value is not None and not isinstance(value, kinds):
+            raise ExitkitError(
+                f"{name} is {type(value).__name__}; give {' or '.join(kind.__name__ for kind in kinds)}"
+            )
+    chosen, criterion = as_risk(risk), criterion or outputs.criterion
+    refuse_shared(outputs, exclude, "exclude")
+    rows = _rows(outputs, criterion, path)
+    losses, binary = chosen.losses(outputs)
+    passes = _test(method, chosen.limit(max_drop), 1 - confidence, binary)
+    _check_count(len(outputs), passes, chosen, max_drop)
+    scores = outputs.scores(criterion)[:, :-1].double().numpy()
+    last, exits = _walk(scores, losses, rows, passes, monotone=method == "crc")
+    taus = tuple(rows[max(last, 0)].tolist())
+    measured = losses[np.arange(len(losses)), exits].mean()
+    cost = outputs.costs[exits]
+    spread = float(ndtri(0.975)) * float(cost.std()) / math.sqrt(len(cost))
+    return ChosenThreshold(
+        threshold=taus[0] if path is None else taus,
+        found=last > 0,
+        guarantee=_words(chosen, method, max_drop, confidence, len(outputs), last),
+        risk=chosen.name,
+        method=method,
+        max_drop=max_drop,
+        confidence=None if method == "crc" else confidence,
+        measured=chosen.unscaled(float(measured)),
+        samples=len(outputs),
+        cost=float(cost.mean()),
+        cost_interval=(float(cost.mean()) - spread, float(cost.mean()) + spread),
+        criterion=criterion,
+        dtype=outputs.dtype,
+        temperatures=outputs.temperatures,
+    )
+
+
+def never_leave(criterion: str, exits: int) -> float:
+    """A τ that no score of ``exits`` exits is above."""
+    return float(exits) if criterion == "patience" else 1.0
+
+
+def refuse_shared(outputs: ExitOutputs, other: ExitOutputs | Tensor | None, name: str) -> None:
+    """Refuse samples that are in ``other`` (outputs, or hashes of them) too.
+
+    Raises:
+        ExitkitError: shared samples, or no hashes to tell by.
+    """
+    if other is None:
+        return
+    hashes = other.hashes if isinstance(other, ExitOutputs) else other
+    if hashes is None or outputs.hashes is None:
+        raise ExitkitError(
+            f"{name} cannot be checked: {'outputs' if outputs.hashes is None else name} without content hashes. Those of "
+            "exitkit.collect have them; content_hashes(loader) gives those of a loader's samples"
+        )
+    shared = int(torch.isin(outputs.hashes, hashes).sum())
+    if shared:
+        raise ExitkitError(
+            f"outputs share {shared} of their {len(outputs)} samples with {name}: a model is surer of samples it has seen, "
+            f"and a threshold chosen on them promises too much. Leave them out: "
+            f"outputs[~torch.isin(outputs.hashes, hashes_of_{name})]"
+        )
+
+
+def _walk(
+    scores: NDArray[np.float64],
+    losses: NDArray[np.float64],
+    rows: NDArray[np.float64],
+    passes: _Passes,
+    monotone: bool,
+) -> tuple[int, NDArray[np.int64]]:
+    """The last row before the first one that fails (−1: there is none), and where every sample leaves at it.
+
+    ``monotone``: a sample's loss is the worst it has met so far, as conformal risk control asks of losses.
+    """
+    everyone, worst = np.arange(len(losses)), np.zeros(len(losses))
+    scores = np.hstack([scores, np.full((len(losses), 1), np.inf)])
+    exits = np.full(len(losses), losses.shape[1] - 1)
+    for number, row in enumerate(np.hstack([rows, np.zeros((len(rows), 1))])):
+        leaves = (scores > row).argmax(1)
+        loss = losses[everyone, leaves]
+        if monotone:
+            loss = worst = np.maximum(worst, loss)
+        if not passes(loss):
+            return number - 1, exits
+        exits = leaves
+    return len(rows) - 1, exits
+
+
+def _rows(outputs: ExitOutputs, criterion: str, path: ThresholdPath | None) -> NDArray[np.float64]:
+    """(T, M) thresholds in the order they are tried; nobody leaves at the first."""
+    exits = len(outputs.macs) - 1
+    nobody = np.full((1, exits), never_leave(criterion, exits))
+    if path is None:
+        grid = np.arange(exits)[::-1] if criterion == "patience" else expit(np.linspace(16, -7, _GRID))
+        return np.vstack([nobody, np.repeat(grid[:, None], exits, axis=1)])
+    if path.thresholds.ndim != 2 or path.thresholds.shape[1] != exits or path.criterion != criterion:
+        raise ExitkitError(
+            f"path holds thresholds of shape {path.thresholds.shape} for {path.criterion!r}, but outputs have {exits} exits "
+            f"and criterion {criterion!r}; make the path from other samples of the same model"
+        )
+    if path.hashes is not None and outputs.hashes is not None:
+        refuse_shared(outputs, path.hashes, "path")
+    return np.vstack([nobody, path.thresholds])
+
+
+def _test(method: Procedure, limit: float, level: float, binary: bool) -> _Passes:
+    """Whether losses (N,) certify that their mean is at most ``limit``."""
+    if method == "crc":
+        return lambda losses: conformal_mean(losses) <= limit
+    if method == "ucb":
+        return lambda losses: betting_p_value(losses, limit, level) <= level
+    p_value = binomial_p_value if binary else hoeffding_bentkus_p_value
+    return lambda losses: p_value(losses, limit) <= level
+
+
+def _check(outputs: ExitOutputs, max_drop: float, confidence: float, method: str) -> None:
+    check_outputs(outputs)
+    if len(outputs.macs) < 2:
+        raise ExitkitError("outputs hold the backbone alone; there is no exit to choose a threshold for")
+    if method not in get_args(Procedure):
+        raise unknown_name("method", method, get_args(Procedure))
+    for name, value in (("max_drop", max_drop), ("confidence", confidence)):
+        if not isinstance(value, Real):
+            raise ExitkitError(f"{name}={value!r} must be a number between 0 and 1")
+    if not 0 < max_drop < 1:
+        raise ExitkitError(
+            f"max_drop={max_drop!r} must lie between 0 and 1, both excluded: no number of samples shows that nothing is ever "
+            "lost (use the full model), and losing everything needs no threshold (let all leave at exit 0)"
+        )
+    if not 0 < confidence < 1:
+        raise ExitkitError(f"confidence={confidence!r} must lie between 0 and 1, both excluded; 0.95 is usual")
+
+
+def _check_count(samples: int, passes: _Passes, risk: Risk, max_drop: float) -> None:
+    """With fewer samples than this, not even the full model's losses pass."""
+
+    def enough(count: int) -> bool:
+        return passes(np.full(count, risk.limit(0.0)))
+
+    if not enough(samples):
+        needed = bisect_left(range(1, _MOST_SAMPLES), True, key=enough) + 1
+        needs = f"at least {needed:,}" if needed < _MOST_SAMPLES else f"more than {_MOST_SAMPLES:,}"
+        raise ExitkitError(
+            f"outputs hold {samples} samples, too few for max_drop={max_drop!r}: even if none of them lost anything, nothing "
+            f"could be promised. It takes {needs} samples; or a larger max_drop, a lower confidence, or another method"
+        )
+
+
+def _words(risk: Risk, method: Procedure, max_drop: float, confidence: float, samples: int, last: int) -> str:
+    if last < 0:
+        return f"None: not even the full model passed the test that {risk.words} is at most {max_drop:g}."
+    if last == 0:
+        return "No threshold passed the test. Nobody leaves: the full model answers everything, and nothing is saved."
+    surety = "On average" if method == "crc" else f"With probability {confidence:g}"
+    return (
+        f"{surety} over the choice of the {samples} calibration samples, {risk.words} is at most {max_drop:g} for new "
+        "samples from the same distribution."
+    )

@@ -1,0 +1,188 @@
+"""Running a package on images and texts, and timing it."""
+
+from __future__ import annotations
+
+import csv
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.table import Table
+
+from exitkit.cli.data import cells
+from exitkit.common.batches import move
+from exitkit.common.errors import ExitkitError
+from exitkit.engine import Engine
+from exitkit.engine.profiling import decision_seconds
+from exitkit.multi_exit.preprocessing import TextPreprocessing
+from exitkit.packages.onnx_branches import OnnxBranches
+from exitkit.surgery.inputs import Example, call_on
+
+_IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff")
+_REPEATS = 30
+
+
+def predict(package: Engine | OnnxBranches, inputs: Sequence[str], batch: int) -> Iterator[dict[str, Any]]:
+    """One record for each image or text: the input, its label, the exit it left at, and the score there.
+
+    Raises:
+        ExitkitError: a package that does not say how inputs become tensors, a path that does not exist or cannot be read.
+    """
+    description = package.description
+    preprocessing = None if description is None else description.preprocessing
+    if description is None or preprocessing is None:
+        raise ExitkitError(
+            "this package does not say how images or texts become tensors; export it with preprocessing= or tokenizer=, or "
+            "call exitkit.load(path) on tensors"
+        )
+    text = isinstance(preprocessing, TextPreprocessing)
+    items = chain.from_iterable(_texts(item) if text else _images(item) for item in inputs)
+    for group in _grouped(items, batch):
+        names, contents = zip(*group, strict=True)
+        made = preprocessing(contents if text else [_opened(name) for name in names])
+        answer = call_on(package, move(made, package.inputs.device))
+        for name, label, exit_, score in zip(names, answer.logits.argmax(-1), answer.exit, answer.score, strict=True):
+            index = int(label)
+            shown = index if description.labels is None else description.labels[index]
+            yield {"input": name, "label": shown, "exit": int(exit_), "score": round(float(score), 6)}
+
+
+def _grouped(items: Iterator[tuple[str, str]], size: int) -> Iterator[Sequence[tuple[str, str]]]:
+    group: list[tuple[str, str]] = []
+    for item in items:
+        group.append(item)
+        if len(group) == size:
+            yield group
+            group = []
+    if group:
+        yield group
+
+
+def _images(given: str) -> list[tuple[str, str]]:
+    path = Path(given)
+    if path.is_dir():
+        found = sorted(file for file in path.rglob("*") if file.suffix.lower() in _IMAGES)
+        if not found:
+            raise ExitkitError(f"{given!r} holds no images ({', '.join(_IMAGES)})")
+        return [(str(file), str(file)) for file in found]
+    if not path.exists():
+        raise ExitkitError(f"{given!r} does not exist; this package takes images or folders of them")
+    return [(given, given)]
+
+
+def _opened(path: str) -> Any:
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except (OSError, UnidentifiedImageError) as error:
+        raise ExitkitError(f"{path!r} cannot be read as an image: {error}") from error
+
+
+def _texts(given: str) -> list[tuple[str, str]]:
+    """A ``.csv`` or ``.tsv`` (first column, below a header), a ``.txt`` (one text a line), or a text itself."""
+    path = Path(given)
+    if path.suffix not in (".csv", ".tsv", ".txt"):
+        return [(given, given)]
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            if path.suffix == ".txt":
+                lines = [line.rstrip("\r\n") for line in file if line.strip()]
+            else:
+                lines = [row[0] for row in cells(file, path) if row][1:]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise ExitkitError(f"{given!r} cannot be read as UTF-8 text: {error}") from error
+    return [(line, line) for line in lines]
+
+
+def latency_table(package: Engine | OnnxBranches, samples: Any, batches: Sequence[int]) -> Table:
+    """Median and 95th percentile of the time of a batch, beside that of a run in which nobody leaves.
+
+    The last column is what an exit adds to its stage and head: the decision and the compaction, half of the batch leaving, in
+    microseconds, mean over the exits.
+
+    Args:
+        package: a loaded package.
+        samples: inputs, at least one.
+        batches: batch sizes; samples are repeated in turn.
+    """
+    table = Table(title=f"milliseconds per batch, {torch.get_num_threads()} threads")
+    for heading in ("batch", "median", "95%", "nobody leaves", "speedup", "average exit", "exit µs"):
+        table.add_column(heading, justify="right")
+    for size in batches:
+        taken = _resized(samples, size)
+        times = _times(lambda taken=taken: call_on(package, taken))  # type: ignore[misc]
+        row = [f"{size}", f"{1e3 * statistics.median(times):.2f}", f"{1e3 * times[int(0.95 * len(times))]:.2f}"]
+        if isinstance(package, Engine):
+            full = package.at(float("inf"))
+            whole = statistics.median(_times(lambda full=full, taken=taken: call_on(full, taken)))  # type: ignore[misc]
+            row += [f"{1e3 * whole:.2f}", f"{whole / statistics.median(times):.2f}×"]
+        else:
+            row += ["", ""]  # a graph's thresholds are fixed
+        row.append(f"{float(call_on(package, taken).exit.float().mean()):.2f}")
+        table.add_row(*row, _exit_microseconds(package, taken))
+    return table
+
+
+def _exit_microseconds(package: Engine | OnnxBranches, samples: Any) -> str:
+    if not isinstance(package, Engine):
+        return ""
+    with torch.inference_mode():
+        seconds = decision_seconds(package.loop, package.inputs.spec.tensors(samples))
+    return f"{1e6 * statistics.mean(seconds):.0f}"
+
+
+def batch_sizes(given: str) -> list[int]:
+    """``"1,8,64"`` as numbers.
+
+    Raises:
+        ExitkitError: something else, or a number below 1.
+    """
+    parts = [part.strip() for part in given.split(",")]
+    if not all(part.isdecimal() and int(part) > 0 for part in parts):
+        raise ExitkitError(f"--batches {given!r} must be numbers of at least 1, such as 1,8,64")
+    return [int(part) for part in parts]
+
+
+def read_samples(path: str) -> torch.Tensor:
+    """The samples in an ``.npy`` file.
+
+    Raises:
+        ExitkitError: a missing or damaged file.
+    """
+    try:
+        return torch.from_numpy(np.load(path, allow_pickle=False))
+    except (OSError, ValueError, TypeError) as error:
+        raise ExitkitError(f"--inputs {path!r} cannot be read as .npy: {error}") from error
+
+
+def _resized(samples: Any, size: int) -> Any:
+    """``size`` samples, taken in turn."""
+    example = Example.of(samples).with_batch(size)
+    return example.spec.batch(example.tensors)
+
+
+def _times(run: Callable[[], Any]) -> list[float]:
+    """Seconds of each of several runs, ascending, after two to warm up."""
+    times = []
+    for _ in range(_REPEATS + 2):
+        started = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - started)
+    return sorted(times[2:])
+
+
+def made_up(package: Engine | OnnxBranches) -> Any:
+    """One random sample of the shape that the package takes."""
+    inputs = package.inputs
+    tensors = []
+    for sizes, dtype in zip(inputs.sizes, inputs.dtypes, strict=True):
+        shape = (1, *(16 if size is None else size for size in sizes[1:]))
+        tensors.append(torch.randn(shape).to(dtype) if dtype.is_floating_point else torch.ones(shape, dtype=dtype))
+    return inputs.spec.batch(tuple(tensor.to(inputs.device) for tensor in tensors))

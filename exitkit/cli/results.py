@@ -1,0 +1,83 @@
+"""``exitkit report``, ``calibrate`` and ``compare``: what is done with a run once it is there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from exitkit.common.console import make_console
+from exitkit.common.errors import ExitkitError
+from exitkit.evaluation import paired_tests
+from exitkit.report import calibrated, read_comparison, read_run, write_report, write_thresholds
+from exitkit.report.run import calibration_outputs, named
+
+_console = make_console()
+
+RunDirectory = Annotated[Path, typer.Argument(metavar="RUN_DIR", help="What exitkit bench or exitkit demo wrote")]
+
+
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN_DIR...", help="What exitkit bench or exitkit demo wrote")],
+    out: Annotated[
+        Path | None, typer.Option(help="The .html file; by default report.html in the first RUN_DIR")
+    ] = None,
+) -> None:
+    """Write a page to look at: curves with a slider for τ, samples, calibration, stages; PNG and CSV beside it."""
+    path = write_report(runs, out)
+    _console.print(f"Written to {path} ({path.stat().st_size / 2**20:.1f} MiB), figures beside it as PNG and CSV")
+
+
+def calibrate(
+    run: RunDirectory,
+    max_drop: Annotated[float, typer.Option(help="The bound on the risk, between 0 and 1")] = 0.01,
+    confidence: Annotated[float, typer.Option(help="How often the promise is to hold")] = 0.95,
+    risk: Annotated[
+        str, typer.Option(help="accuracy_drop, net_accuracy_drop, disagreement or brier")
+    ] = "accuracy_drop",
+    method: Annotated[str, typer.Option(help="ltt, ucb, or crc (in expectation only)")] = "ltt",
+    outputs: Annotated[str | None, typer.Option(help="Comma-separated methods of the run; by default all")] = None,
+    share: Annotated[float, typer.Option(help="What part of the samples chooses; the others check the choice")] = 0.5,
+    seed: Annotated[int, typer.Option(help="Seed of that split")] = 0,
+) -> None:
+    """Choose a threshold with a guarantee for each method of a run; written to its thresholds.json.
+
+    Where the run has calibration-METHOD.safetensors, these samples choose and all others check.
+    """
+    chosen = {}
+    for name, result in named(read_run(run).results, outputs).items():
+        chosen[name] = calibrated(
+            result.outputs,
+            calibration_outputs(run, name),
+            share,
+            seed,
+            max_drop=max_drop,
+            confidence=confidence,
+            risk=risk,
+            method=method,
+        )
+    for name, one in chosen.items():
+        _console.print(f"{name}: τ = {one.chosen.threshold:.6g}, cost {one.chosen.cost:.1%} of the backbone's MACs")
+        _console.print(f"  {one.chosen.guarantee}")
+        if one.check is not None:
+            _console.print(
+                f"  On {one.check.samples} other samples: {risk} {one.check.risk:.2%}, cost {one.check.cost:.1%}."
+            )
+    _console.print(f"Written to {write_thresholds(run, chosen)}")
+
+
+def compare(
+    runs: Annotated[list[Path], typer.Argument(metavar="A B...", help="Run directories, or files of outputs in them")],
+    budget: Annotated[float, typer.Option(help="Share of the backbone's MACs at which accuracies are compared")] = 0.5,
+    resamples: Annotated[int, typer.Option(help="Of the bootstrap")] = 500,
+    seed: Annotated[int, typer.Option(help="Seed of the bootstrap")] = 0,
+) -> None:
+    """Test whether methods or runs differ on the same samples: McNemar at a budget, and the area under the curves."""
+    found = read_comparison(runs)
+    if len(found) < 2:
+        raise ExitkitError(
+            f"{str(runs[0])!r} holds one set of outputs, {next(iter(found))!r}, and a comparison needs at least two; name "
+            "another run, or a file of outputs, beside it"
+        )
+    typer.echo(paired_tests(found, budget, resamples=resamples, seed=seed))

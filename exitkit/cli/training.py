@@ -1,0 +1,116 @@
+"""A recipe carried out: exits attached, trained, evaluated and written down."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.table import Table
+from safetensors.torch import save_file
+from torch import nn
+from torch.utils.data import DataLoader, random_split
+
+from exitkit.cli.augmentation import augmented
+from exitkit.cli.bench import comparison_table, head_share, timed_stages, write_results
+from exitkit.cli.data import Split, load_data
+from exitkit.cli.recipe import Recipe, described
+from exitkit.cli.sources import load_model
+from exitkit.common.errors import ExitkitError
+from exitkit.common.files import replacing
+from exitkit.evaluation import ExitOutputs, RegressionOutputs, collect
+from exitkit.multi_exit.attaching import attach
+from exitkit.multi_exit.model import MultiExitModel
+from exitkit.training import Trainer
+
+
+def prepared(recipe: Recipe) -> tuple[nn.Module, Split]:
+    """The backbone and its data."""
+    backbone = load_model(recipe.model, recipe.weights, recipe.num_classes)
+    tokenizer = recipe.model.removeprefix("hf:") if recipe.model.startswith("hf:") else None
+    regression = 1 in (recipe.num_classes, recipe.exits.get("num_outputs"))
+    pairs, length = recipe.pairs, recipe.max_tokens
+    return backbone, load_data(
+        recipe.data, backbone, recipe.test, tokenizer, numbers=regression, pairs=pairs, max_tokens=length
+    )
+
+
+def train_recipe(
+    recipe: Recipe, backbone: nn.Module, split: Split, example: Any, out: Path, report: Callable[[Any], None]
+) -> None:
+    """Attach, train and evaluate; write the exits, a backbone that learned, the outputs and a summary to ``out``.
+
+    Raises:
+        ExitkitError: values that do not fit the model or the data.
+    """
+    seed = recipe.trainer.get("seed", 0)
+    torch.manual_seed(seed if isinstance(seed, int) and seed >= 0 else 0)  # Trainer complains of others
+    method = recipe.make_method()
+    placement = {key: value for key, value in recipe.exits.items() if key != "method"}
+    model = attach(backbone, example, method=method, **placement)
+    report(f"{method.name}: {len(model.boundaries)} exits, heads add {head_share(model):.1%} of the backbone's MACs")
+    schedule = recipe.make_schedule()
+    trainer = Trainer(
+        model, **recipe.trainer, loss=recipe.make_loss(), optimizer=recipe.make_optimizer(), schedule=schedule
+    )
+    train, val, test = loaders(recipe, split, model.num_classes, seed)
+    trainer.fit(train, val)
+    outputs = collect(model, test)
+    out.mkdir(parents=True, exist_ok=True)
+    model.save_pretrained(out / "exits", outputs=outputs)
+    if trainer.trains_backbone:
+        with replacing(out / "backbone.safetensors") as temporary:
+            save_file({name: value.contiguous().clone() for name, value in backbone.state_dict().items()}, temporary)
+    if isinstance(outputs, RegressionOutputs):
+        report(_per_exit(model, outputs))
+        outputs.save(out / f"outputs-{method.name}.safetensors")
+    else:
+        stages = {method.name: timed_stages(model, test, report)}
+        write_results({method.name: outputs}, out, described(recipe), stages, test.dataset)
+    report(_table(method.name, outputs, f"{recipe.model} on {recipe.data}"))
+
+
+def loaders(
+    recipe: Recipe, split: Split, num_classes: int, seed: int
+) -> tuple[DataLoader[Any], DataLoader[Any] | None, DataLoader[Any]]:
+    """Training batches, augmented; validation batches where some samples are held out; test batches."""
+    train, val = split.train, None
+    if recipe.validation is not None:
+        parts = [1 - recipe.validation, recipe.validation]
+        train, held_out = random_split(train, parts, generator=torch.Generator().manual_seed(seed))
+        if not len(held_out) or not len(train):
+            raise ExitkitError(
+                f"validation = {recipe.validation} of {len(split.train)} training samples leaves {len(train)} to train on "  # type: ignore[arg-type]
+                f"and {len(held_out)} to validate on; both need some"
+            )
+        _, val = Split(train, held_out, split.collate).loaders(recipe.batch_size, None, seed)
+    samples, collate = augmented(train, split.collate, recipe.augment, num_classes, split.black)
+    batches, _ = Split(samples, split.test, collate).loaders(recipe.batch_size, recipe.limit, seed)
+    _, test = split.loaders(recipe.batch_size, None, seed)
+    return batches, val, test
+
+
+def _per_exit(model: MultiExitModel, outputs: RegressionOutputs) -> Table:
+    """How near each exit's predictions come to the numbers."""
+    table = Table(title="Every exit on the test samples")
+    for heading in ("exit", "cost", "MSE", "Pearson", "Spearman"):
+        table.add_column(heading, justify="left" if heading == "exit" else "right")
+    columns = (outputs.mse(), outputs.accuracy(), outputs.spearman())
+    for exit_, cost, *values in zip(model.exits, outputs.costs, *columns, strict=True):
+        table.add_row(exit_.name, f"{cost:.1%}", *(f"{value:.3f}" for value in values))
+    return table
+
+
+def _table(name: str, outputs: ExitOutputs, title: str) -> Table:
+    """As of ``exitkit bench``; for regression Pearson's correlation at the same budgets."""
+    if outputs.criterion != "tolerance":
+        return comparison_table({name: outputs}, title)
+    rows = outputs.curve().budget_table().rows
+    table = Table(
+        title=title, caption=f"Pearson's correlation; backbone: {outputs.accuracy()[-1]:.3f}", caption_justify="left"
+    )
+    for heading in ("method", *rows):
+        table.add_column(heading, justify="left" if heading == "method" else "right")
+    table.add_row(name, *("-" if point is None else f"{point.accuracy:.3f}" for point in rows.values()))
+    return table

@@ -1,0 +1,131 @@
+"""What a data loader yields, taken apart: inputs for the model, and labels."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from exitkit.common.errors import ExitkitError
+
+_LABEL_KEYS = ("labels", "label")
+
+
+def split_batch(batch: Any) -> tuple[Any, Tensor | None]:
+    """``(inputs, labels)`` of a batch: a mapping with ``labels``, a tuple ``(..., labels)``, or inputs alone.
+
+    Inputs stay what they were (a tensor, a tuple or a dict), so that they can be passed to the model.
+    """
+    if isinstance(batch, Mapping):
+        key = next((key for key in _LABEL_KEYS if key in batch), None)
+        return {name: value for name, value in batch.items() if name != key}, batch[key] if key else None
+    if isinstance(batch, tuple | list) and len(batch) > 1:
+        *inputs, labels = batch
+        return (inputs[0] if len(inputs) == 1 else tuple(inputs)), labels
+    return (batch[0] if isinstance(batch, tuple | list) and batch else batch), None
+
+
+def check_labels(labels: Any, num_classes: int, batch: int) -> Tensor:
+    """Class labels as an int64 tensor (batch,), each from 0 to ``num_classes`` − 1; for one output, float32 targets.
+
+    Raises:
+        ExitkitError: missing labels, another shape or dtype, a label out of range, or a target that is not finite.
+    """
+    labels = _as_tensor(labels, num_classes)
+    if num_classes == 1:
+        return _check_targets(labels, batch)
+    if labels.is_floating_point() or labels.shape != (batch,):
+        raise ExitkitError(
+            f"labels have dtype {labels.dtype} and shape {tuple(labels.shape)}; expected class indices of shape ({batch},)"
+        )
+    low, high = int(labels.min()), int(labels.max())
+    if low < 0 or high >= num_classes:
+        raise ExitkitError(
+            f"labels run from {low} to {high}, but the model has {num_classes} classes: labels are 0 to {num_classes - 1}"
+        )
+    classes: Tensor = labels.long()
+    return classes
+
+
+def _as_tensor(labels: Any, num_classes: int) -> Tensor:
+    if labels is None:
+        raise ExitkitError("the loader yields no labels; yield (inputs, labels) or a dict with the key 'labels'")
+    try:
+        return torch.as_tensor(labels)
+    except (TypeError, ValueError) as error:
+        raise ExitkitError(
+            f"labels are no class indices: {error}; give whole numbers from 0 to {num_classes - 1}"
+        ) from error
+
+
+def _check_targets(targets: Tensor, batch: int) -> Tensor:
+    if targets.shape not in ((batch,), (batch, 1)) or not bool(targets.isfinite().all()):
+        raise ExitkitError(
+            f"labels have shape {tuple(targets.shape)}; a model with one output needs one finite number per sample, shape "
+            f"({batch},)"
+        )
+    return targets.reshape(batch).float()
+
+
+UNLABELLED = -1
+"""The class index that says: this sample has no label."""
+
+
+def check_training_labels(labels: Any, num_classes: int, batch: int) -> Tensor:
+    """As :func:`check_labels`, and beside class indices two things that a loss can use and an accuracy cannot.
+
+    ``-1`` marks a sample without a label; probabilities (batch, C), non-negative and of sum 1, are soft labels (MixUp,
+    CutMix, an expert's answers), returned as float32.
+
+    Raises:
+        ExitkitError: another shape or dtype, or values out of range.
+    """
+    targets = _as_tensor(labels, num_classes)
+    if num_classes == 1:
+        return check_labels(targets, num_classes, batch)
+    if targets.is_floating_point() and targets.shape == (batch, num_classes):
+        if bool((targets < 0).any()) or not bool((targets.sum(1).float() - 1).abs().le(1e-2).all()):
+            raise ExitkitError(
+                f"labels of shape {tuple(targets.shape)} are soft ones: probabilities, each row of sum 1"
+            )
+        return targets.float()
+    if not targets.is_floating_point() and targets.shape == (batch,) and bool((targets == UNLABELLED).any()):
+        check_labels(targets.where(targets != UNLABELLED, 0), num_classes, batch)
+        return targets.long()
+    return check_labels(targets, num_classes, batch)
+
+
+def check_iterable(loader: Any, name: str) -> None:
+    """Refuse what yields nothing at all, or single samples, as a data set does.
+
+    Raises:
+        ExitkitError: no iterable.
+    """
+    if not isinstance(loader, Iterable):
+        raise ExitkitError(
+            f"{name} is {type(loader).__name__}, which yields no batches; give a torch DataLoader, or a list of batches"
+        )
+
+
+def checked(loader: Iterable[Any], name: str) -> Iterable[Any]:
+    """Yield from ``loader``; an :class:`ExitkitError` that names it when nothing came."""
+    check_iterable(loader, name)
+    empty = True
+    for batch in loader:
+        empty = False
+        yield batch
+    if empty:
+        raise ExitkitError(f"{name} is empty: it yielded no batch; check the data set and drop_last")
+
+
+def move(value: Any, device: torch.device) -> Any:
+    """Every tensor in ``value`` (a tensor, or tuples, lists and dicts of them) on ``device``."""
+    if isinstance(value, Tensor):
+        return value.to(device, non_blocking=True)
+    if isinstance(value, Mapping):
+        return {key: move(item, device) for key, item in value.items()}
+    if isinstance(value, tuple | list):
+        return type(value)(move(item, device) for item in value)
+    return value

@@ -1,0 +1,49 @@
+"""Content hashes: which samples a split holds, so that calibration on training samples is noticed."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from exitkit.common.batches import checked, split_batch
+from exitkit.common.errors import ExitkitError
+
+
+def content_hashes(loader: Iterable[Any]) -> Tensor:
+    """(N,) int64: a hash of every sample's input tensors, as :func:`exitkit.collect` records them.
+
+    Give it the training data *without* augmentation and in the form that is collected: a sample that is cropped, padded
+    or normalised in another way has other bytes, and so another hash.
+
+    Raises:
+        ExitkitError: an empty loader, or inputs without tensors.
+    """
+    return torch.cat([hash_samples(split_batch(batch)[0]) for batch in checked(loader, "loader")])
+
+
+def hash_samples(inputs: Any) -> Tensor:
+    """(B,) int64: a hash of each sample over all tensors in ``inputs``, which are batch first."""
+    tensors = [tensor for tensor in _tensors(inputs) if tensor.dim() > 0]
+    if not tensors:
+        raise ExitkitError(f"inputs are {type(inputs).__name__} without any tensor; there is nothing to hash")
+    batch = len(tensors[0])
+    parts = [tensor for tensor in tensors if len(tensor) == batch]
+    rows = [part.detach().cpu().contiguous().reshape(batch, -1).view(torch.uint8).numpy() for part in parts]
+    digests = (
+        hashlib.blake2b(b"".join(part[sample].tobytes() for part in rows), digest_size=8) for sample in range(batch)
+    )
+    joined = b"".join(digest.digest() for digest in digests)
+    return torch.from_numpy(np.frombuffer(joined, np.int64).copy())
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping | tuple | list):
+        for item in value.values() if isinstance(value, Mapping) else value:
+            yield from _tensors(item)

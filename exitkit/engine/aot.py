@@ -1,0 +1,48 @@
+"""Steps compiled by AOTInductor: one native library for each, for any batch size."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.export import ExportedProgram
+
+from exitkit.engine.exported import export_steps
+from exitkit.engine.memory_format import in_format, is_channels_last
+from exitkit.engine.program import Program
+
+
+def optimized(program: Program, example: Sequence[Tensor]) -> Program:
+    """The same program with every step compiled for the device that ``example`` is on; weights become constants."""
+    steps = []
+    with tempfile.TemporaryDirectory(prefix="exitkit-") as directory:
+        for step, exported in zip(program.steps, export_steps(program, example, channels_last=True), strict=True):
+            path = Path(directory) / f"{step.exit}.pt2"
+            steps.append(replace(step, run=load_step(path, compile_step(exported, path))))
+    return replace(program, steps=tuple(steps))
+
+
+def compile_step(exported: ExportedProgram, path: Path) -> list[bool]:
+    """Write the compiled step; returns which of its inputs it takes in the memory format channels_last.
+
+    Frozen on CPU: BatchNorm is folded into convolutions, and weights are packed.
+    """
+    on_cpu = all(tensor.device.type == "cpu" for tensor in exported.state_dict.values())
+    torch._inductor.aoti_compile_and_package(
+        exported, package_path=str(path), inductor_configs={"freezing": True} if on_cpu else {}
+    )
+    return [is_channels_last(tensor) for tensor in exported.example_inputs[0]]
+
+
+def load_step(path: Path, formats: Sequence[bool]) -> Callable[..., Sequence[Any]]:
+    """The compiled step as a function; it was compiled for these memory formats and does not check them itself.
+
+    Inputs and results are flat, so torch's wrapper is left out, which parses two descriptions of them at every call.
+    """
+    run = torch._inductor.aoti_load_package(str(path)).loader.run
+    return lambda *tensors: run(list(map(in_format, tensors, formats)))

@@ -1,0 +1,124 @@
+"""A program: what the engine's loop runs, as functions of tensors; made from a model, or read from a package."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from exitkit.common.errors import ExitkitError
+from exitkit.methods.criteria import Criterion
+from exitkit.methods.scaled import Temperatures
+from exitkit.multi_exit.preprocessing import Preprocessing
+from exitkit.surgery.inputs import CallSpec
+
+
+@dataclass(frozen=True)
+class Step:
+    """One stage of the backbone and the exit behind it.
+
+    Attributes:
+        run: takes the values named ``inputs``; returns those named ``outputs``, then the exit's answer (B, C) and its
+            score (B,) float32.
+        exit: the exit's number; M is the backbone's own classifier.
+        decides: whether anyone may leave here; where not, there is neither answer nor score.
+        inputs, outputs: names of values.
+        live: every value that must outlive this step, those of earlier ones included.
+    """
+
+    run: Callable[..., Sequence[Any]]
+    exit: int
+    decides: bool
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    live: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a program takes.
+
+    Attributes:
+        spec: how it is called.
+        names: what the steps call the input tensors.
+        sizes: the shape of each, the batch first; None where any size is taken.
+        dtypes: of each.
+        device: where all of them are.
+    """
+
+    spec: CallSpec
+    names: tuple[str, ...]
+    sizes: tuple[tuple[int | None, ...], ...]
+    dtypes: tuple[torch.dtype, ...]
+    device: torch.device
+
+    def checked(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, ...]:
+        """The tensors of a call in the program's order.
+
+        Raises:
+            ExitkitError: other tensors than the model was attached with: names, sizes, dtype or device.
+        """
+        tensors = self.spec.tensors(kwargs or args)
+        for key, tensor, sizes, dtype in zip(self.spec.keys, tensors, self.sizes, self.dtypes, strict=True):
+            fits = tensor.dim() == len(sizes) and all(
+                size in (None, own) for size, own in zip(sizes[1:], tensor.shape[1:], strict=True)
+            )
+            if not fits or len(tensor) != len(tensors[0]):
+                taken = ", ".join("any" if size is None else str(size) for size in sizes[1:])
+                raise ExitkitError(
+                    f"input {key!r} has shape {tuple(tensor.shape)}; the engine was compiled for (batch, {taken}), the "
+                    "same batch in every input. Resize it, or attach with example_inputs of this size"
+                )
+            if tensor.dtype != dtype or tensor.device != self.device:
+                raise ExitkitError(
+                    f"input {key!r} is {tensor.dtype} on {tensor.device}; the engine takes {dtype} on {self.device}: "
+                    f"call .to({str(self.device)!r}, {dtype})"
+                )
+        return tensors
+
+
+@dataclass(frozen=True)
+class Program:
+    """Everything the loop needs to know of a model.
+
+    Attributes:
+        inputs: what it takes.
+        steps: in order; the last ends in the backbone's own classifier.
+        axes: the dimension in which a value has its samples, by name; a value not named is the same for every sample.
+        dynamic: the dimensions of a value that follow the batch or the length of a text, by name.
+        criterion: the score that every step gives.
+        num_classes: C.
+        dtype: what the exits compute in, ``"float32"``.
+        temperatures: what each exit's logits are divided by before they are scored, or None.
+    """
+
+    inputs: Inputs
+    steps: tuple[Step, ...]
+    axes: dict[str, int]
+    dynamic: dict[str, tuple[int, ...]]
+    criterion: Criterion
+    num_classes: int
+    dtype: str
+    temperatures: Temperatures | None = None
+
+
+@dataclass(frozen=True)
+class Description:
+    """What a package says beside its program.
+
+    Attributes:
+        thresholds: τ of each exit before the backbone.
+        labels: a name for each class, or None.
+        preprocessing: from images or texts to inputs, or None.
+        exits: name and share of the backbone's MACs of each exit, the backbone's own classifier last.
+        guarantee: what the thresholds promise, in words, or None.
+    """
+
+    thresholds: tuple[float, ...]
+    labels: tuple[str, ...] | None
+    preprocessing: Preprocessing | None
+    exits: tuple[tuple[str, float], ...]
+    guarantee: str | None = None

@@ -1,0 +1,180 @@
+"""Refill: samples of many batches in per-stage queues, so that every stage runs full although samples leave."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from exitkit.common.batches import split_batch
+from exitkit.common.errors import ExitkitError
+from exitkit.engine.batch_state import Flight
+from exitkit.engine.loop import Departure, Loop, Prediction
+from exitkit.surgery.inputs import as_call
+
+_AHEAD = 64
+"""How many batches' worth of samples may be under way or wait for an earlier one."""
+
+
+@dataclass
+class _Item:
+    """One batch of the caller's: its samples' numbers, when it came, and what has come back."""
+
+    index: int
+    first: int
+    count: int
+    arrived: float
+    departures: list[Departure] = field(default_factory=list)
+    landed: int = 0
+    error: Exception | None = None
+
+
+class Refill:
+    """The queues of one run over an iterable; see :meth:`exitkit.Engine.map`."""
+
+    def __init__(self, loop: Loop, batch: int, max_wait: float) -> None:
+        self.loop = loop
+        self.batch = batch
+        self.max_wait = max_wait
+        self.queues: list[dict[Any, deque[Flight]]] = [{} for _ in loop.program.steps]
+        self.items: deque[_Item] = deque()
+        self.samples = 0
+
+    def run(self, batches: Iterable[Any]) -> Iterator[Prediction]:
+        """Answers in the order of ``batches``."""
+        for index, batch in enumerate(batches):
+            self._accept(index, batch)
+            while (full := self._fullest()) is not None:
+                self._step(*full)
+            if self._late():
+                self._drain()
+            yield from self._finished()
+        self._drain()
+        yield from self._finished()
+
+    def _accept(self, index: int, batch: Any) -> None:
+        try:
+            args, kwargs = as_call(split_batch(batch)[0])
+            tensors = self.loop.program.inputs.checked(args, kwargs)
+        except ExitkitError as error:  # told when it is this batch's turn, after the answers before it
+            self.items.append(_Item(index, self.samples, 0, time.monotonic(), error=error))
+            return
+        item = _Item(index, self.samples, len(tensors[0]), time.monotonic())
+        self.items.append(item)
+        self.samples += item.count
+        if item.count:
+            self._queue(0, self.loop.enter(tensors, item.first))
+
+    def _queue(self, stage: int, flight: Flight) -> None:
+        """Flights wait together when they can be merged: everything but the batch has the same size."""
+        axes = self.loop.program.axes
+        key = tuple(
+            (name, *(size for dim, size in enumerate(value.shape) if dim != axes.get(name)))
+            for name, value in flight.values.items()
+            if isinstance(value, torch.Tensor)
+        )
+        self.queues[stage].setdefault(key, deque()).append(flight)
+
+    def _fullest(self) -> tuple[int, Any] | None:
+        """The deepest queue that fills a batch: what is nearest to an answer goes first."""
+        for stage in reversed(range(len(self.queues))):
+            for key, flights in self.queues[stage].items():
+                if sum(map(len, flights)) >= self.batch:
+                    return stage, key
+        return None
+
+    def _step(self, stage: int, key: Any) -> None:
+        """Run one stage on up to a full batch of one of its queues."""
+        flights, axes = self.queues[stage][key], self.loop.program.axes
+        taken: list[Flight] = []
+        while flights and sum(map(len, taken)) < self.batch:
+            taken.append(flights.popleft())
+        if not flights:
+            del self.queues[stage][key]
+        spare = sum(map(len, taken)) - self.batch
+        if spare > 0:
+            last = taken.pop()
+            places = torch.arange(len(last), device=last.rows.device)
+            taken.append(last.select(places[:-spare], axes))
+            self.queues[stage].setdefault(key, deque()).appendleft(last.select(places[-spare:], axes))
+        if len(taken) > 1:
+            try:
+                self._advance(Flight.merge(taken, axes), stage)
+                return
+            except Exception:  # one of them is at fault: each alone, so that the others lose nothing
+                pass
+        for flight in taken:
+            self._advance_alone(flight, stage)
+
+    def _advance(self, flight: Flight, stage: int) -> None:
+        with torch.inference_mode():
+            onward, departures = self.loop.advance(flight, stage)
+        if onward is not None:
+            self._queue(stage + 1, onward)
+        for departure in departures:
+            self._land(departure)
+
+    def _advance_alone(self, flight: Flight, stage: int) -> None:
+        try:
+            self._advance(flight, stage)
+        except Exception as error:  # whatever a stage raises on this item
+            rows = flight.rows.tolist()
+            for item in self.items:
+                mine = sum(item.first <= row < item.first + item.count for row in rows)
+                if mine:
+                    item.error = error
+                    item.landed += mine
+
+    def _land(self, departure: Departure) -> None:
+        rows = departure.rows
+        for item in self.items:
+            mine = torch.nonzero((rows >= item.first) & (rows < item.first + item.count)).squeeze(1)
+            if len(mine):
+                item.landed += len(mine)
+                parts = (part[mine] for part in (rows, *departure[2:]))
+                landed, logits, score, non_finite = parts
+                item.departures.append(Departure(landed, departure.exit, logits, score, non_finite))
+
+    def _late(self) -> bool:
+        """Whether the oldest unanswered item has waited too long, or too much has piled up behind it."""
+        if not self.items:
+            return False
+        oldest = self.items[0]
+        return time.monotonic() - oldest.arrived > self.max_wait or self.samples - oldest.first > _AHEAD * self.batch
+
+    def _drain(self) -> None:
+        """Run everything that waits, early stages first, so that later ones fill up."""
+        for stage in range(len(self.queues)):
+            while self.queues[stage]:
+                self._step(stage, next(iter(self.queues[stage])))
+
+    def _finished(self) -> Iterator[Prediction]:
+        while self.items and self.items[0].landed == self.items[0].count:
+            item = self.items.popleft()
+            if item.error is not None:
+                raise self._failure(item) from item.error
+            yield self.loop.landed(item.departures, item.count, item.first)
+
+    def _failure(self, failed: _Item) -> ExitkitError:
+        """The error of one batch, which carries the answers of those behind it that were already taken."""
+        self._drain()
+        finished = {
+            item.index: self.loop.landed(item.departures, item.count, item.first)
+            for item in self.items
+            if item.error is None
+        }
+        error = ExitkitError(
+            f"batch {failed.index} failed: {_said(failed.error)}. All batches before it were "
+            f"answered, and {len(finished)} behind it are in this error's .finished, by their number; leave it out and go on"
+        )
+        error.finished = finished  # type: ignore[attr-defined]
+        return error
+
+
+def _said(error: Exception | None) -> str:
+    """An error's words, after its kind where it is not one of ours."""
+    return str(error) if isinstance(error, ExitkitError) else f"{type(error).__name__}: {error}"

@@ -1,0 +1,98 @@
+"""``collect``: one pass over a data loader, all exits recorded."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from exitkit.common.batches import check_labels, checked, move, split_batch
+from exitkit.common.errors import ExitkitError
+from exitkit.common.hashes import hash_samples
+from exitkit.evaluation.outputs import ExitOutputs
+from exitkit.evaluation.regression import RegressionOutputs
+from exitkit.multi_exit.model import MultiExitModel
+from exitkit.surgery.capturing import evaluation_mode
+from exitkit.surgery.fingerprint import fingerprint
+from exitkit.surgery.inputs import call_on
+
+
+def collect(model: MultiExitModel, loader: Iterable[Any], path: str | Path | None = None) -> ExitOutputs:
+    """Run every exit on every sample of ``loader``, in eval mode on the model's device.
+
+    Args:
+        model: what :func:`exitkit.attach` returned.
+        loader: yields ``(inputs, labels)``, dicts with ``labels``, or inputs alone (then labels are None).
+        path: a safetensors file to write to as batches come, in float16, for outputs larger than memory: what is returned
+            reads from it. float16 moves scores by up to 5e-4. By default everything is kept in memory, in float32.
+
+    Raises:
+        ExitkitError: an empty loader, labels out of range, labels in some batches only, or NaN in the outputs.
+
+    Returns:
+        For a model with one output :class:`RegressionOutputs`, whose labels are numbers.
+    """
+    if not isinstance(model, MultiExitModel):
+        raise ExitkitError(f"model is {type(model).__name__}; collect takes what exitkit.attach(model) returns")
+    if path is None or model.regression:
+        kept: list[Tensor] = []
+        collected = _run(model, loader, kept.append).outputs(torch.cat(kept))
+        if path is not None:
+            collected.save(path)
+        return collected
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=Path(path).parent, prefix=".collect-") as spool:
+        seen = _run(model, loader, lambda log_probs: spool.write(log_probs.half().numpy().tobytes()))
+        spool.flush()
+        shape = (len(torch.cat(seen.hashes)), len(model.exits), model.num_classes)
+        size = shape[0] * shape[1] * shape[2]
+        mapped = torch.from_file(spool.name, shared=True, size=size, dtype=torch.float16)
+        seen.outputs(mapped.view(shape)).save(path)
+    return ExitOutputs.load(path)
+
+
+@dataclass
+class _Seen:
+    """What a pass leaves beside the log-probabilities."""
+
+    model: MultiExitModel
+    labels: list[Tensor] = field(default_factory=list)
+    hashes: list[Tensor] = field(default_factory=list)
+    dtype: str = "float32"
+
+    def outputs(self, log_probs: Tensor) -> ExitOutputs:
+        given = (
+            log_probs,
+            torch.cat(self.labels) if self.labels else None,
+            torch.tensor([exit_.macs for exit_ in self.model.exits], dtype=torch.float64),
+            float(self.model.anatomy.macs),
+            self.model.method.criterion,
+            torch.cat(self.hashes),
+            self.dtype,
+        )
+        weights = fingerprint(self.model.backbone)
+        if self.model.regression:
+            return RegressionOutputs(*given, weights=weights, times=self.model.method.times)
+        return ExitOutputs(*given, weights=weights)
+
+
+def _run(model: MultiExitModel, loader: Iterable[Any], keep: Callable[[Tensor], Any]) -> _Seen:
+    """One pass; ``keep`` is given each batch's log-probabilities (n, M+1, C), float32."""
+    device, seen = next(model.parameters()).device, _Seen(model)
+    with evaluation_mode(model), torch.no_grad():
+        for batch in checked(loader, "loader"):
+            inputs, labels = split_batch(batch)
+            answers = call_on(model, move(inputs, device)).logits
+            logits = torch.stack(answers, dim=1)
+            keep((logits.float() if model.regression else F.log_softmax(logits.float(), dim=-1)).cpu())
+            seen.hashes.append(hash_samples(inputs))
+            seen.dtype = str(answers[-1].dtype).removeprefix("torch.")
+            if labels is not None or seen.labels:
+                seen.labels.append(check_labels(labels, model.num_classes, len(logits)).cpu())
+    return seen

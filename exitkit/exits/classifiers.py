@@ -1,0 +1,166 @@
+"""Heads: the internal classifiers (ICs), chosen by the shape of the feature they read."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, cast, get_args
+
+from torch import Tensor, nn
+
+from exitkit.common.errors import ExitkitError
+from exitkit.exits.convolution import Convolution, map_body
+from exitkit.exits.links import CascadeLink
+from exitkit.exits.pooling import ReadoutKind, TokenPool
+
+_HEADS = (
+    "'auto', 'conv', 'separable' and 'strided' (maps only), '1L' (pooling and one linear layer), '2L-1024' (one hidden layer "
+    "of 1024), 'tail' (a copy of the backbone's own read-out), 'branch-3' (a copy of the rest of the backbone with at most 3 "
+    "blocks of each shape)"
+)
+_AUTO = {"maps": "2L-256", "others": "1L"}
+"""What gained most accuracy for what it costs (``benchmarks/heads.py``)."""
+
+
+@dataclass(frozen=True)
+class HeadSpec:
+    """A parsed ``head=``.
+
+    Attributes:
+        name: what the user wrote.
+        kind: ``"auto"`` (``2L-256`` on maps, else ``1L``), a convolution's name, ``"linear"`` (none), ``"tail"``: the
+            backbone's own read-out, copied, or ``"branch"``: with blocks before it.
+        hidden: width of a hidden layer.
+        blocks: of a branch, how many of each shape at most.
+    """
+
+    name: str
+    kind: str
+    hidden: int | None = None
+    blocks: int | None = None
+
+    @classmethod
+    def parse(cls, head: str) -> HeadSpec:
+        """One head by its name.
+
+        Raises:
+            ExitkitError: an unknown name.
+        """
+        if isinstance(head, str) and head in ("auto", "tail", *get_args(Convolution)):
+            return cls(head, head)
+        match = re.fullmatch(r"1L|2L-([1-9]\d*)|branch-([1-9]\d*)", head) if isinstance(head, str) else None
+        if match is None:
+            raise ExitkitError(f"head={head!r} is unknown; allowed are {_HEADS}, or a list with one for each exit")
+        if match[2]:
+            return cls(head, "branch", blocks=int(match[2]))
+        return cls(head, "linear", int(match[1]) if match[1] else None)
+
+    @classmethod
+    def parse_all(cls, head: str | Sequence[str]) -> list[HeadSpec]:
+        """The one head of all exits, or one for each."""
+        if isinstance(head, list | tuple) and head:
+            return [cls.parse(name) for name in head]
+        return [cls.parse(head)]  # type: ignore[arg-type]  # an empty list is refused there, as any other value
+
+
+@dataclass(frozen=True)
+class Feature:
+    """What a head reads: shape without batch, layout, the token read-out, and the side of the model's input image."""
+
+    shape: tuple[int, ...]
+    layout: str
+    readout: ReadoutKind = "mean"
+    skip: int = 0
+    image_side: int | None = None
+
+
+class HeadOutput(NamedTuple):
+    """What a head says, and what it leaves behind.
+
+    Attributes:
+        logits: (B, C).
+        carried: (B, K), one row per sample: what the head of the next exit reads. K is the classifier's ``carries``.
+        state: (B, D), where heads imitate each other's states.
+        imagined: (J, B, D), this head's imitations of the states of the J exits still to come.
+    """
+
+    logits: Tensor
+    carried: Tensor
+    state: Tensor | None = None
+    imagined: Tensor | None = None
+
+
+class InternalClassifier(nn.Module):
+    """Body (feature → vector) → cascade link, if any → linear layer: logits (B, C), which are carried on."""
+
+    def __init__(self, body: nn.Module, width: int, num_classes: int, cascade: bool) -> None:
+        super().__init__()
+        self.body = body
+        self.link = CascadeLink(num_classes) if cascade else None
+        self.linear = nn.Linear(width + (num_classes if cascade else 0), num_classes)
+        self.carries = num_classes
+
+    def forward(self, feature: Tensor, previous: Tensor | None = None, inputs: Sequence[Tensor | None] = ()) -> Tensor:
+        """Logits from a feature, the logits of the exit before, and those inputs of the model that the body reads."""
+        vector: Tensor = self.body(feature, *inputs)
+        if self.link is not None:
+            if previous is None:
+                raise ExitkitError(
+                    "this exit has a cascade link and needs previous=, the logits of the exit before it"
+                )
+            vector = self.link(vector, previous)
+        logits: Tensor = self.linear(vector)
+        return logits
+
+    def step(self, feature: Tensor, carried: Tensor | None, inputs: Sequence[Tensor | None]) -> HeadOutput:
+        """The logits, and what the next exit reads: these logits."""
+        logits = self(feature, carried, inputs)
+        return HeadOutput(logits, logits)
+
+
+class TokenBody(nn.Module):
+    """Token read-out, then a hidden layer where one is asked for."""
+
+    def __init__(self, pool: TokenPool, hidden: nn.Module) -> None:
+        super().__init__()
+        self.pool = pool
+        self.hidden = hidden
+
+    def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
+        vector: Tensor = self.hidden(self.pool(tokens, mask))
+        return vector
+
+
+def make_head(feature: Feature, num_classes: int, spec: HeadSpec, cascade: bool) -> InternalClassifier:
+    """The internal classifier for a feature of this shape.
+
+    Raises:
+        ExitkitError: a convolutional head for a feature that is no map.
+    """
+    is_map = feature.layout in ("channels_first", "channels_last")
+    if spec.kind == "auto":
+        spec = HeadSpec.parse(_AUTO["maps" if is_map else "others"])
+    if spec.kind in get_args(Convolution) and not is_map:
+        raise ExitkitError(
+            f"head={spec.kind!r} needs feature maps, but this boundary's is {feature.layout} {feature.shape}; use head='auto'"
+        )
+    if is_map:
+        convolution = cast("Convolution", spec.kind) if spec.kind in get_args(Convolution) else None
+        body, width = map_body(feature.shape, feature.layout == "channels_last", feature.image_side, convolution)
+    elif feature.layout in ("tokens", "sequence"):
+        sequence = feature.layout == "sequence"
+        hidden, width = _hidden(feature.shape[0 if sequence else -1], spec.hidden)
+        pool = TokenPool(feature.readout, feature.skip, channels_first=sequence)
+        return InternalClassifier(TokenBody(pool, hidden), width, num_classes, cascade)
+    else:
+        body, width = nn.Sequential(nn.Flatten()), math.prod(feature.shape)
+    hidden, width = _hidden(width, spec.hidden)
+    return InternalClassifier(nn.Sequential(*body, hidden), width, num_classes, cascade)
+
+
+def _hidden(width: int, hidden: int | None) -> tuple[nn.Module, int]:
+    if hidden is None:
+        return nn.Identity(), width
+    return nn.Sequential(nn.Linear(width, hidden), nn.ReLU()), hidden

@@ -1,0 +1,90 @@
+"""Heads that start from what the backbone knows: a copy of its own read-out after the last block."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from exitkit.common.errors import ExitkitError
+from exitkit.exits.classifiers import Feature, InternalClassifier
+
+
+class Adapter(nn.Module):
+    """Maps of one size and width made like those of another: average pooling, then a 1 × 1 convolution.
+
+    It starts as an identity over the channels that both have, each output channel from one input channel.
+    """
+
+    def __init__(self, channels: int, out: int, size: tuple[int, int], channels_last: bool) -> None:
+        super().__init__()
+        self.size = size
+        self.channels_last = channels_last
+        self.convolution = nn.Conv2d(channels, out, 1)
+        with torch.no_grad():
+            self.convolution.weight.zero_()[torch.arange(out), torch.arange(out) % channels] = 1
+            self.convolution.bias.zero_()  # type: ignore[union-attr]
+
+    def forward(self, maps: Tensor) -> Tensor:
+        if self.channels_last:
+            maps = maps.permute(0, 3, 1, 2)
+        adapted: Tensor = self.convolution(F.adaptive_avg_pool2d(maps, self.size))
+        return adapted.permute(0, 2, 3, 1) if self.channels_last else adapted
+
+
+class TailBody(nn.Module):
+    """Adapter, where shapes differ, then the backbone's tail: feature and inputs → vector (B, D)."""
+
+    def __init__(self, adapter: nn.Module, tail: nn.Module) -> None:
+        super().__init__()
+        self.adapter = adapter
+        self.tail = tail
+
+    def forward(self, feature: Tensor, *inputs: Tensor | None) -> Tensor:
+        if any(tensor is None for tensor in inputs):
+            raise ExitkitError(
+                "head='tail' reads an input of the model (an attention mask, token ids) that this call leaves out; pass every "
+                "input that example_inputs had"
+            )
+        (vector,) = self.tail(self.adapter(feature), *inputs)
+        return vector  # type: ignore[no-any-return]
+
+
+def tail_head(
+    feature: Feature, target: Feature, body: nn.Module, linear: nn.Linear, cascade: bool
+) -> InternalClassifier:
+    """An internal classifier that is a copy of the backbone's tail, with its weights.
+
+    Args:
+        feature: what the head reads.
+        target: what the tail was made for.
+        body: the tail up to its last linear layer, returning a tuple of one vector (B, D).
+        linear: that layer; the cascade link's columns beside it start at zero.
+        cascade: whether the head has a cascade link.
+
+    Raises:
+        ExitkitError: the feature has another shape than the tail's, and is no map that an adapter can change.
+    """
+    own = copy.deepcopy(body)
+    head = InternalClassifier(
+        TailBody(_adapter(feature, target), own), linear.in_features, linear.out_features, cascade
+    )
+    with torch.no_grad():
+        head.linear.weight.zero_()[:, : linear.in_features] = linear.weight
+        head.linear.bias.copy_(linear.bias)
+    return head.requires_grad_()
+
+
+def _adapter(feature: Feature, target: Feature) -> nn.Module:
+    if (feature.shape, feature.layout) == (target.shape, target.layout):
+        return nn.Identity()
+    if feature.layout != target.layout or feature.layout not in ("channels_first", "channels_last"):
+        raise ExitkitError(
+            f"head='tail' reads the backbone's last feature, {target.layout} {target.shape}, and cannot be put on one of "
+            f"{feature.layout} {feature.shape}; use head='auto', or at= with boundaries of the same shape"
+        )
+    last = feature.layout == "channels_last"
+    channels, *size = target.shape if not last else (target.shape[-1], *target.shape[:-1])
+    return Adapter(feature.shape[-1 if last else 0], channels, (size[0], size[1]), last)

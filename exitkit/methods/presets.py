@@ -1,0 +1,133 @@
+"""Methods: frozen compositions of a link, a combiner and a criterion. The heads are the same for all of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Literal, get_args
+
+from exitkit.common.errors import ExitkitError, unknown_name
+from exitkit.exits.gpf import Variant
+from exitkit.methods.criteria import Criterion
+
+Ensemble = Literal["none", "geometric", "additive", "mean"]
+
+
+@dataclass(frozen=True)
+class Method:
+    """An early-exit method as a composition of parts.
+
+    Attributes:
+        name: what tables call it.
+        cascade: each exit also reads the logits of the one before it.
+        ensemble: how each exit's answer is combined with those before it: by a fitted product or sum of probabilities, or
+            by their mean (anytime prediction).
+        ensemble_final: whether the backbone's own answer is combined too (then τ > 1 is not the original model).
+        criterion: the score that decides.
+        past_future: instead of a cascade, each exit reads the states of all before it and imitates those to come:
+            ``"paper"``, as its authors have it, or ``"ztw"``, as the code of Zero Time Waste has it.
+        width: of those states; by default that of the tokens where all exits read tokens of one width, otherwise 128.
+        times: for the criterion ``"tolerance"``, how many changes in a row must be small.
+    """
+
+    name: str
+    cascade: bool = False
+    ensemble: Ensemble = "none"
+    ensemble_final: bool = False
+    criterion: Criterion = "confidence"
+    past_future: Variant | None = None
+    width: int | None = None
+    times: int = 1
+
+    def __post_init__(self) -> None:
+        if self.past_future not in (None, *get_args(Variant)):
+            raise unknown_name("variant", self.past_future, get_args(Variant))
+        if self.past_future is not None and self.cascade:
+            raise ExitkitError("cascade=True and past_future are two links; choose one")
+        if self.width is not None and (self.past_future is None or not is_count(self.width)):
+            raise ExitkitError(
+                f"width={self.width!r} must be a whole number greater than 0, and is for past_future alone: the width of "
+                "the states that exits hand on"
+            )
+        if self.ensemble not in get_args(Ensemble):
+            raise unknown_name("ensemble", self.ensemble, get_args(Ensemble))
+        if self.criterion not in get_args(Criterion):
+            raise unknown_name("criterion", self.criterion, get_args(Criterion))
+        if not is_count(self.times):
+            raise ExitkitError(f"times={self.times!r} must be a whole number greater than 0")
+        if self.ensemble_final and self.ensemble == "none":
+            raise ExitkitError("ensemble_final=True needs an ensemble: set ensemble='geometric', 'additive' or 'mean'")
+
+
+SDN = partial(Method, "sdn")
+"""Shallow-Deep Networks (Kaya et al. 2019): independent exits, confidence."""
+
+PBEE = partial(Method, "pbee", criterion="patience")
+"""Patience-based early exit (Zhou et al. 2020): SDN's exits; leave when enough of them agree in a row.
+
+For regression the criterion becomes ``"tolerance"``: leave above τ = −a, when ``times`` changes in a row are below a.
+"""
+
+ZTW = partial(Method, "ztw", cascade=True, ensemble="geometric")
+"""Zero Time Waste (Wołczyk et al. 2021): cascade links and a geometric ensemble, confidence."""
+
+
+def GPF(variant: Variant = "paper", width: int | None = None, **parts: Any) -> Method:
+    """Global Past-Future (Liao et al. 2021), as its authors' code has it: leaves at low entropy.
+
+    ``variant="ztw"`` is the reading of Zero Time Waste's code: ReLU, no factor 2, and confidence.
+    """
+    criterion = "confidence" if variant == "ztw" else "entropy"
+    return Method("gpf", past_future=variant, width=width, **{"criterion": criterion, **parts})
+
+
+def BranchyNet(nats: bool = False, **parts: Any) -> Method:
+    """BranchyNet (Teerapittayanon et al. 2016): independent exits, low entropy, with τ = 1 − H / ln C.
+
+    With ``nats=True`` it is leaving at an entropy below T nats, as the paper counts: τ = −T.
+    """
+    return Method("branchynet", **{"criterion": "nats" if nats else "entropy", **parts})
+
+
+PRESETS: dict[str, Any] = {"sdn": SDN, "pbee": PBEE, "ztw": ZTW, "gpf": GPF, "branchynet": BranchyNet}
+
+
+def as_method(method: str | Method) -> Method:
+    """A preset's name, or a :class:`Method` as it is.
+
+    Raises:
+        ExitkitError: an unknown name.
+    """
+    if isinstance(method, Method):
+        return method
+    if isinstance(method, str) and method in PRESETS:
+        made: Method = PRESETS[method]()
+        return made
+    raise unknown_name("method", method, PRESETS, "Or give a config such as exitkit.ZTW(ensemble='additive').")
+
+
+def for_outputs(method: Method, outputs: int, model: str) -> Method:
+    """``method`` for a model with so many outputs; one output is regression.
+
+    Raises:
+        ExitkitError: the method combines or compares probabilities, and there are none, or predictions, and there are none.
+    """
+    if outputs > 1:
+        if method.criterion == "tolerance":
+            raise ExitkitError(
+                f"criterion='tolerance' is for regression, but {model} has {outputs} classes; use 'patience'"
+            )
+        return method
+    independent = not method.cascade and method.past_future is None and method.ensemble == "none"
+    if not independent or method.criterion not in ("patience", "tolerance"):
+        raise ExitkitError(
+            f"{model} has 1 output, which is regression, and method={method.name!r} needs logits of at least two classes. Use "
+            "method='pbee', which leaves once predictions stop changing; or give a binary classifier two outputs (logits 0 "
+            "and z are the same decision)"
+        )
+    return replace(method, criterion="tolerance")
+
+
+def is_count(value: object) -> bool:
+    """Whether ``value`` is a whole number greater than 0."""
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0

@@ -1,0 +1,328 @@
+"""The multi-exit model: the user's backbone, untouched, and the exits that read it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, replace
+from inspect import signature
+from os import PathLike
+from typing import TYPE_CHECKING, Any, Self, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from exitkit.common.errors import ExitkitError
+from exitkit.exits.classifiers import HeadOutput
+from exitkit.exits.ensembles import COMBINERS
+from exitkit.exits.gpf import Classifier, imitation_losses
+from exitkit.methods.presets import Method
+from exitkit.multi_exit.cost import ExitSpec, price
+from exitkit.surgery.boundaries import Anatomy, Boundary, find_boundaries
+from exitkit.surgery.capturing import capture, logits_of
+from exitkit.surgery.hooks import tapped
+from exitkit.surgery.inputs import Example
+from exitkit.surgery.partition import Lowered, lower
+from exitkit.surgery.placement import place
+
+if TYPE_CHECKING:
+    from exitkit.calibration.thresholds import Threshold
+    from exitkit.evaluation.outputs import ExitOutputs
+
+
+@dataclass(frozen=True)
+class MultiExitOutput:
+    """What every exit says.
+
+    Attributes:
+        logits: one tensor (B, C) per exit, after the method's ensemble; the backbone's own is last.
+        features: the activations at the boundaries, batch first.
+        heads: the internal classifiers' own logits (B, C), before any ensemble; the backbone's own is last.
+        auxiliary: one scalar per internal classifier, a loss to be added to that of its logits (gpf's imitation loss);
+            None where the method has none, and where gradients are off.
+    """
+
+    logits: tuple[Tensor, ...]
+    features: tuple[Tensor, ...]
+    heads: tuple[Tensor, ...]
+    auxiliary: tuple[Tensor, ...] | None = None
+
+
+class MultiExitModel(nn.Module):
+    """A backbone with exits; made by :func:`exitkit.attach`.
+
+    Exits are counted 0 … M−1; exit M is the backbone's own classifier. Calling the model runs the user's own modules,
+    so dropout, autocast, hooks and gradient settings of the backbone keep their meaning. A backbone without any
+    trainable parameter runs without gradients.
+
+    Attributes:
+        exits: name and price of each exit, the backbone's own classifier last.
+        new_head: state-dict names of the backbone's last layer, where ``attach`` replaced it; it needs training too.
+        threshold: the τ chosen for these exits (one, one for each, or what :func:`exitkit.choose_threshold` returned),
+            saved and loaded with them; None where none was chosen.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        classifiers: Sequence[Classifier],
+        specs: Sequence[ExitSpec],
+        anatomy: Anatomy,
+        method: Method,
+        head: str | tuple[str, ...],
+        num_classes: int,
+        example: Example,
+        new_head: Sequence[str] = (),
+    ) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.classifiers = nn.ModuleList(classifiers)
+        self.combiners = _combiners(method, len(classifiers), num_classes)
+        self.specs = tuple(specs)
+        self.anatomy = anatomy
+        self.method = method
+        self.head = head
+        self.num_classes = num_classes
+        self.example = example
+        self.new_head = tuple(new_head)
+        self.threshold: Threshold | None = None
+        reference = next(parameter for parameter in backbone.parameters() if parameter.is_floating_point())
+        self.classifiers.to(reference.device, reference.dtype)
+        self.combiners.to(reference.device)  # float32: they add up logarithms
+        self.exits = price(classifiers, self.combiners, self.specs, anatomy, example, num_classes)
+
+    def forward(self, *args: Any, **kwargs: Any) -> MultiExitOutput:
+        """Run every exit. Takes what the backbone takes."""
+        features, steps, final = self._steps(args, kwargs)
+        heads = (*(step.logits for step in steps), *final)
+        auxiliary = imitation_losses(steps) if torch.is_grad_enabled() else None
+        return MultiExitOutput(self.combine(heads), features, heads, auxiliary)
+
+    def run_heads(self, *args: Any, **kwargs: Any) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """The features at the boundaries and every head's logits (the backbone's last), without the ensemble."""
+        features, steps, final = self._steps(args, kwargs)
+        return features, (*(step.logits for step in steps), *final)
+
+    def run_until(self, last: int, *args: Any, **kwargs: Any) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...] | None]:
+        """Every head's logits up to exit ``last``, and their auxiliary losses; the backbone stops where that exit reads."""
+        _, steps, final = self._steps(args, kwargs, last)
+        return (*(step.logits for step in steps), *final), imitation_losses(steps) if torch.is_grad_enabled() else None
+
+    def _steps(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], last: int | None = None
+    ) -> tuple[tuple[Tensor, ...], list[HeadOutput], tuple[Tensor, ...]]:
+        """Features and heads up to exit ``last``, and the backbone's logits where it ran to its end."""
+        specs = self.specs if last is None else self.specs[: last + 1]
+        stop = last is not None and last < len(self.specs)
+        trains = any(parameter.requires_grad for parameter in self.backbone.parameters())
+        final: tuple[Tensor, ...] = ()
+        with (
+            tapped(self.backbone, [spec.tap for spec in specs], stop) as read,
+            torch.set_grad_enabled(torch.is_grad_enabled() and trains),
+        ):
+            final = (logits_of(self.backbone(*args, **kwargs)),)
+        features = tuple(self._found(slot, feature) for slot, feature in enumerate(read))
+        steps: list[HeadOutput] = []
+        for feature, spec in zip(features, specs, strict=True):
+            inputs = [self._argument(key, args, kwargs) for key in spec.inputs]
+            steps.append(self._step(len(steps), feature, steps[-1].carried if steps else None, inputs))
+        return features, steps, final
+
+    def combine(self, heads: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """Each exit's answer from its own and all earlier heads' logits (B, C): the method's ensemble, if it has one."""
+        if not self.combiners:
+            return tuple(heads)
+        log_probs = torch.stack([F.log_softmax(logits.float(), dim=-1) for logits in heads], dim=1)
+        combined = [combiner(log_probs[:, : m + 1]) for m, combiner in enumerate(self.combiners)]
+        return (*combined, *heads[len(combined) :])
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """What ``to``, ``half``, ``cuda`` do to the weights is done to the example, which later captures run on."""
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self.example = replace(self.example, tensors=tuple(fn(tensor) for tensor in self.example.tensors))
+        return self
+
+    def added_parameters(self) -> list[nn.Parameter]:
+        """The parameters that exitkit added: heads, links, combiners, and the backbone's last layer if it was replaced."""
+        replaced = (value for name, value in self.backbone.named_parameters() if name in self.new_head)
+        return [*self.classifiers.parameters(), *self.combiners.parameters(), *replaced]
+
+    def lower(self) -> Lowered:
+        """The inference view: the backbone captured anew and split at the exits, its parameters shared."""
+        captured = capture(self.backbone, self.example.spec.batch(self.example.tensors))
+        return lower(captured, place(find_boundaries(captured), at=[boundary.name for boundary in self.boundaries]))
+
+    def save_pretrained(
+        self,
+        directory: str | PathLike[str],
+        *,
+        threshold: Threshold | None = None,
+        outputs: ExitOutputs | None = None,
+    ) -> None:
+        """Write what was added, and nothing else of the backbone: safetensors, ``config.json``, a model card (``README.md``).
+
+        An older save there is replaced as a whole; when writing is interrupted, it stays.
+
+        Args:
+            directory: made where it does not exist.
+            threshold: the τ chosen for these exits, or what :func:`exitkit.choose_threshold` returned, whose guarantee is
+                kept with it; comes back as ``threshold``. By default the one there is.
+            outputs: what :func:`exitkit.collect` returned for held-out samples with labels; then the card tells accuracies.
+
+        Raises:
+            ExitkitError: a threshold that is no finite number, outputs without labels or of another model.
+        """
+        from exitkit.multi_exit.saving import save_exits
+
+        save_exits(self, directory, threshold, outputs)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        backbone: nn.Module,
+        source: str | PathLike[str],
+        example_inputs: Any = None,
+        *,
+        revision: str | None = None,
+        token: str | bool | None = None,
+    ) -> MultiExitModel:
+        """Attach saved exits to the backbone they were trained on.
+
+        The backbone may be in another precision or on another device than it was; the exits follow it.
+
+        Args:
+            backbone: the model they were trained on, with its weights.
+            source: a folder that :meth:`save_pretrained` wrote, or the name of a model on the Hugging Face Hub.
+            example_inputs: as for :func:`exitkit.attach`; by default made up, in the shapes that were saved.
+            revision: on the Hub, a branch, tag or commit.
+            token: for the Hub; by default the one of ``hf auth login``.
+
+        Raises:
+            ExitkitError: a missing, damaged or foreign file, or another backbone; the message shows the first difference.
+        """
+        from exitkit.multi_exit.saving import load_exits
+
+        return load_exits(backbone, source, example_inputs, revision, token)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        threshold: Threshold | None = None,
+        outputs: ExitOutputs | None = None,
+        private: bool | None = None,
+        commit_message: str = "Upload early exits",
+        token: str | bool | None = None,
+    ) -> str:
+        """Save to the Hugging Face Hub, in one commit.
+
+        Args:
+            repo_id: ``"user/name"``; made where it does not exist, its ``README.md`` replaced where it does.
+            threshold: as for :meth:`save_pretrained`.
+            outputs: as for :meth:`save_pretrained`.
+            private: whether a repository that is made here is private; by default as its owner set it.
+            commit_message: the commit's title.
+            token: a token that may write; by default the one of ``hf auth login``.
+
+        Returns:
+            The commit's address.
+
+        Raises:
+            ExitkitError: as for :meth:`save_pretrained`, or the Hub cannot be reached or refuses.
+        """
+        from exitkit.multi_exit.saving import push_exits
+
+        return push_exits(self, repo_id, threshold, outputs, private, commit_message, token)
+
+    def prune_exits(self, exits: Collection[int]) -> MultiExitModel:
+        """The same model without the exits of these numbers, which then cost nothing; weights are shared.
+
+        Args:
+            exits: such as :func:`exitkit.evaluation.exits_that_do_not_pay` names. The others are counted from 0 again, and
+                a threshold must be chosen anew.
+
+        Raises:
+            ExitkitError: a number that is no exit, all exits, or exits that read one another (cascade, ensemble).
+        """
+        unknown = [m for m in exits if not isinstance(m, int) or not 0 <= m < len(self.classifiers)]
+        kept = [m for m in range(len(self.classifiers)) if m not in exits]
+        if unknown or not kept:
+            raise ExitkitError(
+                f"exits={list(exits)} must be some, not all, of the exits 0 to {len(self.classifiers) - 1}; exitkit.detach "
+                "removes all of them"
+            )
+        if self.method.cascade or self.method.past_future or self.combiners:
+            raise ExitkitError(
+                f"the exits of method={self.method.name!r} read one another, so that none can be taken out; attach again "
+                "with at= naming the others, and train"
+            )
+        return MultiExitModel(
+            self.backbone,
+            [cast("Classifier", self.classifiers[m]) for m in kept],
+            [self.specs[m] for m in kept],
+            self.anatomy,
+            self.method,
+            self.head if isinstance(self.head, str) else tuple(self.head[m] for m in kept),
+            self.num_classes,
+            self.example,
+            self.new_head,
+        ).train(self.training)
+
+    def __repr__(self) -> str:
+        places = ", ".join(f"{exit_.name} {exit_.macs_fraction:.0%}" for exit_ in self.exits)
+        return f"MultiExitModel({type(self.backbone).__name__}, method={self.method.name!r}, exits: {places})"
+
+    @property
+    def regression(self) -> bool:
+        """Whether the model has one output, a prediction, instead of one per class."""
+        return self.num_classes == 1
+
+    @property
+    def boundaries(self) -> tuple[Boundary, ...]:
+        """Where the internal classifiers read, in order."""
+        return tuple(spec.boundary for spec in self.specs)
+
+    def _step(self, m: int, feature: Tensor, carried: Tensor | None, inputs: list[Tensor | None]) -> HeadOutput:
+        try:
+            return cast("Classifier", self.classifiers[m]).step(feature, carried, inputs)
+        except RuntimeError as error:
+            boundary = self.boundaries[m]
+            if tuple(feature.shape[1:]) == boundary.shape:
+                raise
+            raise ExitkitError(
+                f"exit {m} was made for features of shape {boundary.shape}, but {boundary.name!r} gives "
+                f"{tuple(feature.shape[1:])}; attach again with example_inputs of the size that the model is used with"
+            ) from error
+
+    def _argument(self, key: int | str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+        """An input of this call, whether it was attached and is now passed by position or by keyword."""
+        names = list(signature(self.backbone.forward).parameters)
+        name = names[key] if isinstance(key, int) and key < len(names) else key
+        position = names.index(name) if name in names else key
+        value: Tensor | None = (
+            args[position] if isinstance(position, int) and position < len(args) else kwargs.get(str(name))
+        )
+        return value
+
+    def _found(self, slot: int, feature: Tensor | None) -> Tensor:
+        if feature is None:
+            raise ExitkitError(
+                f"module {self.boundaries[slot].name!r} was not called in this forward, so exit {slot} has no feature; "
+                "the backbone took another path than when it was attached"
+            )
+        return feature
+
+
+def detach(model: MultiExitModel) -> nn.Module:
+    """The user's own model, as it was before :func:`exitkit.attach`, but for a last layer that ``attach`` replaced."""
+    if not isinstance(model, MultiExitModel):
+        raise ExitkitError(f"detach takes what exitkit.attach returned, not {type(model).__name__}")
+    return model.backbone
+
+
+def _combiners(method: Method, exits: int, num_classes: int) -> nn.ModuleList:
+    """One combiner per internal classifier, and one for the backbone where the method asks for it."""
+    if method.ensemble == "none":
+        return nn.ModuleList()
+    count = exits + int(method.ensemble_final)
+    return nn.ModuleList(COMBINERS[method.ensemble](m + 1, num_classes) for m in range(count))

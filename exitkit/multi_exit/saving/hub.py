@@ -1,0 +1,84 @@
+"""The Hugging Face Hub: folders there, and what went wrong on the way."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # not in its __all__
+
+from exitkit.common.errors import ExitkitError
+
+Token = str | bool | None
+
+
+def fetch(source: str | os.PathLike[str], patterns: Sequence[str], revision: str | None, token: Token) -> Path:
+    """The folder ``source``, or the downloaded files of the Hub's repository of that name that match ``patterns``.
+
+    Raises:
+        ExitkitError: neither of the two, or the Hub cannot be reached or refuses.
+    """
+    if not isinstance(source, str | os.PathLike):
+        raise ExitkitError(f"source={source!r} must be a folder or a name on the Hub, such as 'user/exits'")
+    folder = Path(source)
+    if folder.is_dir():
+        if revision is not None:
+            raise ExitkitError(
+                f"revision={revision!r} is for names on the Hub, but source={str(source)!r} is a folder here; leave "
+                "revision out"
+            )
+        return folder
+    if not isinstance(source, str) or folder.exists() or not is_name(source):
+        raise ExitkitError(
+            f"source={str(source)!r} is no folder, and no name on the Hub, such as 'user/exits'; check the path"
+        )
+    with _reaching(f"source={source!r} is no folder here, and loading it from the Hub failed"):
+        return Path(snapshot_download(source, revision=revision, token=token, allow_patterns=[*patterns]))
+
+
+def create(repo_id: str, private: bool | None, token: Token) -> str:
+    """The full name of the model repository ``repo_id``, which is made where there is none.
+
+    Raises:
+        ExitkitError: the Hub cannot be reached or refuses.
+    """
+    with _reaching(f"creating repo_id={repo_id!r} on the Hub failed"):
+        return HfApi(token=token).create_repo(repo_id, private=private, exist_ok=True).repo_id
+
+
+def upload(folder: Path, repo_id: str, replaced: Sequence[str], message: str, token: Token) -> str:
+    """Commit the files in ``folder``, and the deletion of older ones that match ``replaced``; the commit's address.
+
+    Raises:
+        ExitkitError: the Hub cannot be reached or refuses.
+    """
+    with _reaching(f"uploading to repo_id={repo_id!r} on the Hub failed"):
+        commit = HfApi(token=token).upload_folder(
+            repo_id=repo_id, folder_path=folder, commit_message=message, delete_patterns=[*replaced]
+        )
+        return commit.commit_url
+
+
+def is_name(text: str) -> bool:
+    """Whether ``text`` can be the name of a repository on the Hub."""
+    try:
+        validate_repo_id(text)
+    except HFValidationError:
+        return False
+    return True
+
+
+@contextmanager
+def _reaching(failure: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # huggingface_hub lets the errors of its HTTP library through
+        reason = " ".join(str(error).split())[:500].rstrip(".")
+        raise ExitkitError(
+            f"{failure}: {type(error).__name__}: {reason}. Check the name, the revision and the connection, and for "
+            "what is private or yours the token (token=, or `hf auth login`)"
+        ) from error

@@ -1,0 +1,172 @@
+"""Writing packages: ``.pt2`` for torch, ``.onnx`` with real branches, ``.onnx.zip`` for batches in onnxruntime."""
+
+from __future__ import annotations
+
+import io
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.export import ExportedProgram
+
+from exitkit.calibration.risk_control import ChosenThreshold
+from exitkit.calibration.thresholds import Threshold, numbers
+from exitkit.common.errors import ExitkitError
+from exitkit.engine.aot import compile_step, load_step
+from exitkit.engine.engine import checked_criterion, checked_program, resolved_threshold
+from exitkit.engine.exported import example_of, export_steps
+from exitkit.engine.memory_format import is_channels_last
+from exitkit.engine.program import Description, Program
+from exitkit.methods.criteria import Criterion
+from exitkit.multi_exit.model import MultiExitModel
+from exitkit.multi_exit.preprocessing import ImagePreprocessing, Preprocessing, TextPreprocessing
+from exitkit.packages.archive import write_archive
+from exitkit.packages.manifest import Kind, program_of_manifest, to_manifest
+from exitkit.packages.onnx_branches import write_branches
+from exitkit.packages.onnx_steps import onnx_run, to_onnx
+
+_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}
+_COARSE = 5e-2
+"""Largest difference from the model's own values, as a share of the largest of them; coarse for half precision."""
+
+
+def export(
+    model: MultiExitModel,
+    path: str | PathLike[str],
+    threshold: Threshold | None = None,
+    *,
+    criterion: Criterion | None = None,
+    optimize: bool = False,
+    labels: Sequence[str] | None = None,
+    preprocessing: Preprocessing | None = None,
+    tokenizer: Any = None,
+) -> None:
+    """Write a self-contained file that :func:`load` runs without the model's code, transformers or timm.
+
+    Args:
+        model: what :func:`exitkit.attach` returned.
+        path: its ending says what is written. ``.pt2``: the stages as torch programs, for batches of any size on any
+            device. ``.onnx``: one graph for one sample at a time, whose exits are ``If`` branches. ``.onnx.zip``: one ONNX
+            graph for each stage, for batches. An older file there is replaced when the new one is complete.
+        threshold: as for :func:`exitkit.compile`; its temperatures become part of the package, and a guarantee in words.
+        criterion: by default the method's.
+        optimize: ``.pt2`` only: stages compiled for the device the model is on, which takes minutes, and for this version
+            of torch.
+        labels: a name for each class; by default those in a Hugging Face model's configuration.
+        preprocessing: from images to inputs; by default what a torchvision or timm model declares.
+        tokenizer: for texts: the Hugging Face tokenizer.
+
+    Raises:
+        ExitkitError: an ending that is none of these, a stage that cannot be exported, a missing library, labels of another
+            number, or a package whose answers differ from the model's.
+    """
+    if not isinstance(model, MultiExitModel):
+        raise ExitkitError(f"model is {type(model).__name__}; export takes what exitkit.attach(model) returns")
+    target = Path(path)
+    kind = _kind(target, optimize)
+    criterion = checked_criterion(model, criterion)
+    chosen = resolved_threshold(model, threshold)
+    program = checked_program(model, chosen, criterion)
+    description = Description(
+        numbers(chosen, len(model.classifiers)),
+        _labels(model, labels),
+        _preprocessing(model, preprocessing, tokenizer),
+        tuple((exit_.name, exit_.macs_fraction) for exit_ in model.exits),
+        chosen.guarantee if isinstance(chosen, ChosenThreshold) else None,
+    )
+    manifest = to_manifest(program, description, kind or "onnx")
+    example = example_of(model)
+    if kind is None:
+        write_branches(target, program, description.thresholds, example, manifest)
+        return
+    steps, runs = [], []
+    for content, run, formats in _converted(kind, program, example):
+        steps.append(content)
+        runs.append(run)
+        manifest["steps"][len(steps) - 1]["channels_last"] = formats
+    _compare(program, program_of_manifest(manifest, runs, program.inputs.device), example)
+    write_archive(target, manifest, steps)
+
+
+def _kind(path: Path, optimize: bool) -> Kind | None:
+    """What the file's ending asks for; None for a single ONNX graph."""
+    endings: dict[str, Kind | None] = {".pt2": "torch", ".onnx.zip": "onnx", ".onnx": None}
+    ending = next((ending for ending in endings if path.name.endswith(ending)), None)
+    if ending is None:
+        raise ExitkitError(f"path={str(path)!r} must end in .pt2, .onnx or .onnx.zip, which says what is written")
+    if optimize and ending != ".pt2":
+        raise ExitkitError(f"optimize=True compiles .pt2 packages; {ending} is optimised by the runtime that reads it")
+    return "compiled" if optimize else endings[ending]
+
+
+def _converted(
+    kind: Kind, program: Program, example: Sequence[Tensor]
+) -> Iterator[tuple[bytes, Callable[..., Sequence[Any]], list[bool]]]:
+    """Every step as the bytes that are written, as a function that runs them, and in which memory formats it takes values."""
+    for exported in export_steps(program, example, channels_last=kind == "compiled"):
+        formats = [is_channels_last(tensor) for tensor in exported.example_inputs[0]]
+        if kind == "torch":
+            buffer = io.BytesIO()
+            torch.export.save(exported, buffer)
+            yield buffer.getvalue(), exported.module(check_guards=False), formats
+        elif kind == "onnx":
+            content = to_onnx(exported)
+            yield content, onnx_run(content), formats
+        else:
+            yield *_compiled(exported), formats
+
+
+def _compiled(exported: ExportedProgram) -> tuple[bytes, Callable[..., Sequence[Any]]]:
+    with tempfile.TemporaryDirectory(prefix="exitkit-") as directory:
+        path = Path(directory) / "step.pt2"
+        formats = compile_step(exported, path)
+        return path.read_bytes(), load_step(path, formats)
+
+
+def _compare(program: Program, written: Program, example: Sequence[Tensor]) -> None:
+    """Refuse a package whose steps give other values than the model's, at a batch size it was not exported with."""
+    values = {name: tensor[:2].contiguous() for name, tensor in zip(program.inputs.names, example, strict=True)}
+    for ours, theirs in zip(program.steps, written.steps, strict=True):
+        taken = [values[name] for name in ours.inputs]
+        with torch.no_grad():
+            expected, got = ours.run(*taken), theirs.run(*taken)
+        for one, other in zip(expected, got, strict=True):
+            allowed = _TOLERANCE.get(one.dtype, _COARSE) * max(1.0, float(one.float().abs().max()))
+            gap = float((one.float() - other.to(one.device).float()).abs().max())
+            if not gap <= allowed:
+                raise ExitkitError(
+                    f"stage {ours.exit} gives other values when exported (off by {gap:.1e}, {allowed:.1e} is allowed), so "
+                    "nothing was written"
+                )
+        values.update(zip(ours.outputs, expected, strict=False))
+
+
+def _labels(model: MultiExitModel, labels: Sequence[str] | None) -> tuple[str, ...] | None:
+    if labels is None:
+        known = getattr(getattr(model.backbone, "config", None), "id2label", None)
+        if not isinstance(known, dict) or set(known) != set(range(model.num_classes)):
+            return None
+        labels = [known[index] for index in range(model.num_classes)]
+    if not isinstance(labels, Sequence) or isinstance(labels, str):
+        raise ExitkitError(
+            f"labels={labels!r} must be a list of names, one for each of the {model.num_classes} classes"
+        )
+    names = tuple(str(label) for label in labels)
+    if len(names) != model.num_classes:
+        raise ExitkitError(f"labels has {len(names)} names; the model has {model.num_classes} classes")
+    return names
+
+
+def _preprocessing(model: MultiExitModel, preprocessing: Preprocessing | None, tokenizer: Any) -> Preprocessing | None:
+    if not isinstance(preprocessing, Preprocessing | None):
+        raise ExitkitError(
+            f"preprocessing is {type(preprocessing).__name__}; give exitkit.ImagePreprocessing(...) or "
+            "exitkit.TextPreprocessing(...)"
+        )
+    if tokenizer is not None:
+        return TextPreprocessing.of(tokenizer, [str(key) for key in model.example.spec.keys])
+    return preprocessing if preprocessing is not None else ImagePreprocessing.of(model.backbone)

@@ -1,5 +1,0 @@
-"""Saved and shared: what exitkit added, in a folder or on the Hugging Face Hub."""
-
-from exitkit.saving.folder import load_exits, push_exits, save_exits
-
-__all__ = ["load_exits", "push_exits", "save_exits"]

@@ -1,0 +1,219 @@
+"""Capture: the backbone's graph, by non-strict ``torch.export`` in eval mode with a dynamic batch."""
+
+from __future__ import annotations
+
+import io
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, redirect_stderr
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim
+from torch.fx import GraphModule
+
+from exitkit.common.errors import ExitkitError
+from exitkit.surgery.default_inputs import example_for
+from exitkit.surgery.inputs import CallSpec, Example
+from exitkit.surgery.supported import admit
+
+BACKBONE = "backbone"
+"""Path of the user's model inside the captured module; stripped from every name that users see."""
+
+
+class LogitsOf(nn.Module):
+    """The backbone as a function of flat tensors that returns its logits alone."""
+
+    def __init__(self, backbone: nn.Module, spec: CallSpec) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.spec = spec
+
+    def forward(self, *tensors: Tensor) -> Tensor:
+        args, kwargs = self.spec.call(tensors)
+        output = self.backbone(*args, **kwargs)
+        _check_single(output)
+        return logits_of(output)
+
+
+@dataclass(frozen=True)
+class Capture:
+    """A backbone's graph and the example it was captured with.
+
+    ``graph`` shares every parameter and buffer with ``backbone`` and maps flat tensors to logits (B, C).
+    """
+
+    backbone: nn.Module
+    graph: GraphModule
+    example: Example
+
+    @property
+    def spec(self) -> CallSpec:
+        return self.example.spec
+
+
+def capture(model: nn.Module, example_inputs: Any = None) -> Capture:
+    """Capture ``model`` without changing it: same weights, same training flags, hooks and RNG state.
+
+    Raises:
+        ExitkitError: a model that :func:`exitkit.surgery.supported.admit` refuses, no inferable inputs, the example does
+            not run, the output is not floating-point logits of shape (B, C), or ``torch.export`` cannot follow the forward.
+    """
+    admit(model)
+    example = example_for(model, example_inputs)
+    wrapped = LogitsOf(model, example.spec)
+    with untouched(model), torch.no_grad():
+        _check_logits(_run(wrapped, example), len(example.tensors[0]), model)
+        program = _export(wrapped, example, model)
+    return Capture(model, _without_asserts(program.module(check_guards=False)), example)
+
+
+def logits_of(output: Any) -> Tensor:
+    """The logits in whatever a classifier returns: a tensor, an object or mapping with ``logits``, a tuple."""
+    if isinstance(output, Mapping) and "logits" in output:
+        output = output["logits"]
+    elif hasattr(output, "logits"):
+        output = output.logits
+    elif isinstance(output, tuple | list) and output:
+        output = output[0]
+    if not isinstance(output, Tensor):
+        held = f" with keys {list(output)}" if isinstance(output, Mapping) else ""
+        raise ExitkitError(
+            f"the model returns {type(output).__name__}{held}, not logits; exitkit needs a classifier that returns a "
+            "tensor (B, C), a tuple that begins with it, or an object with .logits"
+        )
+    return output
+
+
+def _check_single(output: Any) -> None:
+    """Refuse a tuple of several predictions: which of them the exits should learn is not ours to choose."""
+    if type(output) in (tuple, list) and sum(isinstance(item, Tensor) and item.dim() == 2 for item in output) > 1:
+        shapes = ", ".join(str(tuple(item.shape)) for item in output if isinstance(item, Tensor))
+        raise ExitkitError(
+            f"the model returns several outputs, of shapes {shapes}; wrap it in a module that returns the logits the exits "
+            "are for"
+        )
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """``model.eval()`` for a while; afterwards every submodule's training flag is as it was."""
+    flags = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in flags:
+            module.training = training
+
+
+@contextmanager
+def untouched(model: nn.Module) -> Iterator[None]:
+    """``evaluation_mode``, and whatever a forward writes into buffers meanwhile is undone."""
+    saved = [
+        (module, name, buffer, buffer.clone())
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    ]
+    versions = [buffer._version for _, _, buffer, _ in saved]
+    try:
+        with evaluation_mode(model):
+            yield
+    finally:
+        for (module, name, buffer, values), version in zip(saved, versions, strict=True):
+            module._buffers[name] = buffer
+            if buffer._version != version:
+                buffer.data.copy_(values)
+
+
+def _run(wrapped: LogitsOf, example: Example) -> Tensor:
+    try:
+        logits: Tensor = wrapped(*(tensor.clone() for tensor in example.tensors))
+        return logits
+    except ExitkitError:
+        raise
+    except Exception as error:  # whatever the user's forward raises on the example
+        if len(example.tensors[0]) > 1 and _runs(wrapped, example.with_batch(1)):
+            raise ExitkitError(
+                f"{type(wrapped.backbone).__name__} runs on one row of example_inputs and not on {len(example.tensors[0])} "
+                f"({_first_line(error)}): its forward fixes the batch size, or its inputs have no batch dimension. Exits are "
+                "attached to models that take a batch of any size first"
+            ) from error
+        shapes = {key: tuple(t.shape) for key, t in zip(example.spec.keys, example.tensors, strict=True)}
+        raise ExitkitError(
+            f"example_inputs of shapes {shapes} do not run through {type(wrapped.backbone).__name__}: "
+            f"{_first_line(error)}. {_advice(error)}"
+        ) from error
+
+
+def _advice(error: Exception) -> str:
+    if "padding token" in str(error):  # transformers' decoders, which find the last token by it
+        return "Set model.config.pad_token_id, such as to the tokenizer's"
+    return "Pass example_inputs that model(...) accepts"
+
+
+def _runs(wrapped: LogitsOf, example: Example) -> bool:
+    try:
+        wrapped(*(tensor.clone() for tensor in example.tensors))
+    except Exception:  # only whether it runs is asked
+        return False
+    return True
+
+
+def _check_logits(logits: Tensor, batch: int, model: nn.Module) -> None:
+    if not logits.is_floating_point() or logits.dim() != 2 or logits.shape[0] != batch:
+        raise ExitkitError(
+            f"{type(model).__name__} returns a {logits.dtype} tensor of shape {tuple(logits.shape)} for a batch of "
+            f"{batch}; exitkit attaches exits to classifiers, whose output is floating point of shape (B, C), not to "
+            "segmenters, detectors or models without a batch dimension"
+        )
+
+
+def _export(wrapped: LogitsOf, example: Example, model: nn.Module) -> torch.export.ExportedProgram:
+    batch = Dim("batch")
+    dims = {0: batch, 1: Dim.AUTO} if example.text else {0: batch}
+    disabled = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)  # a refused export logs and prints the whole graph before it raises
+    try:
+        with redirect_stderr(io.StringIO()):
+            return torch.export.export(
+                wrapped, example.tensors, strict=False, dynamic_shapes=(tuple(dict(dims) for _ in example.tensors),)
+            )
+    except Exception as error:  # torch.export raises dozens of types, most of them private
+        raise ExitkitError(
+            f"{type(model).__name__} cannot be captured by torch.export: {_first_line(error)}{_where(error)}. Forwards "
+            "whose path depends on tensor values, or that fix the batch size, cannot be cut; rewrite that operation "
+            "(torch.where instead of if, shapes from x.shape[0]), or attach to the part of the model around it"
+        ) from error
+    finally:
+        logging.disable(disabled)
+
+
+def _without_asserts(graph: GraphModule) -> GraphModule:
+    """The graph without checks of values, and without what only they need (``.item()``, which nothing else can follow)."""
+    for node in list(graph.graph.nodes):
+        if "_assert_" in str(node.target) and not node.users:
+            graph.graph.erase_node(node)
+    graph.graph.eliminate_dead_code()
+    graph.recompile()
+    return graph
+
+
+def _first_line(error: BaseException) -> str:
+    """The line of an error that says what is wrong, without torch's advice on its own debugging."""
+    lines = [line.strip(" -") for line in str(error).splitlines() if line.strip() and "TORCH_LOGS" not in line]
+    return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"[:400].rstrip(".")
+
+
+def _where(error: BaseException) -> str:
+    """The last line of the user's own code in the traceback, where the refused operation stands."""
+    place, frame = "", error.__traceback__
+    while frame is not None:
+        filename = frame.tb_frame.f_code.co_filename
+        if "/torch/" not in filename and "exitkit/surgery" not in filename:
+            place = f" (at {filename}:{frame.tb_lineno}, in {frame.tb_frame.f_code.co_name})"
+        frame = frame.tb_next
+    return place

@@ -1,0 +1,125 @@
+"""How a backbone is called: a batch becomes arguments, and arguments a flat tuple of tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from exitkit.common.errors import ExitkitError
+
+T = TypeVar("T")
+
+
+def as_call(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """A batch as ``(args, kwargs)``: a tensor or a tuple is positional, a mapping goes by keyword."""
+    if isinstance(batch, Tensor):
+        return (batch,), {}
+    if isinstance(batch, Mapping):
+        return (), dict(batch)
+    if isinstance(batch, tuple | list):
+        return tuple(batch), {}
+    raise ExitkitError(
+        f"inputs of type {type(batch).__name__} cannot be passed to a model; give a tensor, a tuple of tensors, "
+        "or a dict of tensors by argument name"
+    )
+
+
+def call_on(function: Callable[..., T], batch: Any) -> T:
+    """``function`` called with a batch as its arguments."""
+    args, kwargs = as_call(batch)
+    return function(*args, **kwargs)
+
+
+@dataclass(frozen=True)
+class CallSpec:
+    """The shape of a call: where its tensors stand, and the constants (None, flags) beside them."""
+
+    args: tuple[Any, ...]
+    kwargs: tuple[tuple[str, Any], ...]
+    keys: tuple[int | str, ...]
+    """Position or keyword of each tensor, in the order of :meth:`tensors`."""
+
+    @classmethod
+    def of(cls, batch: Any) -> CallSpec:
+        args, kwargs = as_call(batch)
+        named: list[tuple[int | str, Any]] = [*enumerate(args), *sorted(kwargs.items())]
+        keys = tuple(key for key, value in named if isinstance(value, Tensor))
+        if not keys:
+            raise ExitkitError("example_inputs holds no tensor; give the tensors the model is called with")
+        blank = {key: None if isinstance(value, Tensor) else value for key, value in named}
+        return cls(
+            tuple(blank[i] for i in range(len(args))), tuple((name, blank[name]) for name in sorted(kwargs)), keys
+        )
+
+    def tensors(self, batch: Any) -> tuple[Tensor, ...]:
+        """The tensors of ``batch`` in this spec's order; the same keys must be present."""
+        args, kwargs = as_call(batch)
+        given: dict[int | str, Any] = dict([*enumerate(args), *kwargs.items()])
+        found = {key for key, value in given.items() if isinstance(value, Tensor)}
+        if found != set(self.keys):
+            raise ExitkitError(
+                f"the model was attached with tensor inputs {list(self.keys)}, but was called with "
+                f"{sorted(found, key=str)}; call it the same way, or attach again with other example_inputs"
+            )
+        return tuple(given[key] for key in self.keys)
+
+    def call(self, tensors: tuple[Tensor, ...]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The inverse of :meth:`tensors`: arguments and keywords for the backbone."""
+        args, kwargs = list(self.args), dict(self.kwargs)
+        for key, tensor in zip(self.keys, tensors, strict=True):
+            if isinstance(key, int):
+                args[key] = tensor
+            else:
+                kwargs[key] = tensor
+        return tuple(args), kwargs
+
+    def batch(self, tensors: tuple[Tensor, ...]) -> Any:
+        """A batch that :func:`as_call` turns into this call."""
+        args, kwargs = self.call(tensors)
+        return kwargs or args
+
+
+@dataclass(frozen=True)
+class Example:
+    """Example tensors of a call, batch first, from which other batch sizes are made."""
+
+    spec: CallSpec
+    tensors: tuple[Tensor, ...]
+
+    @classmethod
+    def of(cls, batch: Any) -> Example:
+        spec = CallSpec.of(batch)
+        tensors = spec.tensors(batch)
+        sizes = {tuple(tensor.shape[:1]) for tensor in tensors}
+        if len(sizes) != 1 or () in sizes or (0,) in sizes:
+            shapes = {key: tuple(tensor.shape) for key, tensor in zip(spec.keys, tensors, strict=True)}
+            raise ExitkitError(
+                f"example_inputs has shapes {shapes}; every tensor needs the same, non-zero batch size as its first "
+                "dimension"
+            )
+        return cls(spec, tensors)
+
+    def with_batch(self, size: int) -> Example:
+        """The same example with ``size`` rows, repeating them in turn."""
+        rows = torch.arange(size) % len(self.tensors[0])
+        return replace(self, tensors=tuple(tensor[rows.to(tensor.device)] for tensor in self.tensors))
+
+    @property
+    def text(self) -> bool:
+        """Whether these are token ids and masks: integer (or bool) tensors of shape (batch, sequence)."""
+        return all(tensor.dim() == 2 and not tensor.is_floating_point() for tensor in self.tensors)
+
+    def shorter(self, tokens: int) -> Example:
+        """For text: ``tokens`` fewer, first and last kept; masks are full but for the last row, which is padded."""
+        parts = []
+        for key, tensor in zip(self.spec.keys, self.tensors, strict=True):
+            cut = torch.cat([tensor[:, :1], tensor[:, 1 + tokens :]], 1)
+            if "mask" in str(key):
+                cut = torch.ones_like(cut)
+                cut[-1, cut.shape[1] // 2 + 1 :] = 0
+            parts.append(cut)
+        return replace(self, tensors=tuple(parts))

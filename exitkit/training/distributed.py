@@ -1,0 +1,127 @@
+"""One process or several: devices, seeds, and each process's part of the data."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Iterator, Sized
+from typing import Any, cast
+
+import numpy as np
+import torch
+from accelerate import Accelerator, DataLoaderConfiguration
+from accelerate.state import AcceleratorState
+from accelerate.utils import parse_flag_from_env, set_seed
+from torch.utils.data import DataLoader
+
+from exitkit.common.batches import check_iterable
+from exitkit.common.errors import ExitkitError
+
+_SHARDING = {
+    "ACCELERATE_USE_FSDP": "FSDP",
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+}
+"""What ``accelerate launch`` asks every process for, by environment variable."""
+
+
+_APART = 100_003
+"""Epochs apart that the seeds of two runs lie, so that run 1 does not repeat run 0's orders one epoch later."""
+
+_SEEDS = 2**32
+"""numpy takes no seed beyond these."""
+
+
+def make_accelerator(mixed_precision: str) -> Accelerator:
+    """accelerate keeps one precision per process; every fit brings its own, so an earlier one is forgotten first.
+
+    Raises:
+        ExitkitError: ``accelerate launch`` was asked to divide the model among processes, or the device does not
+            have this precision.
+    """
+    if asked := [name for variable, name in _SHARDING.items() if parse_flag_from_env(variable)]:
+        raise ExitkitError(
+            f"accelerate launch was asked for {asked[0]}, which divides the parameters among processes; phases freeze and "
+            "thaw whole parameters and checkpoints hold them, so Trainer supports data parallel processes alone (DDP), "
+            "each with the whole model; start without it (torchrun, or accelerate launch --multi_gpu)"
+        )
+    if AcceleratorState._shared_state and AcceleratorState().mixed_precision != mixed_precision:
+        AcceleratorState._reset_state()
+    accelerator = Accelerator(
+        mixed_precision=mixed_precision, dataloader_config=DataLoaderConfiguration(even_batches=True)
+    )
+    if mixed_precision != "no" and not accelerator.native_amp:  # accelerate itself goes on without a word
+        raise ExitkitError(
+            f"mixed_precision={mixed_precision!r} would change nothing on this device ({accelerator.device.type}); use 'bf16' "
+            "or 'no'"
+        )
+    return accelerator
+
+
+def own_part(accelerator: Accelerator, loader: Iterable[Any], name: str) -> Iterable[Any]:
+    """The batches of this process: every n-th of the loader's, so that a step takes n of them.
+
+    Raises:
+        ExitkitError: something that yields no batches, or only once; several processes, and something that cannot be
+            divided among them.
+    """
+    _check_readable(loader, name)
+    if accelerator.num_processes == 1:
+        return loader
+    if not isinstance(loader, DataLoader):
+        raise ExitkitError(
+            f"{name} is a {type(loader).__name__}; {accelerator.num_processes} processes need a torch DataLoader, whose "
+            "batches can be divided among them"
+        )
+    prepared: Iterable[Any] = accelerator.prepare_data_loader(loader, device_placement=False)
+    return prepared
+
+
+def _check_readable(loader: Any, name: str) -> None:
+    check_iterable(loader, name)
+    if isinstance(loader, Iterator):
+        raise ExitkitError(
+            f"{name} is {type(loader).__name__}, which is used up after one pass, and a run makes several; give a torch "
+            "DataLoader, or a list of batches"
+        )
+    if length(loader) == 0:
+        raise ExitkitError(f"{name} is empty: it yields no batch; check the data set and drop_last")
+
+
+def seed_everything(loader: Iterable[Any], seed: int, epoch: int = 0) -> None:
+    """A seed per epoch instead of stored generator states: initial order, shuffling and augmentation follow from it."""
+    seed = (seed * _APART + epoch) % _SEEDS
+    set_seed(seed)
+    outer = getattr(loader, "batch_sampler", None)
+    inner = getattr(outer, "batch_sampler", None)  # of a loader divided by accelerate
+    samplers = (getattr(owner, "sampler", None) for owner in (loader, outer, inner))
+    for owner in (loader, outer, *samplers):
+        if isinstance(generator := getattr(owner, "generator", None), torch.Generator):
+            generator.manual_seed(seed)
+
+
+def length(loader: Iterable[Any]) -> int | None:
+    """Batches per epoch; None for a loader that cannot know (an iterable data set)."""
+    try:
+        return len(cast("Sized", loader))
+    except TypeError:
+        return None
+
+
+def random_state() -> dict[str, Any]:
+    """Where the random number generators of torch, numpy and Python stand, in values that load without unpickling."""
+    name, keys, *rest = np.random.get_state(legacy=True)
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "numpy": [name, torch.from_numpy(np.asarray(keys).astype(np.int64)), *rest],
+        "python": random.getstate(),
+    }
+
+
+def set_random_state(state: dict[str, Any]) -> None:
+    torch.set_rng_state(state["torch"])
+    if torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(state["cuda"])
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
+    random.setstate(state["python"])

@@ -1,0 +1,235 @@
+"""The feature cache: what a frozen backbone says about every sample, computed once."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import tempfile
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, IterableDataset
+
+from exitkit.common.batches import check_training_labels, checked, split_batch
+from exitkit.common.errors import ExitkitError
+from exitkit.common.files import replacing
+from exitkit.common.hashes import hash_samples
+from exitkit.multi_exit.model import MultiExitModel
+from exitkit.surgery.capturing import evaluation_mode
+from exitkit.surgery.fingerprint import weights_digest
+from exitkit.surgery.inputs import call_on
+from exitkit.training.distributed import seed_everything
+from exitkit.training.feature_cache.heads_alone import HeadsAlone, bodies_read
+from exitkit.training.feature_cache.store import Writer, read_store, row_bytes
+from exitkit.training.options import Options
+from exitkit.training.step import placed
+
+_GIGABYTE = 1e9
+_LABELS, _LOGITS = "labels", "logits"
+
+
+class Data(NamedTuple):
+    """What a run learns from: loaders, and what their batches are for (the model, or its heads alone)."""
+
+    view: MultiExitModel | HeadsAlone
+    train: Iterable[Any]
+    val: Iterable[Any] | None
+
+
+@contextmanager
+def cached(options: Options, accelerator: Accelerator, data: Data) -> Iterator[Data]:
+    """The same samples in the same order, as reduced features; ``data`` as it is where there is no room for them.
+
+    They are kept in ``output_dir``, where a later run finds them, or in a temporary folder until the end.
+
+    Raises:
+        ExitkitError: several processes, a loader whose samples have no numbers, or features that differ in shape.
+    """
+    if accelerator.num_processes > 1:
+        raise ExitkitError(
+            f"cache=True is for one process, this run has {accelerator.num_processes}; heads alone train quickly, so start "
+            "without torchrun or accelerate launch, or leave cache out"
+        )
+    loaders = {"train": _numbered(data.train, "train_loader")}
+    if data.val is not None:
+        loaders["val"] = _numbered(data.val, "val_loader")
+    with ExitStack() as stack:
+        folder = options.directory or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="exitkit-")))
+        for leftover in folder.glob(".features-*"):
+            leftover.unlink(missing_ok=True)  # of a run that was killed while it wrote one
+        cache = _Cache(options, accelerator, HeadsAlone(options.model))
+        rows: dict[str, DataLoader[Any]] = {}
+        try:
+            for name, loader in loaders.items():
+                rows[name] = cache.rows(loader, folder / f"features-{name}.safetensors")
+        except OSError as reason:
+            warnings.warn(f"cache=True, but {reason}; the backbone runs in every epoch", stacklevel=4)
+        yield Data(cache.view, rows["train"], rows.get("val")) if rows.keys() == loaders.keys() else data
+
+
+def _numbered(loader: Iterable[Any], name: str) -> DataLoader[Any]:
+    if (
+        not isinstance(loader, DataLoader)
+        or isinstance(loader.dataset, IterableDataset)
+        or loader.batch_sampler is None
+        or not hasattr(loader.dataset, "__len__")
+    ):
+        kind = type(loader.dataset if isinstance(loader, DataLoader) else loader).__name__
+        raise ExitkitError(
+            f"cache=True finds samples by their number, but {name} is made of a {kind}; give a torch DataLoader with a "
+            "batch_size over a data set that has a length and an item for every number below it, or leave cache out"
+        )
+    return loader
+
+
+@dataclass
+class _Cache:
+    """The stores of a run, one for each loader.
+
+    Attributes:
+        used: bytes of those made or found so far.
+    """
+
+    options: Options
+    accelerator: Accelerator
+    view: HeadsAlone
+    used: int = 0
+
+    def rows(self, loader: DataLoader[Any], path: Path) -> DataLoader[Any]:
+        """The loader's batches as rows of its store, which is computed where there is none of this content.
+
+        Raises:
+            OSError: no room.
+        """
+        stored = read_store(path, self._key(loader)) if path.exists() else None
+        if stored is None:
+            path.unlink(missing_ok=True)  # so that never two of them take disk
+            stored = read_store(path, self._compute(loader, path))
+        if stored is None:
+            raise OSError(f"{str(path)!r} cannot be read back as it was written")
+        self.used += path.stat().st_size
+        return DataLoader(
+            _Rows(stored), batch_sampler=loader.batch_sampler, collate_fn=_as_it_is, generator=loader.generator
+        )
+
+    def _compute(self, loader: DataLoader[Any], path: Path) -> str:
+        """Write the store; its key."""
+        content, start, rows = self._about(), 0, len(loader.dataset)  # type: ignore[arg-type]
+        first: dict[str, Tensor] = {}
+        with replacing(path) as temporary:
+            for batch in checked(self._in_order(loader), "the loader to cache"):
+                inputs, labels = self._added(content, batch)
+                parts = self._parts(inputs, labels)
+                if not first:
+                    first = parts
+                    self._check_room(rows * row_bytes(first), path.parent)
+                    writer = Writer(temporary, first, rows)
+                _check_alike(first, parts)
+                writer.write(start, parts)
+                start += len(parts[_LOGITS])
+            if start != rows:
+                raise ExitkitError(
+                    f"cache=True: the data set has {rows} samples, but {start} came out of the loader's collate_fn, so that "
+                    "they cannot be told apart by number; leave none out, or leave cache out"
+                )
+            writer.finish(content.hexdigest())
+        return content.hexdigest()
+
+    def _parts(self, inputs: Any, labels: Tensor | None) -> dict[str, Tensor]:
+        """A batch's rows: reduced features, the backbone's logits, and labels where there are some."""
+        model = self.options.model
+        with evaluation_mode(model), torch.no_grad(), self.accelerator.autocast(), bodies_read(model) as read:
+            _, heads = call_on(model.run_heads, placed(inputs, self.accelerator.device, self.options.channels_last))
+            reduced = [reduce(*args) for reduce, args in zip(self.view.reductions, read, strict=True)]
+        parts = {**{f"exit{m}": part for m, part in enumerate(reduced)}, _LOGITS: heads[-1]}
+        return parts if labels is None else {**parts, _LABELS: labels}
+
+    def _key(self, loader: DataLoader[Any]) -> str:
+        content = self._about()
+        for batch in self._in_order(loader):
+            self._added(content, batch)
+        return content.hexdigest()
+
+    def _about(self) -> hashlib._Hash:
+        """A hash of all that features depend on but the samples."""
+        model = self.options.model
+        reads = [spec.boundary.name for spec in model.specs]
+        precision = (self.options.mixed_precision, str(next(model.backbone.parameters()).dtype))
+        about = (weights_digest(model.backbone), reads, [str(part) for part in self.view.reductions], precision)
+        return hashlib.sha256(repr(about).encode())
+
+    def _added(self, content: hashlib._Hash, batch: Any) -> tuple[Any, Tensor | None]:
+        """A batch's inputs and checked labels, now in the hash too."""
+        inputs, labels = split_batch(batch)
+        hashes = hash_samples(inputs)
+        content.update(hashes.numpy().tobytes())
+        if labels is None:
+            return inputs, None
+        labels = check_training_labels(labels, self.options.model.num_classes, len(hashes))
+        content.update(labels.cpu().contiguous().numpy().tobytes())
+        return inputs, labels
+
+    def _in_order(self, loader: DataLoader[Any]) -> DataLoader[Any]:
+        """Every sample once, by its number, and augmented alike in every pass and every run of one seed."""
+        seed_everything(loader, self.options.seed)
+        size = getattr(loader.batch_sampler, "batch_size", None) or 64
+        return DataLoader(
+            loader.dataset,
+            batch_size=size,
+            num_workers=loader.num_workers,
+            collate_fn=loader.collate_fn,
+            worker_init_fn=loader.worker_init_fn,
+            multiprocessing_context=loader.multiprocessing_context,
+        )
+
+    def _check_room(self, size: int, folder: Path) -> None:
+        allowed = self.options.cache_gb * _GIGABYTE - self.used
+        if size > allowed:
+            raise OSError(
+                f"the features take {size / _GIGABYTE:.3g} GB of disk, and cache_gb leaves {allowed / _GIGABYTE:.3g}"
+            )
+        if size > (free := shutil.disk_usage(folder).free):
+            raise OSError(
+                f"the features take {size / _GIGABYTE:.3g} GB, and {str(folder)!r} has {free / _GIGABYTE:.3g} free"
+            )
+
+
+class _Rows(Dataset[Any]):
+    """A store's rows by their numbers, a batch at once."""
+
+    def __init__(self, stored: dict[str, Tensor]) -> None:
+        self.labels = stored.pop(_LABELS, None)
+        logits = stored.pop(_LOGITS)
+        self.parts = [*(stored[f"exit{m}"] for m in range(len(stored))), logits]
+
+    def __len__(self) -> int:
+        return len(self.parts[-1])
+
+    def __getitem__(self, number: int) -> Any:
+        return self.__getitems__([number])
+
+    def __getitems__(self, numbers: Sequence[int]) -> Any:
+        rows = torch.as_tensor(numbers)
+        parts = tuple(part[rows] for part in self.parts)
+        return (parts,) if self.labels is None else (parts, self.labels[rows])
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
+
+
+def _check_alike(first: dict[str, Tensor], parts: dict[str, Tensor]) -> None:
+    for name in first.keys() | parts.keys():
+        was, is_ = (None if name not in batch else tuple(batch[name].shape[1:]) for batch in (first, parts))
+        if was != is_ or first[name].dtype != parts[name].dtype:
+            raise ExitkitError(
+                f"cache=True: {name} has shape {was} per sample in the first batch and {is_} in another, so that it has no "
+                "place in one table; pad all samples to one length, use head='auto' or '1L', or leave cache out"
+            )

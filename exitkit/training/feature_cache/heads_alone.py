@@ -1,0 +1,124 @@
+"""Heads in two parts: a beginning without parameters, which a frozen backbone makes a constant, and what learns."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import takewhile
+from math import prod
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from exitkit.common.errors import ExitkitError
+from exitkit.exits.classifiers import HeadOutput, TokenBody
+from exitkit.exits.gpf import Classifier, imitation_losses
+from exitkit.exits.pooling import SDNPool, pooled_size, two_pools
+from exitkit.multi_exit.model import MultiExitModel
+
+
+class HeadsOutput(NamedTuple):
+    """As in :class:`exitkit.MultiExitOutput`: every head's logits, the backbone's last, and auxiliary losses."""
+
+    heads: tuple[Tensor, ...]
+    auxiliary: tuple[Tensor, ...] | None
+
+
+class HeadsAlone(nn.Module):
+    """A model's heads, applied to reduced features; the parameters are the model's own.
+
+    It is called with one reduced feature per exit and the backbone's logits (B, C).
+
+    Attributes:
+        reductions: one per exit: (feature, the model's inputs that the head reads) → what its parameters are applied to.
+    """
+
+    def __init__(self, model: MultiExitModel) -> None:
+        super().__init__()
+        self.reductions: list[nn.Module] = []
+        self.heads = nn.ModuleList()
+        for spec, classifier in zip(model.specs, model.classifiers, strict=True):
+            if spec.inputs and not isinstance(classifier.body, TokenBody):
+                raise ExitkitError(
+                    f"cache=True: the head at {spec.boundary.name!r} reads inputs of the model beside its feature "
+                    f"(head={model.head!r}), and cannot be fed from a cache; use head='auto' or leave cache out"
+                )
+            reduction, rest = _split(classifier.body)  # type: ignore[arg-type]
+            self.reductions.append(reduction)
+            self.heads.append(_with_body(classifier, rest))
+
+    def forward(self, *parts: Tensor) -> HeadsOutput:
+        steps = self._steps(parts)
+        auxiliary = imitation_losses(steps) if torch.is_grad_enabled() else None
+        return HeadsOutput((*(step.logits for step in steps), parts[-1]), auxiliary)
+
+    def run_heads(self, *parts: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """The reduced features, and every head's logits (the backbone's last)."""
+        return parts[:-1], (*(step.logits for step in self._steps(parts)), parts[-1])
+
+    def _steps(self, parts: tuple[Tensor, ...]) -> list[HeadOutput]:
+        steps: list[HeadOutput] = []
+        for head, part in zip(self.heads, parts[:-1], strict=True):
+            steps.append(head.step(part, steps[-1].carried if steps else None, ()))  # type: ignore[operator]
+        return steps
+
+
+@contextmanager
+def bodies_read(model: MultiExitModel) -> Iterator[list[tuple[Any, ...]]]:
+    """While open, every forward leaves in the list, in order of the exits, what each head's body was called with."""
+    read: list[tuple[Any, ...]] = []
+    bodies = [classifier.body for classifier in model.classifiers]
+    handles = [body.register_forward_pre_hook(lambda _, args: read.append(args)) for body in bodies]  # type: ignore[union-attr]
+    try:
+        yield read
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _split(body: nn.Module) -> tuple[nn.Module, nn.Module]:
+    """The parameter-free beginning of a body, and the rest; a body that begins with parameters keeps its feature."""
+    if isinstance(body, TokenBody):
+        return body.pool, body.hidden
+    if not isinstance(body, nn.Sequential):
+        return nn.Identity(), body
+    layers = list(body)
+    free = list(takewhile(lambda layer: not list(layer.parameters()), layers))
+    rest = layers[len(free) :]
+    if rest and isinstance(rest[0], SDNPool):
+        return _PoolsWhereSmaller(nn.Sequential(*free)), nn.Sequential(_MixWherePooled(rest[0]), *rest[1:])
+    return nn.Sequential(*free), nn.Sequential(*rest)
+
+
+class _PoolsWhereSmaller(nn.Module):
+    """Both of SDN's poolings (B, 2, C, 4, 4) where they are smaller than the maps (B, C, H, W), which stay otherwise."""
+
+    def __init__(self, before: nn.Module) -> None:
+        super().__init__()
+        self.before = before
+
+    def forward(self, feature: Tensor) -> Tensor:
+        maps: Tensor = self.before(feature)
+        height, width = maps.shape[-2:]
+        if 2 * prod(pooled_size(height, width)) >= height * width:
+            return maps
+        return torch.stack(two_pools(maps), 1)
+
+
+class _MixWherePooled(nn.Module):
+    def __init__(self, pool: SDNPool) -> None:
+        super().__init__()
+        self.pool = pool
+
+    def forward(self, part: Tensor) -> Tensor:
+        mixed: Tensor = self.pool(part) if part.dim() == 4 else self.pool.mix(*part.unbind(1))
+        return mixed
+
+
+def _with_body(classifier: nn.Module, body: nn.Module) -> Classifier:
+    """The classifier, its parameters shared, with another body."""
+    twin = copy.copy(classifier)
+    twin._modules = {**classifier._modules, "body": body}
+    return twin  # type: ignore[return-value]

@@ -1,0 +1,309 @@
+"""One call of ``Trainer.fit``: phases, epochs, validation, checkpoints."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast
+from torch import Tensor
+from torch.nn import functional as F
+
+from exitkit.common.batches import check_labels, checked, split_batch
+from exitkit.common.errors import ExitkitError
+from exitkit.multi_exit.model import MultiExitModel
+from exitkit.surgery.capturing import evaluation_mode
+from exitkit.surgery.fingerprint import weights_digest
+from exitkit.surgery.inputs import call_on
+from exitkit.training.checkpoint import a_full_disk_survived, load_checkpoint, remove_leftovers, save_checkpoint
+from exitkit.training.distributed import length, random_state, seed_everything, set_random_state
+from exitkit.training.early_stopping import EarlyStopping
+from exitkit.training.feature_cache.heads_alone import HeadsAlone
+from exitkit.training.freezing import Stages
+from exitkit.training.objective import Objective
+from exitkit.training.options import Options
+from exitkit.training.progress import Display, Epoch, write_log
+from exitkit.training.schedules import schedule_name
+from exitkit.training.step import Learner
+
+TERMINATED = 143
+"""The exit status that shells give a process ended by SIGTERM."""
+
+
+@dataclass
+class Tally:
+    """Where an epoch stands: steps done, and each exit's summed losses and the number of batches in them."""
+
+    totals: Tensor
+    batches: Tensor
+    steps: int = 0
+    samples: int = 0
+
+    @classmethod
+    def empty(cls, exits: int) -> Tally:
+        return cls(torch.zeros(exits), torch.zeros(exits))
+
+    def add(self, exits: Sequence[int], losses: Tensor, batches: int, samples: int) -> None:
+        self.totals[list(exits)] += losses
+        self.batches[list(exits)] += batches
+        self.steps += 1
+        self.samples += samples
+
+
+@dataclass
+class Run:
+    """The state of a run, all of which is in its checkpoints.
+
+    Attributes:
+        view: what the loaders' batches are for: the model, or its heads alone where features are cached.
+        interrupted: whether SIGTERM has come.
+        phase: index of the phase that is trained.
+        history: the finished epochs.
+    """
+
+    options: Options
+    accelerator: Accelerator
+    view: MultiExitModel | HeadsAlone
+    train_loader: Iterable[Any]
+    val_loader: Iterable[Any] | None
+    stages: Stages | None
+    display: Display
+    interrupted: Callable[[], bool]
+    history: list[Epoch] = field(default_factory=list)
+    phase: int = 0
+
+    def __post_init__(self) -> None:
+        self.model = self.options.model
+        self.objective = Objective(self.options.loss, len(self.model.classifiers))
+        self.shares = [boundary.share for boundary in self.model.boundaries]
+        self.tally = Tally.empty(len(self.model.exits))
+        self.stopping = EarlyStopping(self.options.patience)
+        self.best: dict[str, Tensor] | None = None
+        self.random: dict[str, Any] | None = None
+        self.settings = self._settings()
+
+    def train(self) -> None:
+        """Train every phase that is not over yet."""
+        state = self._load()
+        for index in range(0 if state is None else state["phase"], len(self.options.phases)):
+            self.phase = index
+            self._train_phase(state)
+            state = None
+
+    def _train_phase(self, state: dict[str, Any] | None) -> None:
+        """One phase, from the beginning or from a checkpoint's state; afterwards its best weights are in place."""
+        epochs = self.options.lengths[self.phase]
+        phase = self.options.phases[self.phase]
+        batches = length(self.train_loader)
+        steps = None if batches is None else -(-batches // self.options.accumulate)
+        learner = Learner(self.options, self.accelerator, phase, self.stages, self.objective, epochs, steps, self.view)
+        self.stopping = EarlyStopping(self.options.patience)
+        self.best = None if self.options.patience is None else self._weights()
+        if state is not None:
+            self._restore(state, learner)
+        done = sum(record.phase == self.phase for record in self.history)
+        while done < epochs and not self.stopping.stop:
+            record = self._epoch(learner, progress=done / epochs)
+            learner.end_epoch(record.epoch)
+            self.history.append(record)
+            self._keep_best(record)
+            self.tally = Tally.empty(len(self.model.exits))
+            self.display.epoch(record)
+            if self.options.directory is not None and self.accelerator.is_main_process:
+                with a_full_disk_survived(self.options.directory):
+                    write_log(self.options.directory, self.options.log, self.history)
+            self._save(learner)
+            self._leave_if_asked(learner)
+            done += 1
+        if self.best is not None:
+            self.model.load_state_dict(self.best, strict=False)
+
+    def _epoch(self, learner: Learner, progress: float) -> Epoch:
+        """Train and validate once; goes on where an interrupted epoch stood."""
+        epoch, started, before = len(self.history), time.monotonic(), self.tally.samples
+        seed_everything(self.train_loader, self.options.seed, epoch)
+        weights = self.options.loss.weights_at(progress, self.shares)
+        groups = grouped(checked(self.train_loader, "train_loader"), self.options.accumulate)
+        for _ in islice(groups, self.tally.steps):
+            pass  # steps taken before the interruption: drawn again, so that the order goes on as it would have
+        if self.random is not None:
+            set_random_state(self.random)
+            self.random = None
+        for group in groups:
+            step = self.tally.steps
+            losses, samples = learner.step(group, weights, epoch, step)
+            self.tally.add(learner.phase.exits_at(epoch, step), losses, len(group), samples)
+            self.display.step(losses / len(group), samples * self.accelerator.num_processes)
+            self._leave_if_asked(learner)
+        seconds = time.monotonic() - started
+        speed = (self.tally.samples - before) * self.accelerator.num_processes / max(seconds, 1e-9)
+        return self._record(learner, epoch, speed)
+
+    def _record(self, learner: Learner, epoch: int, speed: float) -> Epoch:
+        if self.accelerator.num_processes > 1:
+            broadcast(list(self.model.buffers()))  # each process has BatchNorm statistics of its own part
+        totals = self.accelerator.reduce(self.tally.totals.to(self.accelerator.device)).cpu()
+        batches = self.accelerator.reduce(self.tally.batches.to(self.accelerator.device)).cpu()
+        loss = tuple((totals / batches)[list(learner.phase.exits)].tolist())
+        accuracy, val_loss = (None, None) if self.val_loader is None else self._validate(self.val_loader, learner)
+        temperature = None if self.options.loss.distillation is None else self.objective.temperature
+        return Epoch(epoch, loss, accuracy, self.phase, learner.phase.exits, val_loss, speed, temperature)
+
+    def _validate(self, loader: Iterable[Any], learner: Learner) -> tuple[tuple[float, ...] | None, tuple[float, ...]]:
+        """Accuracy (None for regression) and loss of every head, the backbone's last."""
+        classes = self.model.num_classes
+        right, losses, samples = torch.zeros(len(self.model.exits)), torch.zeros(len(self.model.exits)), 0
+        with evaluation_mode(self.model), torch.no_grad(), self.accelerator.autocast():
+            for batch in checked(loader, "val_loader"):
+                inputs, labels = split_batch(batch)
+                _, heads = call_on(self.view.run_heads, learner.inputs(inputs))
+                answers = torch.stack([logits.float() for logits in heads], 1)
+                targets = check_labels(labels, classes, len(answers)).to(answers.device)
+                answers, targets = (part.cpu() for part in self.accelerator.gather_for_metrics((answers, targets)))
+                samples += len(answers)
+                losses += _sample_losses(answers, targets).sum(0)
+                right += (answers.argmax(-1) == targets[:, None]).sum(0)
+                self._leave_if_asked(learner)
+        accuracy = None if classes == 1 else tuple((right / samples).tolist())
+        return accuracy, tuple((losses / samples).tolist())
+
+    def _keep_best(self, record: Epoch) -> None:
+        scores = record.accuracy or tuple(-loss for loss in record.val_loss or ())
+        improved = not scores or self.stopping.update([scores[m] for m in record.exits])
+        if improved and self.best is not None:
+            self.best = self._weights()
+
+    def _weights(self) -> dict[str, Tensor]:
+        """A copy of everything that the run trains, on the CPU."""
+        whole = ("classifiers.", "backbone.") if self.stages is not None else ("classifiers.",)
+        trained = (*whole, *(f"backbone.{name}" for name in self.model.new_head))
+        return {
+            name: value.detach().to("cpu", copy=True)
+            for name, value in self.model.state_dict().items()
+            if name.startswith(trained)
+        }
+
+    def _settings(self) -> dict[str, Any]:
+        """What must be the same for a checkpoint to be continued."""
+        options, method = self.options, self.model.method
+        return {
+            "exits": [boundary.name for boundary in self.model.boundaries],
+            "method": method.name,
+            "cascade": method.cascade,
+            "past_future": method.past_future,
+            "width": method.width,
+            "backbone": weights_digest(self.model.backbone, self.model.new_head) if self.stages is None else "trained",
+            "regime": [dict(vars(phase)) for phase in options.phases],
+            "epochs": options.epochs,
+            "lr": options.lr,
+            "backbone_lr": options.backbone_lr,
+            "milestones": None if options.milestones is None else list(options.milestones),
+            "schedule": schedule_name(options.schedule),
+            "weight_decay": options.weight_decay,
+            "optimizer": options.optimizer_name,
+            "loss": options.loss.describe(),
+            "accumulate": options.accumulate,
+            "max_grad_norm": options.max_grad_norm,
+            "seed": options.seed,
+            "mixed_precision": options.mixed_precision,
+        }
+
+    def _leave_if_asked(self, learner: Learner) -> None:
+        """After SIGTERM: write down where the epoch stands and end the process. All processes leave at one step."""
+        if self.options.directory is None:
+            return
+        asked = self.interrupted()
+        if self.accelerator.num_processes > 1:
+            if asked:
+                self.accelerator.set_trigger()
+            asked = self.accelerator.check_trigger()
+        if asked:
+            self._save(learner)
+            raise SystemExit(TERMINATED)
+
+    def _save(self, learner: Learner) -> None:
+        if self.options.directory is None:
+            return
+        totals, batches = (
+            self.accelerator.reduce(part.to(self.accelerator.device)).cpu()
+            for part in (self.tally.totals, self.tally.batches)
+        )
+        if self.accelerator.is_main_process:
+            scaler = self.accelerator.scaler
+            state = {
+                "phase": self.phase,
+                "weights": self._weights(),
+                "best": self.best,
+                "optimizer": learner.optimizer.state_dict(),
+                "scheduler": learner.scheduler.state_dict(),
+                "scaler": None if scaler is None else scaler.state_dict(),
+                "temperature": self.objective.temperature,
+                "stopping": self.stopping.state(),
+                "history": [dict(vars(record)) for record in self.history],
+                "tally": {**vars(self.tally), "totals": totals, "batches": batches},
+                "random": random_state(),
+            }
+            save_checkpoint(self.options.directory, self.settings, state)
+        self.accelerator.wait_for_everyone()
+
+    def _load(self) -> dict[str, Any] | None:
+        """The checkpoint to go on from, checked against this run before anything is changed."""
+        directory = self.options.directory
+        if directory is None:
+            return None
+        if self.accelerator.is_main_process:
+            remove_leftovers(directory)
+        if self.options.resume == "never":
+            return None
+        return load_checkpoint(directory, self.settings)
+
+    def _restore(self, state: dict[str, Any], learner: Learner) -> None:
+        own, stored = self.model.state_dict(), state["weights"]
+        if not self._weights().keys() <= stored.keys() <= own.keys():
+            raise self._foreign("other heads")
+        if any(own[name].shape != value.shape for name, value in stored.items()):
+            raise self._foreign("other heads")
+        try:
+            learner.optimizer.load_state_dict(state["optimizer"])
+        except ValueError as error:
+            raise self._foreign("a model of which other parameters learn (requires_grad)") from error
+        self.model.load_state_dict(stored, strict=False)
+        learner.scheduler.load_state_dict(state["scheduler"])
+        if self.accelerator.scaler is not None and state["scaler"] is not None:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+        self.best = None if self.options.patience is None else state["best"] or self._weights()
+        self.objective.temperature = state["temperature"]
+        self.stopping.restore(state["stopping"])
+        self.history[:] = [Epoch(**record) for record in state["history"]]
+        self.display.resume(len(self.history))
+        self.tally = Tally(**state["tally"])
+        if not self.accelerator.is_main_process:  # the main process has everyone's sums
+            self.tally.totals.zero_()
+            self.tally.batches.zero_()
+        self.random = state["random"] if self.tally.steps else None
+
+    def _foreign(self, owner: str) -> ExitkitError:
+        return ExitkitError(
+            f"the checkpoint in output_dir={str(self.options.output_dir)!r} belongs to {owner}; use another output_dir, or "
+            "resume='never' to start again"
+        )
+
+
+def grouped(batches: Iterable[Any], size: int) -> Iterator[list[Any]]:
+    """Lists of ``size`` items, the last of what is left."""
+    iterator = iter(batches)
+    while group := list(islice(iterator, size)):
+        yield group
+
+
+def _sample_losses(answers: Tensor, targets: Tensor) -> Tensor:
+    """Each exit's loss on each sample (N, M + 1) of answers (N, M + 1, C)."""
+    if answers.shape[-1] == 1:
+        return (answers[..., 0] - targets[:, None]).square()
+    expanded = targets[:, None].expand(answers.shape[:2])
+    return F.cross_entropy(answers.flatten(0, 1), expanded.flatten(), reduction="none").view(answers.shape[:2])

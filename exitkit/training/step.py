@@ -1,0 +1,213 @@
+"""A phase at work: what it optimises, and one step of it."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from exitkit.common.batches import check_training_labels, move, split_batch
+from exitkit.common.errors import ExitkitError
+from exitkit.multi_exit.model import MultiExitModel
+from exitkit.surgery.capturing import logits_of
+from exitkit.surgery.inputs import call_on
+from exitkit.training.feature_cache.heads_alone import HeadsAlone
+from exitkit.training.freezing import Stages, learn
+from exitkit.training.needed import HeadsUntil, last_needed
+from exitkit.training.objective import Objective
+from exitkit.training.options import Options
+from exitkit.training.regimes import Phase
+from exitkit.training.schedules import make_scheduler
+
+
+class Learner:
+    """What a phase optimises. Everything is frozen or thawed before the optimiser and DDP see it."""
+
+    def __init__(
+        self,
+        options: Options,
+        accelerator: Accelerator,
+        phase: Phase,
+        stages: Stages | None,
+        objective: Objective,
+        epochs: int,
+        steps: int | None,
+        view: MultiExitModel | HeadsAlone,
+    ) -> None:
+        self.options, self.accelerator, self.phase, self.stages = options, accelerator, phase, stages
+        self.objective = objective
+        learn(options.model, phase, stages)
+        self.optimizer = options.make_optimizer(
+            *(_learning(part) for part in (options.model.classifiers, options.model.backbone))
+        )
+        self.scheduler = make_scheduler(self.optimizer, options.schedule, options.milestones, epochs, steps)
+        accelerator.free_memory()  # forgets the optimiser of the phase before
+        self.stepper = accelerator.prepare_optimizer(self.optimizer)
+        self.view = _wrapped(self._pass(view), options.compile, accelerator)
+
+    def _pass(self, view: MultiExitModel | HeadsAlone) -> nn.Module:
+        """What a step calls: heads alone as they are, a model no further than this phase's losses read.
+
+        To its end where dynamo or gradient checkpointing run the backbone's code by rules of their own.
+        """
+        if isinstance(view, HeadsAlone):
+            return view
+        if self.options.compile or self.options.gradient_checkpointing:
+            return HeadsUntil(view, len(view.classifiers))
+        return HeadsUntil(view, last_needed(self.phase.exits, self.options.loss.distillation, view))
+
+    def step(self, batches: Sequence[Any], weights: Sequence[float], epoch: int, step: int) -> tuple[Tensor, int]:
+        """One optimiser step on one or more batches: their losses of ``phase.exits_at``, as shown, and their samples."""
+        exits = self.phase.exits_at(epoch, step)
+        summed, samples = torch.zeros(len(exits)), 0
+        for index, batch in enumerate(batches):
+            with nullcontext() if index == len(batches) - 1 else self._unsynchronised():
+                losses, shown, size, unused = self._losses(batch, exits)
+                self._check_finite(losses, exits, epoch, step)
+                total = self.objective.total(losses, weights, exits) + unused
+                self.accelerator.backward(total / len(batches))
+            self._anneal()
+            summed += shown.cpu()
+            samples += size
+        self._adjust_gradients(exits)
+        self.stepper.step()
+        self.stepper.zero_grad()
+        if self.options.schedule is not None:
+            self._go_on()
+        return summed, samples
+
+    def end_epoch(self, epoch: int) -> None:
+        """Refuse weights that the last step ruined, before they are kept; a schedule by epochs goes on."""
+        for name, parameter in self.options.model.named_parameters():
+            if parameter.requires_grad and not bool(parameter.isfinite().all()):
+                raise ExitkitError(
+                    f"{name} is not finite after epoch {epoch + 1}, at lr={self._rates()}; lower lr, or set max_grad_norm"
+                )
+        if self.options.schedule is None:
+            self._go_on()
+
+    def _go_on(self) -> None:
+        """The schedule's next step. It warns where none of the optimiser's came before: an epoch interrupted at its end."""
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Detected call of .lr_scheduler.step")
+            self.scheduler.step()
+
+    def inputs(self, inputs: Any) -> Any:
+        """A batch's inputs on the device, maps in the memory format asked for."""
+        return placed(inputs, self.accelerator.device, self.options.channels_last)
+
+    def _losses(self, batch: Any, exits: Sequence[int]) -> tuple[Tensor, Tensor, int, Tensor | float]:
+        """The losses to minimise and those to show, the number of samples, and what DDP needs besides."""
+        inputs, labels = split_batch(batch)
+        inputs = self.inputs(inputs)
+        with self.accelerator.autocast(), _batch_norm_explained():
+            output = call_on(self.view, inputs)
+            heads = output.heads
+            teacher = self._teacher(inputs, heads[-1])
+        size = len(heads[-1])
+        targets = None if labels is None else check_training_labels(labels, self.options.model.num_classes, size)
+        if targets is not None:
+            targets = targets.to(heads[-1].device)
+        losses = self.objective.losses(heads, targets, exits, teacher)
+        shown = self.objective.shown
+        if output.auxiliary is not None:
+            own = torch.stack([output.auxiliary[m] if m < len(output.auxiliary) else losses[0] * 0 for m in exits])
+            losses, shown = losses + own, shown + own.detach()
+        return losses, shown, size, self._unused(heads, exits)
+
+    def _teacher(self, inputs: Any, logits: Tensor) -> Tensor | None:
+        teacher = self.options.teacher
+        if teacher is None:
+            return None
+        with torch.no_grad():
+            taught = logits_of(call_on(teacher, inputs))
+        if taught.shape != logits.shape:
+            raise ExitkitError(
+                f"the teacher's logits have shape {tuple(taught.shape)}, the exits' {tuple(logits.shape)}; teacher and "
+                "model must have the same classes"
+            )
+        return taught
+
+    def _unused(self, heads: Sequence[Tensor], exits: Sequence[int]) -> Tensor | float:
+        """DDP waits for a gradient of every parameter; exits that do not count in this step give zeros."""
+        rest = [heads[m].sum() * 0 for m in self.phase.exits if m not in exits]
+        return torch.stack(rest).sum() if rest and isinstance(self.view, DistributedDataParallel) else 0.0
+
+    def _unsynchronised(self) -> Any:
+        return self.view.no_sync() if isinstance(self.view, DistributedDataParallel) else nullcontext()
+
+    def _check_finite(self, losses: Tensor, exits: Sequence[int], epoch: int, step: int) -> None:
+        """Stop before a loss that is not finite reaches the weights."""
+        if not bool(losses.isfinite().all()):
+            index = int(losses.isfinite().int().argmin())
+            raise ExitkitError(
+                f"the loss of exit {exits[index]} is {losses[index].item()} in epoch {epoch + 1}, step {step + 1}, at "
+                f"lr={self._rates()}; lower lr, or check the inputs (normalised? NaN?)"
+            )
+
+    def _rates(self) -> str:
+        return " and ".join(dict.fromkeys(f"{group['lr']:g}" for group in self.optimizer.param_groups))
+
+    def _anneal(self) -> None:
+        if self.objective.confidence is not None:
+            self.objective.anneal(float(self.accelerator.reduce(self.objective.confidence, "mean")))
+
+    def _adjust_gradients(self, exits: Sequence[int]) -> None:
+        model = self.options.model
+        for m in set(self.phase.exits) - {*exits, len(model.classifiers)}:
+            for parameter in model.classifiers[m].parameters():
+                parameter.grad = None
+        if self.options.loss.gradient_equilibrium and self.stages is not None:
+            for stage in self.phase.stages:
+                behind = max(1, sum(m >= stage for m in exits))  # in this step perhaps none, and gradients of 0
+                for parameter in self.stages.parameters[stage]:
+                    if parameter.grad is not None:
+                        parameter.grad /= behind
+        if self.options.max_grad_norm is not None:
+            learning = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+            self.accelerator.clip_grad_norm_(learning, self.options.max_grad_norm)
+
+
+def _learning(part: nn.Module) -> list[nn.Parameter]:
+    return [parameter for parameter in part.parameters() if parameter.requires_grad]
+
+
+def _wrapped(model: nn.Module, compiled: bool, accelerator: Accelerator) -> nn.Module:
+    view: Any = torch.compile(model) if compiled else model
+    if accelerator.num_processes > 1:
+        cuda = accelerator.device.type == "cuda"
+        return DistributedDataParallel(view, device_ids=[accelerator.device] if cuda else None)
+    return view  # type: ignore[no-any-return]
+
+
+def placed(inputs: Any, device: torch.device, channels_last: bool) -> Any:
+    """A batch's inputs on a device, maps in the memory format asked for."""
+    moved = move(inputs, device)
+    return _channels_last(moved) if channels_last else moved
+
+
+def _channels_last(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(memory_format=torch.channels_last) if value.dim() == 4 else value
+    if isinstance(value, dict):
+        return {key: _channels_last(item) for key, item in value.items()}
+    return type(value)(map(_channels_last, value)) if isinstance(value, tuple | list) else value
+
+
+@contextmanager
+def _batch_norm_explained() -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        raise ExitkitError(
+            "a batch of one sample has no statistics for a BatchNorm that learns here: the backbone's, unless "
+            "regime='disjoint', or one in the head of an exit ('branch-n', 'tail'); use a larger batch_size or drop_last=True"
+        ) from error
