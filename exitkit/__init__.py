@@ -6,7 +6,14 @@ _make_torchvision_importable()
 
 from exitkit import evaluation, models, training  # noqa: E402
 from exitkit.calibration.risk_control import choose_threshold  # noqa: E402
-from exitkit.common.errors import ExitkitError  # noqa: E402
+from exitkit.common.errors import (  # noqa: E402
+    ArgumentError,
+    DivergedError,
+    ExitkitError,
+    FileError,
+    HubError,
+    NotCapturableError,
+)
 from exitkit.engine import Engine, Prediction, compile, time_exits  # noqa: E402
 from exitkit.evaluation import ExitOutputs, collect  # noqa: E402
 from exitkit.methods.presets import GPF, PBEE, SDN, ZTW, BranchyNet, Method  # noqa: E402
@@ -22,14 +29,19 @@ __all__ = [
     "PBEE",
     "SDN",
     "ZTW",
+    "ArgumentError",
     "BranchyNet",
+    "DivergedError",
     "Engine",
     "ExitOutputs",
     "ExitkitError",
+    "FileError",
+    "HubError",
     "ImagePreprocessing",
     "Method",
     "MultiExitModel",
     "MultiExitOutput",
+    "NotCapturableError",
     "Prediction",
     "TextPreprocessing",
     "Trainer",

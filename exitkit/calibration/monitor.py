@@ -14,7 +14,7 @@ from scipy.stats import ks_2samp
 from torch import Tensor
 
 from exitkit.common.checks import is_number
-from exitkit.common.errors import ExitkitError
+from exitkit.common.errors import ArgumentError
 from exitkit.evaluation.outputs import ExitOutputs
 from exitkit.methods.scaled import Temperatures
 
@@ -87,11 +87,13 @@ class ShiftMonitor:
         false_alarm: float = 1e-4,
     ) -> None:
         if not isinstance(outputs, ExitOutputs):
-            raise ExitkitError(f"outputs is {type(outputs).__name__}; give those that the threshold was calibrated on")
+            raise ArgumentError(
+                f"outputs is {type(outputs).__name__}; give those that the threshold was calibrated on"
+            )
         if not isinstance(window, int) or window < 20:
-            raise ExitkitError(f"window={window!r} must be a whole number of samples, at least 20; 500 is usual")
+            raise ArgumentError(f"window={window!r} must be a whole number of samples, at least 20; 500 is usual")
         if not is_number(false_alarm) or not 0 < false_alarm < 1:
-            raise ExitkitError(f"false_alarm={false_alarm!r} must lie between 0 and 1, both excluded; 1e-4 is usual")
+            raise ArgumentError(f"false_alarm={false_alarm!r} must lie between 0 and 1, both excluded; 1e-4 is usual")
         self.criterion: str = criterion or outputs.criterion
         self.temperatures: Temperatures | None = outputs.temperatures
         self._exits = outputs.exits_at(threshold, criterion)
@@ -168,17 +170,17 @@ class ShiftMonitor:
     def _checked(self, exit: Any, score: Any) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
         exits, scores = _array(exit), _array(score)
         if exits.ndim != 1 or exits.shape != scores.shape or not np.issubdtype(exits.dtype, np.integer):
-            raise ExitkitError(
+            raise ArgumentError(
                 f"exit has dtype {exits.dtype} and shape {exits.shape}, score shape {scores.shape}; give prediction.exit and "
                 "prediction.score: whole numbers and scores, as many of the one as of the other"
             )
         if len(exits) and not 0 <= exits.min() <= exits.max() <= self._last_exit:
-            raise ExitkitError(
+            raise ArgumentError(
                 f"exit runs from {exits.min()} to {exits.max()}, but the calibration outputs have exits 0 to "
                 f"{self._last_exit}; monitor the model that they are of"
             )
         if not np.isfinite(scores).all():
-            raise ExitkitError(
+            raise ArgumentError(
                 f"score holds {int((~np.isfinite(scores)).sum())} values that are not finite; leave out the samples that "
                 "prediction.non_finite marks"
             )

@@ -8,7 +8,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from exitkit.common.errors import ExitkitError
+from exitkit.common.errors import ArgumentError
 from exitkit.evaluation.curve import Curve
 from exitkit.evaluation.outputs import ExitOutputs, check_outputs
 from exitkit.multi_exit.model import MultiExitModel
@@ -39,7 +39,7 @@ def exits_that_do_not_pay(
     check_outputs(outputs)
     exits = len(outputs.macs) - 1
     if len(heads) != exits or not all(head >= 0 for head in heads):
-        raise ExitkitError(f"heads={list(heads)!r} must hold {exits} costs in MACs, of each exit's head")
+        raise ArgumentError(f"heads={list(heads)!r} must hold {exits} costs in MACs, of each exit's head")
     left, idle = list(range(exits)), []
     while len(left) > 1:
         now = _accuracies(outputs.curve(), budgets)

@@ -27,7 +27,7 @@ from exitkit.calibration.p_values import (
     hoeffding_bentkus_p_value,
 )
 from exitkit.calibration.risks import Risk, RiskFunction, RiskName, as_risk
-from exitkit.common.errors import ExitkitError, unknown_name
+from exitkit.common.errors import ArgumentError, unknown_name
 from exitkit.evaluation.outputs import ExitOutputs, check_outputs
 from exitkit.methods.scaled import Temperatures, scaled
 
@@ -105,7 +105,7 @@ class ChosenThreshold:
         """
         known = {field.name for field in fields(cls)}
         if set(data) | {"temperatures"} != known:  # older files have none
-            raise ExitkitError(
+            raise ArgumentError(
                 f"data is no chosen threshold: fields {sorted(set(data) ^ known)} are missing or unknown; give what "
                 "ChosenThreshold.to_dict() returned"
             )
@@ -148,7 +148,7 @@ def choose_threshold(
     _check(outputs, max_drop, confidence, method)
     for name, value, kinds in (("path", path, (ThresholdPath,)), ("exclude", exclude, (ExitOutputs, Tensor))):
         if value is not None and not isinstance(value, kinds):
-            raise ExitkitError(
+            raise ArgumentError(
                 f"{name} is {type(value).__name__}; give {' or '.join(kind.__name__ for kind in kinds)}"
             )
     chosen, criterion = as_risk(risk), criterion or outputs.criterion
@@ -196,13 +196,13 @@ def refuse_shared(outputs: ExitOutputs, other: ExitOutputs | Tensor | None, name
         return
     hashes = other.hashes if isinstance(other, ExitOutputs) else other
     if hashes is None or outputs.hashes is None:
-        raise ExitkitError(
+        raise ArgumentError(
             f"{name} cannot be checked: {'outputs' if outputs.hashes is None else name} without content hashes. Those of "
             "exitkit.collect have them; content_hashes(loader) gives those of a loader's samples"
         )
     shared = int(torch.isin(outputs.hashes, hashes).sum())
     if shared:
-        raise ExitkitError(
+        raise ArgumentError(
             f"outputs share {shared} of their {len(outputs)} samples with {name}: a model is surer of samples it has seen, "
             f"and a threshold chosen on them promises too much. Leave them out: "
             f"outputs[~torch.isin(outputs.hashes, hashes_of_{name})]"
@@ -242,7 +242,7 @@ def _rows(outputs: ExitOutputs, criterion: str, path: ThresholdPath | None) -> N
         grid = np.arange(exits)[::-1] if criterion == "patience" else expit(np.linspace(16, -7, _GRID))
         return np.vstack([nobody, np.repeat(grid[:, None], exits, axis=1)])
     if path.thresholds.ndim != 2 or path.thresholds.shape[1] != exits or path.criterion != criterion:
-        raise ExitkitError(
+        raise ArgumentError(
             f"path holds thresholds of shape {path.thresholds.shape} for {path.criterion!r}, but outputs have {exits} exits "
             f"and criterion {criterion!r}; make the path from other samples of the same model"
         )
@@ -264,19 +264,19 @@ def _test(method: Procedure, limit: float, level: float, binary: bool) -> _Passe
 def _check(outputs: ExitOutputs, max_drop: float, confidence: float, method: str) -> None:
     check_outputs(outputs)
     if len(outputs.macs) < 2:
-        raise ExitkitError("outputs hold the backbone alone; there is no exit to choose a threshold for")
+        raise ArgumentError("outputs hold the backbone alone; there is no exit to choose a threshold for")
     if method not in get_args(Procedure):
         raise unknown_name("method", method, get_args(Procedure))
     for name, value in (("max_drop", max_drop), ("confidence", confidence)):
         if not isinstance(value, Real):
-            raise ExitkitError(f"{name}={value!r} must be a number between 0 and 1")
+            raise ArgumentError(f"{name}={value!r} must be a number between 0 and 1")
     if not 0 < max_drop < 1:
-        raise ExitkitError(
+        raise ArgumentError(
             f"max_drop={max_drop!r} must lie between 0 and 1, both excluded: no number of samples shows that nothing is ever "
             "lost (use the full model), and losing everything needs no threshold (let all leave at exit 0)"
         )
     if not 0 < confidence < 1:
-        raise ExitkitError(f"confidence={confidence!r} must lie between 0 and 1, both excluded; 0.95 is usual")
+        raise ArgumentError(f"confidence={confidence!r} must lie between 0 and 1, both excluded; 0.95 is usual")
 
 
 def _check_count(samples: int, passes: _Passes, risk: Risk, max_drop: float) -> None:
@@ -288,7 +288,7 @@ def _check_count(samples: int, passes: _Passes, risk: Risk, max_drop: float) -> 
     if not enough(samples):
         needed = bisect_left(range(1, _MOST_SAMPLES), True, key=enough) + 1
         needs = f"at least {needed:,}" if needed < _MOST_SAMPLES else f"more than {_MOST_SAMPLES:,}"
-        raise ExitkitError(
+        raise ArgumentError(
             f"outputs hold {samples} samples, too few for max_drop={max_drop!r}: even if none of them lost anything, nothing "
             f"could be promised. It takes {needs} samples; or a larger max_drop, a lower confidence, or another method"
         )

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from exitkit.common.errors import ExitkitError, unknown_name
+from exitkit.common.errors import ArgumentError, unknown_name
 from exitkit.evaluation.outputs import ExitOutputs
 
 RiskName = Literal["accuracy_drop", "net_accuracy_drop", "disagreement", "brier"]
@@ -43,13 +43,13 @@ class Risk:
         """
         given = self.loss(outputs)
         if not isinstance(given, Tensor):
-            raise ExitkitError(
+            raise ArgumentError(
                 f"risk={self.name!r} gave {type(given).__name__}; expected a tensor (samples, exits + 1)"
             )
         values = given.detach().cpu().double()
         expected = tuple(outputs.log_probs.shape[:2])
         if tuple(values.shape) != expected or not bool(((values >= self.lowest) & (values <= 1)).all()):
-            raise ExitkitError(
+            raise ArgumentError(
                 f"risk={self.name!r} gave losses of shape {tuple(values.shape)} from {values.min():g} to "
                 f"{values.max():g}; expected shape {expected} (samples, exits + 1), without NaN, from {self.lowest:g} to 1"
             )
@@ -95,7 +95,7 @@ def _disagrees(outputs: ExitOutputs) -> Tensor:
 
 def _brier_excess(outputs: ExitOutputs) -> Tensor:
     if outputs.labels is None:
-        raise ExitkitError("labels=None: risk='brier' needs labels; risk='disagreement' does not")
+        raise ArgumentError("labels=None: risk='brier' needs labels; risk='disagreement' does not")
     chunks, start = [], 0
     for log_probs in outputs.chunks():
         labels = outputs.labels[start : (start := start + len(log_probs))]

@@ -8,7 +8,7 @@ import torch
 from scipy.optimize import minimize_scalar
 from torch.nn import functional as F
 
-from exitkit.common.errors import ExitkitError
+from exitkit.common.errors import ArgumentError
 from exitkit.evaluation.outputs import ExitOutputs, check_outputs
 
 
@@ -22,7 +22,7 @@ def fit_temperatures(outputs: ExitOutputs) -> tuple[float, ...]:
     """
     check_outputs(outputs)
     if outputs.labels is None:
-        raise ExitkitError("labels=None: temperatures are fitted to labels")
+        raise ArgumentError("labels=None: temperatures are fitted to labels")
     return tuple(_fit(outputs, exit_) for exit_ in range(len(outputs.macs)))
 
 

@@ -8,7 +8,7 @@ from numbers import Real
 from typing import Any
 
 from exitkit.calibration.risk_control import ChosenThreshold
-from exitkit.common.errors import ExitkitError
+from exitkit.common.errors import ArgumentError
 from exitkit.methods.scaled import (
     Temperatures,
     check_temperatures,
@@ -31,14 +31,14 @@ def numbers(threshold: Threshold, exits: int) -> tuple[float, ...]:
     try:
         values = [given] * exits if isinstance(given, Real | str) else list(given)
     except TypeError as error:
-        raise ExitkitError(
+        raise ArgumentError(
             f"threshold={threshold!r} must be a number, one for each exit, or what exitkit.choose_threshold returned"
         ) from error
     if len(values) != exits:
-        raise ExitkitError(f"threshold has {len(values)} values; give one τ, or one for each of the {exits} exits")
+        raise ArgumentError(f"threshold has {len(values)} values; give one τ, or one for each of the {exits} exits")
     for value in values:
         if not isinstance(value, Real) or isinstance(value, bool) or math.isnan(value):
-            raise ExitkitError(f"threshold holds {value!r}; τ is a number")
+            raise ArgumentError(f"threshold holds {value!r}; τ is a number")
     return tuple(float(value) for value in values)
 
 
@@ -67,7 +67,7 @@ def check_calibrated(threshold: Threshold, criterion: str, dtype: str, temperatu
         ("temperatures", threshold.temperatures, temperatures),
     ):
         if calibrated != used:
-            raise ExitkitError(
+            raise ArgumentError(
                 f"threshold was chosen with {name} {calibrated!r}, but the engine uses {used!r}, for which nothing is "
                 f"promised; use the same {name}, or choose a threshold on outputs collected with it (or pass "
                 "threshold.threshold, without a guarantee)"
@@ -84,7 +84,7 @@ def to_json(threshold: Threshold | None, exits: int) -> Any:
         return None
     taus = numbers(threshold, exits)
     if not all(map(math.isfinite, taus)):
-        raise ExitkitError(f"threshold={threshold!r} must be finite: the τ above which a sample leaves")
+        raise ArgumentError(f"threshold={threshold!r} must be finite: the τ above which a sample leaves")
     temperatures = temperatures_for(threshold, exits)
     if isinstance(threshold, ChosenThreshold):
         return threshold.to_dict()

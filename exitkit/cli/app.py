@@ -23,7 +23,7 @@ from exitkit.cli.sources import load_model
 from exitkit.cli.training import prepared, train_recipe
 from exitkit.common.batches import split_batch
 from exitkit.common.console import make_console
-from exitkit.common.errors import ExitkitError
+from exitkit.common.errors import ArgumentError, ExitkitError
 from exitkit.methods.presets import PRESETS, as_method
 from exitkit.report import Stage
 from exitkit.surgery.default_inputs import example_for
@@ -80,9 +80,9 @@ def bench(
     chosen = [as_method(name.strip()) for name in methods.split(",")]
     for name, number in (("--batch-size", batch_size), ("--limit", 1 if limit is None else limit)):
         if number < 1:
-            raise ExitkitError(f"{name} {number} must be at least 1")
+            raise ArgumentError(f"{name} {number} must be at least 1")
     if seed < 0:
-        raise ExitkitError(f"--seed {seed} must be at least 0")
+        raise ArgumentError(f"--seed {seed} must be at least 0")
     _check_folder(out)
     backbone = load_model(model, weights, num_classes)
     if weights is None and not model.startswith("hf:"):
@@ -166,7 +166,7 @@ def run(
 ) -> None:
     """Classify with a package; one JSON line for each input: label, exit and score."""
     if batch_size < 1:
-        raise ExitkitError(f"--batch-size {batch_size} must be at least 1")
+        raise ArgumentError(f"--batch-size {batch_size} must be at least 1")
     for record in predict(exitkit.load(package, threshold=threshold, device=device), inputs, batch_size):
         typer.echo(json.dumps(record, ensure_ascii=False))
 
@@ -203,16 +203,16 @@ def _check_folder(out: Path) -> None:
     """Refuse what cannot become a folder, before anything is trained for it."""
     there = next(path for path in (out, *out.absolute().parents) if path.exists())
     if not there.is_dir():
-        raise ExitkitError(f"--out {str(out)!r}: {str(there)!r} is a file; name a folder")
+        raise ArgumentError(f"--out {str(out)!r}: {str(there)!r} is a file; name a folder")
     if not os.access(there, os.W_OK):
-        raise ExitkitError(f"--out {str(out)!r}: you may not write to {str(there)!r}; name another folder")
+        raise ArgumentError(f"--out {str(out)!r}: you may not write to {str(there)!r}; name another folder")
 
 
 def _image_example(backbone: nn.Module, side: int | None) -> torch.Tensor | None:
     if side is None:
         return None
     if side < 1:
-        raise ExitkitError(f"--image-size {side} must be at least 1: the side of the input image in pixels")
+        raise ArgumentError(f"--image-size {side} must be at least 1: the side of the input image in pixels")
     channels = next((m.in_channels for m in backbone.modules() if isinstance(m, nn.Conv2d)), 3)
     return torch.randn(2, channels, side, side)
 
@@ -220,7 +220,7 @@ def _image_example(backbone: nn.Module, side: int | None) -> torch.Tensor | None
 def _text_example(backbone: nn.Module, length: int) -> Any:
     example = example_for(backbone)
     if not example.text or length < 1:
-        raise ExitkitError(f"--length {length} must be at least 1, and the model one that reads tokens")
+        raise ArgumentError(f"--length {length} must be at least 1, and the model one that reads tokens")
     positions = torch.arange(length) % example.tensors[0].shape[1]
     return example.spec.batch(tuple(tensor[:1, positions] for tensor in example.tensors))
 

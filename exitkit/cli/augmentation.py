@@ -8,7 +8,7 @@ from typing import Any
 
 from torch.utils.data import Dataset, default_collate
 
-from exitkit.common.errors import ExitkitError
+from exitkit.common.errors import ArgumentError
 from exitkit.common.torchvision_guard import import_torchvision
 
 Make = Callable[[Any, tuple[int, int], list[float]], Any]
@@ -64,7 +64,7 @@ def augmented(
         return samples, collate
     first = samples[0]
     if not isinstance(first, tuple) or getattr(first[0], "dim", lambda: 0)() != 3:
-        raise ExitkitError(f"augment = {list(names)} is for images, and these samples are not; leave it out")
+        raise ArgumentError(f"augment = {list(names)} is for images, and these samples are not; leave it out")
     single = [name for name in names if name in SINGLE]
     mixing = [name for name in names if name in MIXING]
     if not mixing:

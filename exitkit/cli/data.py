@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset, random_split
 
-from exitkit.common.errors import ExitkitError
+from exitkit.common.errors import ArgumentError, FileError
 from exitkit.common.torchvision_guard import import_torchvision
 from exitkit.multi_exit.preprocessing import IMAGENET_MEAN, IMAGENET_STD, ImagePreprocessing
 
@@ -76,16 +76,16 @@ def load_data(
     if not path.exists():
         if data.isidentifier():
             if test is not None:
-                raise ExitkitError(f"--test {test!r}: {data} brings its own test samples; leave --test out")
+                raise ArgumentError(f"--test {test!r}: {data} brings its own test samples; leave --test out")
             return _torchvision_dataset(data, model)
-        raise ExitkitError(f"--data {data!r} does not exist, and is no name in torchvision.datasets")
+        raise ArgumentError(f"--data {data!r} does not exist, and is no name in torchvision.datasets")
     if test is not None and not Path(test).exists():
-        raise ExitkitError(f"--test {test!r} does not exist; leave it out to hold out a fifth of --data")
+        raise ArgumentError(f"--test {test!r} does not exist; leave it out to hold out a fifth of --data")
     if path.suffix == ".npz":
         return _arrays(path, model, test)
     if path.suffix in (".csv", ".tsv"):
         return _text(path, test, tokenizer, numbers, pairs, max_tokens)
-    raise ExitkitError(f"--data {data!r} has an unknown format; give an image folder, .npz, .csv or .tsv")
+    raise ArgumentError(f"--data {data!r} has an unknown format; give an image folder, .npz, .csv or .tsv")
 
 
 def normalise(
@@ -119,18 +119,18 @@ def _arrays(path: Path, model: nn.Module, test: str | None) -> Split:
     def samples(source: dict[str, Any], prefix: str, origin: Path) -> TensorDataset:
         names = f"{prefix}images", f"{prefix}labels"
         if any(name not in source for name in names):
-            raise ExitkitError(f"{str(origin)!r} holds {sorted(source)}, but needs 'images' and 'labels'")
+            raise ArgumentError(f"{str(origin)!r} holds {sorted(source)}, but needs 'images' and 'labels'")
         images, labels = source[names[0]], np.asarray(source[names[1]]).reshape(-1)
         if images.dtype != np.uint8 or images.ndim not in (3, 4) or len(images) != len(labels) or not len(images):
-            raise ExitkitError(
+            raise ArgumentError(
                 f"{str(origin)!r} has images of dtype {images.dtype} and shape {images.shape} and {len(labels)} labels; "
                 "expected uint8 (N, H, W) or (N, H, W, C), as many labels, and N > 0"
             )
         channels = 1 if images.ndim == 3 else images.shape[-1]
         if size is not None and channels not in (1, size[0]):
-            raise ExitkitError(f"{str(origin)!r} has {channels} channels, but the model takes {size[0]}")
+            raise ArgumentError(f"{str(origin)!r} has {channels} channels, but the model takes {size[0]}")
         if not np.issubdtype(labels.dtype, np.integer):
-            raise ExitkitError(f"{str(origin)!r} has labels of dtype {labels.dtype}; expected class indices from 0")
+            raise ArgumentError(f"{str(origin)!r} has labels of dtype {labels.dtype}; expected class indices from 0")
         return TensorDataset(normalise(images, size, mean, std), torch.as_tensor(labels.astype(np.int64)))
 
     train: Dataset[Any]
@@ -148,12 +148,12 @@ def _arrays(path: Path, model: nn.Module, test: str | None) -> Split:
 
 def _read_npz(path: Path) -> dict[str, Any]:
     if not zipfile.is_zipfile(path):  # numpy would take it for a pickle, and advise to trust it
-        raise ExitkitError(f"{str(path)!r} cannot be read as .npz: it is no zip archive; write it with numpy.savez")
+        raise FileError(f"{str(path)!r} cannot be read as .npz: it is no zip archive; write it with numpy.savez")
     try:
         with np.load(path, allow_pickle=False) as file:
             return dict(file)
     except Exception as error:  # numpy and zipfile raise a dozen kinds on a damaged file
-        raise ExitkitError(f"{str(path)!r} cannot be read as .npz: {error}") from error
+        raise FileError(f"{str(path)!r} cannot be read as .npz: {error}") from error
 
 
 def _image_folder(path: Path, model: nn.Module, test: str | None) -> Split:
@@ -164,7 +164,7 @@ def _image_folder(path: Path, model: nn.Module, test: str | None) -> Split:
         try:
             return datasets.ImageFolder(str(at), preprocessing.transform)
         except (FileNotFoundError, OSError) as error:
-            raise ExitkitError(f"--data {str(at)!r} is no image folder (one subfolder per class): {error}") from error
+            raise ArgumentError(f"--data {str(at)!r} is no image folder (one subfolder per class): {error}") from error
 
     parts = {name: path / name for name in ("train", "val", "test") if (path / name).is_dir()}
     held_out = Path(test) if test is not None else parts.get("test", parts.get("val"))
@@ -172,7 +172,7 @@ def _image_folder(path: Path, model: nn.Module, test: str | None) -> Split:
         return Split(*_hold_out(folder(path)), black=preprocessing.black)
     train_set, test_set = folder(parts.get("train", path)), folder(held_out)
     if train_set.class_to_idx != test_set.class_to_idx:
-        raise ExitkitError(
+        raise ArgumentError(
             f"{str(held_out)!r} has the classes {test_set.classes[:5]}, but the training folder has {train_set.classes[:5]} "
             "(first five of each); both need the same subfolders"
         )
@@ -182,13 +182,13 @@ def _image_folder(path: Path, model: nn.Module, test: str | None) -> Split:
 def _torchvision_dataset(name: str, model: nn.Module) -> Split:
     datasets = import_torchvision("datasets", f"--data {name}")
     if not hasattr(datasets, name):
-        raise ExitkitError(f"--data {name!r} is neither a path nor a name in torchvision.datasets, such as CIFAR10")
+        raise ArgumentError(f"--data {name!r} is neither a path nor a name in torchvision.datasets, such as CIFAR10")
     preprocessing = _image_preprocessing(model)
     options = {"transform": preprocessing.transform, "download": True}
     try:
         train, test = (getattr(datasets, name)("data", train=train, **options) for train in (True, False))
     except Exception as error:  # downloads fail in many ways
-        raise ExitkitError(
+        raise ArgumentError(
             f"--data {name}: {type(error).__name__}: {error}. Files are looked for in ./data"
         ) from error
     return Split(train, test, black=preprocessing.black)
@@ -197,7 +197,7 @@ def _torchvision_dataset(name: str, model: nn.Module) -> Split:
 def _text(path: Path, test: str | None, tokenizer: str | None, numbers: bool, pairs: bool, max_tokens: int) -> Split:
     """Text in the first column (a pair in the first two), label in the last, a header above; labels may be words."""
     if tokenizer is None:
-        raise ExitkitError(f"--data {str(path)!r} is text; use --model hf:NAME_OR_DIR, whose tokenizer splits it")
+        raise ArgumentError(f"--data {str(path)!r} is text; use --model hf:NAME_OR_DIR, whose tokenizer splits it")
     encode = load_tokenizer(tokenizer)
     rows = _read_text(path, pairs)
     names = (_numbers if numbers else _label_indices)({label for _, label in rows})
@@ -216,7 +216,7 @@ def _text(path: Path, test: str | None, tokenizer: str | None, numbers: bool, pa
     if numbers:
         names |= _numbers({label for _, label in held_out})
     if unknown := {label for _, label in held_out} - set(names):
-        raise ExitkitError(f"--test {test!r} has labels that --data has not: {sorted(unknown)[:5]}")
+        raise ArgumentError(f"--test {test!r} has labels that --data has not: {sorted(unknown)[:5]}")
     return Split(rows, held_out, collate)  # type: ignore[arg-type]
 
 
@@ -231,7 +231,7 @@ def load_tokenizer(name: str) -> Any:
     try:
         return AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
-        raise ExitkitError(f"--model hf:{name} has no tokenizer: {error}") from error
+        raise ArgumentError(f"--model hf:{name} has no tokenizer: {error}") from error
 
 
 def _read_text(path: Path, pairs: bool) -> list[tuple[Any, str]]:
@@ -240,11 +240,11 @@ def _read_text(path: Path, pairs: bool) -> list[tuple[Any, str]]:
         with path.open(newline="", encoding="utf-8") as file:
             rows = [row for row in cells(file, path) if len(row) > 1][1:]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise ExitkitError(f"{str(path)!r} cannot be read as UTF-8 text and label: {error}") from error
+        raise FileError(f"{str(path)!r} cannot be read as UTF-8 text and label: {error}") from error
     if not rows:
-        raise ExitkitError(f"{str(path)!r} has no rows of text and label below a header")
+        raise ArgumentError(f"{str(path)!r} has no rows of text and label below a header")
     if pairs and (short := next((row for row in rows if len(row) < 3), None)):
-        raise ExitkitError(
+        raise ArgumentError(
             f"{str(path)!r} has a row of {len(short)} columns, but pairs are two texts and a label: {short}"
         )
     return [((row[0], row[1]) if pairs else row[0], row[-1]) for row in rows]
@@ -269,7 +269,7 @@ def _numbers(labels: set[str]) -> dict[str, float]:
     try:
         return {label: float(label) for label in labels}
     except ValueError as error:
-        raise ExitkitError(
+        raise ArgumentError(
             f"a model with one output predicts numbers, but the last column has another: {error}"
         ) from error
 
@@ -282,7 +282,7 @@ def _hold_out(samples: Any) -> tuple[Dataset[Any], Dataset[Any]]:
 def _image_preprocessing(model: nn.Module) -> ImagePreprocessing:
     preprocessing = ImagePreprocessing.of(model)
     if preprocessing is None:
-        raise ExitkitError(f"{type(model).__name__} does not say what image size it takes; use an .npz of that size")
+        raise ArgumentError(f"{type(model).__name__} does not say what image size it takes; use an .npz of that size")
     return preprocessing
 
 

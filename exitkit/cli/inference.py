@@ -16,7 +16,7 @@ from rich.table import Table
 
 from exitkit.cli.data import cells
 from exitkit.common.batches import move
-from exitkit.common.errors import ExitkitError
+from exitkit.common.errors import ArgumentError, FileError
 from exitkit.engine import Engine
 from exitkit.engine.profiling import decision_seconds
 from exitkit.multi_exit.preprocessing import TextPreprocessing
@@ -36,7 +36,7 @@ def predict(package: Engine | OnnxBranches, inputs: Sequence[str], batch: int) -
     description = package.description
     preprocessing = None if description is None else description.preprocessing
     if description is None or preprocessing is None:
-        raise ExitkitError(
+        raise ArgumentError(
             "this package does not say how images or texts become tensors; export it with preprocessing= or tokenizer=, or "
             "call exitkit.load(path) on tensors"
         )
@@ -68,10 +68,10 @@ def _images(given: str) -> list[tuple[str, str]]:
     if path.is_dir():
         found = sorted(file for file in path.rglob("*") if file.suffix.lower() in _IMAGES)
         if not found:
-            raise ExitkitError(f"{given!r} holds no images ({', '.join(_IMAGES)})")
+            raise ArgumentError(f"{given!r} holds no images ({', '.join(_IMAGES)})")
         return [(str(file), str(file)) for file in found]
     if not path.exists():
-        raise ExitkitError(f"{given!r} does not exist; this package takes images or folders of them")
+        raise ArgumentError(f"{given!r} does not exist; this package takes images or folders of them")
     return [(given, given)]
 
 
@@ -82,7 +82,7 @@ def _opened(path: str) -> Any:
         with Image.open(path) as image:
             return image.convert("RGB")
     except (OSError, UnidentifiedImageError) as error:
-        raise ExitkitError(f"{path!r} cannot be read as an image: {error}") from error
+        raise FileError(f"{path!r} cannot be read as an image: {error}") from error
 
 
 def _texts(given: str) -> list[tuple[str, str]]:
@@ -97,7 +97,7 @@ def _texts(given: str) -> list[tuple[str, str]]:
             else:
                 lines = [row[0] for row in cells(file, path) if row][1:]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise ExitkitError(f"{given!r} cannot be read as UTF-8 text: {error}") from error
+        raise FileError(f"{given!r} cannot be read as UTF-8 text: {error}") from error
     return [(line, line) for line in lines]
 
 
@@ -146,7 +146,7 @@ def batch_sizes(given: str) -> list[int]:
     """
     parts = [part.strip() for part in given.split(",")]
     if not all(part.isdecimal() and int(part) > 0 for part in parts):
-        raise ExitkitError(f"--batches {given!r} must be numbers of at least 1, such as 1,8,64")
+        raise ArgumentError(f"--batches {given!r} must be numbers of at least 1, such as 1,8,64")
     return [int(part) for part in parts]
 
 
@@ -159,7 +159,7 @@ def read_samples(path: str) -> torch.Tensor:
     try:
         return torch.from_numpy(np.load(path, allow_pickle=False))
     except (OSError, ValueError, TypeError) as error:
-        raise ExitkitError(f"--inputs {path!r} cannot be read as .npy: {error}") from error
+        raise FileError(f"--inputs {path!r} cannot be read as .npy: {error}") from error
 
 
 def _resized(samples: Any, size: int) -> Any:

@@ -16,7 +16,7 @@ import torch
 from exitkit.cli.augmentation import AUGMENTATIONS
 from exitkit.cli.data import MAX_TOKENS
 from exitkit.cli.schedule import by_name
-from exitkit.common.errors import ExitkitError, unknown_name
+from exitkit.common.errors import ArgumentError, ExitkitError, FileError, unknown_name
 from exitkit.exits.classifiers import HeadSpec
 from exitkit.methods.presets import PRESETS, Method
 from exitkit.training import Distillation, Loss, Trainer
@@ -81,9 +81,9 @@ class Recipe:
         limit = 1 if self.limit is None else self.limit
         for name, number in (("batch_size", self.batch_size), ("limit", limit), ("max_tokens", self.max_tokens)):
             if number < 1:
-                raise ExitkitError(f"{name} = {number} must be at least 1")
+                raise ArgumentError(f"{name} = {number} must be at least 1")
         if self.validation is not None and not 0 < self.validation < 1:
-            raise ExitkitError(
+            raise ArgumentError(
                 f"validation = {self.validation} must be a share of the training samples, between 0 and 1"
             )
         for name in self.augment:
@@ -116,7 +116,7 @@ class Recipe:
         distillation = options.get("distillation")
         if distillation is not None:
             if not isinstance(distillation, dict):
-                raise ExitkitError(f"loss.distillation = {distillation!r} must be a table: [loss.distillation]")
+                raise ArgumentError(f"loss.distillation = {distillation!r} must be a table: [loss.distillation]")
             _check_keys("loss.distillation.", distillation, _DISTILLATION)
             options["distillation"] = _made("loss.distillation", Distillation, _plain(distillation))
         return _made("loss", Loss, options)  # type: ignore[no-any-return]
@@ -152,25 +152,25 @@ def read_recipe(path: str | Path, overrides: Mapping[str, Any]) -> Recipe:
         with Path(path).open("rb") as file:
             values = tomllib.load(file)
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise ExitkitError(f"recipe {str(path)!r} cannot be read as TOML: {error}") from error
+        raise FileError(f"recipe {str(path)!r} cannot be read as TOML: {error}") from error
     for key, value in overrides.items():
         *tables, last = key.split(".")
         inner = values
         for table in tables:
             inner = inner.setdefault(table, {})
             if not isinstance(inner, dict):
-                raise ExitkitError(f"--set {key}: {table!r} is a value, not a table")
+                raise ArgumentError(f"--set {key}: {table!r} is a value, not a table")
         inner[last] = value
     try:
         _check_keys("", values, [f.name for f in fields(Recipe)])
         missing = [name for name in ("model", "data") if name not in values]
         if missing:
-            raise ExitkitError(
+            raise ArgumentError(
                 f'{" and ".join(missing)} missing; write {missing[0]} = "..." at the top, or give --{missing[0]}'
             )
         return Recipe(**values)
     except ExitkitError as error:
-        raise ExitkitError(f"recipe {str(path)!r}: {error}") from error
+        raise ArgumentError(f"recipe {str(path)!r}: {error}") from error
 
 
 def parse_override(text: str) -> tuple[str, Any]:
@@ -181,7 +181,7 @@ def parse_override(text: str) -> tuple[str, Any]:
     """
     key, equals, value = text.partition("=")
     if not equals or not key.strip():
-        raise ExitkitError(f"--set {text!r} is no KEY=VALUE; write for instance --set trainer.epochs=3")
+        raise ArgumentError(f"--set {text!r} is no KEY=VALUE; write for instance --set trainer.epochs=3")
     try:
         return key.strip(), tomllib.loads(f"value = {value}")["value"]
     except tomllib.TOMLDecodeError:
@@ -192,7 +192,7 @@ def _check_keys(prefix: str, values: Mapping[str, Any], allowed: Collection[str]
     for key in values:
         if key not in allowed:
             message = str(unknown_name("key", f"{prefix}{key}", [f"{prefix}{name}" for name in allowed]))
-            raise ExitkitError(message)
+            raise ArgumentError(message)
 
 
 def _check_type(name: str, value: Any, hint: Any) -> None:
@@ -208,7 +208,9 @@ def _check_type(name: str, value: Any, hint: Any) -> None:
             list: "a list",
             dict: "a table",
         }
-        raise ExitkitError(f"{name} = {value!r} must be {' or '.join(words[kind] for kind in plain if kind in words)}")
+        raise ArgumentError(
+            f"{name} = {value!r} must be {' or '.join(words[kind] for kind in plain if kind in words)}"
+        )
 
 
 def _plain(distillation: Mapping[str, Any]) -> dict[str, Any]:
@@ -218,7 +220,7 @@ def _plain(distillation: Mapping[str, Any]) -> dict[str, Any]:
         options["confidence_limit"] = None
     if isinstance(teachers := options.get("teachers"), dict):
         if wrong := [exit_ for exit_ in teachers if not exit_.isdecimal()]:
-            raise ExitkitError(
+            raise ArgumentError(
                 f"loss.distillation.teachers has the key {wrong[0]!r}; exits are named by their numbers, such as 0 = [3]"
             )
         options["teachers"] = {int(exit_): those for exit_, those in teachers.items()}
@@ -230,9 +232,9 @@ def _made(table: str, make: Any, options: Mapping[str, Any]) -> Any:
     try:
         return make(**options)
     except ExitkitError as error:
-        raise ExitkitError(f"{table}: {error}") from error
+        raise ArgumentError(f"{table}: {error}") from error
     except (TypeError, ValueError) as error:
-        raise ExitkitError(f"{table} = {dict(options)!r}: {error}") from error
+        raise ArgumentError(f"{table} = {dict(options)!r}: {error}") from error
 
 
 def described(recipe: Recipe) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from exitkit.common.console import make_console
-from exitkit.common.errors import ExitkitError
+from exitkit.common.errors import ArgumentError
 from exitkit.evaluation import paired_tests
 from exitkit.report import calibrated, read_comparison, read_run, write_report, write_thresholds
 from exitkit.report.run import calibration_outputs, named
@@ -76,7 +76,7 @@ def compare(
     """Test whether methods or runs differ on the same samples: McNemar at a budget, and the area under the curves."""
     found = read_comparison(runs)
     if len(found) < 2:
-        raise ExitkitError(
+        raise ArgumentError(
             f"{str(runs[0])!r} holds one set of outputs, {next(iter(found))!r}, and a comparison needs at least two; name "
             "another run, or a file of outputs, beside it"
         )

@@ -12,7 +12,7 @@ from torch.optim.lr_scheduler import (
     SequentialLR,
 )
 
-from exitkit.common.errors import ExitkitError, unknown_name
+from exitkit.common.errors import ArgumentError, unknown_name
 
 SCHEDULES = ("cosine", "restarts", "linear", "constant")
 _START = 1e-3
@@ -37,9 +37,9 @@ def by_name(
     if name not in SCHEDULES:
         raise unknown_name("schedule.name", name, SCHEDULES)
     if not isinstance(warmup, int | float) or not 0 <= warmup < 1:
-        raise ExitkitError(f"schedule.warmup = {warmup!r} must be a share of the steps, at least 0 and below 1")
+        raise ArgumentError(f"schedule.warmup = {warmup!r} must be a share of the steps, at least 0 and below 1")
     if not isinstance(cycles, int) or cycles < 1 or (cycles > 1 and name != "restarts"):
-        raise ExitkitError(
+        raise ArgumentError(
             f"schedule.cycles = {cycles!r} must be a whole number of at least 1, above 1 for 'restarts' only"
         )
     rising = round(warmup * steps)

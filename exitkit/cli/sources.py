@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from exitkit.common.errors import ExitkitError, unknown_name
+from exitkit.common.errors import ArgumentError, ExitkitError, FileError, unknown_name
 from exitkit.common.torchvision_guard import import_torchvision
 from exitkit.models.cifar_resnets import load_weights
 
@@ -33,7 +33,7 @@ def load_model(name: str, weights: str | None = None, num_classes: int | None = 
     """
     source, colon, rest = name.partition(":")
     if not colon or not rest:
-        raise ExitkitError(
+        raise ArgumentError(
             f"--model {name!r} is not SOURCE:NAME; use torchvision:resnet50, timm:resnet18, hf:NAME_OR_DIR or "
             "package.module:function"
         )
@@ -49,7 +49,7 @@ def load_model(name: str, weights: str | None = None, num_classes: int | None = 
         raise
     except Exception as error:  # whatever a library or a user's function raises on these options
         offline = "; without a network give a state-dict file as --weights, or none" if weights == PRETRAINED else ""
-        raise ExitkitError(
+        raise ArgumentError(
             f"--model {name!r} cannot be built with these options: {type(error).__name__}: {error}{offline}"
         ) from error
     if weights not in (None, PRETRAINED):
@@ -78,7 +78,7 @@ def _hugging_face(name: str, pretrained: bool, options: dict[str, Any]) -> nn.Mo
     try:
         config = transformers.AutoConfig.from_pretrained(name, **extra)
     except (OSError, ValueError) as error:
-        raise ExitkitError(
+        raise ArgumentError(
             f"--model hf:{name} is neither a folder with a config.json nor on the hub: {error}"
         ) from error
     kinds = {
@@ -87,7 +87,7 @@ def _hugging_face(name: str, pretrained: bool, options: dict[str, Any]) -> nn.Mo
     }
     kind = next((auto for auto, known in kinds.items() if type(config) in known), None)
     if kind is None:
-        raise ExitkitError(
+        raise ArgumentError(
             f"--model hf:{name} is a {config.model_type}, which transformers has no text or image classifier for"
         )
     folder = Path(name)
@@ -97,7 +97,7 @@ def _hugging_face(name: str, pretrained: bool, options: dict[str, Any]) -> nn.Mo
     try:
         loaded: nn.Module = kind.from_pretrained(name, config=config)
     except (OSError, ValueError, RuntimeError) as error:
-        raise ExitkitError(f"--model hf:{name} cannot be loaded: {error}") from error
+        raise ArgumentError(f"--model hf:{name} cannot be loaded: {error}") from error
     return loaded
 
 
@@ -106,7 +106,7 @@ def _function(module: str, function: str, options: dict[str, Any]) -> nn.Module:
     try:
         make = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError) as error:
-        raise ExitkitError(
+        raise ArgumentError(
             f"--model {module}:{function}: {error}. Sources are torchvision:, timm:, hf:, or an importable "
             "package.module:function"
         ) from error
@@ -114,27 +114,29 @@ def _function(module: str, function: str, options: dict[str, Any]) -> nn.Module:
         sys.path.pop(0)
     model = make(**options)
     if not isinstance(model, nn.Module):
-        raise ExitkitError(f"--model {module}:{function} returned {type(model).__name__}, not a torch.nn.Module")
+        raise ArgumentError(f"--model {module}:{function} returned {type(model).__name__}, not a torch.nn.Module")
     return model
 
 
 def _load_file(model: nn.Module, path: Path) -> None:
     if not path.is_file():
-        raise ExitkitError(f"--weights {str(path)!r} does not exist; give a state-dict file, or 'pretrained'")
+        raise ArgumentError(f"--weights {str(path)!r} does not exist; give a state-dict file, or 'pretrained'")
     if path.suffix == ".safetensors":
         load_weights(model, path)
         return
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # what its unpickler raises, with advice on options that are not the user's here
-        raise ExitkitError(
+        raise FileError(
             f"--weights {str(path)!r} cannot be read as a state dict ({type(error).__name__}); give what "
             "torch.save(model.state_dict(), path) wrote, or a .safetensors file"
         ) from error
     try:
         model.load_state_dict(state)
     except Exception as error:  # keys and shapes, or no dict at all
-        raise ExitkitError(f"--weights {str(path)!r} cannot be loaded into {type(model).__name__}: {error}") from error
+        raise ArgumentError(
+            f"--weights {str(path)!r} cannot be loaded into {type(model).__name__}: {error}"
+        ) from error
 
 
 def _library(name: str, extra: str) -> Any:

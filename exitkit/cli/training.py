@@ -17,7 +17,7 @@ from exitkit.cli.bench import comparison_table, head_share, timed_stages, write_
 from exitkit.cli.data import Split, load_data
 from exitkit.cli.recipe import Recipe, described
 from exitkit.cli.sources import load_model
-from exitkit.common.errors import ExitkitError
+from exitkit.common.errors import ArgumentError
 from exitkit.common.files import replacing
 from exitkit.evaluation import ExitOutputs, RegressionOutputs, collect
 from exitkit.multi_exit.attaching import attach
@@ -80,7 +80,7 @@ def loaders(
         parts = [1 - recipe.validation, recipe.validation]
         train, held_out = random_split(train, parts, generator=torch.Generator().manual_seed(seed))
         if not len(held_out) or not len(train):
-            raise ExitkitError(
+            raise ArgumentError(
                 f"validation = {recipe.validation} of {len(split.train)} training samples leaves {len(train)} to train on "  # type: ignore[arg-type]
                 f"and {len(held_out)} to validate on; both need some"
             )

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from exitkit.common.errors import ExitkitError
+from exitkit.common.errors import ArgumentError
 
 _LABEL_KEYS = ("labels", "label")
 
@@ -37,12 +37,12 @@ def check_labels(labels: Any, num_classes: int, batch: int) -> Tensor:
     if num_classes == 1:
         return _check_targets(labels, batch)
     if labels.is_floating_point() or labels.shape != (batch,):
-        raise ExitkitError(
+        raise ArgumentError(
             f"labels have dtype {labels.dtype} and shape {tuple(labels.shape)}; expected class indices of shape ({batch},)"
         )
     low, high = int(labels.min()), int(labels.max())
     if low < 0 or high >= num_classes:
-        raise ExitkitError(
+        raise ArgumentError(
             f"labels run from {low} to {high}, but the model has {num_classes} classes: labels are 0 to {num_classes - 1}"
         )
     classes: Tensor = labels.long()
@@ -51,18 +51,18 @@ def check_labels(labels: Any, num_classes: int, batch: int) -> Tensor:
 
 def _as_tensor(labels: Any, num_classes: int) -> Tensor:
     if labels is None:
-        raise ExitkitError("the loader yields no labels; yield (inputs, labels) or a dict with the key 'labels'")
+        raise ArgumentError("the loader yields no labels; yield (inputs, labels) or a dict with the key 'labels'")
     try:
         return torch.as_tensor(labels)
     except (TypeError, ValueError) as error:
-        raise ExitkitError(
+        raise ArgumentError(
             f"labels are no class indices: {error}; give whole numbers from 0 to {num_classes - 1}"
         ) from error
 
 
 def _check_targets(targets: Tensor, batch: int) -> Tensor:
     if targets.shape not in ((batch,), (batch, 1)) or not bool(targets.isfinite().all()):
-        raise ExitkitError(
+        raise ArgumentError(
             f"labels have shape {tuple(targets.shape)}; a model with one output needs one finite number per sample, shape "
             f"({batch},)"
         )
@@ -87,7 +87,7 @@ def check_training_labels(labels: Any, num_classes: int, batch: int) -> Tensor:
         return check_labels(targets, num_classes, batch)
     if targets.is_floating_point() and targets.shape == (batch, num_classes):
         if bool((targets < 0).any()) or not bool((targets.sum(1).float() - 1).abs().le(1e-2).all()):
-            raise ExitkitError(
+            raise ArgumentError(
                 f"labels of shape {tuple(targets.shape)} are soft ones: probabilities, each row of sum 1"
             )
         return targets.float()
@@ -104,7 +104,7 @@ def check_iterable(loader: Any, name: str) -> None:
         ExitkitError: no iterable.
     """
     if not isinstance(loader, Iterable):
-        raise ExitkitError(
+        raise ArgumentError(
             f"{name} is {type(loader).__name__}, which yields no batches; give a torch DataLoader, or a list of batches"
         )
 
@@ -117,7 +117,7 @@ def checked(loader: Iterable[Any], name: str) -> Iterable[Any]:
         empty = False
         yield batch
     if empty:
-        raise ExitkitError(f"{name} is empty: it yielded no batch; check the data set and drop_last")
+        raise ArgumentError(f"{name} is empty: it yielded no batch; check the data set and drop_last")
 
 
 def move(value: Any, device: torch.device) -> Any:

@@ -9,7 +9,7 @@ from typing import Any, TypeGuard
 import numpy as np
 from numpy.typing import NDArray
 
-from exitkit.common.errors import ExitkitError
+from exitkit.common.errors import ArgumentError
 
 
 def numbers_in(given: Any) -> NDArray[np.float64]:
@@ -33,5 +33,5 @@ def positive(name: str, value: Any, meaning: str) -> float:
         ExitkitError: anything else; NaN too.
     """
     if not is_number(value) or value <= 0:
-        raise ExitkitError(f"{name}={value!r} must be a number above 0: {meaning}")
+        raise ArgumentError(f"{name}={value!r} must be a number above 0: {meaning}")
     return float(value)

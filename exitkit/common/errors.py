@@ -1,4 +1,4 @@
-"""The one exception exitkit raises for what a user can put right."""
+"""What exitkit raises for what a user can put right: one exception to catch, and kinds of it for a program to tell apart."""
 
 from __future__ import annotations
 
@@ -7,14 +7,34 @@ from collections.abc import Iterable
 
 
 class ExitkitError(ValueError):
-    """Bad input: the message names the argument, the value received, what is allowed, and the remedy."""
+    """The one to catch. The message names the argument, the value received, what is allowed, and the remedy."""
 
 
-def unknown_name(argument: str, value: object, allowed: Iterable[str], remedy: str = "") -> ExitkitError:
+class ArgumentError(ExitkitError):
+    """An argument, an input or a loader that cannot be used as it is."""
+
+
+class FileError(ExitkitError):
+    """A file that is missing, damaged, of another program, or of another version."""
+
+
+class HubError(ExitkitError):
+    """The Hugging Face Hub cannot be reached, or refuses."""
+
+
+class NotCapturableError(ExitkitError):
+    """A model that cannot be captured, cut or exported."""
+
+
+class DivergedError(ExitkitError):
+    """Training came to numbers that are not finite."""
+
+
+def unknown_name(argument: str, value: object, allowed: Iterable[str], remedy: str = "") -> ArgumentError:
     """The error for a name that is not among ``allowed``; near matches come first."""
     names = list(allowed)
     near = difflib.get_close_matches(str(value), names, n=3, cutoff=0.5)
     hint = f" Did you mean {' or '.join(repr(name) for name in near)}?" if near else ""
     listed = ", ".join(repr(name) for name in names[:12]) + (", ..." if len(names) > 12 else "")
     tail = f" {remedy}" if remedy else ""
-    return ExitkitError(f"{argument}={value!r} is unknown.{hint} Allowed: {listed}.{tail}")
+    return ArgumentError(f"{argument}={value!r} is unknown.{hint} Allowed: {listed}.{tail}")

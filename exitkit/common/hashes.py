@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from exitkit.common.batches import checked, split_batch
-from exitkit.common.errors import ExitkitError
+from exitkit.common.errors import ArgumentError
 
 
 def content_hashes(loader: Iterable[Any]) -> Tensor:
@@ -30,7 +30,7 @@ def hash_samples(inputs: Any) -> Tensor:
     """(B,) int64: a hash of each sample over all tensors in ``inputs``, which are batch first."""
     tensors = [tensor for tensor in _tensors(inputs) if tensor.dim() > 0]
     if not tensors:
-        raise ExitkitError(f"inputs are {type(inputs).__name__} without any tensor; there is nothing to hash")
+        raise ArgumentError(f"inputs are {type(inputs).__name__} without any tensor; there is nothing to hash")
     batch = len(tensors[0])
     parts = [tensor for tensor in tensors if len(tensor) == batch]
     rows = [part.detach().cpu().contiguous().reshape(batch, -1).view(torch.uint8).numpy() for part in parts]

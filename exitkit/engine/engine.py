@@ -16,7 +16,7 @@ from exitkit.calibration.thresholds import Threshold, check_calibrated, numbers,
 from exitkit.common.batches import check_iterable, split_batch
 from exitkit.common.checks import is_number
 from exitkit.common.console import make_console
-from exitkit.common.errors import ExitkitError, unknown_name
+from exitkit.common.errors import ArgumentError, unknown_name
 from exitkit.engine.aot import optimized
 from exitkit.engine.batch_state import Flight
 from exitkit.engine.exported import example_of
@@ -71,14 +71,14 @@ class Engine:
             ExitkitError: a monitor of other scores than the engine's.
         """
         if not isinstance(monitor, ShiftMonitor):
-            raise ExitkitError(f"monitor is {type(monitor).__name__}; give a ShiftMonitor of the calibration outputs")
+            raise ArgumentError(f"monitor is {type(monitor).__name__}; give a ShiftMonitor of the calibration outputs")
         program = self.loop.program
         for name, expected, used in (
             ("criterion", monitor.criterion, program.criterion),
             ("temperatures", monitor.temperatures, program.temperatures),
         ):
             if expected != used:
-                raise ExitkitError(
+                raise ArgumentError(
                     f"monitor compares scores with {name} {expected!r}, but the engine's have {used!r}, so that all would "
                     f"look like a shift; make the monitor of outputs with the same {name}"
                 )
@@ -113,7 +113,7 @@ class Engine:
             ExitkitError: nothing was measured.
         """
         if self.loop.plan is None:
-            raise ExitkitError(
+            raise ArgumentError(
                 "nothing was measured for this engine; compile it with samples=, inputs as they come in use: "
                 "exitkit.compile(ee, threshold, samples=x)"
             )
@@ -163,9 +163,9 @@ class Engine:
             ExitkitError: inputs of another kind, or a stage failed; the message names the batch.
         """
         if not isinstance(batch_size, int) or batch_size < 1:
-            raise ExitkitError(f"batch_size={batch_size!r} must be a whole number greater than 0")
+            raise ArgumentError(f"batch_size={batch_size!r} must be a whole number greater than 0")
         if not is_number(max_wait) or max_wait < 0:
-            raise ExitkitError(f"max_wait={max_wait!r} must be a number of seconds of at least 0")
+            raise ArgumentError(f"max_wait={max_wait!r} must be a number of seconds of at least 0")
         check_iterable(batches, "batches")
         return map(self._noted, Refill(replace(self.loop, plan=None), batch_size, max_wait).run(batches))
 
@@ -209,7 +209,7 @@ def compile(
             another number of exits, a monitor of other scores.
     """
     if not isinstance(model, MultiExitModel):
-        raise ExitkitError(f"model is {type(model).__name__}; compile takes what exitkit.attach(model) returns")
+        raise ArgumentError(f"model is {type(model).__name__}; compile takes what exitkit.attach(model) returns")
     criterion = checked_criterion(model, criterion)
     threshold = resolved_threshold(model, threshold)
     thresholds = numbers(threshold, len(model.classifiers))
@@ -235,7 +235,7 @@ def _planned(model: MultiExitModel, loop: Loop, eager: Program, samples: Any) ->
     args, kwargs = as_call(split_batch(samples)[0])
     tensors = eager.inputs.checked(args, kwargs)
     if not len(tensors[0]):
-        raise ExitkitError("samples is an empty batch; give inputs as they come in use, as many as in a batch")
+        raise ArgumentError("samples is an empty batch; give inputs as they come in use, as many as in a batch")
     method = model.method
     linked = method.cascade or method.past_future is not None or model.combiners
     independent = not linked and eager.criterion not in ("patience", "tolerance")
@@ -255,7 +255,7 @@ def checked_criterion(model: MultiExitModel, criterion: Any) -> Criterion:
     if criterion not in get_args(Criterion):
         raise unknown_name("criterion", criterion, get_args(Criterion))
     if (criterion == "tolerance") != model.regression:
-        raise ExitkitError(
+        raise ArgumentError(
             f"criterion={criterion!r} is not for this model: 'tolerance' is for regression, the others are for classes"
         )
     chosen: Criterion = criterion
@@ -266,7 +266,7 @@ def resolved_threshold(model: MultiExitModel, threshold: Threshold | None) -> Th
     """The threshold that is given, or the one saved with the model."""
     threshold = model.threshold if threshold is None else threshold
     if threshold is None:
-        raise ExitkitError(
+        raise ArgumentError(
             "threshold=None, and none was saved with the model; choose one on held-out samples: "
             "exitkit.collect(ee, loader).curve().at_budget(0.5).threshold"
         )
@@ -277,6 +277,6 @@ def checked_program(model: MultiExitModel, threshold: Threshold, criterion: Crit
     """The model's program for this threshold: with its temperatures, and refused where a guarantee is for other scores."""
     temperatures = temperatures_for(threshold, len(model.classifiers))
     if temperatures is not None and model.regression:
-        raise ExitkitError("threshold has temperatures, but predictions of a regression have none; give a plain τ")
+        raise ArgumentError("threshold has temperatures, but predictions of a regression have none; give a plain τ")
     check_calibrated(threshold, criterion, dtype_of(model), temperatures)
     return program_of(model, criterion, temperatures)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
-from exitkit.common.errors import ExitkitError
+from exitkit.common.errors import NotCapturableError
 from exitkit.engine.memory_format import in_format, is_channels_last
 from exitkit.engine.program import Program, Step
 from exitkit.multi_exit.model import MultiExitModel
@@ -45,7 +45,7 @@ def export_steps(
         taken = [values[name] for name in step.inputs]
         sized = [name for name, value in zip(step.inputs, taken, strict=True) if not isinstance(value, Tensor)]
         if sized:
-            raise ExitkitError(
+            raise NotCapturableError(
                 f"stage {step.exit} reads the sizes {sized}, which are no tensors: it cannot be exported"
             )
         with torch.no_grad():
@@ -61,7 +61,7 @@ def _export(program: Program, step: Step, tensors: tuple[Tensor, ...]) -> Export
     try:
         exported = torch.export.export(cast("nn.Module", step.run), tensors, dynamic_shapes=(dims,), strict=False)
     except Exception as error:  # torch.export raises dozens of types, most of them private
-        raise ExitkitError(
+        raise NotCapturableError(
             f"stage {step.exit} cannot be exported: {type(error).__name__}: {str(error).splitlines()[0]}"
         ) from error
     shapes = [
@@ -70,7 +70,7 @@ def _export(program: Program, step: Step, tensors: tuple[Tensor, ...]) -> Export
     for name, shape in zip(step.inputs, shapes, strict=True):
         fixed = [dim for dim in program.dynamic[name] if constant(shape[dim]) is not None]
         if fixed:
-            raise ExitkitError(
+            raise NotCapturableError(
                 f"stage {step.exit} fixes dimension {fixed[0]} of {name!r} to {shape[fixed[0]]}, so it cannot be exported for "
                 "batches of any size; attach with an example of at least two samples, or cut elsewhere with at="
             )

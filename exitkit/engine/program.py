@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from exitkit.common.errors import ExitkitError
+from exitkit.common.errors import ArgumentError
 from exitkit.methods.criteria import Criterion
 from exitkit.methods.scaled import Temperatures
 from exitkit.multi_exit.preprocessing import Preprocessing
@@ -68,12 +68,12 @@ class Inputs:
             )
             if not fits or len(tensor) != len(tensors[0]):
                 taken = ", ".join("any" if size is None else str(size) for size in sizes[1:])
-                raise ExitkitError(
+                raise ArgumentError(
                     f"input {key!r} has shape {tuple(tensor.shape)}; the engine was compiled for (batch, {taken}), the "
                     "same batch in every input. Resize it, or attach with example_inputs of this size"
                 )
             if tensor.dtype != dtype or tensor.device != self.device:
-                raise ExitkitError(
+                raise ArgumentError(
                     f"input {key!r} is {tensor.dtype} on {tensor.device}; the engine takes {dtype} on {self.device}: "
                     f"call .to({str(self.device)!r}, {dtype})"
                 )

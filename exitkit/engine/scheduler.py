@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from exitkit.common.batches import split_batch
-from exitkit.common.errors import ExitkitError
+from exitkit.common.errors import ArgumentError, ExitkitError
 from exitkit.engine.batch_state import Flight
 from exitkit.engine.loop import Departure, Loop, Prediction
 from exitkit.surgery.inputs import as_call
@@ -159,7 +159,7 @@ class Refill:
                 raise self._failure(item) from item.error
             yield self.loop.landed(item.departures, item.count, item.first)
 
-    def _failure(self, failed: _Item) -> ExitkitError:
+    def _failure(self, failed: _Item) -> ArgumentError:
         """The error of one batch, which carries the answers of those behind it that were already taken."""
         self._drain()
         finished = {
@@ -167,7 +167,7 @@ class Refill:
             for item in self.items
             if item.error is None
         }
-        error = ExitkitError(
+        error = ArgumentError(
             f"batch {failed.index} failed: {_said(failed.error)}. All batches before it were "
             f"answered, and {len(finished)} behind it are in this error's .finished, by their number; leave it out and go on"
         )

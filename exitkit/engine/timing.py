@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from exitkit.common.batches import split_batch
-from exitkit.common.errors import ExitkitError
+from exitkit.common.errors import ArgumentError
 from exitkit.engine.engine import Engine
 from exitkit.evaluation.exit_times import ExitTimes
 from exitkit.surgery.inputs import Example, call_on
@@ -38,9 +38,9 @@ def time_exits(engine: Engine, samples: Any, batches: Sequence[int] = (1, 64)) -
         ExitkitError: not an engine, inputs that it does not take, or a batch below 1.
     """
     if not isinstance(engine, Engine):
-        raise ExitkitError(f"engine is {type(engine).__name__}; give what exitkit.compile or exitkit.load returned")
+        raise ArgumentError(f"engine is {type(engine).__name__}; give what exitkit.compile or exitkit.load returned")
     if not isinstance(batches, Sequence) or not batches or not all(isinstance(n, int) and n > 0 for n in batches):
-        raise ExitkitError(f"batches={batches!r} must be whole numbers of at least 1, such as [1, 64]")
+        raise ArgumentError(f"batches={batches!r} must be whole numbers of at least 1, such as [1, 64]")
     given = Example.of(split_batch(samples)[0])
     return tuple(_times(engine, given.with_batch(size)) for size in batches)
 

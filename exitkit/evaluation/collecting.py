@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from exitkit.common.batches import check_labels, checked, move, split_batch
-from exitkit.common.errors import ExitkitError
+from exitkit.common.errors import ArgumentError
 from exitkit.common.hashes import hash_samples
 from exitkit.evaluation.outputs import ExitOutputs
 from exitkit.evaluation.regression import RegressionOutputs
@@ -39,7 +39,7 @@ def collect(model: MultiExitModel, loader: Iterable[Any], path: str | Path | Non
         For a model with one output :class:`RegressionOutputs`, whose labels are numbers.
     """
     if not isinstance(model, MultiExitModel):
-        raise ExitkitError(f"model is {type(model).__name__}; collect takes what exitkit.attach(model) returns")
+        raise ArgumentError(f"model is {type(model).__name__}; collect takes what exitkit.attach(model) returns")
     if path is None or model.regression:
         kept: list[Tensor] = []
         collected = _run(model, loader, kept.append).outputs(torch.cat(kept))

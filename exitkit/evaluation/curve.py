@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from exitkit.common.checks import is_number, positive
-from exitkit.common.errors import ExitkitError
+from exitkit.common.errors import ArgumentError
 from exitkit.evaluation.exit_times import ExitTimes, selected
 from exitkit.evaluation.plots import Array, plot_curves
 from exitkit.methods.scaled import Temperatures, check_temperatures, scaled
@@ -96,10 +96,10 @@ class Curve:
                 or batch that was not measured.
         """
         if (budget is None) == (ms is None):
-            raise ExitkitError(f"budget={budget!r}, ms={ms!r}: give one of them")
+            raise ArgumentError(f"budget={budget!r}, ms={ms!r}: give one of them")
         if ms is None:
             if (device, batch) != (None, None):
-                raise ExitkitError(
+                raise ArgumentError(
                     f"device={device!r}, batch={batch!r} are for ms=; shares of them: curve.timed(device, batch)"
                 )
             return self._under(positive("budget", budget, "a share of the backbone's cost, such as 0.5"))
@@ -115,7 +115,7 @@ class Curve:
             ExitkitError: no number, or a τ found with other temperatures.
         """
         if not is_number(threshold):
-            raise ExitkitError(f"threshold={threshold!r} must be a number: the τ above which a sample leaves")
+            raise ArgumentError(f"threshold={threshold!r} must be a number: the τ above which a sample leaves")
         check_temperatures(threshold, self.temperatures)
         index = max(int(np.searchsorted(self.thresholds, threshold, side="right")) - 1, 0)
         return self._point(index)._replace(threshold=scaled(threshold, self.temperatures))
@@ -140,7 +140,7 @@ class Curve:
         numbers = is_number(low) and is_number(high)
         # shares computed elsewhere may round otherwise
         if not numbers or not self.cost[0] <= low * (1 + 1e-12) < high:
-            raise ExitkitError(
+            raise ArgumentError(
                 f"low={low!r}, high={high!r}: budgets must rise, from {self.cost[0]:.3f} (leaving at the first exit) on"
             )
         widths = np.diff(np.clip(np.append(self.cost, np.inf), low, high))
@@ -161,7 +161,7 @@ class Curve:
         """The last point whose cost is below a share of the whole."""
         below = int(np.searchsorted(self.cost, budget, side="left")) - 1
         if below < 0:
-            raise ExitkitError(
+            raise ArgumentError(
                 f"budget={budget!r} cannot be kept: it is a share of the backbone's cost, and leaving at the first exit "
                 f"already costs {self.cost[0]:.3f}"
             )

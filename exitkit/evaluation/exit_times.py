@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from exitkit.common.checks import numbers_in
-from exitkit.common.errors import ExitkitError
+from exitkit.common.errors import ArgumentError
 
 
 @dataclass(frozen=True)
@@ -35,9 +35,9 @@ class ExitTimes:
     def __post_init__(self) -> None:
         object.__setattr__(self, "milliseconds", tuple(checked_times(self.milliseconds).tolist()))
         if not isinstance(self.batch, int) or self.batch < 1:
-            raise ExitkitError(f"batch={self.batch!r} must be a whole number of samples, at least 1")
+            raise ArgumentError(f"batch={self.batch!r} must be a whole number of samples, at least 1")
         if not isinstance(self.device, str) or not isinstance(self.hardware, str):
-            raise ExitkitError(f"device={self.device!r}, hardware={self.hardware!r} must be names, such as 'cuda'")
+            raise ArgumentError(f"device={self.device!r}, hardware={self.hardware!r} must be names, such as 'cuda'")
 
     @property
     def place(self) -> tuple[str, str, int]:
@@ -57,7 +57,7 @@ def checked_times(given: Any, exits: int | None = None) -> NDArray[np.float64]:
     times = numbers_in(given)
     wrong = exits is not None and len(times) != exits
     if wrong or not len(times) or not np.isfinite(times).all() or not times[0] > 0 or not (np.diff(times) >= 0).all():
-        raise ExitkitError(
+        raise ArgumentError(
             f"milliseconds={given!r} must hold {'' if exits is None else f'{exits} '}positive times, to answer at each exit "
             "and at the backbone, none below the one before it"
         )
@@ -78,7 +78,7 @@ def selected(timings: Sequence[ExitTimes], device: str | None, batch: int | None
     if len(found) == 1:
         return found[0]
     measured = "; ".join(map(str, timings)) or "nothing"
-    raise ExitkitError(
+    raise ArgumentError(
         f"device={device!r}, batch={batch!r} {'fits several measurements' if found else 'was not measured'}; measured: "
         f"{measured}. Measure with exitkit.time_exits(engine, samples, batches=[...]) and outputs.timed(times)"
     )

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from exitkit.common.errors import ExitkitError
+from exitkit.common.errors import ArgumentError, FileError
 from exitkit.common.files import replacing
 from exitkit.evaluation.exit_times import ExitTimes
 
@@ -70,15 +70,15 @@ def load_fields(path: str | Path, form: str, kind: str) -> dict[str, Any]:
             header: dict[str, str] = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no iterator
     except (OSError, SafetensorError) as error:
-        raise ExitkitError(f"path={str(path)!r} cannot be read as saved outputs: {error}") from error
+        raise FileError(f"path={str(path)!r} cannot be read as saved outputs: {error}") from error
     if header.get("format") == REGRESSION != form:
-        raise ExitkitError(
+        raise ArgumentError(
             f"path={str(path)!r} holds predictions of a regression, which have no right and wrong answers to report, "
             "calibrate or compare by: read them with exitkit.evaluation.RegressionOutputs.load(path), whose "
             "curve().plot(picture) and curve().budget_table() show the correlation against cost"
         )
     if header.get("format") != form:
-        raise ExitkitError(
+        raise FileError(
             f"path={str(path)!r} is no file of saved outputs for {kind} (its format is {header.get('format')!r}); write one "
             "with outputs.save(path)"
         )

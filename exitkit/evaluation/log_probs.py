@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from exitkit.common.errors import ExitkitError
+from exitkit.common.errors import ArgumentError
 
 _NORMALISED = 1e-5
 CHUNK = 1024
@@ -22,7 +22,7 @@ def normalised(given: Tensor) -> Tensor:
         ExitkitError: another shape or dtype, NaN, infinite or all-impossible rows.
     """
     if given.dim() != 3 or not given.is_floating_point() or 0 in given.shape or given.shape[2] < 2:
-        raise ExitkitError(
+        raise ArgumentError(
             f"log_probs has dtype {given.dtype} and shape {tuple(given.shape)}; expected floating point of shape "
             "(samples, exits + 1, classes), with at least two classes"
         )
@@ -30,7 +30,7 @@ def normalised(given: Tensor) -> Tensor:
     broken = ~normaliser.isfinite().squeeze(-1)
     if bool(broken.any()):
         exit_ = int(broken.any(0).int().argmax())
-        raise ExitkitError(
+        raise ArgumentError(
             f"log_probs holds NaN, infinite or all-impossible rows: exit {exit_} on {int(broken[:, exit_].sum())} of "
             f"{len(given)} samples. The model overflowed there; check its inputs (normalised?) and run in float32"
         )

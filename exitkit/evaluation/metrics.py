@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
-from exitkit.common.errors import ExitkitError
+from exitkit.common.errors import ArgumentError
 from exitkit.evaluation.outputs import ExitOutputs, check_outputs
 
 Array = NDArray[np.float64]
@@ -55,7 +55,7 @@ def reliability(outputs: ExitOutputs, bins: int = 15) -> Reliability:
     """
     check_outputs(outputs)
     if not isinstance(bins, int) or bins < 1:
-        raise ExitkitError(f"bins={bins!r} must be a whole number greater than 0")
+        raise ArgumentError(f"bins={bins!r} must be a whole number greater than 0")
     confidence, correct = outputs.scores("confidence").double().numpy(), outputs.correct.double().numpy()
     columns = [
         [
@@ -105,7 +105,7 @@ def exit_rates_by_class(outputs: ExitOutputs, threshold: float | Sequence[float]
     """
     check_outputs(outputs)
     if outputs.labels is None:
-        raise ExitkitError("labels=None: rates per class need labels")
+        raise ArgumentError("labels=None: rates per class need labels")
     classes, exits = outputs.log_probs.shape[2], len(outputs.macs)
     counts = np.zeros((classes, exits))
     np.add.at(counts, (outputs.labels.numpy(), outputs.exits_at(threshold)), 1)
@@ -130,7 +130,7 @@ def bootstrap(
         ExitkitError: fewer than two samples, no resamples, or a confidence outside (0, 1).
     """
     if len(outputs) < 2 or resamples < 1 or not 0 < confidence < 1:
-        raise ExitkitError(
+        raise ArgumentError(
             f"resamples={resamples!r} must be at least 1, confidence={confidence!r} between 0 and 1, and the outputs, "
             f"{len(outputs)} samples, at least 2"
         )

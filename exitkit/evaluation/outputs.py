@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from exitkit.common.batches import check_labels
 from exitkit.common.checks import positive
-from exitkit.common.errors import ExitkitError
+from exitkit.common.errors import ArgumentError
 from exitkit.evaluation.curve import Curve, sweep
 from exitkit.evaluation.exit_times import ExitTimes, checked_times
 from exitkit.evaluation.files import load_fields, save_outputs
@@ -75,13 +75,13 @@ class ExitOutputs:
         macs = torch.as_tensor(self.macs, dtype=torch.float64).detach().cpu().contiguous()
         rising = macs.shape == log_probs.shape[1:2] and bool((macs.diff() >= 0).all())
         if not rising or not bool((macs > 0).all()) or not bool(macs.isfinite().all()):
-            raise ExitkitError(
+            raise ArgumentError(
                 f"macs={macs.tolist()} must hold one positive cost per exit, {log_probs.shape[1]} of them, none below the "
                 "one before it"
             )
         object.__setattr__(self, "macs", macs)
         if not 0 < self.backbone_macs < float("inf"):
-            raise ExitkitError(
+            raise ArgumentError(
                 f"backbone_macs={self.backbone_macs!r} must be positive: MACs of the unmodified backbone"
             )
         if self.temperatures is not None:
@@ -92,7 +92,7 @@ class ExitOutputs:
             labels = check_labels(self.labels, log_probs.shape[2], log_probs.shape[0]).cpu().contiguous()
             object.__setattr__(self, "labels", labels)
         if self.hashes is not None and (self.hashes.shape != log_probs.shape[:1] or self.hashes.dtype != torch.int64):
-            raise ExitkitError(
+            raise ArgumentError(
                 f"hashes have dtype {self.hashes.dtype} and shape {tuple(self.hashes.shape)}; expected int64 of shape "
                 f"({len(log_probs)},), as exitkit.evaluation.content_hashes(loader) gives them"
             )
@@ -133,7 +133,7 @@ class ExitOutputs:
     def correct(self) -> Tensor:
         """(N, M+1) bool: which exits are right about which samples."""
         if self.labels is None:
-            raise ExitkitError(
+            raise ArgumentError(
                 "labels=None: accuracy needs labels. To measure agreement with the full model instead, use "
                 "outputs.against_backbone()"
             )
@@ -155,7 +155,7 @@ class ExitOutputs:
         """
         given = checked_temperatures(temperatures, len(self.macs))
         if self.temperatures is not None:
-            raise ExitkitError(
+            raise ArgumentError(
                 f"these outputs were divided by temperatures={list(self.temperatures)} already; calibrate those that they "
                 "were made of"
             )
@@ -193,14 +193,14 @@ class ExitOutputs:
         try:
             taus = torch.as_tensor(threshold, dtype=torch.float64)  # in float32 τ would be rounded
         except (TypeError, ValueError, RuntimeError) as error:
-            raise ExitkitError(
+            raise ArgumentError(
                 f"threshold is {type(threshold).__name__}, no number: give one τ, or one per exit, such as "
                 "choose_threshold(...).threshold"
             ) from error
         if bool(taus.isnan().any()):
-            raise ExitkitError(f"threshold={threshold!r} holds NaN, which no score compares with; give numbers")
+            raise ArgumentError(f"threshold={threshold!r} holds NaN, which no score compares with; give numbers")
         if tuple(taus.shape) not in ((), (len(self.macs) - 1,)):
-            raise ExitkitError(
+            raise ArgumentError(
                 f"threshold has shape {tuple(taus.shape)}; give one τ, or one for each of the {len(self.macs) - 1} exits"
             )
         sure = self.scores(criterion)[:, :-1].double() > taus
@@ -224,7 +224,7 @@ class ExitOutputs:
             ExitkitError: no labels, no exits before the backbone, or times that fall or are of another number.
         """
         if len(self.macs) < 2:
-            raise ExitkitError(
+            raise ArgumentError(
                 "log_probs holds the backbone alone, shape (N, 1, C); a curve needs at least one exit before it"
             )
         scores, correct = self.scores(criterion)[:, :-1].numpy(), self.correct.numpy().astype(np.int64)
@@ -266,7 +266,7 @@ class ExitOutputs:
         budget = positive("budget", budget, "a share of the backbone's cost, such as 0.5")
         within = self.costs <= budget
         if not within.any():
-            raise ExitkitError(
+            raise ArgumentError(
                 f"budget={budget!r} cannot be kept: it is a share of the backbone's cost, and exit 0 already costs "
                 f"{self.costs[0]:.3f}"
             )
@@ -318,4 +318,4 @@ def check_outputs(outputs: object, name: str = "outputs") -> None:
         ExitkitError: anything else than :class:`ExitOutputs`.
     """
     if not isinstance(outputs, ExitOutputs):
-        raise ExitkitError(f"{name} is {type(outputs).__name__}; give what exitkit.collect(ee, loader) returned")
+        raise ArgumentError(f"{name} is {type(outputs).__name__}; give what exitkit.collect(ee, loader) returned")

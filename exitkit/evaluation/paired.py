@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from scipy.stats import binomtest
 
-from exitkit.common.errors import ExitkitError
+from exitkit.common.errors import ArgumentError
 from exitkit.evaluation.curve import Curve
 from exitkit.evaluation.metrics import Interval
 from exitkit.evaluation.outputs import ExitOutputs, check_outputs
@@ -83,9 +83,9 @@ def paired_tests(
     """
     if not isinstance(outputs, Mapping) or len(outputs) < 2:
         given = list(outputs) if isinstance(outputs, Mapping) else type(outputs).__name__
-        raise ExitkitError(f"outputs={given}: give a dict of at least two, by name")
+        raise ArgumentError(f"outputs={given}: give a dict of at least two, by name")
     if not is_count(resamples) or not isinstance(seed, int) or seed < 0:
-        raise ExitkitError(
+        raise ArgumentError(
             f"resamples={resamples!r} must be a whole number of at least 1, and seed={seed!r} of at least 0"
         )
     check_comparable(outputs)
@@ -150,17 +150,17 @@ def check_comparable(outputs: Mapping[str, ExitOutputs]) -> None:
     (name, first), *others = outputs.items()
     for other, candidate in others:
         if candidate.labels is None or first.labels is None:
-            raise ExitkitError(f"labels=None in {other!r} or {name!r}: comparing accuracies needs labels")
+            raise ArgumentError(f"labels=None in {other!r} or {name!r}: comparing accuracies needs labels")
         if len(candidate) != len(first) or not torch.equal(candidate.labels, first.labels):
-            raise ExitkitError(
+            raise ArgumentError(
                 f"{other!r} and {name!r} have other labels ({len(candidate)} and {len(first)} samples): collect both from "
                 "one loader, in one order (shuffle=False)"
             )
         hashes = candidate.hashes, first.hashes
         if hashes[0] is not None and hashes[1] is not None and not torch.equal(hashes[0], hashes[1]):
-            raise ExitkitError(f"{other!r} and {name!r} were collected on other inputs, though their labels agree")
+            raise ArgumentError(f"{other!r} and {name!r} were collected on other inputs, though their labels agree")
         if candidate.backbone_macs != first.backbone_macs:
-            raise ExitkitError(
+            raise ArgumentError(
                 f"{other!r} and {name!r} are of different backbones ({candidate.backbone_macs:g} and {first.backbone_macs:g} "
                 "MACs), so that their costs are shares of different things. To compare them all the same, measure both by "
                 f"one: dataclasses.replace(outputs, backbone_macs={first.backbone_macs:g})"

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
-from exitkit.common.errors import ExitkitError
+from exitkit.common.errors import ArgumentError
 from exitkit.common.files import replacing
 
 Array = NDArray[np.float64]
@@ -40,7 +40,7 @@ def plot_curves(curves: Mapping[str, Points], path: str | Path, measure: str = "
 def curves_figure(curves: Mapping[str, Points], measure: str = "accuracy") -> Figure:
     """What :func:`plot_curves` writes."""
     if not curves:
-        raise ExitkitError("curves={} is empty; give at least one curve by name")
+        raise ArgumentError("curves={} is empty; give at least one curve by name")
     figure = new_figure()
     axes = labelled(figure.add_subplot(), "average cost (share of the backbone's MACs)", measure)
     for name, curve in curves.items():
@@ -89,7 +89,7 @@ def write_figure(figure: Figure, path: str | Path) -> None:
     """Write a picture in the format of the path's suffix."""
     formats = figure.canvas.get_supported_filetypes()
     if Path(path).suffix.lstrip(".").lower() not in formats:
-        raise ExitkitError(
+        raise ArgumentError(
             f"path={str(path)!r} has no picture format as its suffix; use one of {', '.join(sorted(formats))}"
         )
     with replacing(path) as temporary:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from scipy.stats import spearmanr
 from torch import Tensor
 
-from exitkit.common.errors import ExitkitError, unknown_name
+from exitkit.common.errors import ArgumentError, unknown_name
 from exitkit.evaluation.curve import Curve, sweep
 from exitkit.evaluation.files import REGRESSION
 from exitkit.evaluation.outputs import ExitOutputs
@@ -48,7 +48,9 @@ class RegressionOutputs(ExitOutputs):
     @property
     def correct(self) -> Tensor:
         """Regression has no right and wrong."""
-        raise ExitkitError("regression has no right and wrong predictions; use mse(), accuracy() (Pearson) or curve()")
+        raise ArgumentError(
+            "regression has no right and wrong predictions; use mse(), accuracy() (Pearson) or curve()"
+        )
 
     def accuracy(self) -> NDArray[np.float64]:
         """(M+1,): Pearson's correlation of each exit's predictions with the labels; 0 where they are all the same."""
@@ -101,23 +103,23 @@ class RegressionOutputs(ExitOutputs):
         Raises:
             ExitkitError: always.
         """
-        raise ExitkitError(
+        raise ArgumentError(
             "regression has no temperatures: its score is the change between predictions, which needs no calibration"
         )
 
     def _targets(self) -> NDArray[np.float64]:
         """The labels, which must differ for anything to be correlated with or explained."""
         if self.labels is None:
-            raise ExitkitError("labels=None: how good predictions are needs labels")
+            raise ArgumentError("labels=None: how good predictions are needs labels")
         if bool((self.labels == self.labels[0]).all()):
-            raise ExitkitError(
+            raise ArgumentError(
                 "labels are all the same, so that nothing correlates with them; use mse(), or more samples"
             )
         return self.labels.double().numpy()
 
     def _squared_errors(self) -> NDArray[np.float64]:
         if self.labels is None:
-            raise ExitkitError("labels=None: how good predictions are needs labels")
+            raise ArgumentError("labels=None: how good predictions are needs labels")
         errors: NDArray[np.float64] = (self.predictions.double() - self.labels[:, None]).square().numpy()
         return errors
 
@@ -133,13 +135,13 @@ class RegressionOutputs(ExitOutputs):
         """Finite float32 predictions (N, M+1, 1)."""
         predictions = given[..., None] if given.dim() == 2 else given
         if predictions.dim() != 3 or predictions.shape[2] != 1 or 0 in given.shape or not given.is_floating_point():
-            raise ExitkitError(
+            raise ArgumentError(
                 f"predictions have dtype {given.dtype} and shape {tuple(given.shape)}; expected floating point of shape "
                 "(samples, exits + 1)"
             )
         if not bool(given.isfinite().all()):
             exit_ = int((~predictions.isfinite()).any(0).int().argmax())
-            raise ExitkitError(
+            raise ArgumentError(
                 f"predictions hold NaN or infinity: exit {exit_} on {int((~predictions[:, exit_].isfinite()).sum())} of "
                 f"{len(given)} samples; check the model's inputs (normalised?) and run in float32"
             )

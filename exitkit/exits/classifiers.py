@@ -10,7 +10,7 @@ from typing import NamedTuple, cast, get_args
 
 from torch import Tensor, nn
 
-from exitkit.common.errors import ExitkitError
+from exitkit.common.errors import ArgumentError
 from exitkit.exits.convolution import Convolution, map_body
 from exitkit.exits.links import CascadeLink
 from exitkit.exits.pooling import ReadoutKind, TokenPool
@@ -52,7 +52,7 @@ class HeadSpec:
             return cls(head, head)
         match = re.fullmatch(r"1L|2L-([1-9]\d*)|branch-([1-9]\d*)", head) if isinstance(head, str) else None
         if match is None:
-            raise ExitkitError(f"head={head!r} is unknown; allowed are {_HEADS}, or a list with one for each exit")
+            raise ArgumentError(f"head={head!r} is unknown; allowed are {_HEADS}, or a list with one for each exit")
         if match[2]:
             return cls(head, "branch", blocks=int(match[2]))
         return cls(head, "linear", int(match[1]) if match[1] else None)
@@ -107,7 +107,7 @@ class InternalClassifier(nn.Module):
         vector: Tensor = self.body(feature, *inputs)
         if self.link is not None:
             if previous is None:
-                raise ExitkitError(
+                raise ArgumentError(
                     "this exit has a cascade link and needs previous=, the logits of the exit before it"
                 )
             vector = self.link(vector, previous)
@@ -143,7 +143,7 @@ def make_head(feature: Feature, num_classes: int, spec: HeadSpec, cascade: bool)
     if spec.kind == "auto":
         spec = HeadSpec.parse(_AUTO["maps" if is_map else "others"])
     if spec.kind in get_args(Convolution) and not is_map:
-        raise ExitkitError(
+        raise ArgumentError(
             f"head={spec.kind!r} needs feature maps, but this boundary's is {feature.layout} {feature.shape}; use head='auto'"
         )
     if is_map:

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from exitkit.common.errors import ExitkitError
+from exitkit.common.errors import ArgumentError
 from exitkit.exits.pooling import SDNPool, pooled_size
 
 Convolution = Literal["conv", "separable", "strided"]
@@ -30,7 +30,7 @@ def map_body(
     layers: list[nn.Module] = [_ChannelsFirst()] if channels_last else []
     if convolution == "strided":
         if min(height, width) < 3:
-            raise ExitkitError(
+            raise ArgumentError(
                 f"head='strided' needs maps of at least 3 × 3, but this boundary's are {height} × {width}; use head='conv'"
             )
         out = max(1, channels // 2)

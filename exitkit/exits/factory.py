@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from exitkit.common.errors import ExitkitError
+from exitkit.common.errors import ArgumentError
 from exitkit.exits.classifiers import Feature, HeadSpec, InternalClassifier, make_head
 from exitkit.exits.copied.head import tail_head
 from exitkit.exits.copied.shorten import gaps
@@ -57,7 +57,7 @@ class HeadMaker:
         _check_single([boundary, *(side for gap in left_out for side in gap)], f"branch-{most}")
         if not left_out and boundary != self._blocks[-1]:
             smaller = "use a smaller number, or" if most > 1 else "there is nothing to leave out; use"
-            raise ExitkitError(
+            raise ArgumentError(
                 f"head='branch-{most}' at {boundary.name!r} would be the whole rest of the backbone: no shape occurs in more "
                 f"than {most} of its blocks; {smaller} head='auto'"
             )
@@ -85,7 +85,7 @@ class HeadMaker:
 def _check_single(boundaries: Sequence[Boundary], head: str) -> None:
     for boundary in boundaries:
         if len(boundary.activations) > 1:
-            raise ExitkitError(
+            raise ArgumentError(
                 f"head={head!r} needs blocks that leave one activation; {boundary.name!r} leaves "
                 f"{len(boundary.activations)}. Use head='auto'"
             )

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from exitkit.common.errors import ExitkitError
+from exitkit.common.errors import ArgumentError
 from exitkit.exits.classifiers import HeadOutput, InternalClassifier
 
 Variant = Literal["paper", "ztw"]
@@ -91,7 +91,7 @@ class PastFutureClassifier(nn.Module):
     def step(self, feature: Tensor, carried: Tensor | None, inputs: Sequence[Tensor | None]) -> HeadOutput:
         """The logits, and what the next exit and training need."""
         if self.exit > 0 and (carried is None or carried.shape[1] != self.carries):
-            raise ExitkitError(
+            raise ArgumentError(
                 f"exit {self.exit} reads what the exit before it carried on, a tensor (B, {self.carries}); pass the .carried "
                 "of that exit's step()"
             )

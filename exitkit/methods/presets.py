@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal, get_args
 
-from exitkit.common.errors import ExitkitError, unknown_name
+from exitkit.common.errors import ArgumentError, unknown_name
 from exitkit.exits.gpf import Variant
 from exitkit.methods.criteria import Criterion
 
@@ -43,9 +43,9 @@ class Method:
         if self.past_future not in (None, *get_args(Variant)):
             raise unknown_name("variant", self.past_future, get_args(Variant))
         if self.past_future is not None and self.cascade:
-            raise ExitkitError("cascade=True and past_future are two links; choose one")
+            raise ArgumentError("cascade=True and past_future are two links; choose one")
         if self.width is not None and (self.past_future is None or not is_count(self.width)):
-            raise ExitkitError(
+            raise ArgumentError(
                 f"width={self.width!r} must be a whole number greater than 0, and is for past_future alone: the width of "
                 "the states that exits hand on"
             )
@@ -54,9 +54,11 @@ class Method:
         if self.criterion not in get_args(Criterion):
             raise unknown_name("criterion", self.criterion, get_args(Criterion))
         if not is_count(self.times):
-            raise ExitkitError(f"times={self.times!r} must be a whole number greater than 0")
+            raise ArgumentError(f"times={self.times!r} must be a whole number greater than 0")
         if self.ensemble_final and self.ensemble == "none":
-            raise ExitkitError("ensemble_final=True needs an ensemble: set ensemble='geometric', 'additive' or 'mean'")
+            raise ArgumentError(
+                "ensemble_final=True needs an ensemble: set ensemble='geometric', 'additive' or 'mean'"
+            )
 
 
 SDN = partial(Method, "sdn")
@@ -114,13 +116,13 @@ def for_outputs(method: Method, outputs: int, model: str) -> Method:
     """
     if outputs > 1:
         if method.criterion == "tolerance":
-            raise ExitkitError(
+            raise ArgumentError(
                 f"criterion='tolerance' is for regression, but {model} has {outputs} classes; use 'patience'"
             )
         return method
     independent = not method.cascade and method.past_future is None and method.ensemble == "none"
     if not independent or method.criterion not in ("patience", "tolerance"):
-        raise ExitkitError(
+        raise ArgumentError(
             f"{model} has 1 output, which is regression, and method={method.name!r} needs logits of at least two classes. Use "
             "method='pbee', which leaves once predictions stop changing; or give a binary classifier two outputs (logits 0 "
             "and z are the same decision)"

@@ -9,7 +9,7 @@ from typing import Any, Self
 import numpy as np
 
 from exitkit.common.checks import numbers_in
-from exitkit.common.errors import ExitkitError
+from exitkit.common.errors import ArgumentError
 
 Temperatures = tuple[float, ...]
 
@@ -52,7 +52,7 @@ def checked_temperatures(given: Any, count: int | None = None) -> Temperatures:
     values = numbers_in(given)
     if len(values) != (count or len(values)) or not len(values) or not ((values > 0) & np.isfinite(values)).all():
         wanted = "" if count is None else f"{count} "
-        raise ExitkitError(
+        raise ArgumentError(
             f"temperatures={given!r} must be {wanted}positive numbers, one per exit and the backbone's last, as "
             "exitkit.evaluation.fit_temperatures(outputs) returns them"
         )
@@ -79,7 +79,7 @@ def temperatures_of(threshold: Any) -> Temperatures | None:
         return found
     each = {getattr(tau, "temperatures", None) for tau in threshold}
     if len(each) > 1:
-        raise ExitkitError(
+        raise ArgumentError(
             f"threshold={list(threshold)!r} mixes values found with temperatures and values found with others or none; "
             "find all of them on the same outputs, or write exitkit.evaluation.ScaledThreshold(tau, temperatures)"
         )
@@ -94,7 +94,7 @@ def check_temperatures(threshold: Any, used: Temperatures | None) -> None:
     """
     found = temperatures_of(threshold)
     if found is not None and found != used:
-        raise ExitkitError(
+        raise ArgumentError(
             f"threshold was found with temperatures={list(found)}, but these scores "
             f"{'have none' if used is None else f'have temperatures={list(used)}'}: use outputs.calibrated(temperatures) with "
             "the same, or an engine compiled with this threshold"

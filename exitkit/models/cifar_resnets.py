@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from exitkit.common.errors import ExitkitError
+from exitkit.common.errors import ArgumentError, FileError
 
 
 class BasicBlock(nn.Module):
@@ -41,7 +41,7 @@ class CifarResNet(nn.Module):
     def __init__(self, depth: int, num_classes: int = 10) -> None:
         super().__init__()
         if not isinstance(depth, int) or depth < 8 or (depth - 2) % 6:
-            raise ExitkitError(f"depth={depth!r} is not 6n + 2; use 20, 32, 44, 56, 110, ...")
+            raise ArgumentError(f"depth={depth!r} is not 6n + 2; use 20, 32, 44, 56, 110, ...")
         blocks = (depth - 2) // 6
         self.conv1 = nn.Conv2d(3, 16, 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(16)
@@ -84,7 +84,7 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
     try:
         tensors = load_file(str(path))
     except (OSError, SafetensorError) as error:
-        raise ExitkitError(f"weights={str(path)!r} cannot be read as safetensors: {error}") from error
+        raise FileError(f"weights={str(path)!r} cannot be read as safetensors: {error}") from error
     own = model.state_dict()
     cast = {key: value.to(own[key].dtype) if key in own else value for key, value in tensors.items()}
     for key in own:
@@ -94,7 +94,7 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
     given, wanted = ({key: tuple(value.shape) for key, value in state.items()} for state in (cast, own))
     if given != wanted:
         key = next(key for key in (*wanted, *given) if given.get(key) != wanted.get(key))
-        raise ExitkitError(
+        raise FileError(
             f"weights={str(path)!r} do not fit {type(model).__name__}: {key!r} has shape {given.get(key, 'none')} in the file "
             f"and {wanted.get(key, 'none')} in the model"
         )

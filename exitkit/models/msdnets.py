@@ -9,7 +9,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from exitkit.common.errors import ExitkitError
+from exitkit.common.errors import ArgumentError
 
 
 class Stem(nn.Module):
@@ -165,19 +165,19 @@ def _check(
     numbers |= {f"bottleneck_factors[{i}]": factor for i, factor in enumerate(bottlenecks)}
     for name, number in numbers.items():
         if not isinstance(number, int) or isinstance(number, bool) or number < 1:
-            raise ExitkitError(f"{name}={number!r} is not a positive integer")
+            raise ArgumentError(f"{name}={number!r} is not a positive integer")
     if not factors or len(factors) != len(bottlenecks):
-        raise ExitkitError(
+        raise ArgumentError(
             f"growth_factors={factors!r} and bottleneck_factors={bottlenecks!r}: give one number per scale in each"
         )
     if any(growth * factor % 2 for factor in factors[1:]):
-        raise ExitkitError(
+        raise ArgumentError(
             f"growth={growth!r} with growth_factors={factors!r} gives a coarser scale an odd number of new channels, and "
             "half of them come from the finer scale; use an even growth"
         )
     # Otherwise the last layer would make finer scales that nothing reads.
     if (layers - 1) // math.ceil(layers / len(factors)) < len(factors) - 1:
-        raise ExitkitError(
+        raise ArgumentError(
             f"layers={layers!r} leaves more than the coarsest of {len(factors)} scales at the end; use a multiple of "
             f"{len(factors)}"
         )

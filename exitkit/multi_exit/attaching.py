@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from exitkit.common.errors import ExitkitError
+from exitkit.common.errors import ArgumentError, NotCapturableError
 from exitkit.exits.classifiers import HeadSpec, InternalClassifier
 from exitkit.exits.factory import HeadMaker
 from exitkit.exits.gpf import PastFuture, PastFutureClassifier
@@ -68,10 +68,10 @@ def attach(
             then as it was.
     """
     if isinstance(model, MultiExitModel):
-        raise ExitkitError("model already has exits; attach to exitkit.detach(model) for other ones")
+        raise ArgumentError("model already has exits; attach to exitkit.detach(model) for other ones")
     admit(model)
     if any(parameter.is_meta for parameter in model.parameters()):
-        raise ExitkitError(
+        raise ArgumentError(
             f"{type(model).__name__} is on the meta device and has no values; load its weights, or model.to_empty(device). "
             "exitkit.inspect takes it as it is"
         )
@@ -110,7 +110,7 @@ def _assemble(
 
 def _one_each(heads: Sequence[HeadSpec], exits: int) -> Sequence[HeadSpec]:
     if len(heads) not in (1, exits):
-        raise ExitkitError(
+        raise ArgumentError(
             f"head={[spec.name for spec in heads]!r} has {len(heads)} heads for {exits} exits; give one for all, or a list "
             "with one for each"
         )
@@ -120,15 +120,15 @@ def _one_each(heads: Sequence[HeadSpec], exits: int) -> Sequence[HeadSpec]:
 def _outputs(num_classes: int | None, num_outputs: int | None) -> int | None:
     """How many outputs are asked for; None where nobody asks."""
     if num_classes is not None and num_outputs is not None:
-        raise ExitkitError(
+        raise ArgumentError(
             f"num_classes={num_classes!r} and num_outputs={num_outputs!r} were given together; give one"
         )
     if num_classes is not None and (not is_count(num_classes) or num_classes < 2):
-        raise ExitkitError(
+        raise ArgumentError(
             f"num_classes={num_classes!r} must be a whole number of at least 2; num_outputs=1 is for regression"
         )
     if num_outputs not in (None, 1) or isinstance(num_outputs, bool):
-        raise ExitkitError(f"num_outputs={num_outputs!r} must be 1, for regression; classes are given as num_classes")
+        raise ArgumentError(f"num_outputs={num_outputs!r} must be 1, for regression; classes are given as num_classes")
     return num_classes if num_outputs is None else num_outputs
 
 
@@ -136,7 +136,7 @@ def _readable(boundaries: Sequence[Boundary]) -> Sequence[Boundary]:
     """``boundaries``, if heads can read all of them."""
     for boundary in boundaries:
         if boundary.layout == "other":
-            raise ExitkitError(
+            raise NotCapturableError(
                 f"boundary {boundary.name!r} has a feature of shape {boundary.shape} per sample; heads read vectors, tokens, "
                 "sequences and 2-D maps. Choose other boundaries with at="
             )

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from exitkit.common.errors import ExitkitError
+from exitkit.common.errors import ArgumentError
 from exitkit.exits.classifiers import HeadOutput
 from exitkit.exits.ensembles import COMBINERS
 from exitkit.exits.gpf import Classifier, imitation_losses
@@ -247,12 +247,12 @@ class MultiExitModel(nn.Module):
         unknown = [m for m in exits if not isinstance(m, int) or not 0 <= m < len(self.classifiers)]
         kept = [m for m in range(len(self.classifiers)) if m not in exits]
         if unknown or not kept:
-            raise ExitkitError(
+            raise ArgumentError(
                 f"exits={list(exits)} must be some, not all, of the exits 0 to {len(self.classifiers) - 1}; exitkit.detach "
                 "removes all of them"
             )
         if self.method.cascade or self.method.past_future or self.combiners:
-            raise ExitkitError(
+            raise ArgumentError(
                 f"the exits of method={self.method.name!r} read one another, so that none can be taken out; attach again "
                 "with at= naming the others, and train"
             )
@@ -289,7 +289,7 @@ class MultiExitModel(nn.Module):
             boundary = self.boundaries[m]
             if tuple(feature.shape[1:]) == boundary.shape:
                 raise
-            raise ExitkitError(
+            raise ArgumentError(
                 f"exit {m} was made for features of shape {boundary.shape}, but {boundary.name!r} gives "
                 f"{tuple(feature.shape[1:])}; attach again with example_inputs of the size that the model is used with"
             ) from error
@@ -306,7 +306,7 @@ class MultiExitModel(nn.Module):
 
     def _found(self, slot: int, feature: Tensor | None) -> Tensor:
         if feature is None:
-            raise ExitkitError(
+            raise ArgumentError(
                 f"module {self.boundaries[slot].name!r} was not called in this forward, so exit {slot} has no feature; "
                 "the backbone took another path than when it was attached"
             )
@@ -316,7 +316,7 @@ class MultiExitModel(nn.Module):
 def detach(model: MultiExitModel) -> nn.Module:
     """The user's own model, as it was before :func:`exitkit.attach`, but for a last layer that ``attach`` replaced."""
     if not isinstance(model, MultiExitModel):
-        raise ExitkitError(f"detach takes what exitkit.attach returned, not {type(model).__name__}")
+        raise ArgumentError(f"detach takes what exitkit.attach returned, not {type(model).__name__}")
     return model.backbone
 
 

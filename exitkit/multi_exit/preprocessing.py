@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from exitkit.common.errors import ExitkitError
+from exitkit.common.errors import ArgumentError, ExitkitError
 from exitkit.common.torchvision_guard import import_torchvision
 from exitkit.surgery.default_inputs import example_for
 
@@ -89,7 +89,7 @@ class TextPreprocessing:
         """
         backend = getattr(tokenizer, "backend_tokenizer", None)
         if backend is None or tokenizer.pad_token is None:
-            raise ExitkitError(
+            raise ArgumentError(
                 f"tokenizer is a {type(tokenizer).__name__} without a fast backend or a padding token; give "
                 "transformers.AutoTokenizer.from_pretrained(...), its pad_token set"
             )

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from exitkit.common.errors import ExitkitError
+from exitkit.common.errors import ArgumentError, FileError
 from exitkit.common.files import replacing
 from exitkit.packages.manifest import check_format
 
@@ -30,7 +30,7 @@ def read_archive(path: Path) -> tuple[dict[str, Any], list[bytes]]:
         ExitkitError: no such file, a damaged or truncated one, or one that exitkit did not write.
     """
     if not path.is_file():
-        raise ExitkitError(f"{str(path)!r} does not exist; write a package there with exitkit.export(ee, path)")
+        raise ArgumentError(f"{str(path)!r} does not exist; write a package there with exitkit.export(ee, path)")
     try:
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
@@ -38,6 +38,6 @@ def read_archive(path: Path) -> tuple[dict[str, Any], list[bytes]]:
             check_format(manifest, str(path))
             return manifest, [archive.read(f"steps/{index}") for index in range(len(manifest["steps"]))]
     except (zipfile.BadZipFile, KeyError, EOFError, OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ExitkitError(
+        raise FileError(
             f"{str(path)!r} is damaged or cut short ({type(error).__name__}: {error}); copy or export it again"
         ) from error

@@ -15,7 +15,7 @@ from torch.export import ExportedProgram
 
 from exitkit.calibration.risk_control import ChosenThreshold
 from exitkit.calibration.thresholds import Threshold, numbers
-from exitkit.common.errors import ExitkitError
+from exitkit.common.errors import ArgumentError, NotCapturableError
 from exitkit.engine.aot import compile_step, load_step
 from exitkit.engine.engine import checked_criterion, checked_program, resolved_threshold
 from exitkit.engine.exported import example_of, export_steps
@@ -65,7 +65,7 @@ def export(
             number, or a package whose answers differ from the model's.
     """
     if not isinstance(model, MultiExitModel):
-        raise ExitkitError(f"model is {type(model).__name__}; export takes what exitkit.attach(model) returns")
+        raise ArgumentError(f"model is {type(model).__name__}; export takes what exitkit.attach(model) returns")
     target = Path(path)
     kind = _kind(target, optimize)
     criterion = checked_criterion(model, criterion)
@@ -97,9 +97,11 @@ def _kind(path: Path, optimize: bool) -> Kind | None:
     endings: dict[str, Kind | None] = {".pt2": "torch", ".onnx.zip": "onnx", ".onnx": None}
     ending = next((ending for ending in endings if path.name.endswith(ending)), None)
     if ending is None:
-        raise ExitkitError(f"path={str(path)!r} must end in .pt2, .onnx or .onnx.zip, which says what is written")
+        raise ArgumentError(f"path={str(path)!r} must end in .pt2, .onnx or .onnx.zip, which says what is written")
     if optimize and ending != ".pt2":
-        raise ExitkitError(f"optimize=True compiles .pt2 packages; {ending} is optimised by the runtime that reads it")
+        raise ArgumentError(
+            f"optimize=True compiles .pt2 packages; {ending} is optimised by the runtime that reads it"
+        )
     return "compiled" if optimize else endings[ending]
 
 
@@ -138,7 +140,7 @@ def _compare(program: Program, written: Program, example: Sequence[Tensor]) -> N
             allowed = _TOLERANCE.get(one.dtype, _COARSE) * max(1.0, float(one.float().abs().max()))
             gap = float((one.float() - other.to(one.device).float()).abs().max())
             if not gap <= allowed:
-                raise ExitkitError(
+                raise NotCapturableError(
                     f"stage {ours.exit} gives other values when exported (off by {gap:.1e}, {allowed:.1e} is allowed), so "
                     "nothing was written"
                 )
@@ -152,18 +154,18 @@ def _labels(model: MultiExitModel, labels: Sequence[str] | None) -> tuple[str, .
             return None
         labels = [known[index] for index in range(model.num_classes)]
     if not isinstance(labels, Sequence) or isinstance(labels, str):
-        raise ExitkitError(
+        raise ArgumentError(
             f"labels={labels!r} must be a list of names, one for each of the {model.num_classes} classes"
         )
     names = tuple(str(label) for label in labels)
     if len(names) != model.num_classes:
-        raise ExitkitError(f"labels has {len(names)} names; the model has {model.num_classes} classes")
+        raise ArgumentError(f"labels has {len(names)} names; the model has {model.num_classes} classes")
     return names
 
 
 def _preprocessing(model: MultiExitModel, preprocessing: Preprocessing | None, tokenizer: Any) -> Preprocessing | None:
     if not isinstance(preprocessing, Preprocessing | None):
-        raise ExitkitError(
+        raise ArgumentError(
             f"preprocessing is {type(preprocessing).__name__}; give exitkit.ImagePreprocessing(...) or "
             "exitkit.TextPreprocessing(...)"
         )

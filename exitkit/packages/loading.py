@@ -14,7 +14,7 @@ from torch.export.passes import move_to_device_pass
 
 from exitkit.calibration.monitor import ShiftMonitor
 from exitkit.calibration.thresholds import Threshold
-from exitkit.common.errors import ExitkitError
+from exitkit.common.errors import ArgumentError, ExitkitError, FileError
 from exitkit.engine.aot import load_step
 from exitkit.engine.engine import Engine
 from exitkit.engine.loop import Loop
@@ -53,7 +53,7 @@ def load(
     source = Path(path)
     if source.name.endswith(".onnx"):
         if (threshold, device, monitor) != (None, None, None):
-            raise ExitkitError(
+            raise ArgumentError(
                 "a single .onnx has its thresholds in the graph, runs on CPU, and tells no monitor (call monitor.update on "
                 "its predictions); export a .pt2 for others"
             )
@@ -70,7 +70,7 @@ def load(
         raise
     except Exception as error:  # torch raises dozens of types on what it does not understand
         made = manifest["versions"]["torch"]
-        raise ExitkitError(
+        raise FileError(
             f"{str(source)!r} was written by torch {made} and cannot be read by torch {torch.__version__} "
             f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}); export it again"
         ) from error
@@ -83,7 +83,7 @@ def _bytes(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise ExitkitError(f"{str(path)!r} cannot be read: {error.strerror}; write it with exitkit.export") from error
+        raise FileError(f"{str(path)!r} cannot be read: {error.strerror}; write it with exitkit.export") from error
 
 
 def _device(manifest: dict[str, Any], device: str | torch.device | None, path: str) -> torch.device:
@@ -93,20 +93,20 @@ def _device(manifest: dict[str, Any], device: str | torch.device | None, path: s
     try:
         chosen = torch.device(given)
     except (RuntimeError, TypeError) as error:  # what torch says of a name it does not know, and of what is no name
-        raise ExitkitError(f"device={given!r} is no device of torch; give 'cpu', 'cuda' or 'cuda:1'") from error
+        raise ArgumentError(f"device={given!r} is no device of torch; give 'cpu', 'cuda' or 'cuda:1'") from error
     if kind == "onnx" and chosen.type != "cpu":
-        raise ExitkitError(
+        raise ArgumentError(
             f"device={str(chosen)!r}: {path!r} runs in onnxruntime on CPU; export a .pt2 for other devices"
         )
     if kind == "compiled" and chosen.type != made:
-        raise ExitkitError(f"device={str(chosen)!r}: {path!r} was compiled for {made}; export it on that device")
+        raise ArgumentError(f"device={str(chosen)!r}: {path!r} was compiled for {made}; export it on that device")
     if kind == "compiled" and manifest["versions"]["torch"] != torch.__version__:
-        raise ExitkitError(
+        raise FileError(
             f"{path!r} was compiled by torch {manifest['versions']['torch']}; this is torch {torch.__version__}: export it "
             "again, or without optimize=True, which other versions read"
         )
     if chosen.type == "cuda" and not torch.cuda.is_available():
-        raise ExitkitError(f"device={str(chosen)!r}, but torch sees no CUDA device; use device='cpu'")
+        raise ArgumentError(f"device={str(chosen)!r}, but torch sees no CUDA device; use device='cpu'")
     return chosen
 
 

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import torch
 
-from exitkit.common.errors import ExitkitError
+from exitkit.common.errors import FileError
 from exitkit.common.versions import versions
 from exitkit.engine.program import Description, Inputs, Program, Step
 from exitkit.multi_exit.preprocessing import preprocessing_from_json, preprocessing_to_json
@@ -99,11 +99,11 @@ def check_format(manifest: Any, path: str) -> None:
         return
     if isinstance(found, str) and found.startswith("exitkit-package-"):
         writer = manifest.get("versions", {}).get("exitkit")
-        raise ExitkitError(
+        raise FileError(
             f"{path!r} is a {found} of exitkit {writer}; this is exitkit {versions()['exitkit']}, which reads {FORMAT}: "
             "update exitkit, or export again"
         )
-    raise ExitkitError(f"{path!r} is no package of exitkit; write one with exitkit.export(ee, path)")
+    raise FileError(f"{path!r} is no package of exitkit; write one with exitkit.export(ee, path)")
 
 
 def _carried(program: Program) -> list[str]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim
 
-from exitkit.common.errors import ExitkitError
+from exitkit.common.errors import NotCapturableError
 from exitkit.common.files import replacing
 from exitkit.engine.loop import Prediction
 from exitkit.engine.program import Description, Inputs, Program
@@ -69,7 +69,7 @@ def write_branches(
         with torch.no_grad(), plain_attention():
             exported = torch.export.export(module, one, dynamic_shapes=(lengths,), strict=False)
     except Exception as error:  # torch.export raises dozens of types, most of them private
-        raise ExitkitError(
+        raise NotCapturableError(
             f"the exits cannot be written as branches: {type(error).__name__}: {str(error).splitlines()[0]}; export a .pt2"
         ) from error
     content = _with_metadata(to_onnx(exported), manifest)
@@ -82,7 +82,7 @@ def write_branches(
         off = float((answer.cpu().float() - got.logits).abs().max())
         near = any(abs(float(score) - threshold) < 1e-4 for threshold in thresholds)
         if not near and (int(exit_) != int(got.exit) or off > 1e-3 * max(1.0, float(answer.abs().max()))):
-            raise ExitkitError(
+            raise NotCapturableError(
                 f"the ONNX graph answers otherwise than the model (off by {off:.1e}); nothing was written"
             )
     with replacing(path) as temporary:

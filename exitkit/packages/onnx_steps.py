@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.export import ExportedProgram
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from exitkit.common.errors import ExitkitError
+from exitkit.common.errors import ArgumentError, ExitkitError, NotCapturableError
 
 
 def to_onnx(exported: ExportedProgram) -> bytes:
@@ -30,7 +30,7 @@ def to_onnx(exported: ExportedProgram) -> bytes:
     except ImportError as error:
         raise ExitkitError(f"writing ONNX needs onnx and onnxscript: pip install 'exitkit[onnx]' ({error})") from error
     if any(tensor.dtype == torch.bfloat16 for tensor in exported.state_dict.values()):
-        raise ExitkitError(
+        raise NotCapturableError(
             "onnxruntime does not run bfloat16 on CPU; export in float32 or float16: ee.float(), or a .pt2"
         )
     disabled = logging.root.manager.disable
@@ -43,14 +43,14 @@ def to_onnx(exported: ExportedProgram) -> bytes:
             model: Any = converted.model_proto  # type: ignore[union-attr]
     except Exception as error:  # the exporter raises dozens of types, most of them private
         cause = error.__cause__ or error
-        raise ExitkitError(
+        raise NotCapturableError(
             f"this model cannot be written as ONNX: {type(cause).__name__}: {' '.join(str(cause).split())[:300]}; export a "
             ".pt2"
         ) from error
     finally:
         logging.disable(disabled)
     if model.ByteSize() > onnx.checker.MAXIMUM_PROTOBUF:
-        raise ExitkitError("ONNX files of more than 2 GiB are not written; export a .pt2")
+        raise ArgumentError("ONNX files of more than 2 GiB are not written; export a .pt2")
     content: bytes = model.SerializeToString()
     return content
 
@@ -88,7 +88,7 @@ def session(content: bytes) -> Any:
     try:
         return onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime's exceptions have no common base
-        raise ExitkitError(
+        raise ArgumentError(
             f"onnxruntime {onnxruntime.__version__} does not run this model: {str(error).splitlines()[0]}"
         ) from error
 

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from exitkit.calibration.risks import RiskName, as_risk
-from exitkit.common.errors import ExitkitError
+from exitkit.common.errors import ArgumentError
 from exitkit.evaluation import ChosenThreshold, ExitOutputs, choose_threshold
 from exitkit.report.run import Calibrated, Check
 
@@ -32,7 +32,7 @@ def calibrated(
         chosen = choose_threshold(held_out, exclude=outputs if _hashed(outputs, held_out) else None, **choice)
         return Calibrated(chosen, check(chosen, outputs))
     if not 0 < share <= 1:
-        raise ExitkitError(f"share={share!r} must lie above 0 and be at most 1: what part of the samples chooses τ")
+        raise ArgumentError(f"share={share!r} must lie above 0 and be at most 1: what part of the samples chooses τ")
     order = torch.randperm(len(outputs), generator=torch.Generator().manual_seed(seed))
     count = max(1, round(share * len(outputs)))
     chosen = choose_threshold(outputs[order[:count]], **choice)

@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from exitkit.common.errors import ExitkitError, unknown_name
+from exitkit.common.errors import ArgumentError, FileError, unknown_name
 from exitkit.common.files import replacing
 from exitkit.evaluation import ChosenThreshold, ExitOutputs
 from exitkit.evaluation.paired import check_comparable
@@ -105,7 +105,7 @@ def read_run(directory: str | Path) -> Run:
         outputs = ExitOutputs.load(path)
         fitting = tuple(sample for sample in samples if 0 <= sample.row < len(outputs))
         if stages[name] and len(stages[name]) != len(outputs.macs):
-            raise ExitkitError(
+            raise FileError(
                 f"{str(directory / _RESULTS)!r} has {len(stages[name])} stages for {name!r}, whose outputs have "
                 f"{len(outputs.macs)}; they are of different runs"
             )
@@ -127,7 +127,7 @@ def read_comparison(places: Sequence[str | Path]) -> dict[str, ExitOutputs]:
         for name, path in paths.items():
             full = name if len(places) == 1 else f"{directory.resolve().name}/{name}"
             if full in found:
-                raise ExitkitError(f"{full!r} comes twice in {[str(place) for place in places]}; name each run once")
+                raise ArgumentError(f"{full!r} comes twice in {[str(place) for place in places]}; name each run once")
             found[full] = ExitOutputs.load(path)
     check_comparable(found)
     return found
@@ -164,12 +164,12 @@ def named(results: dict[str, Result], names: str | None) -> dict[str, Result]:
 
 def _outputs_in(directory: Path) -> dict[str, Path]:
     if not directory.is_dir():
-        raise ExitkitError(
+        raise ArgumentError(
             f"RUN_DIR {str(directory)!r} is no directory; give one that exitkit bench or exitkit demo wrote"
         )
     paths = {_name(path): path for path in sorted(directory.glob(f"{_OUTPUTS}*{_SUFFIX}"))}
     if not paths:
-        raise ExitkitError(
+        raise ArgumentError(
             f"RUN_DIR {str(directory)!r} holds no results: no {_OUTPUTS}METHOD{_SUFFIX}. Make a run with exitkit bench --out "
             f"{directory}, or write there with outputs.save({str(directory / (_OUTPUTS + 'mine' + _SUFFIX))!r})"
         )
@@ -195,4 +195,4 @@ def _reading(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ExitkitError(f"{str(path)!r} cannot be read: {error}; delete it, or run its command again") from error
+        raise FileError(f"{str(path)!r} cannot be read: {error}; delete it, or run its command again") from error

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from exitkit.common.errors import ExitkitError
+from exitkit.common.errors import ArgumentError, FileError
 from exitkit.common.files import replacing
 from exitkit.evaluation import ExitOutputs
 
@@ -61,7 +61,7 @@ def write_samples(directory: str | Path, dataset: Any, outputs: Mapping[str, Exi
     """
     for name, result in outputs.items():
         if len(result) != len(dataset):
-            raise ExitkitError(
+            raise ArgumentError(
                 f"dataset holds {len(dataset)} samples, but the outputs {name!r} {len(result)}; give the data set that they "
                 "were collected on"
             )
@@ -92,9 +92,9 @@ def read_samples(directory: Path) -> tuple[tuple[Sample, ...], tuple[str, ...] |
         names = document["classes"]
         sound = all(type(s.row) is int and (s.image or _IMAGE).startswith(_IMAGE) for s in samples)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ExitkitError(f"{str(path)!r} cannot be read as samples: {error}; delete it to go without") from error
+        raise FileError(f"{str(path)!r} cannot be read as samples: {error}; delete it to go without") from error
     if not sound:
-        raise ExitkitError(f"{str(path)!r} holds samples that exitkit did not write; delete it to go without")
+        raise FileError(f"{str(path)!r} holds samples that exitkit did not write; delete it to go without")
     return samples, None if names is None else tuple(map(str, names))
 
 

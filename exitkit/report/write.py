@@ -14,7 +14,7 @@ import jinja2
 import matplotlib
 from markupsafe import Markup
 
-from exitkit.common.errors import ExitkitError
+from exitkit.common.errors import ArgumentError
 from exitkit.common.files import replacing
 from exitkit.common.versions import versions
 from exitkit.evaluation import ExitOutputs
@@ -41,16 +41,16 @@ def write_report(runs: Sequence[str | Path], path: str | Path | None = None) -> 
         ExitkitError: no results, no labels, other samples or backbones, a damaged file, or a path that is not ``.html``.
     """
     if not runs:
-        raise ExitkitError("runs=[] is empty; give at least one run's directory")
+        raise ArgumentError("runs=[] is empty; give at least one run's directory")
     read = [read_run(run) for run in runs]
     path = Path(path) if path is not None else read[0].directory / "report.html"
     if path.suffix.lower() not in (".html", ".htm"):
-        raise ExitkitError(f"--out {str(path)!r} must end in .html")
+        raise ArgumentError(f"--out {str(path)!r} must end in .html")
     results = _together(read)
     outputs = {name: result.outputs for name, result in results.items()}
     for name, one in outputs.items():
         if one.labels is None:
-            raise ExitkitError(
+            raise ArgumentError(
                 f"labels=None in the outputs {name!r}: a report of accuracy needs labels. To report agreement with the full "
                 "model instead, save outputs.against_backbone()"
             )
@@ -59,7 +59,7 @@ def write_report(runs: Sequence[str | Path], path: str | Path | None = None) -> 
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ExitkitError(f"--out {str(path)!r} cannot be written: {error}") from error
+        raise ArgumentError(f"--out {str(path)!r} cannot be written: {error}") from error
     with matplotlib.rc_context({"text.parse_math": False}):  # a dollar in a name is a dollar
         page = _page(read, results, points, path)
     with replacing(path) as temporary:
@@ -73,7 +73,7 @@ def _together(runs: Sequence[Run]) -> dict[str, Result]:
         return runs[0].results
     names = [run.directory.resolve().name for run in runs]
     if len(set(names)) < len(names):
-        raise ExitkitError(f"RUN_DIR: {names} holds a name twice; give each run once, under a name of its own")
+        raise ArgumentError(f"RUN_DIR: {names} holds a name twice; give each run once, under a name of its own")
     return {
         f"{name}/{method}": one for name, run in zip(names, runs, strict=True) for method, one in run.results.items()
     }

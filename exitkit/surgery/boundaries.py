@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.fx import Node
 
-from exitkit.common.errors import ExitkitError
+from exitkit.common.errors import NotCapturableError
 from exitkit.surgery.capturing import BACKBONE, Capture, untouched
 from exitkit.surgery.layout import Layout, layout_of
 from exitkit.surgery.liveness import Flow, analyse, multiple_of, submodule, value_of
@@ -141,7 +141,9 @@ def find_boundaries(captured: Capture) -> Anatomy:
             if len(flow.weighted) > 1
             else f"it has {len(flow.weighted)} weighted layer, and an exit needs one before it and one after it"
         )
-        raise ExitkitError(f"{type(captured.backbone).__name__} has no boundary: {reason}, so no exit can be attached")
+        raise NotCapturableError(
+            f"{type(captured.backbone).__name__} has no boundary: {reason}, so no exit can be attached"
+        )
     blocks = _blocks(captured.backbone, flow, calls, cuts) or _before_weighted_layers(flow, cuts)
     with untouched(captured.backbone):
         costs = profile(captured.graph, captured.example)

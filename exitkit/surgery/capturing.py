@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.export import Dim
 from torch.fx import GraphModule
 
-from exitkit.common.errors import ExitkitError
+from exitkit.common.errors import ArgumentError, ExitkitError, NotCapturableError
 from exitkit.surgery.default_inputs import example_for
 from exitkit.surgery.inputs import CallSpec, Example
 from exitkit.surgery.supported import admit
@@ -80,7 +80,7 @@ def logits_of(output: Any) -> Tensor:
         output = output[0]
     if not isinstance(output, Tensor):
         held = f" with keys {list(output)}" if isinstance(output, Mapping) else ""
-        raise ExitkitError(
+        raise NotCapturableError(
             f"the model returns {type(output).__name__}{held}, not logits; exitkit needs a classifier that returns a "
             "tensor (B, C), a tuple that begins with it, or an object with .logits"
         )
@@ -91,7 +91,7 @@ def _check_single(output: Any) -> None:
     """Refuse a tuple of several predictions: which of them the exits should learn is not ours to choose."""
     if type(output) in (tuple, list) and sum(isinstance(item, Tensor) and item.dim() == 2 for item in output) > 1:
         shapes = ", ".join(str(tuple(item.shape)) for item in output if isinstance(item, Tensor))
-        raise ExitkitError(
+        raise NotCapturableError(
             f"the model returns several outputs, of shapes {shapes}; wrap it in a module that returns the logits the exits "
             "are for"
         )
@@ -137,13 +137,13 @@ def _run(wrapped: LogitsOf, example: Example) -> Tensor:
         raise
     except Exception as error:  # whatever the user's forward raises on the example
         if len(example.tensors[0]) > 1 and _runs(wrapped, example.with_batch(1)):
-            raise ExitkitError(
+            raise NotCapturableError(
                 f"{type(wrapped.backbone).__name__} runs on one row of example_inputs and not on {len(example.tensors[0])} "
                 f"({_first_line(error)}): its forward fixes the batch size, or its inputs have no batch dimension. Exits are "
                 "attached to models that take a batch of any size first"
             ) from error
         shapes = {key: tuple(t.shape) for key, t in zip(example.spec.keys, example.tensors, strict=True)}
-        raise ExitkitError(
+        raise ArgumentError(
             f"example_inputs of shapes {shapes} do not run through {type(wrapped.backbone).__name__}: "
             f"{_first_line(error)}. {_advice(error)}"
         ) from error
@@ -165,7 +165,7 @@ def _runs(wrapped: LogitsOf, example: Example) -> bool:
 
 def _check_logits(logits: Tensor, batch: int, model: nn.Module) -> None:
     if not logits.is_floating_point() or logits.dim() != 2 or logits.shape[0] != batch:
-        raise ExitkitError(
+        raise NotCapturableError(
             f"{type(model).__name__} returns a {logits.dtype} tensor of shape {tuple(logits.shape)} for a batch of "
             f"{batch}; exitkit attaches exits to classifiers, whose output is floating point of shape (B, C), not to "
             "segmenters, detectors or models without a batch dimension"
@@ -183,7 +183,7 @@ def _export(wrapped: LogitsOf, example: Example, model: nn.Module) -> torch.expo
                 wrapped, example.tensors, strict=False, dynamic_shapes=(tuple(dict(dims) for _ in example.tensors),)
             )
     except Exception as error:  # torch.export raises dozens of types, most of them private
-        raise ExitkitError(
+        raise NotCapturableError(
             f"{type(model).__name__} cannot be captured by torch.export: {_first_line(error)}{_where(error)}. Forwards "
             "whose path depends on tensor values, or that fix the batch size, cannot be cut; rewrite that operation "
             "(torch.where instead of if, shapes from x.shape[0]), or attach to the part of the model around it"

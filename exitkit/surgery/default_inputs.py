@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from exitkit.common.errors import ExitkitError
+from exitkit.common.errors import ArgumentError
 from exitkit.surgery.inputs import Example
 
 _BATCH = 2
@@ -26,7 +26,7 @@ def example_for(model: nn.Module, example_inputs: Any = None) -> Example:
     """
     batch = example_inputs if example_inputs is not None else _infer(model)
     if batch is None:
-        raise ExitkitError(
+        raise ArgumentError(
             f"example_inputs=None, and {type(model).__name__} does not declare what it takes (only torchvision, timm "
             "and Hugging Face models do); pass example_inputs=torch.randn(2, 3, 224, 224), or a dict of tensors"
         )

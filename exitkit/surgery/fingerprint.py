@@ -9,7 +9,7 @@ from itertools import zip_longest
 import torch
 from torch import Tensor, nn
 
-from exitkit.common.errors import ExitkitError
+from exitkit.common.errors import ArgumentError
 from exitkit.surgery.boundaries import Boundary
 
 _SAMPLES = 64
@@ -79,7 +79,7 @@ def shape_text(shape: tuple[int, ...]) -> str:
 
 def _line(name: str, tensor: Tensor) -> str:
     if tensor.is_meta:
-        raise ExitkitError(f"{name!r} is on the meta device and has no values; load the backbone's weights first")
+        raise ArgumentError(f"{name!r} is on the meta device and has no values; load the backbone's weights first")
     values = tensor.detach().flatten()[:: max(1, tensor.numel() // _SAMPLES)].cpu()
     digests = (hashlib.sha256(values.to(precision).float().numpy().tobytes()) for precision in _PRECISIONS)
     return " ".join((shape_text(tensor.shape), *(digest.hexdigest()[:8] for digest in digests)))

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from exitkit.common.errors import ExitkitError
+from exitkit.common.errors import ArgumentError
 
 T = TypeVar("T")
 
@@ -22,7 +22,7 @@ def as_call(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
         return (), dict(batch)
     if isinstance(batch, tuple | list):
         return tuple(batch), {}
-    raise ExitkitError(
+    raise ArgumentError(
         f"inputs of type {type(batch).__name__} cannot be passed to a model; give a tensor, a tuple of tensors, "
         "or a dict of tensors by argument name"
     )
@@ -49,7 +49,7 @@ class CallSpec:
         named: list[tuple[int | str, Any]] = [*enumerate(args), *sorted(kwargs.items())]
         keys = tuple(key for key, value in named if isinstance(value, Tensor))
         if not keys:
-            raise ExitkitError("example_inputs holds no tensor; give the tensors the model is called with")
+            raise ArgumentError("example_inputs holds no tensor; give the tensors the model is called with")
         blank = {key: None if isinstance(value, Tensor) else value for key, value in named}
         return cls(
             tuple(blank[i] for i in range(len(args))), tuple((name, blank[name]) for name in sorted(kwargs)), keys
@@ -61,7 +61,7 @@ class CallSpec:
         given: dict[int | str, Any] = dict([*enumerate(args), *kwargs.items()])
         found = {key for key, value in given.items() if isinstance(value, Tensor)}
         if found != set(self.keys):
-            raise ExitkitError(
+            raise ArgumentError(
                 f"the model was attached with tensor inputs {list(self.keys)}, but was called with "
                 f"{sorted(found, key=str)}; call it the same way, or attach again with other example_inputs"
             )
@@ -97,7 +97,7 @@ class Example:
         sizes = {tuple(tensor.shape[:1]) for tensor in tensors}
         if len(sizes) != 1 or () in sizes or (0,) in sizes:
             shapes = {key: tuple(tensor.shape) for key, tensor in zip(spec.keys, tensors, strict=True)}
-            raise ExitkitError(
+            raise ArgumentError(
                 f"example_inputs has shapes {shapes}; every tensor needs the same, non-zero batch size as its first "
                 "dimension"
             )

@@ -17,7 +17,7 @@ from torch.fx import GraphModule, Node
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from exitkit.common.errors import ExitkitError
+from exitkit.common.errors import NotCapturableError
 from exitkit.surgery.inputs import Example
 from exitkit.surgery.liveness import op_name
 from exitkit.surgery.memory import Storages, alive_bytes, parameter_bytes, storages_of
@@ -105,7 +105,7 @@ def _walk(graph: GraphModule, example: Example, counter: Counter, read: Callable
     try:
         return _counted(counter, walk)
     except Exception as error:  # whatever the model's operations raise
-        raise ExitkitError(
+        raise NotCapturableError(
             f"the captured model does not run on a single sample ({type(error).__name__}: "
             f"{str(error).partition(chr(10))[0]}), but one may be left when the others have taken an exit; its forward must "
             "take any batch size"

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from numbers import Real
 
-from exitkit.common.errors import ExitkitError, unknown_name
+from exitkit.common.errors import ArgumentError, unknown_name
 from exitkit.surgery.boundaries import Anatomy, Boundary
 
 PLACEMENTS = ("dense-sparse", "sparse-dense")
@@ -27,7 +27,9 @@ def place(
     given = {"every": every, "at": at, "at_cost": at_cost, "placement": placement}
     named = [name for name, value in given.items() if value is not None]
     if len(named) > 1:
-        raise ExitkitError(f"{' and '.join(named)} were given together; exits are placed by one of {', '.join(given)}")
+        raise ArgumentError(
+            f"{' and '.join(named)} were given together; exits are placed by one of {', '.join(given)}"
+        )
     if at is not None:
         return _at(anatomy, at)
     if at_cost is not None:
@@ -41,12 +43,12 @@ def _every(anatomy: Anatomy, every: int) -> tuple[Boundary, ...]:
     inner = anatomy.blocks[:-1]
     if not inner:
         names = ", ".join(repr(boundary.name) for boundary in anatomy.boundaries[:5])
-        raise ExitkitError(
+        raise ArgumentError(
             f"the backbone has too few blocks ({len(anatomy.blocks)}) for every=, since an exit never follows the last one; "
             f"name a boundary with at= ({names})"
         )
     if isinstance(every, bool) or not isinstance(every, int) or not 1 <= every <= len(inner):
-        raise ExitkitError(
+        raise ArgumentError(
             f"every={every!r} is out of range: the backbone has {len(anatomy.blocks)} blocks and an exit never follows "
             f"the last one, so every is 1 to {len(inner)}; exitkit.inspect(model) lists them"
         )
@@ -55,9 +57,9 @@ def _every(anatomy: Anatomy, every: int) -> tuple[Boundary, ...]:
 
 def _at(anatomy: Anatomy, names: Sequence[str]) -> tuple[Boundary, ...]:
     if isinstance(names, str):
-        raise ExitkitError(f"at={names!r} is a string; give a list of boundary names: at=[{names!r}]")
+        raise ArgumentError(f"at={names!r} is a string; give a list of boundary names: at=[{names!r}]")
     if not isinstance(names, Sequence):
-        raise ExitkitError(
+        raise ArgumentError(
             f"at={names!r} is no list; give a list of boundary names, such as at=['{anatomy.boundaries[0].name}']"
         )
     by_name = _by_name(anatomy)
@@ -67,11 +69,11 @@ def _at(anatomy: Anatomy, names: Sequence[str]) -> tuple[Boundary, ...]:
     chosen: dict[int, Boundary] = {}
     for boundary in (by_name[name] for name in names):
         if chosen.setdefault(boundary.position, boundary).read != boundary.read:
-            raise ExitkitError(
+            raise ArgumentError(
                 f"at={names!r} reads two activations at {boundary.call.name!r}; an exit reads one of them"
             )
     if not chosen:
-        raise ExitkitError("at=[] names no boundary; give at least one, exitkit.inspect(model) lists them")
+        raise ArgumentError("at=[] names no boundary; give at least one, exitkit.inspect(model) lists them")
     return tuple(chosen[position] for position in sorted(chosen))
 
 
@@ -88,18 +90,20 @@ def _by_name(anatomy: Anatomy) -> dict[str, Boundary]:
 def _at_cost(anatomy: Anatomy, shares: Sequence[float]) -> tuple[Boundary, ...]:
     """The block nearest to each share of the backbone's MACs; two shares never take the same block."""
     if isinstance(shares, str) or not isinstance(shares, Sequence):
-        raise ExitkitError(f"at_cost={shares!r} is no list; give a list of shares, such as at_cost=[0.25, 0.5]")
+        raise ArgumentError(f"at_cost={shares!r} is no list; give a list of shares, such as at_cost=[0.25, 0.5]")
     candidates = list(anatomy.blocks[:-1])
     chosen: list[Boundary] = []
     for share in shares:
         if not isinstance(share, Real) or not 0 < share < 1:
-            raise ExitkitError(f"at_cost holds {share!r}; each is a share of the backbone's MACs, between 0 and 1")
+            raise ArgumentError(f"at_cost holds {share!r}; each is a share of the backbone's MACs, between 0 and 1")
         free = [boundary for boundary in candidates if boundary not in chosen]
         if not free:
-            raise ExitkitError(f"at_cost has {len(shares)} shares, but only {len(candidates)} blocks can have an exit")
+            raise ArgumentError(
+                f"at_cost has {len(shares)} shares, but only {len(candidates)} blocks can have an exit"
+            )
         chosen.append(min(free, key=lambda boundary: abs(boundary.share - share)))
     if not chosen:
-        raise ExitkitError("at_cost=[] places no exit; give at least one share, such as at_cost=[0.25, 0.5]")
+        raise ArgumentError("at_cost=[] places no exit; give at least one share, such as at_cost=[0.25, 0.5]")
     return tuple(sorted(chosen, key=lambda boundary: boundary.position))
 
 
@@ -116,5 +120,5 @@ def _patterned(anatomy: Anatomy, placement: str) -> tuple[Boundary, ...]:
         indices = {1, *range(quarter, half, quarter), *range(half, count - 1)}
     chosen = tuple(blocks[index] for index in sorted(indices) if 0 < index < count - 1)
     if not chosen:
-        raise ExitkitError(f"placement={placement!r} needs at least 3 blocks; the backbone has {count}. Use every=1")
+        raise ArgumentError(f"placement={placement!r} needs at least 3 blocks; the backbone has {count}. Use every=1")
     return chosen

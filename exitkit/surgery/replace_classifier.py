@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 from torch.fx import Node
 
-from exitkit.common.errors import ExitkitError
+from exitkit.common.errors import NotCapturableError
 from exitkit.surgery.capturing import BACKBONE, Capture, capture
 from exitkit.surgery.liveness import op_name
 
@@ -107,8 +107,8 @@ def _tell_config(model: nn.Module, outputs: int) -> None:
             model.__dict__["num_labels"] = outputs
 
 
-def _none_found(model: nn.Module, outputs: int) -> ExitkitError:
-    return ExitkitError(
+def _none_found(model: nn.Module, outputs: int) -> NotCapturableError:
+    return NotCapturableError(
         f"{type(model).__name__} has other outputs than the {outputs} asked for, and no single final linear layer that could "
         "be replaced was found; build the model with that many outputs, or replace its classifier before attaching"
     )

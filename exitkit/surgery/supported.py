@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from exitkit.common.errors import ExitkitError
+from exitkit.common.errors import NotCapturableError
 
 _WRAPPERS = ("DataParallel", "DistributedDataParallel", "FullyShardedDataParallel")
 
@@ -21,13 +21,13 @@ def admit(model: nn.Module) -> None:
     """
     if not isinstance(model, nn.Module):
         hint = " (call the class)" if isinstance(model, type) else ""
-        raise ExitkitError(
+        raise NotCapturableError(
             f"model={model!r} is not a torch.nn.Module; pass the model object itself, such as "
             f"torchvision.models.resnet50(weights='DEFAULT'){hint}"
         )
     for reason in _REASONS:
         if (found := reason(model)) is not None:
-            raise ExitkitError(f"{type(model).__name__} {found}")
+            raise NotCapturableError(f"{type(model).__name__} {found}")
 
 
 def _wrapped(model: nn.Module) -> str | None:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from exitkit.common.errors import ExitkitError
+from exitkit.common.errors import NotCapturableError
 from exitkit.surgery.boundaries import Boundary
 from exitkit.surgery.capturing import Capture, logits_of, untouched
 from exitkit.surgery.hooks import Tap, on_calls, tensor_leaves
@@ -35,7 +35,7 @@ def verify(captured: Capture, boundaries: Sequence[Boundary], lowered: Lowered) 
     with untouched(captured.backbone), torch.no_grad(), _exact_attention():
         taps = _compare(captured, boundaries, lowered, captured.example)
         if _compare(captured, boundaries, lowered, other) != taps:
-            raise ExitkitError(
+            raise NotCapturableError(
                 f"{type(captured.backbone).__name__} returns its features in another order at another batch size; "
                 "exits cannot be attached to it"
             )
@@ -65,7 +65,7 @@ def _compare(captured: Capture, boundaries: Sequence[Boundary], lowered: Lowered
         # Copies, because a stage may write into its input, as the backbone itself may.
         staged = lowered.run([tensor.clone() for tensor in example.tensors])
     except Exception as error:
-        raise ExitkitError(
+        raise NotCapturableError(
             f"the stages of {type(captured.backbone).__name__} do not run at batch size {len(example.tensors[0])} "
             f"({type(error).__name__}: {error}), so its forward fixes a size; make that size depend on x.shape"
         ) from error
@@ -94,7 +94,7 @@ def _outputs_at(
         logits = logits_of(captured.backbone(*args, **kwargs))
     missing = [boundary.name for boundary in boundaries if boundary.name not in found]
     if missing:
-        raise ExitkitError(
+        raise NotCapturableError(
             f"module {missing[0]!r} was not called when the backbone ran, so no feature can be read there. Where a part of "
             "the backbone is compiled, attach before compiling"
         )
@@ -112,7 +112,7 @@ def _tap(boundary: Boundary, leaves: list[Tensor], written: list[bool], feature:
 
 def _refuse(what: str, eager: Tensor | None, staged: Tensor) -> Tap:
     gap = "has another shape" if eager is None else f"differs by up to {(eager - staged).abs().max().item():.2e}"
-    raise ExitkitError(
+    raise NotCapturableError(
         f"surgery refused: {what} {gap} between the captured graph and the model itself, so its exits would be wrong. "
         "The forward there depends on something the capture cannot see (random numbers in eval mode, Python state)"
     )

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from exitkit.common.errors import ExitkitError
+from exitkit.common.errors import ArgumentError, FileError
 from exitkit.common.files import replacing
 
 _FORMAT = "exitkit-checkpoint-2"
@@ -49,14 +49,14 @@ def load_checkpoint(directory: Path, settings: dict[str, Any]) -> dict[str, Any]
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises whatever its unpickler meets in a damaged file
-        raise ExitkitError(
+        raise FileError(
             f"checkpoint {str(path)!r} is damaged or no checkpoint ({type(error).__name__}); delete it to start again"
         ) from error
     if not isinstance(state, dict) or state.get("format") != _FORMAT:
-        raise ExitkitError(f"checkpoint {str(path)!r} was not written by exitkit.Trainer; use another output_dir")
+        raise FileError(f"checkpoint {str(path)!r} was not written by exitkit.Trainer; use another output_dir")
     for name, value in settings.items():
         if state["settings"].get(name) != value:
-            raise ExitkitError(
+            raise ArgumentError(
                 f"checkpoint {str(path)!r} was made with {name}={state['settings'].get(name)!r}, this run has {value!r}; "
                 "use the same settings to continue, another output_dir, or resume='never' to start again"
             )

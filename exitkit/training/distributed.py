@@ -14,7 +14,7 @@ from accelerate.utils import parse_flag_from_env, set_seed
 from torch.utils.data import DataLoader
 
 from exitkit.common.batches import check_iterable
-from exitkit.common.errors import ExitkitError
+from exitkit.common.errors import ArgumentError
 
 _SHARDING = {
     "ACCELERATE_USE_FSDP": "FSDP",
@@ -39,7 +39,7 @@ def make_accelerator(mixed_precision: str) -> Accelerator:
             have this precision.
     """
     if asked := [name for variable, name in _SHARDING.items() if parse_flag_from_env(variable)]:
-        raise ExitkitError(
+        raise ArgumentError(
             f"accelerate launch was asked for {asked[0]}, which divides the parameters among processes; phases freeze and "
             "thaw whole parameters and checkpoints hold them, so Trainer supports data parallel processes alone (DDP), "
             "each with the whole model; start without it (torchrun, or accelerate launch --multi_gpu)"
@@ -50,7 +50,7 @@ def make_accelerator(mixed_precision: str) -> Accelerator:
         mixed_precision=mixed_precision, dataloader_config=DataLoaderConfiguration(even_batches=True)
     )
     if mixed_precision != "no" and not accelerator.native_amp:  # accelerate itself goes on without a word
-        raise ExitkitError(
+        raise ArgumentError(
             f"mixed_precision={mixed_precision!r} would change nothing on this device ({accelerator.device.type}); use 'bf16' "
             "or 'no'"
         )
@@ -68,7 +68,7 @@ def own_part(accelerator: Accelerator, loader: Iterable[Any], name: str) -> Iter
     if accelerator.num_processes == 1:
         return loader
     if not isinstance(loader, DataLoader):
-        raise ExitkitError(
+        raise ArgumentError(
             f"{name} is a {type(loader).__name__}; {accelerator.num_processes} processes need a torch DataLoader, whose "
             "batches can be divided among them"
         )
@@ -79,12 +79,12 @@ def own_part(accelerator: Accelerator, loader: Iterable[Any], name: str) -> Iter
 def _check_readable(loader: Any, name: str) -> None:
     check_iterable(loader, name)
     if isinstance(loader, Iterator):
-        raise ExitkitError(
+        raise ArgumentError(
             f"{name} is {type(loader).__name__}, which is used up after one pass, and a run makes several; give a torch "
             "DataLoader, or a list of batches"
         )
     if length(loader) == 0:
-        raise ExitkitError(f"{name} is empty: it yields no batch; check the data set and drop_last")
+        raise ArgumentError(f"{name} is empty: it yields no batch; check the data set and drop_last")
 
 
 def seed_everything(loader: Iterable[Any], seed: int, epoch: int = 0) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from exitkit.common.batches import check_training_labels, checked, move, split_batch
-from exitkit.common.errors import ExitkitError
+from exitkit.common.errors import DivergedError
 from exitkit.multi_exit.model import MultiExitModel
 from exitkit.surgery.capturing import evaluation_mode
 from exitkit.surgery.inputs import call_on
@@ -109,5 +109,7 @@ def _fit(combiner: nn.Module, log_probs: Tensor, targets: Tensor, exit_: int) ->
     with torch.no_grad():
         final = float(F.cross_entropy(combiner(log_probs), targets))
     if not final < float("inf"):
-        raise ExitkitError(f"the ensemble of exit {exit_} diverged (cross-entropy {final}); its heads are not trained")
+        raise DivergedError(
+            f"the ensemble of exit {exit_} diverged (cross-entropy {final}); its heads are not trained"
+        )
     return final

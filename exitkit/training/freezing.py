@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from exitkit.common.errors import ExitkitError
+from exitkit.common.errors import ArgumentError
 from exitkit.exits.gpf import PastFutureClassifier
 from exitkit.multi_exit.model import MultiExitModel
 from exitkit.surgery.capturing import BACKBONE
@@ -46,7 +46,7 @@ def stages_of(model: MultiExitModel) -> Stages:
             readers.setdefault(parameter, []).append(stage)
     learns = {parameter: stages for parameter, stages in readers.items() if parameter.requires_grad}
     if not learns:
-        raise ExitkitError(
+        raise ArgumentError(
             "this regime trains the backbone, but none of its parameters has requires_grad=True; "
             "call model.backbone.requires_grad_(True), or use regime='disjoint'"
         )
@@ -67,7 +67,7 @@ def check_learning(phases: Sequence[Phase], stages: Stages, model: MultiExitMode
     for number, phase in enumerate(phases, 1):
         heads = tuple(phase.exits) != (last,) or model.new_head
         if not heads and not any(stages.parameters[stage] for stage in phase.stages):
-            raise ExitkitError(
+            raise ArgumentError(
                 f"phase {number} trains stages {list(phase.stages)} of the backbone alone, but none of their parameters has "
                 "requires_grad=True; let some learn, or leave the phase out"
             )

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from exitkit.common.batches import check_labels, checked, split_batch
-from exitkit.common.errors import ExitkitError
+from exitkit.common.errors import ArgumentError
 from exitkit.multi_exit.model import MultiExitModel
 from exitkit.surgery.capturing import evaluation_mode
 from exitkit.surgery.fingerprint import weights_digest
@@ -287,8 +287,8 @@ class Run:
             self.tally.batches.zero_()
         self.random = state["random"] if self.tally.steps else None
 
-    def _foreign(self, owner: str) -> ExitkitError:
-        return ExitkitError(
+    def _foreign(self, owner: str) -> ArgumentError:
+        return ArgumentError(
             f"the checkpoint in output_dir={str(self.options.output_dir)!r} belongs to {owner}; use another output_dir, or "
             "resume='never' to start again"
         )

@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 from torch import nn
 
 from exitkit.common.checks import is_number
-from exitkit.common.errors import ExitkitError, unknown_name
+from exitkit.common.errors import ArgumentError, unknown_name
 from exitkit.multi_exit.model import MultiExitModel
 from exitkit.surgery.fingerprint import weights_digest
 from exitkit.training.regimes import Phase
@@ -53,17 +53,19 @@ class Distillation:
         if isinstance(self.teachers, str) and self.teachers not in get_args(Teachers):
             raise unknown_name("teachers", self.teachers, get_args(Teachers), "Or a mapping of exits, or a model.")
         if not isinstance(self.teachers, str | Mapping | nn.Module):
-            raise ExitkitError(f"teachers={self.teachers!r} must be a name, a mapping from exits to exits, or a model")
+            raise ArgumentError(
+                f"teachers={self.teachers!r} must be a name, a mapping from exits to exits, or a model"
+            )
         if self.divergence not in get_args(Divergence):
             raise unknown_name("divergence", self.divergence, get_args(Divergence))
         for name, value in (("weight", self.weight), ("temperature", self.temperature)):
             if not is_number(value) or not 0 < value < float("inf"):
-                raise ExitkitError(f"{name}={value!r} of the distillation must be greater than 0")
+                raise ArgumentError(f"{name}={value!r} of the distillation must be greater than 0")
         limit = self.confidence_limit
         if limit is not None and (not is_number(limit) or not 0 < limit < 1):
-            raise ExitkitError(f"confidence_limit={limit!r} must be between 0 and 1, or None")
+            raise ArgumentError(f"confidence_limit={limit!r} must be between 0 and 1, or None")
         if not is_number(self.multiplier) or not 1 < self.multiplier < float("inf"):
-            raise ExitkitError(f"multiplier={self.multiplier!r} must be greater than 1")
+            raise ArgumentError(f"multiplier={self.multiplier!r} must be greater than 1")
 
     def of(self, student: int, last: int) -> tuple[int, ...]:
         """The teachers of an exit, where ``last`` is the backbone's. Empty where a model teaches, or nobody."""
@@ -113,15 +115,15 @@ class Loss:
         elif not isinstance(self.weights, Sequence) or not all(
             is_number(weight) and 0 <= weight < float("inf") for weight in self.weights
         ):
-            raise ExitkitError(f"weights={self.weights!r} must be a name or numbers of at least 0, one per exit")
+            raise ArgumentError(f"weights={self.weights!r} must be a name or numbers of at least 0, one per exit")
         if self.reduction not in get_args(Reduction):
             raise unknown_name("reduction", self.reduction, get_args(Reduction))
         if not is_number(self.label_smoothing) or not 0 <= self.label_smoothing < 1:
-            raise ExitkitError(f"label_smoothing={self.label_smoothing!r} must be at least 0 and below 1")
+            raise ArgumentError(f"label_smoothing={self.label_smoothing!r} must be at least 0 and below 1")
         if not isinstance(self.gradient_equilibrium, bool):
-            raise ExitkitError(f"gradient_equilibrium={self.gradient_equilibrium!r} must be True or False")
+            raise ArgumentError(f"gradient_equilibrium={self.gradient_equilibrium!r} must be True or False")
         if self.distillation is not None and not isinstance(self.distillation, Distillation):
-            raise ExitkitError(
+            raise ArgumentError(
                 f"distillation={self.distillation!r} must be exitkit.training.Distillation(...) or None"
             )
 
@@ -163,18 +165,18 @@ def check_loss(loss: Loss, phases: Sequence[Phase], model: MultiExitModel) -> No
     """
     last = len(model.classifiers)
     if not isinstance(loss.weights, str) and len(loss.weights) != last + 1:
-        raise ExitkitError(
+        raise ArgumentError(
             f"weights={list(loss.weights)} has {len(loss.weights)} numbers, but there are {last + 1} exits: one for each of "
             f"{', '.join(exit_.name for exit_ in model.exits)} (a frozen backbone's does not count, but is written)"
         )
     for number, phase in enumerate(phases, 1):
         if not isinstance(loss.weights, str) and not any(loss.weights[m] for m in phase.exits):
-            raise ExitkitError(
+            raise ArgumentError(
                 f"weights={list(loss.weights)} are 0 for every exit that counts in phase {number} ({phase.exits}), so that "
                 "nothing would learn; give one of them a weight above 0"
             )
     if loss.gradient_equilibrium and not any(phase.stages for phase in phases):
-        raise ExitkitError(
+        raise ArgumentError(
             "gradient_equilibrium=True rescales the backbone's gradients, but the regime freezes the backbone; use "
             "regime='mixed' or leave it out"
         )
@@ -187,22 +189,22 @@ def check_loss(loss: Loss, phases: Sequence[Phase], model: MultiExitModel) -> No
 def _check_regression(loss: Loss) -> None:
     reason = "the model has one output, which is trained as a regression by the squared error"
     if loss.label_smoothing:
-        raise ExitkitError(f"label_smoothing={loss.label_smoothing} needs classes, but {reason}")
+        raise ArgumentError(f"label_smoothing={loss.label_smoothing} needs classes, but {reason}")
     if loss.distillation is not None:
-        raise ExitkitError(f"distillation compares class probabilities, but {reason}")
+        raise ArgumentError(f"distillation compares class probabilities, but {reason}")
 
 
 def _check_teachers(distillation: Distillation, phases: Sequence[Phase], model: MultiExitModel, last: int) -> None:
     teachers, limit = distillation.teachers, distillation.confidence_limit
     if limit is not None and limit <= 1 / model.num_classes:
-        raise ExitkitError(
+        raise ArgumentError(
             f"confidence_limit={limit} is never undercut: among {model.num_classes} classes the surest one has at least "
             f"{1 / model.num_classes:.3g}, and the temperature would grow in every step; give more, or None to keep it"
         )
     if isinstance(teachers, nn.Module):
         own = {id(parameter) for parameter in model.parameters()}
         if any(id(parameter) in own for parameter in teachers.parameters()):
-            raise ExitkitError("teachers= is the trained model or a part of it; give a copy, or teachers='last'")
+            raise ArgumentError("teachers= is the trained model or a part of it; give a copy, or teachers='last'")
         return
     if isinstance(teachers, Mapping):
         for student, those in teachers.items():
@@ -212,13 +214,13 @@ def _check_teachers(distillation: Distillation, phases: Sequence[Phase], model: 
                 or not isinstance(those, tuple | list)
                 or any(t not in known for t in those)
             ):
-                raise ExitkitError(
+                raise ArgumentError(
                     f"teachers maps exit {student!r} to {those!r}; give a tuple of exits from 0 to {last}, where none teaches "
                     "itself"
                 )
     if not any(distillation.of(m, last) for phase in phases for m in phase.exits):
         counted = sorted({m for phase in phases for m in phase.exits})
-        raise ExitkitError(
+        raise ArgumentError(
             f"distillation is asked for, but none of the exits that count ({counted}) has a teacher: teachers={teachers!r} "
             "gives them no later exit; train more exits, or give a mapping or a model as teachers="
         )

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from exitkit.common.batches import UNLABELLED
-from exitkit.common.errors import ExitkitError
+from exitkit.common.errors import ArgumentError
 from exitkit.training.losses import Divergence, Loss
 
 
@@ -79,18 +79,18 @@ class Objective:
         config = self.loss.distillation
         if config is None:
             if targets is None:
-                raise ExitkitError(
+                raise ArgumentError(
                     "the loader yields no labels; yield (inputs, labels) or a dict with the key 'labels', or learn without "
                     "labels by loss=exitkit.training.Loss(distillation=exitkit.training.Distillation())"
                 )
             if targets.dim() == 1 and not targets.is_floating_point() and bool((targets == UNLABELLED).any()):
-                raise ExitkitError(
+                raise ArgumentError(
                     "some labels are -1, which marks samples without one, but the loss needs labels; add distillation= to it"
                 )
         elif targets is None and not isinstance(config.teachers, nn.Module):
             untaught = [m for m in exits if not config.of(m, self.last)]
             if untaught:
-                raise ExitkitError(
+                raise ArgumentError(
                     f"the loader yields no labels, and exits {untaught} have no teacher; freeze the backbone "
                     "(regime='disjoint'), give a model as teachers=, or mark single samples without a label by -1"
                 )

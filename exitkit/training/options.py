@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from exitkit.common.errors import ExitkitError, unknown_name
+from exitkit.common.errors import ArgumentError, ExitkitError, unknown_name
 from exitkit.multi_exit.model import MultiExitModel
 from exitkit.training.losses import Loss, check_loss
 from exitkit.training.regimes import Phase, epochs_of, phases_of
@@ -60,7 +60,7 @@ class Options:
 
     def __post_init__(self) -> None:
         if not isinstance(self.model, MultiExitModel):
-            raise ExitkitError(f"model is {type(self.model).__name__}; train what exitkit.attach(model) returns")
+            raise ArgumentError(f"model is {type(self.model).__name__}; train what exitkit.attach(model) returns")
         self._check_names()
         self._check_numbers()
         if self.log == "tensorboard" and importlib.util.find_spec("tensorboard") is None:
@@ -68,7 +68,7 @@ class Options:
         self.phases = phases_of(self.regime, len(self.model.classifiers), bool(self.model.new_head))
         self.lengths = epochs_of(self.phases, self.epochs)
         if self.backbone_lr is not None and not self.trains_backbone:
-            raise ExitkitError(f"backbone_lr={self.backbone_lr!r} is set, but the regime freezes the backbone")
+            raise ArgumentError(f"backbone_lr={self.backbone_lr!r} is set, but the regime freezes the backbone")
         check_loss(self.loss, self.phases, self.model)
         self._check_cache()
         probe = self.make_optimizer([nn.Parameter(torch.zeros(1))], [])
@@ -96,12 +96,12 @@ class Options:
         try:
             optimizer = self.optimizer(groups)
         except (TypeError, ValueError) as error:
-            raise ExitkitError(
+            raise ArgumentError(
                 f"optimizer= cannot be called with parameter groups ({error}); give its other options by functools.partial, "
                 "such as functools.partial(torch.optim.SGD, momentum=0.9)"
             ) from error
         if not isinstance(optimizer, torch.optim.Optimizer):
-            raise ExitkitError(
+            raise ArgumentError(
                 f"optimizer= returned {type(optimizer).__name__}; give a function from parameter groups to an optimiser, such "
                 "as torch.optim.AdamW or functools.partial(torch.optim.SGD, momentum=0.9)"
             )
@@ -117,13 +117,13 @@ class Options:
                 raise unknown_name(name, value, allowed)
         for name in ("compile", "channels_last", "gradient_checkpointing", "cache", "show_progress"):
             if not isinstance(getattr(self, name), bool):
-                raise ExitkitError(f"{name}={getattr(self, name)!r} must be True or False")
+                raise ArgumentError(f"{name}={getattr(self, name)!r} must be True or False")
         if self.output_dir is not None and not isinstance(self.output_dir, str | Path):
-            raise ExitkitError(f"output_dir={self.output_dir!r} must be the path of a folder, or None")
+            raise ArgumentError(f"output_dir={self.output_dir!r} must be the path of a folder, or None")
         if not isinstance(self.loss, Loss):
-            raise ExitkitError(f"loss={self.loss!r} must be exitkit.training.Loss(...)")
+            raise ArgumentError(f"loss={self.loss!r} must be exitkit.training.Loss(...)")
         if not callable(self.optimizer):
-            raise ExitkitError(
+            raise ArgumentError(
                 f"optimizer= is a {type(self.optimizer).__name__}; give a function that makes one, such as torch.optim.AdamW"
             )
 
@@ -131,12 +131,12 @@ class Options:
         if not self.cache:
             return
         if self.trains_backbone or any(len(self.model.classifiers) in phase.exits for phase in self.phases):
-            raise ExitkitError(
+            raise ArgumentError(
                 "cache=True keeps what a frozen backbone says, but here the backbone learns, or its last layer, which attach "
                 "replaced; use regime='disjoint' on a backbone with its own classes, or leave cache out"
             )
         if self.teacher is not None:
-            raise ExitkitError(
+            raise ArgumentError(
                 "cache=True keeps features, and not the inputs that the teacher model reads; use teachers='last', or leave "
                 "cache out"
             )
@@ -146,23 +146,23 @@ class Options:
         above = (("lr", self.lr), ("cache_gb", self.cache_gb))
         for name, real in (*above, ("weight_decay", self.weight_decay), *optional):
             if real is not None and not isinstance(real, int | float):
-                raise ExitkitError(f"{name}={real!r} must be a number")
+                raise ArgumentError(f"{name}={real!r} must be a number")
         for name, real in (*above, *optional):
             if real is not None and not 0 < real < float("inf"):
-                raise ExitkitError(f"{name}={real!r} must be greater than 0")
+                raise ArgumentError(f"{name}={real!r} must be greater than 0")
         if not 0 <= self.weight_decay < float("inf"):
-            raise ExitkitError(f"weight_decay={self.weight_decay!r} must be at least 0")
+            raise ArgumentError(f"weight_decay={self.weight_decay!r} must be at least 0")
         if not isinstance(self.seed, int) or self.seed < 0:
-            raise ExitkitError(f"seed={self.seed!r} must be a whole number of at least 0")
+            raise ArgumentError(f"seed={self.seed!r} must be a whole number of at least 0")
         milestones = () if self.milestones is None else self.milestones
         if not isinstance(milestones, tuple | list) or any(
             not isinstance(epoch, int) or epoch < 1 for epoch in milestones
         ):
-            raise ExitkitError(f"milestones={milestones!r} must be whole numbers of epochs, such as [15]")
+            raise ArgumentError(f"milestones={milestones!r} must be whole numbers of epochs, such as [15]")
         counts = (("epochs", self.epochs), ("patience", self.patience), ("accumulate", self.accumulate))
         for name, number in counts:
             if number is not None and (not isinstance(number, int) or isinstance(number, bool) or number < 1):
-                raise ExitkitError(f"{name}={number!r} must be a whole number greater than 0")
+                raise ArgumentError(f"{name}={number!r} must be a whole number greater than 0")
 
 
 def _name(optimizer: torch.optim.Optimizer) -> str:

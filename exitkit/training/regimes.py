@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
-from exitkit.common.errors import ExitkitError, unknown_name
+from exitkit.common.errors import ArgumentError, unknown_name
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def phases_of(regime: str | Sequence[Phase], last: int, new_head: bool = False) 
         return REGIMES[regime](last)
     phases = tuple(regime) if isinstance(regime, Iterable) else ()
     if not phases or not all(isinstance(phase, Phase) for phase in phases):
-        raise ExitkitError(
+        raise ArgumentError(
             f"regime={regime!r} is neither a name ({', '.join(map(repr, REGIMES))}) nor a tuple of "
             "exitkit.training.Phase"
         )
@@ -101,7 +101,7 @@ def epochs_of(phases: Sequence[Phase], epochs: int) -> tuple[int, ...]:
     ends = [int(epochs * share / total + 0.5) for share in accumulate(phase.share for phase in phases)]
     lengths = tuple(end - start for start, end in pairwise([0, *ends]))
     if min(lengths) < 1:
-        raise ExitkitError(
+        raise ArgumentError(
             f"epochs={epochs} are too few for {len(phases)} phases: their lengths would be {list(lengths)}; every phase "
             f"needs an epoch at least"
         )
@@ -119,20 +119,22 @@ def _check(phase: Phase, number: int, last: int, new_head: bool) -> None:
             or any(not isinstance(m, int) or not 0 <= m <= last for m in given)
             or sorted(set(given)) != list(given)
         ):
-            raise ExitkitError(f"phase {number} has {name}={given}; give numbers from 0 to {last}, rising, each once")
+            raise ArgumentError(f"phase {number} has {name}={given}; give numbers from 0 to {last}, rising, each once")
     if not phase.exits or not isinstance(phase.share, int | float) or not 0 < phase.share < float("inf"):
-        raise ExitkitError(f"phase {number} needs exits and a share above 0; it has {phase.exits} and {phase.share!r}")
+        raise ArgumentError(
+            f"phase {number} needs exits and a share above 0; it has {phase.exits} and {phase.share!r}"
+        )
     if phase.alternate is not None and (not phase.alternate or not set(phase.alternate) <= set(phase.exits)):
-        raise ExitkitError(
+        raise ArgumentError(
             f"phase {number} alternates with exits {phase.alternate}; give some of {phase.exits}, or None"
         )
     if phase.stages and phase.stages[-1] > phase.exits[-1]:
-        raise ExitkitError(
+        raise ArgumentError(
             f"phase {number} trains stage {phase.stages[-1]} of the backbone, but no exit behind it counts "
             f"(exits={phase.exits}), so that it would have no gradient"
         )
     if last in phase.exits and not phase.stages and not new_head:
-        raise ExitkitError(
+        raise ArgumentError(
             f"phase {number} counts exit {last}, the backbone's own, and freezes the whole backbone; name its stages, "
             f"or leave exit {last} out"
         )

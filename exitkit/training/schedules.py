@@ -9,7 +9,7 @@ from typing import Any
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, MultiStepLR
 
-from exitkit.common.errors import ExitkitError
+from exitkit.common.errors import ArgumentError
 
 Schedule = Callable[[Optimizer, int], LRScheduler]
 """(an optimiser, the number of its steps) → a schedule that goes on after every step."""
@@ -24,16 +24,16 @@ def check_schedule(schedule: Schedule | None, milestones: Sequence[int] | None, 
     if schedule is None:
         return
     if milestones is not None:
-        raise ExitkitError(f"milestones={milestones!r} and schedule= are both set; leave one out")
+        raise ArgumentError(f"milestones={milestones!r} and schedule= are both set; leave one out")
     try:
         made: Any = schedule(optimizer, 100) if callable(schedule) else schedule
     except (TypeError, ValueError) as error:
-        raise ExitkitError(
+        raise ArgumentError(
             f"schedule= cannot be called with an optimiser and a number of steps ({error}); give such a function, its other "
             "options by functools.partial or a lambda"
         ) from error
     if not isinstance(made, LRScheduler) or made is schedule:
-        raise ExitkitError(
+        raise ArgumentError(
             f"schedule= gives a {type(made).__name__}; give a function from an optimiser and a number of steps to one of "
             "torch.optim.lr_scheduler, such as torch.optim.lr_scheduler.CosineAnnealingLR"
         )
@@ -49,7 +49,7 @@ def make_scheduler(
     """
     if schedule is not None:
         if steps is None:
-            raise ExitkitError(
+            raise ArgumentError(
                 "schedule= needs the number of steps, but train_loader has no length; give a loader that has one, or "
                 "milestones="
             )

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from exitkit.common.batches import check_training_labels, move, split_batch
-from exitkit.common.errors import ExitkitError
+from exitkit.common.errors import ArgumentError, DivergedError
 from exitkit.multi_exit.model import MultiExitModel
 from exitkit.surgery.capturing import logits_of
 from exitkit.surgery.inputs import call_on
@@ -86,7 +86,7 @@ class Learner:
         """Refuse weights that the last step ruined, before they are kept; a schedule by epochs goes on."""
         for name, parameter in self.options.model.named_parameters():
             if parameter.requires_grad and not bool(parameter.isfinite().all()):
-                raise ExitkitError(
+                raise DivergedError(
                     f"{name} is not finite after epoch {epoch + 1}, at lr={self._rates()}; lower lr, or set max_grad_norm"
                 )
         if self.options.schedule is None:
@@ -128,7 +128,7 @@ class Learner:
         with torch.no_grad():
             taught = logits_of(call_on(teacher, inputs))
         if taught.shape != logits.shape:
-            raise ExitkitError(
+            raise ArgumentError(
                 f"the teacher's logits have shape {tuple(taught.shape)}, the exits' {tuple(logits.shape)}; teacher and "
                 "model must have the same classes"
             )
@@ -146,7 +146,7 @@ class Learner:
         """Stop before a loss that is not finite reaches the weights."""
         if not bool(losses.isfinite().all()):
             index = int(losses.isfinite().int().argmin())
-            raise ExitkitError(
+            raise DivergedError(
                 f"the loss of exit {exits[index]} is {losses[index].item()} in epoch {epoch + 1}, step {step + 1}, at "
                 f"lr={self._rates()}; lower lr, or check the inputs (normalised? NaN?)"
             )
@@ -207,7 +207,7 @@ def _batch_norm_explained() -> Iterator[None]:
     except ValueError as error:
         if "more than 1 value per channel" not in str(error):
             raise
-        raise ExitkitError(
+        raise ArgumentError(
             "a batch of one sample has no statistics for a BatchNorm that learns here: the backbone's, unless "
             "regime='disjoint', or one in the head of an exit ('branch-n', 'tail'); use a larger batch_size or drop_last=True"
         ) from error

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from exitkit.common.errors import ExitkitError
+from exitkit.common.errors import ArgumentError
 from exitkit.surgery.capturing import evaluation_mode
 from exitkit.training.distributed import length, make_accelerator, own_part, seed_everything
 from exitkit.training.ensemble import fit_ensemble_on
@@ -100,7 +100,7 @@ class Trainer(Options):
             ExitkitError: an empty loader, labels out of range, a loss that is not finite, an unusable checkpoint.
         """
         if self.patience is not None and val_loader is None:
-            raise ExitkitError("patience is set, but there is no val_loader to measure improvement on; give one")
+            raise ArgumentError("patience is set, but there is no val_loader to measure improvement on; give one")
         self._make_directory()
         accelerator = make_accelerator(self.mixed_precision)
         train = own_part(accelerator, train_loader, "train_loader")
@@ -129,11 +129,11 @@ class Trainer(Options):
         if self.directory is None:
             return
         if self.directory.exists() and not self.directory.is_dir():
-            raise ExitkitError(f"output_dir={str(self.directory)!r} is a file; give a folder")
+            raise ArgumentError(f"output_dir={str(self.directory)!r} is a file; give a folder")
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise ExitkitError(
+            raise ArgumentError(
                 f"output_dir={str(self.directory)!r} cannot be made ({error.strerror}); give a folder where you may write"
             ) from error
 
@@ -150,7 +150,7 @@ class Trainer(Options):
         stages = stages_of(self.model)
         check_learning(self.phases, stages, self.model)
         if self.loss.gradient_equilibrium and stages.shared:
-            raise ExitkitError(
+            raise ArgumentError(
                 f"gradient_equilibrium divides each stage's gradient by another number, but {stages.shared[0]!r} is read "
                 "in several stages; train this backbone without it"
             )
@@ -178,7 +178,7 @@ def _checkpointed(backbone: nn.Module, wanted: bool) -> Iterator[None]:
         return
     kind = next((k for k in ("activation", "gradient") if hasattr(backbone, f"{k}_checkpointing_enable")), None)
     if kind is None:
-        raise ExitkitError(
+        raise ArgumentError(
             f"gradient_checkpointing=True, but {type(backbone).__name__} has no gradient_checkpointing_enable(), as Hugging "
             "Face models do; leave it out"
         )

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from exitkit.common.errors import ExitkitError
+from exitkit.common.errors import ArgumentError
 from exitkit.exits.classifiers import Feature, InternalClassifier
 
 
@@ -44,7 +44,7 @@ class TailBody(nn.Module):
 
     def forward(self, feature: Tensor, *inputs: Tensor | None) -> Tensor:
         if any(tensor is None for tensor in inputs):
-            raise ExitkitError(
+            raise ArgumentError(
                 "head='tail' reads an input of the model (an attention mask, token ids) that this call leaves out; pass every "
                 "input that example_inputs had"
             )
@@ -81,7 +81,7 @@ def _adapter(feature: Feature, target: Feature) -> nn.Module:
     if (feature.shape, feature.layout) == (target.shape, target.layout):
         return nn.Identity()
     if feature.layout != target.layout or feature.layout not in ("channels_first", "channels_last"):
-        raise ExitkitError(
+        raise ArgumentError(
             f"head='tail' reads the backbone's last feature, {target.layout} {target.shape}, and cannot be put on one of "
             f"{feature.layout} {feature.shape}; use head='auto', or at= with boundaries of the same shape"
         )

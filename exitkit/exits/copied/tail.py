@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.fx import GraphModule, Node
 
-from exitkit.common.errors import ExitkitError
+from exitkit.common.errors import ArgumentError
 from exitkit.exits.copied.norms import with_norms
 from exitkit.exits.copied.shorten import Gap, without
 from exitkit.surgery.boundaries import Boundary
@@ -66,7 +66,7 @@ def _check(captured: Capture, boundary: Boundary, tail: Tail) -> None:
         (vector,) = tail.body(feature, *(given[key] for key in tail.inputs))
         again = tail.linear(vector)
     if not torch.allclose(again, logits, rtol=1e-2, atol=1e-2 * float(logits.abs().max())):
-        raise ExitkitError(
+        raise ArgumentError(
             f"head='tail': the copied read-out of {type(captured.backbone).__name__} differs from it by up to "
             f"{float((again - logits).abs().max()):.2e}; use head='auto'"
         )

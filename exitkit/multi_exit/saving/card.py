@@ -10,7 +10,7 @@ from huggingface_hub import ModelCardData
 from torch import nn
 
 from exitkit.calibration.thresholds import Threshold, numbers
-from exitkit.common.errors import ExitkitError
+from exitkit.common.errors import ArgumentError
 from exitkit.evaluation.outputs import ExitOutputs
 from exitkit.methods.scaled import temperatures_of
 from exitkit.multi_exit.model import MultiExitModel
@@ -35,10 +35,10 @@ def measured(model: MultiExitModel, outputs: ExitOutputs, threshold: Threshold |
         ExitkitError: outputs without labels, or of another model.
     """
     if not isinstance(outputs, ExitOutputs):
-        raise ExitkitError(f"outputs is {type(outputs).__name__}; give what exitkit.collect(ee, loader) returned")
+        raise ArgumentError(f"outputs is {type(outputs).__name__}; give what exitkit.collect(ee, loader) returned")
     costs, classes = [exit_.macs for exit_ in model.exits], outputs.log_probs.shape[2]
     if outputs.macs.tolist() != costs or classes != model.num_classes:
-        raise ExitkitError(
+        raise ArgumentError(
             f"outputs are of another model: {classes} classes and exits at {outputs.macs.tolist()} MACs, where this one has "
             f"{model.num_classes} and {costs}; give what exitkit.collect(ee, loader) returned for it"
         )

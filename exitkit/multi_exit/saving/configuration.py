@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from exitkit.calibration.thresholds import Threshold, fits_json, to_json
-from exitkit.common.errors import ExitkitError
+from exitkit.common.errors import ExitkitError, FileError
 from exitkit.common.versions import versions
 from exitkit.evaluation.outputs import ExitOutputs
 from exitkit.multi_exit.model import MultiExitModel
@@ -66,19 +66,19 @@ def read_configuration(path: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ExitkitError(f"{str(path)!r} cannot be read: {error}. {_REMEDY}") from error
+        raise FileError(f"{str(path)!r} cannot be read: {error}. {_REMEDY}") from error
     given = config.get("format") if isinstance(config, dict) else None
     if given != _FORMAT and str(given).startswith(_FAMILY):
-        raise ExitkitError(
+        raise FileError(
             f"{str(path)!r} is of format {given!r}, saved by {saved_by(config)}; this is exitkit {versions()['exitkit']}, "
             f"which reads {_FORMAT!r}. Install the version that saved it, or save the exits again"
         )
     if given != _FORMAT:
-        raise ExitkitError(f"{str(path)!r} is no configuration of exits. {_REMEDY}")
+        raise FileError(f"{str(path)!r} is no configuration of exits. {_REMEDY}")
     for key, fits in _FIELDS.items():
         if key not in config or not fits(config[key]):
             value = repr(config[key])[:100] if key in config else "missing"
-            raise ExitkitError(f"{str(path)!r} is damaged: {key!r} is {value}. {_REMEDY}")
+            raise FileError(f"{str(path)!r} is damaged: {key!r} is {value}. {_REMEDY}")
     checked: dict[str, Any] = config
     return checked
 

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from exitkit.calibration.thresholds import Threshold, from_json
-from exitkit.common.errors import ExitkitError
+from exitkit.common.errors import ArgumentError, ExitkitError, FileError
 from exitkit.common.files import replacing
 from exitkit.evaluation.outputs import ExitOutputs
 from exitkit.methods.presets import Method
@@ -51,7 +51,7 @@ def save_exits(
     """See :meth:`exitkit.MultiExitModel.save_pretrained`."""
     folder = Path(directory)
     if folder.exists() and not folder.is_dir():
-        raise ExitkitError(f"directory={str(directory)!r} is a file; name a folder")
+        raise ArgumentError(f"directory={str(directory)!r} is a file; name a folder")
     _write(model, configuration(model, threshold, outputs), folder, "path/to/this/folder")
 
 
@@ -77,7 +77,7 @@ def load_exits(
 ) -> MultiExitModel:
     """See :meth:`exitkit.MultiExitModel.from_pretrained`."""
     if isinstance(backbone, MultiExitModel) or not isinstance(backbone, nn.Module):
-        raise ExitkitError(
+        raise ArgumentError(
             f"backbone is {type(backbone).__name__}; give the nn.Module that the exits were trained on "
             "(exitkit.detach(ee), for a model that has exits)"
         )
@@ -103,7 +103,7 @@ def _attached(backbone: nn.Module, inputs: Any, config: Mapping[str, Any], sourc
         inputs = example_inputs(backbone, config) if inputs is None else inputs
         model = attach(backbone, inputs, at=config["exits"], method=method, head=config["head"], **outputs)
     except (ExitkitError, TypeError) as error:
-        raise ExitkitError(
+        raise ArgumentError(
             f"the exits in {str(source)!r}, saved by {saved_by(config)}, cannot be attached to this "
             f"{type(backbone).__name__}: {error}"
         ) from error
@@ -130,15 +130,13 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except (OSError, SafetensorError) as error:
-        raise ExitkitError(
-            f"{str(path)!r} cannot be read as safetensors: {error}. Copy or download it again"
-        ) from error
+        raise FileError(f"{str(path)!r} cannot be read as safetensors: {error}. Copy or download it again") from error
 
 
 def _compare(saved: Mapping[str, str], found: Mapping[str, str], source: Source, backbone: nn.Module) -> None:
     difference = first_difference(saved, found)
     if difference is not None:
-        raise ExitkitError(
+        raise ArgumentError(
             f"the exits in {str(source)!r} belong to another backbone: {difference} in this {type(backbone).__name__}. "
             "Build the backbone, load its weights and give example_inputs as when they were trained"
         )
@@ -148,7 +146,7 @@ def _fill(model: MultiExitModel, saved: Mapping[str, Tensor], dtype: torch.dtype
     given, wanted = _kinds(saved), _kinds(_copies(model, dtype))
     for name in (*wanted, *given):
         if given.get(name) != wanted.get(name):
-            raise ExitkitError(
+            raise FileError(
                 f"{str(path)!r} does not fit its configuration: {name!r} is {given.get(name, 'missing')} in the file, "
                 f"expected {wanted.get(name, 'nothing of that name')}. Copy or download it again, or save the exits again"
             )

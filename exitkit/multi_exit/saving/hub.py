@@ -11,7 +11,7 @@ from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # not in its __all__
 
-from exitkit.common.errors import ExitkitError
+from exitkit.common.errors import ArgumentError, HubError
 
 Token = str | bool | None
 
@@ -23,17 +23,17 @@ def fetch(source: str | os.PathLike[str], patterns: Sequence[str], revision: str
         ExitkitError: neither of the two, or the Hub cannot be reached or refuses.
     """
     if not isinstance(source, str | os.PathLike):
-        raise ExitkitError(f"source={source!r} must be a folder or a name on the Hub, such as 'user/exits'")
+        raise ArgumentError(f"source={source!r} must be a folder or a name on the Hub, such as 'user/exits'")
     folder = Path(source)
     if folder.is_dir():
         if revision is not None:
-            raise ExitkitError(
+            raise ArgumentError(
                 f"revision={revision!r} is for names on the Hub, but source={str(source)!r} is a folder here; leave "
                 "revision out"
             )
         return folder
     if not isinstance(source, str) or folder.exists() or not is_name(source):
-        raise ExitkitError(
+        raise ArgumentError(
             f"source={str(source)!r} is no folder, and no name on the Hub, such as 'user/exits'; check the path"
         )
     with _reaching(f"source={source!r} is no folder here, and loading it from the Hub failed"):
@@ -78,7 +78,7 @@ def _reaching(failure: str) -> Iterator[None]:
         yield
     except Exception as error:  # huggingface_hub lets the errors of its HTTP library through
         reason = " ".join(str(error).split())[:500].rstrip(".")
-        raise ExitkitError(
+        raise HubError(
             f"{failure}: {type(error).__name__}: {reason}. Check the name, the revision and the connection, and for "
             "what is private or yours the token (token=, or `hf auth login`)"
         ) from error

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from exitkit.common.batches import check_training_labels, checked, split_batch
-from exitkit.common.errors import ExitkitError
+from exitkit.common.errors import ArgumentError
 from exitkit.common.files import replacing
 from exitkit.common.hashes import hash_samples
 from exitkit.multi_exit.model import MultiExitModel
@@ -53,7 +53,7 @@ def cached(options: Options, accelerator: Accelerator, data: Data) -> Iterator[D
         ExitkitError: several processes, a loader whose samples have no numbers, or features that differ in shape.
     """
     if accelerator.num_processes > 1:
-        raise ExitkitError(
+        raise ArgumentError(
             f"cache=True is for one process, this run has {accelerator.num_processes}; heads alone train quickly, so start "
             "without torchrun or accelerate launch, or leave cache out"
         )
@@ -82,7 +82,7 @@ def _numbered(loader: Iterable[Any], name: str) -> DataLoader[Any]:
         or not hasattr(loader.dataset, "__len__")
     ):
         kind = type(loader.dataset if isinstance(loader, DataLoader) else loader).__name__
-        raise ExitkitError(
+        raise ArgumentError(
             f"cache=True finds samples by their number, but {name} is made of a {kind}; give a torch DataLoader with a "
             "batch_size over a data set that has a length and an item for every number below it, or leave cache out"
         )
@@ -135,7 +135,7 @@ class _Cache:
                 writer.write(start, parts)
                 start += len(parts[_LOGITS])
             if start != rows:
-                raise ExitkitError(
+                raise ArgumentError(
                     f"cache=True: the data set has {rows} samples, but {start} came out of the loader's collate_fn, so that "
                     "they cannot be told apart by number; leave none out, or leave cache out"
                 )
@@ -229,7 +229,7 @@ def _check_alike(first: dict[str, Tensor], parts: dict[str, Tensor]) -> None:
     for name in first.keys() | parts.keys():
         was, is_ = (None if name not in batch else tuple(batch[name].shape[1:]) for batch in (first, parts))
         if was != is_ or first[name].dtype != parts[name].dtype:
-            raise ExitkitError(
+            raise ArgumentError(
                 f"cache=True: {name} has shape {was} per sample in the first batch and {is_} in another, so that it has no "
                 "place in one table; pad all samples to one length, use head='auto' or '1L', or leave cache out"
             )

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from exitkit.common.errors import ExitkitError
+from exitkit.common.errors import ArgumentError
 from exitkit.exits.classifiers import HeadOutput, TokenBody
 from exitkit.exits.gpf import Classifier, imitation_losses
 from exitkit.exits.pooling import SDNPool, pooled_size, two_pools
@@ -41,7 +41,7 @@ class HeadsAlone(nn.Module):
         self.heads = nn.ModuleList()
         for spec, classifier in zip(model.specs, model.classifiers, strict=True):
             if spec.inputs and not isinstance(classifier.body, TokenBody):
-                raise ExitkitError(
+                raise ArgumentError(
                     f"cache=True: the head at {spec.boundary.name!r} reads inputs of the model beside its feature "
                     f"(head={model.head!r}), and cannot be fed from a cache; use head='auto' or leave cache out"
                 )
