@@ -11,11 +11,11 @@ import torch
 from numpy.typing import NDArray
 from scipy.stats import binomtest
 
+from exitkit.common.checks import is_count
 from exitkit.common.errors import ArgumentError
 from exitkit.evaluation.curve import Curve
 from exitkit.evaluation.metrics import Interval
 from exitkit.evaluation.outputs import ExitOutputs, check_outputs
-from exitkit.methods.presets import is_count
 from exitkit.surgery.fingerprint import same_weights
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal, get_args
 
+from exitkit.common.checks import is_count
 from exitkit.common.errors import ArgumentError, unknown_name
 from exitkit.exits.gpf import Variant
 from exitkit.methods.criteria import Criterion
@@ -128,8 +129,3 @@ def for_outputs(method: Method, outputs: int, model: str) -> Method:
             "and z are the same decision)"
         )
     return replace(method, criterion="tolerance")
-
-
-def is_count(value: object) -> bool:
-    """Whether ``value`` is a whole number greater than 0."""
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0

@@ -7,11 +7,12 @@ from typing import Any
 
 from torch import nn
 
+from exitkit.common.checks import is_count
 from exitkit.common.errors import ArgumentError, NotCapturableError
 from exitkit.exits.classifiers import HeadSpec, InternalClassifier
 from exitkit.exits.factory import HeadMaker
 from exitkit.exits.gpf import PastFuture, PastFutureClassifier
-from exitkit.methods.presets import Method, as_method, for_outputs, is_count
+from exitkit.methods.presets import Method, as_method, for_outputs
 from exitkit.multi_exit.cost import ExitSpec
 from exitkit.multi_exit.model import MultiExitModel
 from exitkit.surgery.boundaries import Anatomy, Boundary, find_boundaries
