@@ -1,6 +1,7 @@
 """Checks of arguments: what is allowed is declared beside the name, as a type and its bounds, and checked here.
 
-``check("epochs", epochs, Count)`` checks one argument; :func:`check_fields` checks every field of a dataclass by its annotation::
+``check("epochs", epochs, Count)`` checks one argument; :func:`check_fields` checks every field of
+a dataclass by its annotation::
 
     lr: Positive = 1e-3
     log: Literal["csv", "tensorboard"] = "csv"
@@ -82,14 +83,14 @@ def check_fields(owner: Any, prefix: str = "") -> None:
     Raises:
         ArgumentError: as :func:`check`, for the first field that does not fit.
     """
-    hints = _hints(type(owner))
+    hints = _hints(type(owner))  # type: ignore[arg-type]  # mypy: a type is hashable
     for field in fields(owner):
         if field.init and field.name in hints:
             check(f"{prefix}{field.name}", getattr(owner, field.name), hints[field.name])
 
 
 @cache
-def _hints(kind: type) -> dict[str, Any]:
+def _hints(kind: type[Any]) -> dict[str, Any]:
     return get_type_hints(kind, include_extras=True)
 
 
