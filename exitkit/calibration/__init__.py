@@ -5,12 +5,10 @@ from exitkit.calibration.per_exit import PerExitThresholds, per_exit_thresholds,
 from exitkit.calibration.pruning import exits_that_do_not_pay, head_macs
 from exitkit.calibration.risk_control import ChosenThreshold, ThresholdPath, choose_threshold
 from exitkit.calibration.temperature import fit_temperatures
-from exitkit.methods.scaled import ScaledThreshold
 
 __all__ = [
     "ChosenThreshold",
     "PerExitThresholds",
-    "ScaledThreshold",
     "ShiftMonitor",
     "ShiftReport",
     "ThresholdPath",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +15,8 @@ from torch import Tensor
 from exitkit.common.checks import is_number
 from exitkit.common.errors import ArgumentError
 from exitkit.evaluation.outputs import ExitOutputs
-from exitkit.methods.scaled import Temperatures
+from exitkit.methods.criteria import Criterion
+from exitkit.methods.policy import Threshold
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class ShiftMonitor:
 
     Args:
         outputs: the calibration split; its own randomness is part of the tests.
-        threshold: the τ that is deployed, or one per exit.
+        threshold: the policy that is deployed, or its τ, or one per exit.
         criterion: the score; by default that of ``outputs``.
         window: how many samples are compared at once: more see smaller shifts, fewer see them sooner.
         false_alarm: probability of an alarm without a shift, over the whole life of the monitor.
@@ -80,9 +80,9 @@ class ShiftMonitor:
     def __init__(
         self,
         outputs: ExitOutputs,
-        threshold: float | Sequence[float],
+        threshold: Threshold,
         *,
-        criterion: str | None = None,
+        criterion: str | Criterion | None = None,
         window: int = 500,
         false_alarm: float = 1e-4,
     ) -> None:
@@ -94,10 +94,10 @@ class ShiftMonitor:
             raise ArgumentError(f"window={window!r} must be a whole number of samples, at least 20; 500 is usual")
         if not is_number(false_alarm) or not 0 < false_alarm < 1:
             raise ArgumentError(f"false_alarm={false_alarm!r} must lie between 0 and 1, both excluded; 1e-4 is usual")
-        self.criterion: str = criterion or outputs.criterion
-        self.temperatures: Temperatures | None = outputs.temperatures
-        self._exits = outputs.exits_at(threshold, criterion)
-        self._scores = outputs.scores(criterion).double().numpy()[np.arange(len(outputs)), self._exits]
+        self.policy = outputs.policy(threshold, criterion)
+        self._exits = outputs.exits_at(self.policy)
+        scores = outputs.under(self.policy).scores(self.policy.criterion).numpy()
+        self._scores = scores[np.arange(len(outputs)), self._exits]
         self._last_exit = len(outputs.macs) - 1
         self._false_alarm = false_alarm
         self._step = window // 2

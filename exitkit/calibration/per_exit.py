@@ -17,9 +17,10 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
-from exitkit.calibration.risk_control import ThresholdPath, never_leave
+from exitkit.calibration.risk_control import ThresholdPath
 from exitkit.evaluation.outputs import ExitOutputs, check_outputs
-from exitkit.methods.scaled import scaled
+from exitkit.methods.criteria import Criterion, as_criterion
+from exitkit.methods.policy import ExitPolicy
 
 _LEVELS = 32
 _PRICES = np.geomspace(1e-3, 30, 40)
@@ -33,17 +34,22 @@ class PerExitThresholds:
     """Thresholds for each exit under a budget.
 
     Attributes:
-        thresholds: τ of each exit before the backbone.
+        policy: these thresholds, for whatever takes a threshold.
         accuracy: with them, on the samples they were searched on; measure it again on others.
         cost: average cost with them, as a share of the backbone or in milliseconds, as the budget.
         bound: no thresholds among those searched are more accurate than this on these samples; equal to ``accuracy`` where
             the search was exact.
     """
 
-    thresholds: tuple[float, ...]
+    policy: ExitPolicy
     accuracy: float
     cost: float
     bound: float
+
+    @property
+    def thresholds(self) -> tuple[float, ...]:
+        """τ of each exit before the backbone."""
+        return self.policy.thresholds
 
 
 def per_exit_thresholds(
@@ -51,7 +57,7 @@ def per_exit_thresholds(
     budget: float,
     *,
     milliseconds: Sequence[float] | None = None,
-    criterion: str | None = None,
+    criterion: str | Criterion | None = None,
 ) -> PerExitThresholds:
     """The most accurate thresholds, one per exit, whose average cost stays under ``budget``.
 
@@ -70,18 +76,20 @@ def per_exit_thresholds(
     labelled = outputs if outputs.labels is not None else outputs.against_backbone()
     curve = labelled.curve(criterion, milliseconds=milliseconds)
     one = curve.at_budget(ms=budget) if milliseconds is not None else curve.at_budget(budget)
-    search = _Search.of(labelled, milliseconds, criterion, extra=one.threshold)
-    best = search.at(one.threshold)
+    tau = one.policy.thresholds[0]
+    search = _Search.of(labelled, milliseconds, criterion, extra=tau)
+    best = search.at(tau)
     for price in _PRICES:
         found = search.ascend(best, price)
         best = max(best, found, key=lambda levels: search.rank(levels, budget))
     best, bound = search.branch(best, budget)
     right, cost = search.value(best)
-    thresholds = scaled(search.thresholds(best), outputs.temperatures)
-    return PerExitThresholds(thresholds, right / len(outputs), cost, bound / len(outputs))
+    return PerExitThresholds(
+        curve.nobody.at(*search.thresholds(best)), right / len(outputs), cost, bound / len(outputs)
+    )
 
 
-def threshold_path(outputs: ExitOutputs, *, criterion: str | None = None) -> ThresholdPath:
+def threshold_path(outputs: ExitOutputs, *, criterion: str | Criterion | None = None) -> ThresholdPath:
     """Per-exit thresholds from careful to bold, for :func:`exitkit.choose_threshold` to test on *other* samples.
 
     The rows maximise accuracy minus λ · cost on these samples for rising prices λ, with steps between them.
@@ -97,7 +105,7 @@ def threshold_path(outputs: ExitOutputs, *, criterion: str | None = None) -> Thr
     costs = np.array([search.value(row)[1] for row in levels])
     cheaper = costs < np.minimum.accumulate(np.append(np.inf, costs[:-1]))
     thresholds = np.array([search.thresholds(row) for row, kept in zip(levels, cheaper, strict=True) if kept])
-    return ThresholdPath(thresholds, criterion or outputs.criterion, outputs.hashes)
+    return ThresholdPath(thresholds, as_criterion(criterion or outputs.criterion).name, outputs.hashes)
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,11 +129,11 @@ class _Search:
         cls,
         outputs: ExitOutputs,
         milliseconds: Sequence[float] | None,
-        criterion: str | None,
+        criterion: str | Criterion | None,
         extra: float | None = None,
     ) -> _Search:
-        scores = outputs.scores(criterion)[:, :-1].double().numpy()
-        never = never_leave(criterion or outputs.criterion, scores.shape[1])
+        scores = outputs.scores(criterion)[:, :-1].numpy()
+        never = as_criterion(criterion or outputs.criterion).highest(scores.shape[1])
         taus = tuple(_levels(column, never, extra) for column in scores.T)
         ranks = np.stack([np.searchsorted(t, column) for t, column in zip(taus, scores.T, strict=True)], axis=1)
         costs = outputs.costs if milliseconds is None else np.asarray(milliseconds, dtype=np.float64)

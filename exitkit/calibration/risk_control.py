@@ -10,14 +10,14 @@ from __future__ import annotations
 import math
 from bisect import bisect_left
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, replace
 from numbers import Real
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.special import expit, ndtri
+from scipy.special import ndtri
 from torch import Tensor
 
 from exitkit.calibration.p_values import (
@@ -29,12 +29,12 @@ from exitkit.calibration.p_values import (
 from exitkit.calibration.risks import Risk, RiskFunction, RiskName, as_risk
 from exitkit.common.errors import ArgumentError, unknown_name
 from exitkit.evaluation.outputs import ExitOutputs, check_outputs
-from exitkit.methods.scaled import Temperatures, scaled
+from exitkit.methods.criteria import Criterion
+from exitkit.methods.policy import ExitPolicy, Guarantee
 
 Procedure = Literal["ltt", "ucb", "crc"]
 _Passes = Callable[[NDArray[np.float64]], bool]
 _MOST_SAMPLES = 1_000_000
-_GRID = 1_000
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,65 +52,8 @@ class ThresholdPath:
     hashes: Tensor | None = None
 
 
-@dataclass(frozen=True)
-class ChosenThreshold:
-    """A threshold and what it promises: plain values, so that it can be saved beside the exits it belongs to.
-
-    Attributes:
-        threshold: τ, or one τ per exit; ``exitkit.compile`` and ``outputs.exits_at`` take either.
-        found: whether any threshold passed; if not, ``threshold`` is one at which nobody leaves.
-        guarantee: the promise in words.
-        risk: the risk that is bounded.
-        method: ``"ltt"``, ``"ucb"`` or ``"crc"``.
-        max_drop: the bound.
-        confidence: how often, over calibration splits, the promise holds; None for ``"crc"``, which promises a mean.
-        measured: the risk on the calibration split.
-        samples: size of the calibration split.
-        cost: average cost that is to be expected, as a share of the backbone.
-        cost_interval: its 95% interval (normal approximation).
-        criterion: the score that τ is compared with.
-        dtype: what the model computed in when the split was collected.
-        temperatures: of the exits, where τ is for scores after them (``outputs.calibrated``); then ``threshold`` is a
-            :class:`~exitkit.evaluation.ScaledThreshold`, and the engine applies them.
-    """
-
-    threshold: float | tuple[float, ...]
-    found: bool
-    guarantee: str
-    risk: str
-    method: Procedure
-    max_drop: float
-    confidence: float | None
-    measured: float
-    samples: int
-    cost: float
-    cost_interval: tuple[float, float]
-    criterion: str
-    dtype: str
-    temperatures: Temperatures | None = None
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "threshold", scaled(self.threshold, self.temperatures))
-
-    def to_dict(self) -> dict[str, Any]:
-        """Values that JSON holds."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> ChosenThreshold:
-        """From what :meth:`to_dict` gave, through JSON or not.
-
-        Raises:
-            ExitkitError: other fields.
-        """
-        known = {field.name for field in fields(cls)}
-        if set(data) | {"temperatures"} != known:  # older files have none
-            raise ArgumentError(
-                f"data is no chosen threshold: fields {sorted(set(data) ^ known)} are missing or unknown; give what "
-                "ChosenThreshold.to_dict() returned"
-            )
-        values: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in data.items()}
-        return cls(**values)
+ChosenThreshold = ExitPolicy
+"""What :func:`choose_threshold` returned in version 0.1, under its name there."""
 
 
 def choose_threshold(
@@ -120,11 +63,11 @@ def choose_threshold(
     risk: RiskName | RiskFunction = "accuracy_drop",
     method: Procedure = "ltt",
     *,
-    criterion: str | None = None,
+    criterion: str | Criterion | None = None,
     path: ThresholdPath | None = None,
     exclude: ExitOutputs | Tensor | None = None,
-) -> ChosenThreshold:
-    """The cheapest threshold whose risk is at most ``max_drop``, with a guarantee for new samples like these.
+) -> ExitPolicy:
+    """The cheapest policy whose risk is at most ``max_drop``, with a guarantee for new samples like these.
 
     Args:
         outputs: of held-out samples, which neither trained anything nor chose ``path`` or temperatures.
@@ -151,39 +94,29 @@ def choose_threshold(
             raise ArgumentError(
                 f"{name} is {type(value).__name__}; give {' or '.join(kind.__name__ for kind in kinds)}"
             )
-    chosen, criterion = as_risk(risk), criterion or outputs.criterion
+    chosen, nobody = as_risk(risk), outputs.policy(float("inf"), criterion)
     refuse_shared(outputs, exclude, "exclude")
-    rows = _rows(outputs, criterion, path)
+    rows = _rows(outputs, nobody, path)
     losses, binary = chosen.losses(outputs)
     passes = _test(method, chosen.limit(max_drop), 1 - confidence, binary)
     _check_count(len(outputs), passes, chosen, max_drop)
-    scores = outputs.scores(criterion)[:, :-1].double().numpy()
+    scores = outputs.scores(nobody.criterion)[:, :-1].numpy()
     last, exits = _walk(scores, losses, rows, passes, monotone=method == "crc")
-    taus = tuple(rows[max(last, 0)].tolist())
-    measured = losses[np.arange(len(losses)), exits].mean()
     cost = outputs.costs[exits]
     spread = float(ndtri(0.975)) * float(cost.std()) / math.sqrt(len(cost))
-    return ChosenThreshold(
-        threshold=taus[0] if path is None else taus,
+    guarantee = Guarantee(
+        words=_words(chosen, method, max_drop, confidence, len(outputs), last),
         found=last > 0,
-        guarantee=_words(chosen, method, max_drop, confidence, len(outputs), last),
         risk=chosen.name,
         method=method,
         max_drop=max_drop,
         confidence=None if method == "crc" else confidence,
-        measured=chosen.unscaled(float(measured)),
+        measured=chosen.unscaled(float(losses[np.arange(len(losses)), exits].mean())),
         samples=len(outputs),
         cost=float(cost.mean()),
         cost_interval=(float(cost.mean()) - spread, float(cost.mean()) + spread),
-        criterion=criterion,
-        dtype=outputs.dtype,
-        temperatures=outputs.temperatures,
     )
-
-
-def never_leave(criterion: str, exits: int) -> float:
-    """A τ that no score of ``exits`` exits is above."""
-    return float(exits) if criterion == "patience" else 1.0
+    return replace(nobody.at(*rows[max(last, 0)].tolist()), guarantee=guarantee)
 
 
 def refuse_shared(outputs: ExitOutputs, other: ExitOutputs | Tensor | None, name: str) -> None:
@@ -234,21 +167,21 @@ def _walk(
     return len(rows) - 1, exits
 
 
-def _rows(outputs: ExitOutputs, criterion: str, path: ThresholdPath | None) -> NDArray[np.float64]:
+def _rows(outputs: ExitOutputs, nobody: ExitPolicy, path: ThresholdPath | None) -> NDArray[np.float64]:
     """(T, M) thresholds in the order they are tried; nobody leaves at the first."""
-    exits = len(outputs.macs) - 1
-    nobody = np.full((1, exits), never_leave(criterion, exits))
+    exits, criterion = len(nobody.thresholds), nobody.score
+    careful = np.full((1, exits), criterion.highest(exits))
     if path is None:
-        grid = np.arange(exits)[::-1] if criterion == "patience" else expit(np.linspace(16, -7, _GRID))
-        return np.vstack([nobody, np.repeat(grid[:, None], exits, axis=1)])
-    if path.thresholds.ndim != 2 or path.thresholds.shape[1] != exits or path.criterion != criterion:
+        grid = criterion.grid(exits, outputs.log_probs.shape[2])
+        return np.vstack([careful, np.repeat(grid[:, None], exits, axis=1)])
+    if path.thresholds.ndim != 2 or path.thresholds.shape[1] != exits or path.criterion != nobody.criterion:
         raise ArgumentError(
             f"path holds thresholds of shape {path.thresholds.shape} for {path.criterion!r}, but outputs have {exits} exits "
-            f"and criterion {criterion!r}; make the path from other samples of the same model"
+            f"and criterion {nobody.criterion!r}; make the path from other samples of the same model"
         )
     if path.hashes is not None and outputs.hashes is not None:
         refuse_shared(outputs, path.hashes, "path")
-    return np.vstack([nobody, path.thresholds])
+    return np.vstack([careful, path.thresholds])
 
 
 def _test(method: Procedure, limit: float, level: float, binary: bool) -> _Passes:

@@ -58,7 +58,7 @@ def compare(
             outputs = collect(model, test)
             trained[parts] = outputs, () if stages is None else timed_stages(model, test, report)
         outputs, timed = trained[parts]
-        results[method.name] = replace(outputs, criterion=method.criterion)
+        results[method.name] = replace(outputs, criterion=method.score.name)
         if stages is not None:
             stages[method.name] = timed
     return results
@@ -137,7 +137,7 @@ def _summary(outputs: ExitOutputs, stages: Sequence[Stage]) -> dict[str, Any]:
         "cost_per_exit": outputs.costs.tolist(),
         "accuracy_per_exit": outputs.accuracy().tolist(),
         "hindsight_improvability": outputs.hindsight_improvability().tolist(),
-        "budgets": {name: None if point is None else point._asdict() for name, point in rows.items()},
+        "budgets": {name: None if point is None else point.to_dict() for name, point in rows.items()},
         "stages": [asdict(stage) for stage in stages],
     }
 

@@ -46,7 +46,7 @@ def run_demo(out: Path, console: Console) -> None:
     console.print(comparison_table(results, "Accuracy for a share of the compute"))
     point = results["ztw"].curve().at_budget(0.5)
     console.print(
-        f"With ZTW and τ = {point.threshold:.4f} the network spends {point.cost:.0%} of its compute "
+        f"With ZTW and τ = {point.policy.shown(4)} the network spends {point.cost:.0%} of its compute "
         f"at {point.accuracy:.1%} accuracy; alone it has {results['ztw'].accuracy()[-1]:.1%}."
     )
     console.print(f"Written to {out}/: curve.png, hindsight.png, results.json ({time.perf_counter() - started:.0f} s)")

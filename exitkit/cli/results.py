@@ -58,7 +58,7 @@ def calibrate(
             method=method,
         )
     for name, one in chosen.items():
-        _console.print(f"{name}: τ = {one.chosen.threshold:.6g}, cost {one.chosen.cost:.1%} of the backbone's MACs")
+        _console.print(f"{name}: τ = {one.chosen.shown()}, cost {one.chosen.cost:.1%} of the backbone's MACs")
         _console.print(f"  {one.chosen.guarantee}")
         if one.check is not None:
             _console.print(

@@ -104,7 +104,7 @@ def _per_exit(model: MultiExitModel, outputs: RegressionOutputs) -> Table:
 
 def _table(name: str, outputs: ExitOutputs, title: str) -> Table:
     """As of ``exitkit bench``; for regression Pearson's correlation at the same budgets."""
-    if outputs.criterion != "tolerance":
+    if not isinstance(outputs, RegressionOutputs):
         return comparison_table({name: outputs}, title)
     rows = outputs.curve().budget_table().rows
     table = Table(

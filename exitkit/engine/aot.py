@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,17 +13,23 @@ from torch.export import ExportedProgram
 
 from exitkit.engine.exported import export_steps
 from exitkit.engine.memory_format import in_format, is_channels_last
-from exitkit.engine.program import Program
+from exitkit.engine.program import Program, Run
 
 
 def optimized(program: Program, example: Sequence[Tensor]) -> Program:
     """The same program with every step compiled for the device that ``example`` is on; weights become constants."""
-    steps = []
-    with tempfile.TemporaryDirectory(prefix="exitkit-") as directory:
-        for step, exported in zip(program.steps, export_steps(program, example, channels_last=True), strict=True):
-            path = Path(directory) / f"{step.exit}.pt2"
-            steps.append(replace(step, run=load_step(path, compile_step(exported, path))))
+    steps = [replace(step, run=run) for step, run in zip(program.steps, _compiled(program, example), strict=True)]
+    removable = [step.exit for step in program.steps if step.stage is not None]
+    for index, stage in zip(removable, _compiled(program.without(removable), example), strict=False):
+        steps[index] = replace(steps[index], stage=stage)
     return replace(program, steps=tuple(steps))
+
+
+def _compiled(program: Program, example: Sequence[Tensor]) -> Iterator[Run]:
+    for exported in export_steps(program, example, channels_last=True):
+        with tempfile.TemporaryDirectory(prefix="exitkit-") as directory:
+            path = Path(directory) / "step.pt2"
+            yield load_step(path, compile_step(exported, path))
 
 
 def compile_step(exported: ExportedProgram, path: Path) -> list[bool]:
@@ -39,7 +44,7 @@ def compile_step(exported: ExportedProgram, path: Path) -> list[bool]:
     return [is_channels_last(tensor) for tensor in exported.example_inputs[0]]
 
 
-def load_step(path: Path, formats: Sequence[bool]) -> Callable[..., Sequence[Any]]:
+def load_step(path: Path, formats: Sequence[bool]) -> Run:
     """The compiled step as a function; it was compiled for these memory formats and does not check them itself.
 
     Inputs and results are flat, so torch's wrapper is left out, which parses two descriptions of them at every call.

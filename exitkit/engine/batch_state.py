@@ -1,4 +1,4 @@
-"""Samples under way: everything that belongs to them between two steps, and how some of them leave."""
+"""A batch between two steps: everything that belongs to its samples, and how some of them are taken out."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def gather(value: Tensor, index: Tensor) -> Tensor:
 
 
 @dataclass
-class Flight:
+class BatchState:
     """A batch of samples between two steps.
 
     Attributes:
@@ -37,26 +37,26 @@ class Flight:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def select(self, keep: Tensor, axes: Mapping[str, int]) -> Flight:
+    def select(self, keep: Tensor, axes: Mapping[str, int]) -> BatchState:
         """The samples at the places ``keep`` (int64): every batch-major value is gathered, and those only."""
         values = {name: select(value, keep, axes.get(name), len(self)) for name, value in self.values.items()}
-        return Flight(gather(self.rows, keep), values, gather(self.fault, keep))
+        return BatchState(gather(self.rows, keep), values, gather(self.fault, keep))
 
     @staticmethod
-    def merge(flights: Sequence[Flight], axes: Mapping[str, int]) -> Flight:
-        """Flights that stand before the same step as one; values without a batch axis are alike in all of them."""
-        if len(flights) == 1:
-            return flights[0]
+    def merge(batches: Sequence[BatchState], axes: Mapping[str, int]) -> BatchState:
+        """Batches that stand before the same step as one; values without a batch axis are alike in all of them."""
+        if len(batches) == 1:
+            return batches[0]
 
         def joined(name: str) -> Any:
             axis = axes.get(name)
-            parts = [flight.values[name] for flight in flights]
+            parts = [one.values[name] for one in batches]
             return parts[0] if axis is None else torch.cat(parts, axis)
 
-        return Flight(
-            torch.cat([flight.rows for flight in flights]),
-            {name: joined(name) for name in flights[0].values},
-            torch.cat([flight.fault for flight in flights]),
+        return BatchState(
+            torch.cat([one.rows for one in batches]),
+            {name: joined(name) for name in batches[0].values},
+            torch.cat([one.fault for one in batches]),
         )
 
 

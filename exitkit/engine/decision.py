@@ -1,4 +1,4 @@
-"""The decision: who leaves, and who goes on."""
+"""The decision: which samples leave, and which go on."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Side:
-    """The samples on one side of a decision.
+class Group:
+    """The samples that leave, or those that go on.
 
     Attributes:
         places: (K,) int64, their places in the batch, ascending.
         rows: (K,) int64, the callers' numbers.
-        score: (K,) float32, at this exit.
-        fault: (K,) float32, as :class:`~exitkit.engine.batch_state.Flight` has it.
+        score: (K,) float64, at this exit.
+        fault: (K,) float32, as :class:`~exitkit.engine.batch_state.BatchState` has it.
     """
 
     places: Tensor
@@ -26,7 +26,7 @@ class Side:
     fault: Tensor
 
     @classmethod
-    def of(cls, places: Tensor, rows: Tensor, score: Tensor, fault: Tensor) -> Side:
+    def of(cls, places: Tensor, rows: Tensor, score: Tensor, fault: Tensor) -> Group:
         """The samples at ``places`` of a batch's columns; nothing is copied where these are all of them."""
         if len(places) == len(rows):
             return cls(places, rows, score, fault)
@@ -36,20 +36,20 @@ class Side:
         return len(self.places)
 
 
-Split = Callable[[Tensor, Tensor, Tensor, float], tuple[Side, Side]]
-"""From scores (B,) float32, rows (B,) int64, faults (B,) float32 and τ to the samples that leave, and those that go on, as
-does whoever has a score of NaN. A row of −1 is neither."""
+Split = Callable[[Tensor, Tensor, Tensor, float], tuple[Group, Group]]
+"""From scores (B,) float64, rows (B,) int64, faults (B,) float32 and τ to the samples that leave and those that go on. A score
+of NaN goes on; a row of −1 is in neither."""
 
 
-def split(score: Tensor, rows: Tensor, fault: Tensor, threshold: float) -> tuple[Side, Side]:
+def split(score: Tensor, rows: Tensor, fault: Tensor, threshold: float) -> tuple[Group, Group]:
     """A :data:`Split` in plain torch; what other implementations are tested against."""
     leave, stay = _places(score, rows, threshold)
-    return Side.of(leave, rows, score, fault), Side.of(stay, rows, score, fault)
+    return Group.of(leave, rows, score, fault), Group.of(stay, rows, score, fault)
 
 
 def _places(score: Tensor, rows: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
     present = rows >= 0
-    leaves = (score.double() > threshold) & present
+    leaves = (score > threshold) & present
     count = int(leaves.sum())
     if count == 0:
         return rows.new_empty(0), torch.nonzero(present).squeeze(1)

@@ -1,4 +1,4 @@
-"""The loop's parts: enter, one step for the samples that are still under way, and the answers in order."""
+"""The loop: one step after another for the samples that have no answer yet, and the answers in the callers' order."""
 
 from __future__ import annotations
 
@@ -10,20 +10,22 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from exitkit.engine.batch_state import Flight, Gather, gather, select
-from exitkit.engine.decision import Side, Split, split
-from exitkit.engine.plan import Plan
+from exitkit.engine.batch_state import BatchState, Gather, gather, select
+from exitkit.engine.decision import Group, Split, split
+from exitkit.engine.plan import Timings
 from exitkit.engine.program import Program
+from exitkit.methods.policy import ExitPolicy
 
 
 class Prediction(NamedTuple):
     """The answers of a batch, in the caller's order.
 
     Attributes:
-        logits: (B, C), each sample's from the exit at which it left, after the method's ensemble.
+        logits: (B, C), each sample's from the exit at which it left, after the method's ensemble; of the widest dtype that
+            any exit answers in.
         exit: (B,) int64, that exit; M is the backbone's own classifier.
-        score: (B,) float32, how sure that exit was.
-        non_finite: (B,) bool, samples with a score that was not finite somewhere; such a score never lets one leave.
+        score: (B,) float64, how sure that exit was.
+        non_finite: (B,) bool, samples with a score that was not finite at any exit they came to; it never lets one leave.
     """
 
     logits: Tensor
@@ -32,8 +34,8 @@ class Prediction(NamedTuple):
     non_finite: Tensor
 
 
-class Departure(NamedTuple):
-    """Samples that have just got their answer at exit ``exit``; ``rows`` are the callers' numbers."""
+class Answers(NamedTuple):
+    """Samples that have just been answered at exit ``exit``; ``rows`` are the callers' numbers."""
 
     rows: Tensor
     exit: int
@@ -44,27 +46,27 @@ class Departure(NamedTuple):
 
 @dataclass(frozen=True)
 class Loop:
-    """What the engine does with a flight of samples, step by step. Keeps nothing between calls.
+    """What the engine does with a batch, step by step. Keeps nothing between calls.
 
     Attributes:
         program: what runs.
-        thresholds: τ of each exit before the backbone.
-        plan: where samples that have their answer leave the batch; everywhere, without one.
+        policy: when a sample leaves.
+        timings: where samples that have their answer are taken out of the batch; everywhere, without them.
         split: the decision.
         gather: how rows are taken out of a batch.
     """
 
     program: Program
-    thresholds: tuple[float, ...]
-    plan: Plan | None = None
+    policy: ExitPolicy
+    timings: Timings | None = None
     split: Split = split
     gather: Gather = gather
 
-    def alone(self, tensors: Sequence[Tensor]) -> Prediction:
-        """The answer of one sample, who has nobody to part from: plain numbers, which take less time than tensors."""
+    def single(self, tensors: Sequence[Tensor]) -> Prediction:
+        """The answer of one sample: decisions on plain numbers, which take less time than tensors."""
         values = dict(zip(self.program.inputs.names, tensors, strict=True))
         finite = True
-        for step, threshold in zip(self.program.steps, (*self.thresholds, float("-inf")), strict=True):
+        for step, threshold in zip(self.program.steps, (*self.policy.thresholds, float("-inf")), strict=True):
             made = step.run(*[values[name] for name in step.inputs])
             values.update(zip(step.outputs, made, strict=False))
             values = {name: values[name] for name in step.live}
@@ -75,60 +77,62 @@ class Loop:
                 if number > threshold:
                     break
         exit_ = score.new_full((1,), step.exit, dtype=torch.int64)
-        return Prediction(answer, exit_, score, score.new_full((1,), not finite, dtype=torch.bool))
+        faulty = score.new_full((1,), not finite, dtype=torch.bool)
+        return Prediction(answer.to(self.program.dtype), exit_, score, faulty)
 
-    def enter(self, tensors: Sequence[Tensor], first: int = 0) -> Flight:
-        """A flight of new samples before step 0, numbered from ``first``."""
+    def start(self, tensors: Sequence[Tensor], first: int = 0) -> BatchState:
+        """A batch of new samples before step 0, numbered from ``first``."""
         rows = torch.arange(first, first + len(tensors[0]), device=tensors[0].device)
         values = dict(zip(self.program.inputs.names, tensors, strict=True))
-        return Flight(rows, values, torch.zeros(len(rows), device=rows.device))
+        return BatchState(rows, values, torch.zeros(len(rows), device=rows.device))
 
-    def advance(self, flight: Flight, index: int) -> tuple[Flight | None, list[Departure]]:
-        """Run one step: the samples that go on (None: nobody), and those that leave."""
+    def run_step(self, batch: BatchState, index: int) -> tuple[BatchState | None, list[Answers]]:
+        """Run one step: the samples that go on (None: there are none), and those that leave."""
         step = self.program.steps[index]
-        made = step.run(*(flight.values[name] for name in step.inputs))
-        values = flight.values | dict(zip(step.outputs, made, strict=False))
-        flight.values = {name: values[name] for name in step.live}
+        made = step.run(*(batch.values[name] for name in step.inputs))
+        values = batch.values | dict(zip(step.outputs, made, strict=False))
+        batch.values = {name: values[name] for name in step.live}
         if not step.decides:
-            return flight, []
-        return self.part(flight, index, *made[-2:])
+            return batch, []
+        return self.decide(batch, index, *made[-2:])
 
-    def part(self, flight: Flight, index: int, answer: Tensor, score: Tensor) -> tuple[Flight | None, list[Departure]]:
-        """The decision after a step that gave this answer (B, C) and score (B,): as :meth:`advance` returns it."""
+    def decide(
+        self, batch: BatchState, index: int, answer: Tensor, score: Tensor
+    ) -> tuple[BatchState | None, list[Answers]]:
+        """The decision after a step that gave this answer (B, C) and score (B,): as :meth:`run_step` returns it."""
         step = self.program.steps[index]
-        flight.fault = fault = flight.fault + 0 * score
+        batch.fault = fault = batch.fault + 0 * score.float()
         if index == len(self.program.steps) - 1:
-            present = torch.nonzero(flight.rows >= 0).squeeze(1)
-            go, stay = (Side.of(places, flight.rows, score, fault) for places in (present, present[:0]))
+            present = torch.nonzero(batch.rows >= 0).squeeze(1)
+            leave, stay = (Group.of(places, batch.rows, score, fault) for places in (present, present[:0]))
         else:
-            go, stay = self.split(score, flight.rows, fault, self.thresholds[step.exit])
-        if len(go) == 0:
-            return flight, []
-        logits = answer if len(go) == len(flight) else self.gather(answer, go.places)
-        departure = Departure(go.rows, step.exit, logits, go.score, go.fault.isnan())
-        return self._onward(flight, stay, index), [departure]
+            leave, stay = self.split(score, batch.rows, fault, self.policy.thresholds[step.exit])
+        if len(leave) == 0:
+            return batch, []
+        logits = answer if len(leave) == len(batch) else self.gather(answer, leave.places)
+        answers = Answers(leave.rows, step.exit, logits, leave.score, leave.fault.isnan())
+        return self._continue(batch, stay, index), [answers]
 
-    def _onward(self, flight: Flight, stay: Side, index: int) -> Flight | None:
-        """Those that stay; the others are carried along where taking them out does not pay."""
+    def _continue(self, batch: BatchState, stay: Group, index: int) -> BatchState | None:
+        """The samples that stay; the others are carried along where taking them out does not pay."""
         if len(stay) == 0:
             return None
-        if self.plan is not None and not self.plan.compacts(index + 1, len(flight), len(stay)):
-            flight.rows = torch.full_like(flight.rows, -1).index_copy(0, stay.places, stay.rows)
-            return flight
+        if self.timings is not None and not self.timings.compacts(index + 1, len(batch), len(stay)):
+            batch.rows = torch.full_like(batch.rows, -1).index_copy(0, stay.places, stay.rows)
+            return batch
         values = {
-            name: select(value, stay.places, self.program.axes.get(name), len(flight), self.gather)
-            for name, value in flight.values.items()
+            name: select(value, stay.places, self.program.axes.get(name), len(batch), self.gather)
+            for name, value in batch.values.items()
         }
-        return Flight(stay.rows, values, stay.fault)
+        return BatchState(stay.rows, values, stay.fault)
 
-    def landed(self, departures: Sequence[Departure], count: int, first: int = 0) -> Prediction:
+    def in_order(self, answers: Sequence[Answers], count: int, first: int = 0) -> Prediction:
         """The answers of the samples numbered from ``first``, in order."""
         device = self.program.inputs.device
         exits = torch.zeros(count, dtype=torch.int64, device=device)
-        dtype = departures[0].logits.dtype if departures else torch.get_default_dtype()
-        logits = torch.empty(count, self.program.num_classes, dtype=dtype, device=device)
-        result = Prediction(logits, exits, torch.zeros(count, device=device), exits.bool())
-        for rows, exit_, answer, score, non_finite in departures:
+        logits = torch.empty(count, self.program.num_classes, dtype=self.program.dtype, device=device)
+        result = Prediction(logits, exits, torch.zeros(count, dtype=torch.float64, device=device), exits.bool())
+        for rows, exit_, answer, score, non_finite in answers:
             result.logits[rows - first] = answer.to(logits.dtype)
             result.exit[rows - first] = exit_
             result.score[rows - first] = score

@@ -11,66 +11,43 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from exitkit.engine.program import Inputs, Program, Step
-from exitkit.methods.criteria import CRITERIA, Criterion, tolerance
-from exitkit.methods.scaled import Temperatures
+from exitkit.methods.criteria import Criterion
+from exitkit.methods.policy import ExitPolicy
 from exitkit.multi_exit.model import MultiExitModel
 from exitkit.surgery.partition import Lowered, Stage
 
-CARRIED, ANSWERS, LATEST, AGREED, HISTORY = (
-    f"exit.{name}" for name in ("carried", "answers", "latest", "agreed", "history")
-)
-"""What exits pass on: what the last head carries on (B, K), every log-probability (B, exits so far, C), the last class and
-how many exits in a row gave it (B,), and the last predictions (B, some) of a regression."""
-_STATE = CARRIED, ANSWERS, LATEST, AGREED, HISTORY
+CARRIED, ANSWERS = "exit.carried", "exit.answers"
+"""What exits hand on: what the last head carries on (B, K), and every log-probability (B, exits so far, C). What a criterion
+remembers has the criterion's own names."""
 
 
-class StageWithExit(nn.Module):
-    """A stage, the head behind it, the ensemble and the score: what a :class:`Step` runs.
+class Leave(nn.Module):
+    """An exit: the head, the ensemble and the score.
 
     Args:
-        stage: of the lowered backbone.
-        classifier: the head, or None after the last stage, whose result is the backbone's own logits.
+        classifier: the head, or None behind the last stage, whose result is the backbone's own logits.
         combiner: the method's ensemble up to here, if it has one.
         criterion: how the answer is scored.
-        times: for the criterion ``"tolerance"``, how many changes in a row must be small.
         temperature: what the answer's log-probabilities are divided by for the score, or None.
         head_inputs: the model's inputs that the head reads, by value name.
-        inputs, outputs: as a :class:`Step` has them.
-        decides: whether anyone may leave here; without, the stage runs alone.
     """
 
     def __init__(
         self,
-        stage: Stage,
         classifier: nn.Module | None,
         combiner: nn.Module | None,
         criterion: Criterion,
-        times: int,
         temperature: float | None,
         head_inputs: Sequence[str],
-        inputs: Sequence[str],
-        outputs: Sequence[str],
-        decides: bool,
     ) -> None:
         super().__init__()
-        self.stage = stage.module
-        self.stage_inputs, self.stage_outputs = stage.inputs, stage.outputs
         self.classifier, self.combiner = classifier, combiner
         self.shared = getattr(classifier, "shared", None)  # registered with one exit, read by all
-        self.criterion, self.times, self.temperature = criterion, times, temperature
+        self.criterion, self.temperature = criterion, temperature
         self.head_inputs = tuple(head_inputs)
-        self.inputs, self.outputs = tuple(inputs), tuple(outputs)
-        self.decides = decides
 
-    def forward(self, *values: Any) -> tuple[Any, ...]:
-        named = dict(zip(self.inputs, values, strict=True))
-        made = self.stage(*(named[name] for name in self.stage_inputs))
-        named.update(zip(self.stage_outputs, made, strict=True))
-        verdict = self.leave(made[0], named) if self.decides else ()
-        return (*(named[name] for name in self.outputs), *verdict)
-
-    def leave(self, feature: Tensor, named: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        """The exit alone: its answer and score from the stage's feature; what it passes on is added to ``named``."""
+    def forward(self, feature: Tensor, named: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """Answer (B, C) and score (B,) from the stage's feature; what is handed on is added to ``named``."""
         logits = feature
         if self.classifier is not None:
             read = [named[name] for name in self.head_inputs]
@@ -79,7 +56,7 @@ class StageWithExit(nn.Module):
         return answer, self._score(answer, named)
 
     def _combined(self, logits: Tensor, named: dict[str, Any]) -> Tensor:
-        """The exit's answer, as :meth:`MultiExitModel.combine` gives it, from the answers carried along."""
+        """The exit's answer, as :meth:`MultiExitModel.combine` gives it, from the answers handed on."""
         if self.combiner is None:
             return logits
         own = F.log_softmax(logits.float(), dim=-1).unsqueeze(1)
@@ -88,67 +65,80 @@ class StageWithExit(nn.Module):
         return answer
 
     def _score(self, answer: Tensor, named: dict[str, Any]) -> Tensor:
-        if self.criterion == "tolerance":
-            seen = torch.cat([named[HISTORY], answer.float()], 1) if HISTORY in named else answer.float()
-            named[HISTORY] = seen[:, -self.times - 1 :]
-            return tolerance(named[HISTORY], self.times)[:, -1]
-        log_probs = F.log_softmax(answer.float(), dim=-1)
-        if self.temperature is not None:  # as ExitOutputs.calibrated, to the bit
-            log_probs = F.log_softmax(log_probs / self.temperature, dim=-1)
-        if self.criterion != "patience":
-            return CRITERIA[self.criterion](log_probs)
-        latest = log_probs.argmax(-1)
-        agreed = torch.ones_like(latest)
-        if LATEST in named:
-            agreed = torch.where(latest == named[LATEST], named[AGREED] + 1, agreed)
-        named[LATEST], named[AGREED] = latest, agreed
-        return agreed.float()
+        scored = answer.float()
+        if not self.criterion.regression:
+            scored = F.log_softmax(scored, dim=-1)
+            if self.temperature is not None:  # as ExitOutputs.calibrated, to the bit
+                scored = F.log_softmax(scored / self.temperature, dim=-1)
+        names = remembered(self.criterion)
+        score, memory = self.criterion.step(scored, tuple(named[name] for name in names if name in named))
+        named.update(zip(names, memory, strict=True))
+        return score
 
 
-def _in_eval(modules: nn.ModuleList) -> list[nn.Module]:
-    """The modules in eval mode, their weights shared and their own mode left alone."""
-    tensors = (*modules.parameters(), *modules.buffers())
-    return list(deepcopy(modules, {id(tensor): tensor for tensor in tensors}).eval())
+class StageWithExit(nn.Module):
+    """A stage and the exit behind it, if it has one: what a :class:`Step` runs. ``inputs``, ``outputs``: as there."""
+
+    def __init__(self, stage: Stage, leave: Leave | None, inputs: Sequence[str], outputs: Sequence[str]) -> None:
+        super().__init__()
+        self.stage = stage.module
+        self.stage_inputs, self.stage_outputs = stage.inputs, stage.outputs
+        self.leave = leave
+        self.inputs, self.outputs = tuple(inputs), tuple(outputs)
+
+    def forward(self, *values: Any) -> tuple[Any, ...]:
+        named = dict(zip(self.inputs, values, strict=True))
+        made = self.stage(*(named[name] for name in self.stage_inputs))
+        named.update(zip(self.stage_outputs, made, strict=True))
+        answer = () if self.leave is None else self.leave(made[0], named)
+        return (*(named[name] for name in self.outputs), *answer)
 
 
-def program_of(
-    model: MultiExitModel,
-    criterion: Criterion,
-    temperatures: Temperatures | None = None,
-    skipped: Sequence[int] = (),
-) -> Program:
-    """The model's stages and exits as a program, without the exits ``skipped``; weights are shared."""
-    lowered = model.lower()
+def remembered(criterion: Criterion) -> tuple[str, ...]:
+    """The values that a criterion hands from exit to exit, by name."""
+    return tuple(f"exit.{name}" for name in criterion.memory)
+
+
+def program_of(model: MultiExitModel, policy: ExitPolicy, removable: bool = False) -> Program:
+    """The model's stages and exits as a program; weights are shared.
+
+    Args:
+        model: in any mode; the program runs in eval mode.
+        policy: how answers are scored.
+        removable: keep every step without its exit too, for :meth:`Program.without`; for independent exits only.
+    """
+    lowered, criterion = model.lower(), policy.score
     names = dict(zip(model.example.spec.keys, lowered.inputs, strict=True))
     reads = [[names[key] for key in spec.inputs] for spec in model.specs] + [[]]
     classifiers = [*_in_eval(model.classifiers), None]
     combiners = [*_in_eval(model.combiners), *(None for _ in classifiers)]
+    temperatures = policy.temperatures or (None,) * len(classifiers)
     steps: list[Step] = []
     needed: set[str] = set()
     for m in reversed(range(len(classifiers))):
         stage, state_in, state_out = lowered.stages[m], _state(model, criterion, m), _state(model, criterion, m + 1)
         inputs = tuple(dict.fromkeys([*stage.inputs, *reads[m], *state_in]))
         outputs = tuple(name for name in (*stage.outputs, *state_out) if name in needed)
-        temperature = None if temperatures is None else temperatures[m]
-        parts = stage, classifiers[m], combiners[m], criterion, model.method.times, temperature, reads[m]
-        run = StageWithExit(*parts, inputs, outputs, decides=m not in skipped)
-        steps.append(Step(run, m, m not in skipped, inputs, outputs, tuple(sorted(needed))))
+        leave = Leave(classifiers[m], combiners[m], criterion, temperatures[m], reads[m])
+        bare = StageWithExit(stage, None, inputs, outputs) if removable and classifiers[m] is not None else None
+        run = StageWithExit(stage, leave, inputs, outputs)
+        steps.append(Step(run, m, True, inputs, outputs, tuple(sorted(needed)), bare))
         needed = (needed - set(outputs)) | set(inputs)
+    state = (CARRIED, ANSWERS, *remembered(criterion))
     return Program(
         _inputs(model, lowered),
         tuple(reversed(steps)),
-        lowered.axes | dict.fromkeys(_STATE, 0),
-        lowered.dynamic | dict.fromkeys(_STATE, (0,)),
-        criterion,
+        lowered.axes | dict.fromkeys(state, 0),
+        lowered.dynamic | dict.fromkeys(state, (0,)),
         model.num_classes,
-        dtype_of(model),
-        temperatures,
+        torch.promote_types(model.dtype, torch.float32 if model.combiners else model.dtype),
     )
 
 
-def dtype_of(model: MultiExitModel) -> str:
-    """What the exits compute in, ``"float32"``."""
-    return str(next(model.classifiers.parameters()).dtype).removeprefix("torch.")
+def _in_eval(modules: nn.ModuleList) -> list[nn.Module]:
+    """The modules in eval mode, their weights shared and their own mode left alone."""
+    tensors = (*modules.parameters(), *modules.buffers())
+    return list(deepcopy(modules, {id(tensor): tensor for tensor in tensors}).eval())
 
 
 def _inputs(model: MultiExitModel, lowered: Lowered) -> Inputs:
@@ -168,5 +158,4 @@ def _state(model: MultiExitModel, criterion: Criterion, m: int) -> tuple[str, ..
         return ()
     linked = (model.method.cascade or model.method.past_future is not None) and m < len(model.classifiers)
     ensemble = m < len(model.combiners)
-    counted = {"patience": (LATEST, AGREED), "tolerance": (HISTORY,)}
-    return (CARRIED,) * linked + (ANSWERS,) * ensemble + counted.get(criterion, ())
+    return (CARRIED,) * linked + (ANSWERS,) * ensemble + remembered(criterion)

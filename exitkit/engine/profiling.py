@@ -1,4 +1,4 @@
-"""Measuring a plan: every step, head, decision and compaction timed on this device, at a few batch sizes."""
+"""Profiling: every step, head, decision and compaction timed on this device, at a few batch sizes."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from exitkit.engine.batch_state import Flight
+from exitkit.engine.batch_state import BatchState
 from exitkit.engine.loop import Loop
 from exitkit.engine.lowering import StageWithExit
-from exitkit.engine.plan import Plan
+from exitkit.engine.plan import Measurement, Timings
 from exitkit.engine.program import Program
 
 _REPEATS = 5
@@ -23,40 +23,51 @@ _SHORT = 30
 """Repeats of what takes microseconds."""
 
 
-def measure(loop: Loop, eager: Program, tensors: Sequence[Tensor], independent: bool) -> Plan:
-    """Time the steps of ``loop`` on samples (N, …), and see where they leave.
+def measure(loop: Loop, eager: Program, tensors: Sequence[Tensor]) -> Measurement:
+    """Time the steps of ``loop`` on samples (N, …), and score these at every exit.
 
     Args:
-        loop: with the thresholds that will be used.
+        loop: with every exit.
         eager: the loop's program before any compilation, in which an exit can be timed without its stage.
         tensors: samples as they come in use.
-        independent: whether no exit reads an earlier one, so that an exit that does not pay can be left out.
     """
     count = len(tensors[0])
     sizes = tuple(dict.fromkeys([*(4**power for power in range(10) if 4**power < count), count]))
     columns = [_times(loop, eager, [tensor[:size] for tensor in tensors]) for size in sizes]
     seconds, heads, gathers = (tuple(zip(*rows, strict=True)) for rows in zip(*columns, strict=True))
-    decisions = tuple(decision_seconds(loop, tensors))
-    plan = Plan(sizes, seconds, heads, gathers, decisions, _reached(loop, tensors))
-    if not independent:
-        return plan
-    return replace(plan, skipped=tuple(m for m in range(len(seconds) - 1) if plan.gain(m, count) <= 0))
+    timings = Timings(sizes, seconds, heads, gathers, tuple(decision_seconds(loop, tensors)))
+    return Measurement(timings, _scores(loop, tensors).cpu().numpy())
+
+
+def all_stay(loop: Loop) -> Loop:
+    """The loop in which no sample leaves before the backbone, or is taken out of the batch."""
+    return replace(loop, policy=loop.policy.at(float("inf")), timings=None)
 
 
 def _times(loop: Loop, eager: Program, tensors: Sequence[Tensor]) -> tuple[list[float], list[float], list[float]]:
     """Seconds of every step, exit and compaction, when all samples come to all of them."""
-    everyone = replace(loop, thresholds=(float("inf"),) * len(loop.thresholds), plan=None)
-    axes, steps = loop.program.axes, loop.program.steps
-    flight = everyone.enter(tensors)
-    half = torch.arange((len(flight) + 1) // 2, device=flight.rows.device)
+    staying, axes = all_stay(loop), loop.program.axes
+    batch = staying.start(tensors)
+    half = torch.arange((len(batch) + 1) // 2, device=batch.rows.device)
     seconds, heads, gathers = [], [], []
-    for index, step in enumerate(steps):
-        values = [flight.values[name] for name in step.inputs]
-        gathers.append(_seconds(partial(flight.select, half, axes)))
+    for index, step in enumerate(loop.program.steps):
+        values = [batch.values[name] for name in step.inputs]
+        gathers.append(_seconds(partial(batch.select, half, axes)))
         seconds.append(_seconds(partial(step.run, *values)))
         heads.append(_exit_seconds(eager, index, values))
-        flight = everyone.advance(flight, index)[0] or flight
+        batch = staying.run_step(batch, index)[0] or batch
     return seconds, heads, gathers
+
+
+def _scores(loop: Loop, tensors: Sequence[Tensor]) -> Tensor:
+    """(N, M) scores at every exit before the backbone."""
+    staying, scores = all_stay(loop), []
+    batch = staying.start(tensors)
+    for step in loop.program.steps[:-1]:
+        made = step.run(*(batch.values[name] for name in step.inputs))
+        batch.values |= dict(zip(step.outputs, made, strict=False))
+        scores.append(made[-1])
+    return torch.stack(scores, 1)
 
 
 def decision_seconds(loop: Loop, tensors: Sequence[Tensor]) -> list[float]:
@@ -65,24 +76,23 @@ def decision_seconds(loop: Loop, tensors: Sequence[Tensor]) -> list[float]:
     That is all that the loop does between two steps: scores against τ, the answers of those that leave, and every value of
     those that go on. An exit that was left out takes none.
     """
-    everyone = replace(loop, thresholds=(float("inf"),) * len(loop.thresholds), plan=None)
-    halved = replace(loop, thresholds=(0.5,) * len(loop.thresholds), plan=None)
-    flight = everyone.enter(tensors)
-    score = (torch.arange(len(flight), device=flight.rows.device) % 2 == 0).float()
-    answer = score.new_zeros(len(flight), loop.program.num_classes)
+    staying, halved = all_stay(loop), replace(loop, policy=loop.policy.at(0.5), timings=None)
+    batch = staying.start(tensors)
+    score = (torch.arange(len(batch), device=batch.rows.device) % 2 == 0).double()
+    answer = score.new_zeros(len(batch), loop.program.num_classes, dtype=loop.program.dtype)
     seconds = []
     for index, step in enumerate(loop.program.steps[:-1]):
-        flight = everyone.advance(flight, index)[0] or flight
-        alone = len(flight) == 1  # then it is one number that comes to the host
+        batch = staying.run_step(batch, index)[0] or batch
+        single = len(batch) == 1  # then it is one number that comes to the host
         run: Callable[[], Any] = (
-            partial(float, score) if alone else partial(_parted, halved, flight, index, answer, score)
+            partial(float, score) if single else partial(_decide, halved, batch, index, answer, score)
         )
         seconds.append(_seconds(run, _SHORT) if step.decides else 0.0)
     return seconds
 
 
-def _parted(loop: Loop, flight: Flight, index: int, answer: Tensor, score: Tensor) -> None:
-    loop.part(replace(flight), index, answer, score)
+def _decide(loop: Loop, batch: BatchState, index: int, answer: Tensor, score: Tensor) -> None:
+    loop.decide(replace(batch), index, answer, score)
 
 
 def _exit_seconds(eager: Program, index: int, values: Sequence[Any]) -> float:
@@ -90,19 +100,11 @@ def _exit_seconds(eager: Program, index: int, values: Sequence[Any]) -> float:
     if index == len(eager.steps) - 1:
         return 0.0
     module = cast("StageWithExit", eager.steps[index].run)
+    assert module.leave is not None
     named = dict(zip(module.inputs, values, strict=True))
     feature = module.stage(*(named[name] for name in module.stage_inputs))[0]
-    return _seconds(lambda: module.leave(feature, dict(named)))
-
-
-def _reached(loop: Loop, tensors: Sequence[Tensor]) -> tuple[float, ...]:
-    """The share of the samples that comes to each step."""
-    flight: Flight | None = loop.enter(tensors)
-    counts = []
-    for index in range(len(loop.program.steps)):
-        counts.append(0 if flight is None else len(flight))
-        flight = None if flight is None else loop.advance(flight, index)[0]
-    return tuple(count / counts[0] for count in counts)
+    leave = module.leave
+    return _seconds(lambda: leave(feature, dict(named)))
 
 
 def _seconds(run: Callable[[], Any], repeats: int = _REPEATS) -> float:

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from exitkit.common.errors import ArgumentError
-from exitkit.methods.criteria import Criterion
-from exitkit.methods.scaled import Temperatures
 from exitkit.multi_exit.preprocessing import Preprocessing
 from exitkit.surgery.inputs import CallSpec
+
+Run = Callable[..., Sequence[Any]]
 
 
 @dataclass(frozen=True)
@@ -22,19 +22,21 @@ class Step:
 
     Attributes:
         run: takes the values named ``inputs``; returns those named ``outputs``, then the exit's answer (B, C) and its
-            score (B,) float32.
+            score (B,) float64.
         exit: the exit's number; M is the backbone's own classifier.
-        decides: whether anyone may leave here; where not, there is neither answer nor score.
+        decides: whether samples may leave here; where not, there is neither answer nor score.
         inputs, outputs: names of values.
         live: every value that must outlive this step, those of earlier ones included.
+        stage: ``run`` without the exit, where it may be left out.
     """
 
-    run: Callable[..., Sequence[Any]]
+    run: Run
     exit: int
     decides: bool
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     live: tuple[str, ...]
+    stage: Run | None = None
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,7 @@ class Inputs:
         """The tensors of a call in the program's order.
 
         Raises:
-            ExitkitError: other tensors than the model was attached with: names, sizes, dtype or device.
+            ArgumentError: other tensors than the model was attached with: names, sizes, dtype or device.
         """
         tensors = self.spec.tensors(kwargs or args)
         for key, tensor, sizes, dtype in zip(self.spec.keys, tensors, self.sizes, self.dtypes, strict=True):
@@ -89,36 +91,37 @@ class Program:
         steps: in order; the last ends in the backbone's own classifier.
         axes: the dimension in which a value has its samples, by name; a value not named is the same for every sample.
         dynamic: the dimensions of a value that follow the batch or the length of a text, by name.
-        criterion: the score that every step gives.
         num_classes: C.
-        dtype: what the exits compute in, ``"float32"``.
-        temperatures: what each exit's logits are divided by before they are scored, or None.
+        dtype: of the logits that are returned, the widest of all exits.
     """
 
     inputs: Inputs
     steps: tuple[Step, ...]
     axes: dict[str, int]
     dynamic: dict[str, tuple[int, ...]]
-    criterion: Criterion
     num_classes: int
-    dtype: str
-    temperatures: Temperatures | None = None
+    dtype: torch.dtype
+
+    def without(self, exits: Collection[int]) -> Program:
+        """The same program in which the steps of these exits run their stage alone; numbers stay as they are."""
+        return replace(self, steps=tuple(_bare(step) if step.exit in exits else step for step in self.steps))
+
+
+def _bare(step: Step) -> Step:
+    assert step.stage is not None
+    return replace(step, run=step.stage, decides=False)
 
 
 @dataclass(frozen=True)
 class Description:
-    """What a package says beside its program.
+    """What a package says beside its program and its policy.
 
     Attributes:
-        thresholds: τ of each exit before the backbone.
         labels: a name for each class, or None.
         preprocessing: from images or texts to inputs, or None.
         exits: name and share of the backbone's MACs of each exit, the backbone's own classifier last.
-        guarantee: what the thresholds promise, in words, or None.
     """
 
-    thresholds: tuple[float, ...]
     labels: tuple[str, ...] | None
     preprocessing: Preprocessing | None
     exits: tuple[tuple[str, float], ...]
-    guarantee: str | None = None

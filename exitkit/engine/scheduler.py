@@ -1,4 +1,4 @@
-"""Refill: samples of many batches in per-stage queues, so that every stage runs full although samples leave."""
+"""The scheduler: samples of many batches in one queue a stage, so that every stage runs full although samples leave."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import torch
 
 from exitkit.common.batches import split_batch
 from exitkit.common.errors import ArgumentError, ExitkitError
-from exitkit.engine.batch_state import Flight
-from exitkit.engine.loop import Departure, Loop, Prediction
+from exitkit.engine.batch_state import BatchState
+from exitkit.engine.loop import Answers, Loop, Prediction
 from exitkit.surgery.inputs import as_call
 
 _AHEAD = 64
@@ -28,19 +28,19 @@ class _Item:
     first: int
     count: int
     arrived: float
-    departures: list[Departure] = field(default_factory=list)
-    landed: int = 0
+    answers: list[Answers] = field(default_factory=list)
+    answered: int = 0
     error: Exception | None = None
 
 
-class Refill:
+class Scheduler:
     """The queues of one run over an iterable; see :meth:`exitkit.Engine.map`."""
 
     def __init__(self, loop: Loop, batch: int, max_wait: float) -> None:
         self.loop = loop
         self.batch = batch
         self.max_wait = max_wait
-        self.queues: list[dict[Any, deque[Flight]]] = [{} for _ in loop.program.steps]
+        self.queues: list[dict[Any, deque[BatchState]]] = [{} for _ in loop.program.steps]
         self.items: deque[_Item] = deque()
         self.samples = 0
 
@@ -67,33 +67,33 @@ class Refill:
         self.items.append(item)
         self.samples += item.count
         if item.count:
-            self._queue(0, self.loop.enter(tensors, item.first))
+            self._queue(0, self.loop.start(tensors, item.first))
 
-    def _queue(self, stage: int, flight: Flight) -> None:
-        """Flights wait together when they can be merged: everything but the batch has the same size."""
+    def _queue(self, stage: int, batch: BatchState) -> None:
+        """Batches wait together when they can be merged: everything but the batch has the same size."""
         axes = self.loop.program.axes
         key = tuple(
             (name, *(size for dim, size in enumerate(value.shape) if dim != axes.get(name)))
-            for name, value in flight.values.items()
+            for name, value in batch.values.items()
             if isinstance(value, torch.Tensor)
         )
-        self.queues[stage].setdefault(key, deque()).append(flight)
+        self.queues[stage].setdefault(key, deque()).append(batch)
 
     def _fullest(self) -> tuple[int, Any] | None:
         """The deepest queue that fills a batch: what is nearest to an answer goes first."""
         for stage in reversed(range(len(self.queues))):
-            for key, flights in self.queues[stage].items():
-                if sum(map(len, flights)) >= self.batch:
+            for key, waiting in self.queues[stage].items():
+                if sum(map(len, waiting)) >= self.batch:
                     return stage, key
         return None
 
     def _step(self, stage: int, key: Any) -> None:
         """Run one stage on up to a full batch of one of its queues."""
-        flights, axes = self.queues[stage][key], self.loop.program.axes
-        taken: list[Flight] = []
-        while flights and sum(map(len, taken)) < self.batch:
-            taken.append(flights.popleft())
-        if not flights:
+        waiting, axes = self.queues[stage][key], self.loop.program.axes
+        taken: list[BatchState] = []
+        while waiting and sum(map(len, taken)) < self.batch:
+            taken.append(waiting.popleft())
+        if not waiting:
             del self.queues[stage][key]
         spare = sum(map(len, taken)) - self.batch
         if spare > 0:
@@ -103,41 +103,40 @@ class Refill:
             self.queues[stage].setdefault(key, deque()).appendleft(last.select(places[-spare:], axes))
         if len(taken) > 1:
             try:
-                self._advance(Flight.merge(taken, axes), stage)
+                self._run_step(BatchState.merge(taken, axes), stage)
                 return
             except Exception:  # one of them is at fault: each alone, so that the others lose nothing
                 pass
-        for flight in taken:
-            self._advance_alone(flight, stage)
+        for batch in taken:
+            self._run_each(batch, stage)
 
-    def _advance(self, flight: Flight, stage: int) -> None:
+    def _run_step(self, batch: BatchState, stage: int) -> None:
         with torch.inference_mode():
-            onward, departures = self.loop.advance(flight, stage)
+            onward, answers = self.loop.run_step(batch, stage)
         if onward is not None:
             self._queue(stage + 1, onward)
-        for departure in departures:
-            self._land(departure)
+        for one in answers:
+            self._keep(one)
 
-    def _advance_alone(self, flight: Flight, stage: int) -> None:
+    def _run_each(self, batch: BatchState, stage: int) -> None:
         try:
-            self._advance(flight, stage)
+            self._run_step(batch, stage)
         except Exception as error:  # whatever a stage raises on this item
-            rows = flight.rows.tolist()
+            rows = batch.rows.tolist()
             for item in self.items:
                 mine = sum(item.first <= row < item.first + item.count for row in rows)
                 if mine:
                     item.error = error
-                    item.landed += mine
+                    item.answered += mine
 
-    def _land(self, departure: Departure) -> None:
-        rows = departure.rows
+    def _keep(self, answers: Answers) -> None:
+        rows = answers.rows
         for item in self.items:
             mine = torch.nonzero((rows >= item.first) & (rows < item.first + item.count)).squeeze(1)
             if len(mine):
-                item.landed += len(mine)
-                parts = (part[mine] for part in (rows, *departure[2:]))
-                landed, logits, score, non_finite = parts
-                item.departures.append(Departure(landed, departure.exit, logits, score, non_finite))
+                item.answered += len(mine)
+                own, logits, score, non_finite = (part[mine] for part in (rows, *answers[2:]))
+                item.answers.append(Answers(own, answers.exit, logits, score, non_finite))
 
     def _late(self) -> bool:
         """Whether the oldest unanswered item has waited too long, or too much has piled up behind it."""
@@ -153,17 +152,17 @@ class Refill:
                 self._step(stage, next(iter(self.queues[stage])))
 
     def _finished(self) -> Iterator[Prediction]:
-        while self.items and self.items[0].landed == self.items[0].count:
+        while self.items and self.items[0].answered == self.items[0].count:
             item = self.items.popleft()
             if item.error is not None:
                 raise self._failure(item) from item.error
-            yield self.loop.landed(item.departures, item.count, item.first)
+            yield self.loop.in_order(item.answers, item.count, item.first)
 
     def _failure(self, failed: _Item) -> ArgumentError:
         """The error of one batch, which carries the answers of those behind it that were already taken."""
         self._drain()
         finished = {
-            item.index: self.loop.landed(item.departures, item.count, item.first)
+            item.index: self.loop.in_order(item.answers, item.count, item.first)
             for item in self.items
             if item.error is None
         }

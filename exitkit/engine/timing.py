@@ -13,7 +13,7 @@ import torch
 
 from exitkit.common.batches import split_batch
 from exitkit.common.errors import ArgumentError
-from exitkit.engine.engine import Engine
+from exitkit.engine.engine import Engine, with_every_exit
 from exitkit.evaluation.exit_times import ExitTimes
 from exitkit.surgery.inputs import Example, call_on
 
@@ -47,7 +47,8 @@ def time_exits(engine: Engine, samples: Any, batches: Sequence[int] = (1, 64)) -
 
 def _times(engine: Engine, example: Example) -> ExitTimes:
     batch, exits = example.spec.batch(example.tensors), len(engine.thresholds)
-    engines = [engine.at([float("inf")] * m + [float("-inf")] * (exits - m)) for m in range(exits + 1)]
+    whole = with_every_exit(engine)
+    engines = [whole.at([float("inf")] * m + [float("-inf")] * (exits - m)) for m in range(exits + 1)]
     seconds: list[list[float]] = [[] for _ in engines]
     for _ in range(_ROUNDS + 1):
         for times, leaving in zip(seconds, engines, strict=True):

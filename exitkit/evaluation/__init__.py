@@ -47,7 +47,7 @@ __all__ = [
 ]
 
 _IN_CALIBRATION = frozenset(
-    "ChosenThreshold PerExitThresholds ScaledThreshold ShiftMonitor ShiftReport ThresholdPath choose_threshold "
+    "ChosenThreshold PerExitThresholds ShiftMonitor ShiftReport ThresholdPath choose_threshold "
     "exits_that_do_not_pay fit_temperatures head_macs per_exit_thresholds threshold_path".split()
 )
 """Names that were here in version 0.1, and are found here still."""

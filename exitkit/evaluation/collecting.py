@@ -72,13 +72,13 @@ class _Seen:
             torch.cat(self.labels) if self.labels else None,
             torch.tensor([exit_.macs for exit_ in self.model.exits], dtype=torch.float64),
             float(self.model.anatomy.macs),
-            self.model.method.criterion,
+            self.model.method.score.name,
             torch.cat(self.hashes),
             self.dtype,
         )
         weights = fingerprint(self.model.backbone)
         if self.model.regression:
-            return RegressionOutputs(*given, weights=weights, times=self.model.method.times)
+            return RegressionOutputs(*given, weights=weights)
         return ExitOutputs(*given, weights=weights)
 
 

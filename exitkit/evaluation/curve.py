@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,17 +13,35 @@ from exitkit.common.checks import is_number, positive
 from exitkit.common.errors import ArgumentError
 from exitkit.evaluation.exit_times import ExitTimes, selected
 from exitkit.evaluation.plots import Array, plot_curves
-from exitkit.methods.scaled import Temperatures, check_temperatures, scaled
+from exitkit.methods.policy import ExitPolicy, Threshold, as_policy, check_same_scores
 
 BUDGETS = (0.25, 0.5, 0.75, 1.0)
 
 
-class BudgetPoint(NamedTuple):
-    """A threshold, and the accuracy and average cost (share of the backbone) it gives."""
+@dataclass(frozen=True)
+class BudgetPoint:
+    """An operating point: a policy, and the accuracy and average cost (share of the backbone) that it gives.
 
-    threshold: float
+    Whatever takes a threshold (:func:`exitkit.compile`, ``export``, ``outputs.at``) takes the point itself.
+    """
+
+    policy: ExitPolicy
     accuracy: float
     cost: float
+
+    @property
+    def threshold(self) -> float | tuple[float, ...]:
+        """τ, or one for each exit; see :attr:`ExitPolicy.threshold`."""
+        return self.policy.threshold
+
+    def to_dict(self) -> dict[str, Any]:
+        """Threshold, accuracy and cost, as values that JSON holds."""
+        taus = self.policy.thresholds
+        return {
+            "threshold": taus[0] if len(set(taus)) == 1 else list(taus),
+            "accuracy": self.accuracy,
+            "cost": self.cost,
+        }
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,10 +54,9 @@ class Curve:
         thresholds: (T,) values of τ. At the first everybody leaves at exit 0; at the last (and above) nobody leaves.
         accuracy: (T,) accuracy over all samples at each τ.
         cost: (T,) average MACs per sample at each τ, as a share of the unmodified backbone; never falls with τ.
+        nobody: the policy at which nobody leaves; those of the points differ from it in their thresholds.
         measure: what ``accuracy`` is.
         milliseconds: where costs are measured times instead of MACs, the time that a cost of 1 stands for; else None.
-        temperatures: of the exits, where the scores are those of ``outputs.calibrated(temperatures)``; points then have a
-            :class:`~exitkit.evaluation.ScaledThreshold`.
         timings: (K,) measured times of some devices and batches (:class:`~exitkit.evaluation.ExitTimes`).
         times: (K, T) average milliseconds of each at each τ.
     """
@@ -47,17 +64,11 @@ class Curve:
     thresholds: Array
     accuracy: Array
     cost: Array
+    nobody: ExitPolicy
     measure: str = "accuracy"
     milliseconds: float | None = None
-    temperatures: Temperatures | None = None
     timings: tuple[ExitTimes, ...] = ()
     times: Array | None = None
-
-    @classmethod
-    def of(cls, scores: NDArray[np.floating], correct: NDArray[np.bool_], macs: Array, backbone_macs: float) -> Curve:
-        """The curve from scores (N, M) of the exits, and correctness (N, M+1) and MACs (M+1,) of exits and backbone."""
-        thresholds, right, spent = sweep(scores, correct.astype(np.int64), macs[None])
-        return cls(thresholds, right / len(scores), spent[0] / (len(scores) * backbone_macs))
 
     def timed(self, device: str | None = None, batch: int | None = None) -> Curve:
         """The same curve in measured time: costs are shares of the time to answer at the backbone.
@@ -108,17 +119,20 @@ class Curve:
             return self.timed(device, batch).at_budget(ms=limit)
         return self._under(limit / self.milliseconds)
 
-    def at_threshold(self, threshold: float) -> BudgetPoint:
-        """Accuracy and cost at any τ.
+    def at_threshold(self, threshold: Threshold) -> BudgetPoint:
+        """Accuracy and cost at any τ, or at a policy with one τ for all exits.
 
         Raises:
-            ExitkitError: no number, or a τ found with other temperatures.
+            ArgumentError: not a number, several thresholds (``outputs.at`` takes these), or a policy for other scores.
         """
-        if not is_number(threshold):
-            raise ArgumentError(f"threshold={threshold!r} must be a number: the τ above which a sample leaves")
-        check_temperatures(threshold, self.temperatures)
-        index = max(int(np.searchsorted(self.thresholds, threshold, side="right")) - 1, 0)
-        return self._point(index)._replace(threshold=scaled(threshold, self.temperatures))
+        policy = as_policy(threshold, self.nobody)
+        check_same_scores(policy, self.nobody)
+        if len(set(policy.thresholds)) > 1:
+            raise ArgumentError(
+                f"threshold={policy.shown()} is one for each exit, a curve has one for all; use outputs.at"
+            )
+        index = max(int(np.searchsorted(self.thresholds, policy.thresholds[0], side="right")) - 1, 0)
+        return replace(self._point(index), policy=policy)
 
     def best(self) -> BudgetPoint:
         """The highest accuracy over all thresholds, at its lowest cost."""
@@ -168,8 +182,8 @@ class Curve:
         return self._point(below)
 
     def _point(self, index: int) -> BudgetPoint:
-        threshold = scaled(float(self.thresholds[index]), self.temperatures)
-        return BudgetPoint(threshold, float(self.accuracy[index]), float(self.cost[index]))
+        policy = self.nobody.at(float(self.thresholds[index]))
+        return BudgetPoint(policy, float(self.accuracy[index]), float(self.cost[index]))
 
 
 def sweep(scores: NDArray[np.floating], values: NDArray[Any], prices: Array) -> tuple[Array, NDArray[Any], Array]:
@@ -211,6 +225,7 @@ class BudgetTable:
             if point is None:
                 lines.append(f"{name:<15}{'-':>9}{'-':>9}{'-':>11}")
             else:
-                threshold = f"{point.threshold:.6f}" if abs(point.threshold) < 1e6 else f"{point.threshold:.2e}"
+                tau = point.policy.thresholds[0]
+                threshold = f"{tau:.6f}" if abs(tau) < 1e6 else f"{tau:.2e}"
                 lines.append(f"{name:<15}{point.accuracy:>9.2%}{point.cost:>9.1%}{threshold:>11}")
         return "\n".join(lines)

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from exitkit.common.errors import ArgumentError, FileError
 from exitkit.common.files import replacing
 from exitkit.evaluation.exit_times import ExitTimes
+from exitkit.methods.criteria import Tolerance
 
 if TYPE_CHECKING:
     from exitkit.evaluation.outputs import ExitOutputs
@@ -33,7 +34,6 @@ def _timings(text: str) -> tuple[ExitTimes, ...]:
 _READ: dict[str, Callable[[str], Any]] = {
     "backbone_macs": float,
     "criterion": str,
-    "times": int,
     "dtype": str,
     "weights": str,
     "temperatures": _temperatures,
@@ -82,4 +82,7 @@ def load_fields(path: str | Path, form: str, kind: str) -> dict[str, Any]:
             f"path={str(path)!r} is no file of saved outputs for {kind} (its format is {header.get('format')!r}); write one "
             "with outputs.save(path)"
         )
-    return {"labels": None, **tensors, **{name: read(header[name]) for name, read in _READ.items() if name in header}}
+    settings = {name: read(header[name]) for name, read in _READ.items() if name in header}
+    if (times := int(header.get("times", 1))) > 1:  # version 0.1 wrote it beside the criterion
+        settings["criterion"] = Tolerance(times).name
+    return {"labels": None, **tensors, **settings}

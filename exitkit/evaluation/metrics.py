@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -11,6 +11,7 @@ from scipy import stats
 
 from exitkit.common.errors import ArgumentError
 from exitkit.evaluation.outputs import ExitOutputs, check_outputs
+from exitkit.methods.policy import Threshold
 
 Array = NDArray[np.float64]
 
@@ -97,7 +98,7 @@ def overthinking(outputs: ExitOutputs) -> Overthinking:
     )
 
 
-def exit_rates_by_class(outputs: ExitOutputs, threshold: float | Sequence[float]) -> Array:
+def exit_rates_by_class(outputs: ExitOutputs, threshold: Threshold) -> Array:
     """(C, M+1): of each class's samples, the share that leaves at each exit; NaN for classes without samples.
 
     Raises:

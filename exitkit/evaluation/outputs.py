@@ -16,12 +16,19 @@ from torch.nn import functional as F
 from exitkit.common.batches import check_labels
 from exitkit.common.checks import positive
 from exitkit.common.errors import ArgumentError
-from exitkit.evaluation.curve import Curve, sweep
+from exitkit.evaluation.curve import BudgetPoint, Curve, sweep
 from exitkit.evaluation.exit_times import ExitTimes, checked_times
 from exitkit.evaluation.files import load_fields, save_outputs
 from exitkit.evaluation.log_probs import CHUNK, by_chunks, normalised
-from exitkit.methods.criteria import scores
-from exitkit.methods.scaled import Temperatures, check_temperatures, checked_temperatures
+from exitkit.methods.criteria import Criterion, as_criterion
+from exitkit.methods.policy import (
+    ExitPolicy,
+    Temperatures,
+    Threshold,
+    as_policy,
+    check_same_scores,
+    checked_temperatures,
+)
 
 
 class ExitChoice(NamedTuple):
@@ -45,8 +52,8 @@ class ExitOutputs:
         criterion: the score used unless another is asked for.
         hashes: (N,) int64, the samples' content hashes (:func:`exitkit.evaluation.content_hashes`), or None.
         dtype: what the model computed in, ``"float32"``; a threshold is safest used in the same.
-        temperatures: (M+1,) what each exit's logits were divided by (:meth:`calibrated`), or None; thresholds found on these
-            outputs know them.
+        temperatures: (M+1,) what each exit's logits were divided by (:meth:`calibrated`), or None; policies found on these
+            outputs have them.
         weights: what tells the backbone from others of its architecture, or None.
             See :func:`exitkit.surgery.fingerprint.fingerprint`.
         timings: what answering takes on some devices (:meth:`timed`), for budgets in milliseconds.
@@ -80,6 +87,7 @@ class ExitOutputs:
                 "one before it"
             )
         object.__setattr__(self, "macs", macs)
+        object.__setattr__(self, "criterion", as_criterion(self.criterion).name)
         if not 0 < self.backbone_macs < float("inf"):
             raise ArgumentError(
                 f"backbone_macs={self.backbone_macs!r} must be positive: MACs of the unmodified backbone"
@@ -146,7 +154,7 @@ class ExitOutputs:
     def calibrated(self, temperatures: Sequence[float]) -> Self:
         """The outputs with each exit's logits divided by its temperature (:func:`exitkit.evaluation.fit_temperatures`).
 
-        Answers stay the same; scores, and so thresholds, do not: a threshold found on the result knows its temperatures, and
+        Answers stay the same; scores, and so thresholds, do not: a policy found on the result has these temperatures, and
         whatever takes it (:func:`exitkit.compile`, ``export``, ``save_pretrained``) applies them.
 
         Raises:
@@ -179,40 +187,68 @@ class ExitOutputs:
         accuracy: NDArray[np.float64] = self.correct.double().mean(0).numpy()
         return accuracy
 
-    def scores(self, criterion: str | None = None) -> Tensor:
-        """(N, M+1): how sure each exit is; a sample leaves at the first exit whose score is strictly above τ."""
-        return torch.cat([scores(rows, criterion or self.criterion) for rows in self.chunks()])
+    def scores(self, criterion: str | Criterion | None = None) -> Tensor:
+        """(N, M+1) float64: how sure each exit is; a sample leaves at the first exit whose score is strictly above τ."""
+        scored = as_criterion(criterion or self.criterion)
+        return torch.cat([scored.score(rows) for rows in self.chunks()])
 
-    def exits_at(self, threshold: float | Sequence[float], criterion: str | None = None) -> NDArray[np.int64]:
-        """(N,): the exit at which each sample leaves, for one τ or one per exit; M where no exit before it is sure enough.
+    def policy(self, threshold: Threshold, criterion: str | Criterion | None = None) -> ExitPolicy:
+        """What a threshold means for these outputs: their criterion and temperatures, unless it is a policy itself.
 
         Raises:
-            ExitkitError: no numbers or NaN, another number of them than 1 or M, or a τ found with other temperatures.
+            ArgumentError: not numbers, another number of them than 1 or M, another criterion than a policy's, no exits.
         """
-        check_temperatures(threshold, self.temperatures)
-        try:
-            taus = torch.as_tensor(threshold, dtype=torch.float64)  # in float32 τ would be rounded
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise ArgumentError(
-                f"threshold is {type(threshold).__name__}, no number: give one τ, or one per exit, such as "
-                "choose_threshold(...).threshold"
-            ) from error
-        if bool(taus.isnan().any()):
-            raise ArgumentError(f"threshold={threshold!r} holds NaN, which no score compares with; give numbers")
-        if tuple(taus.shape) not in ((), (len(self.macs) - 1,)):
-            raise ArgumentError(
-                f"threshold has shape {tuple(taus.shape)}; give one τ, or one for each of the {len(self.macs) - 1} exits"
-            )
-        sure = self.scores(criterion)[:, :-1].double() > taus
+        if len(self.macs) < 2:
+            raise ArgumentError("outputs hold the backbone alone; a threshold needs at least one exit before it")
+        scored = as_criterion(criterion or self.criterion)
+        never = (scored.highest(len(self.macs) - 1),) * (len(self.macs) - 1)
+        return as_policy(threshold, ExitPolicy(never, scored.name, self.temperatures, self.dtype), criterion)
+
+    def under(self, policy: ExitPolicy) -> ExitOutputs:
+        """These outputs with a policy's temperatures, where they have none.
+
+        Raises:
+            ArgumentError: a policy without temperatures or with others, where these outputs have some.
+        """
+        outputs = self if policy.temperatures is None or self.temperatures else self.calibrated(policy.temperatures)
+        check_same_scores(replace(policy, guarantee=None), outputs.policy(policy.thresholds, policy.criterion))
+        return outputs
+
+    def exits_at(self, threshold: Threshold, criterion: str | Criterion | None = None) -> NDArray[np.int64]:
+        """(N,): the exit at which each sample leaves; M where no exit before it is sure enough.
+
+        Args:
+            threshold: τ, one per exit, or a policy, whose temperatures are applied where these outputs have none.
+            criterion: the score that plain numbers are compared with; by default that of these outputs.
+
+        Raises:
+            ArgumentError: as :meth:`policy`, or a policy for other temperatures than these outputs have.
+        """
+        policy = self.policy(threshold, criterion)
+        scores = self.under(policy).scores(policy.criterion)[:, :-1]
+        sure = scores > torch.tensor(policy.thresholds, dtype=torch.float64)
         exits: NDArray[np.int64] = torch.where(sure.any(1), sure.int().argmax(1), sure.shape[1]).numpy()
         return exits
 
-    def exit_rates(self, threshold: float | Sequence[float], criterion: str | None = None) -> NDArray[np.float64]:
+    def at(self, threshold: Threshold, criterion: str | Criterion | None = None) -> BudgetPoint:
+        """The operating point: accuracy and average cost where samples leave as a threshold or policy says.
+
+        Raises:
+            ArgumentError: as :meth:`exits_at`, or no labels.
+        """
+        exits = self.exits_at(threshold, criterion)
+        return BudgetPoint(self.policy(threshold, criterion), self._reached(exits), float(self.costs[exits].mean()))
+
+    def _reached(self, exits: NDArray[np.int64]) -> float:
+        """What :meth:`at` calls accuracy, where each sample is answered by its exit (N,)."""
+        return float(self.correct.numpy()[np.arange(len(self)), exits].mean())
+
+    def exit_rates(self, threshold: Threshold, criterion: str | Criterion | None = None) -> NDArray[np.float64]:
         """(M+1,): share of the samples that leave at each exit."""
         exits = self.exits_at(threshold, criterion)
         return np.bincount(exits, minlength=len(self.macs)) / len(exits)
 
-    def curve(self, criterion: str | None = None, *, milliseconds: Sequence[float] | None = None) -> Curve:
+    def curve(self, criterion: str | Criterion | None = None, *, milliseconds: Sequence[float] | None = None) -> Curve:
         """Accuracy and average cost at every distinct threshold.
 
         Args:
@@ -223,13 +259,10 @@ class ExitOutputs:
         Raises:
             ExitkitError: no labels, no exits before the backbone, or times that fall or are of another number.
         """
-        if len(self.macs) < 2:
-            raise ArgumentError(
-                "log_probs holds the backbone alone, shape (N, 1, C); a curve needs at least one exit before it"
-            )
+        nobody = self.policy(float("inf"), criterion)
         scores, correct = self.scores(criterion)[:, :-1].numpy(), self.correct.numpy().astype(np.int64)
         thresholds, right, spent = sweep(scores, correct, self._prices(milliseconds))
-        return self._curve(thresholds, right / len(self), spent, milliseconds)
+        return self._curve(thresholds, right / len(self), spent, nobody, milliseconds)
 
     def _prices(self, milliseconds: Sequence[float] | None) -> NDArray[np.float64]:
         """(1 + K, M+1) prices of the exits: MACs, then the measured times; or the times that are given alone."""
@@ -242,29 +275,31 @@ class ExitOutputs:
         thresholds: NDArray[np.float64],
         reached: NDArray[np.float64],
         spent: NDArray[np.float64],
+        nobody: ExitPolicy,
         milliseconds: Sequence[float] | None,
     ) -> Curve:
         """The curve from what all samples spend (1 + K, T) in the prices of :meth:`_prices`."""
         whole = self.backbone_macs if milliseconds is None else float(milliseconds[-1])
         cost = spent[0] / (len(self) * whole)
-        made = Curve(thresholds, reached, cost, temperatures=self.temperatures)
+        made = Curve(thresholds, reached, cost, nobody)
         if milliseconds is not None:
             return replace(made, milliseconds=whole)
         return replace(made, timings=self.timings, times=spent[1:] / len(self))
 
-    def best_exit(self, budget: float = 1.0) -> ExitChoice:
+    def best_exit(self, budget: float = float("inf")) -> ExitChoice:
         """The exit to stop every sample at when the cost of one is limited (Phuong & Lampert 2019, section 3.2).
 
         Choose on held-out samples. Costs include earlier heads, without which independent exits would cost a little less.
 
         Args:
-            budget: the most that one sample may cost, as a share of the backbone; of equally accurate exits the cheapest.
+            budget: what one sample's cost must stay under, as a share of the backbone, as for ``curve().at_budget``; of
+                equally accurate exits the cheapest.
 
         Raises:
             ExitkitError: a budget that is no positive number, no exit costs so little, or no labels.
         """
         budget = positive("budget", budget, "a share of the backbone's cost, such as 0.5")
-        within = self.costs <= budget
+        within = self.costs < budget
         if not within.any():
             raise ArgumentError(
                 f"budget={budget!r} cannot be kept: it is a share of the backbone's cost, and exit 0 already costs "

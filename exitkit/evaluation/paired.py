@@ -13,7 +13,7 @@ from scipy.stats import binomtest
 
 from exitkit.common.checks import is_count
 from exitkit.common.errors import ArgumentError
-from exitkit.evaluation.curve import Curve
+from exitkit.evaluation.curve import Curve, sweep
 from exitkit.evaluation.metrics import Interval
 from exitkit.evaluation.outputs import ExitOutputs, check_outputs
 from exitkit.surgery.fingerprint import same_weights
@@ -118,25 +118,30 @@ def same_backbone(one: ExitOutputs, other: ExitOutputs) -> bool | None:
 
 
 def _right_at(outputs: ExitOutputs, budget: float) -> NDArray[np.bool_]:
-    exits = outputs.exits_at(outputs.curve().at_budget(budget).threshold)
+    exits = outputs.exits_at(outputs.curve().at_budget(budget))
     right: NDArray[np.bool_] = outputs.correct.numpy()[np.arange(len(outputs)), exits]
     return right
 
 
 def _auc_difference(one: ExitOutputs, two: ExitOutputs, resamples: int, seed: int) -> Interval:
     low = max(one.costs[0], two.costs[0])
-    parts = [(o.scores()[:, :-1].numpy(), o.correct.numpy(), o.macs.numpy(), o.backbone_macs) for o in (one, two)]
+    parts = [(o, o.scores()[:, :-1].numpy(), o.correct.numpy().astype(np.int64)) for o in (one, two)]
 
     def difference(rows: NDArray[np.int64]) -> float:
-        first, second = (
-            Curve.of(scores[rows], right[rows], macs, backbone).auc(low) for scores, right, macs, backbone in parts
-        )
+        first, second = (_curve(outputs, scores[rows], right[rows]).auc(low) for outputs, scores, right in parts)
         return first - second
 
     generator = np.random.default_rng(seed)
     drawn = [difference(generator.integers(0, len(one), len(one))) for _ in range(resamples)]
     lowest, highest = np.quantile(drawn, [0.025, 0.975])
     return Interval(float(lowest), difference(np.arange(len(one))), float(highest))
+
+
+def _curve(outputs: ExitOutputs, scores: NDArray[np.float64], right: NDArray[np.int64]) -> Curve:
+    """The curve of some of the samples of ``outputs``, whose scores (n, M) and correctness (n, M+1) are known already."""
+    thresholds, gained, spent = sweep(scores, right, outputs.macs.numpy()[None])
+    count = len(scores)
+    return Curve(thresholds, gained / count, spent[0] / (count * outputs.backbone_macs), outputs.policy(np.inf))
 
 
 def check_comparable(outputs: Mapping[str, ExitOutputs]) -> None:

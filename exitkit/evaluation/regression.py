@@ -15,7 +15,7 @@ from exitkit.common.errors import ArgumentError, unknown_name
 from exitkit.evaluation.curve import Curve, sweep
 from exitkit.evaluation.files import REGRESSION
 from exitkit.evaluation.outputs import ExitOutputs
-from exitkit.methods.criteria import tolerance
+from exitkit.methods.criteria import Criterion, Tolerance, as_criterion
 
 Measure = Literal["pearson", "r2"]
 
@@ -27,15 +27,14 @@ class RegressionOutputs(ExitOutputs):
     Attributes:
         log_probs: the predictions, float32, given as (N, M+1) and held as (N, M+1, 1).
         labels: (N,) float32, or None when there are none.
-        criterion: ``"tolerance"``, see :func:`exitkit.methods.criteria.tolerance`; a sample leaves above τ = −a.
-        times: how many changes in a row must be smaller than a.
+        criterion: ``"tolerance"``, see :class:`exitkit.methods.criteria.Tolerance`; a sample leaves above τ = −a, once as many
+            changes in a row as it says (``"tolerance-2"``) were smaller than a.
 
     Raises:
         ExitkitError: shapes that do not fit together, numbers that are not finite, or costs that fall.
     """
 
     criterion: str = "tolerance"
-    times: int = 1
 
     measure: ClassVar[str] = "Pearson correlation"
     _format: ClassVar[str] = REGRESSION
@@ -67,15 +66,16 @@ class RegressionOutputs(ExitOutputs):
         errors: NDArray[np.float64] = self._squared_errors().mean(0)
         return errors
 
-    def scores(self, criterion: str | None = None) -> Tensor:
-        """(N, M+1): minus the largest of the last ``times`` changes."""
-        if criterion not in (None, "tolerance"):
-            raise unknown_name("criterion", criterion, ["tolerance"], "The others compare probabilities of classes.")
-        return tolerance(self.predictions, self.times)
+    def scores(self, criterion: str | Criterion | None = None) -> Tensor:
+        """(N, M+1) float64: minus the largest of the last changes."""
+        scored = as_criterion(criterion or self.criterion)
+        if not isinstance(scored, Tolerance):
+            raise unknown_name("criterion", scored.name, ["tolerance"], "The others compare probabilities of classes.")
+        return scored.score(self.log_probs)
 
     def curve(
         self,
-        criterion: str | None = None,
+        criterion: str | Criterion | None = None,
         measure: Measure = "pearson",
         *,
         milliseconds: Sequence[float] | None = None,
@@ -95,7 +95,8 @@ class RegressionOutputs(ExitOutputs):
         thresholds, sums, spent = sweep(scores, values, self._prices(milliseconds))
         spread = ((targets - targets.mean()) ** 2).sum()
         reached = _correlation(sums, targets) if measure == "pearson" else 1 - sums / spread
-        return replace(self._curve(thresholds, reached, spent, milliseconds), measure=measure)
+        nobody = self.policy(float("inf"), criterion)
+        return replace(self._curve(thresholds, reached, spent, nobody, milliseconds), measure=measure)
 
     def calibrated(self, temperatures: Sequence[float]) -> NoReturn:
         """Predictions have no temperature.
@@ -116,6 +117,11 @@ class RegressionOutputs(ExitOutputs):
                 "labels are all the same, so that nothing correlates with them; use mse(), or more samples"
             )
         return self.labels.double().numpy()
+
+    def _reached(self, exits: NDArray[np.int64]) -> float:
+        """Pearson's correlation where each sample is answered by its exit."""
+        moments = self._moments()[np.arange(len(self)), exits]
+        return float(_correlation(moments.sum(0), self._targets()))
 
     def _squared_errors(self) -> NDArray[np.float64]:
         if self.labels is None:

@@ -1,89 +1,198 @@
 """Criteria: how sure an exit is. A sample leaves at the first exit whose score is strictly above τ.
 
-Confidence, certainty and margin lie in [0, 1], so that τ > 1 gives the original model; nats lie in [−ln C, 0], so that
-τ > 0 does; patience counts exits. Regression has tolerance, at most 0.
+A criterion is one class: how an exit's answer is scored, what is remembered from exit to exit, and the range of the scores, in
+which thresholds are searched. Whatever subclasses :class:`Criterion` can be named wherever a criterion is.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Literal
+from dataclasses import dataclass
+from typing import ClassVar
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from exitkit.common.checks import Count, check
 from exitkit.common.errors import unknown_name
 
-Criterion = Literal["confidence", "entropy", "nats", "margin", "patience", "tolerance"]
+Memory = tuple[Tensor, ...]
+_STEPS = np.linspace(-36, 7, 1_600)
+"""Log-odds of the searched thresholds, from careful to bold: 1 − 2e-16 is where double precision ends."""
 
 
-def confidence(log_probs: Tensor) -> Tensor:
-    """Probability of the most likely class (Zero Time Waste, equation 3): (..., C) → (...)."""
-    return log_probs.amax(-1).exp().clamp(max=1)
+class Criterion:
+    """How sure an exit is, in double precision, in which probabilities next to 1 can still be told apart.
 
-
-def nats(log_probs: Tensor) -> Tensor:
-    """Minus the entropy, in nats: (..., C) → (...).
-
-    Leaving at an entropy below T, as BranchyNet, DeeBERT and gpf's authors do, is τ = −T.
+    Attributes:
+        kind: what users call it.
+        regression: whether it scores predictions (B, 1) instead of log-probabilities (B, C).
+        memory: a name for each tensor (B, …) that is remembered from exit to exit.
     """
-    probabilities = log_probs.exp()
-    return torch.where(probabilities > 0, probabilities * log_probs, 0).sum(-1).clamp(max=0)
+
+    kind: ClassVar[str]
+    regression: ClassVar[bool] = False
+    memory: ClassVar[tuple[str, ...]] = ()
+
+    @property
+    def name(self) -> str:
+        """What names it, in files and arguments."""
+        return self.kind
+
+    def step(self, answer: Tensor, memory: Memory) -> tuple[Tensor, Memory]:
+        """Score one exit.
+
+        Args:
+            answer: (B, C) normalised log-probabilities, float32; for regression predictions (B, 1).
+            memory: what the exit before remembered; () at the first.
+
+        Returns:
+            Scores (B,) float64, and what the next exit is given.
+        """
+        raise NotImplementedError
+
+    def score(self, answers: Tensor) -> Tensor:
+        """(N, M+1, C) → (N, M+1) float64: the scores of all exits, one after another."""
+        memory: Memory = ()
+        scores = []
+        for answer in answers.unbind(1):
+            score, memory = self.step(answer, memory)
+            scores.append(score)
+        return torch.stack(scores, 1)
+
+    def highest(self, exits: int) -> float:
+        """The highest score that any of ``exits`` exits can have: as τ, no sample leaves."""
+        return 1.0
+
+    def grid(self, exits: int, classes: int) -> NDArray[np.float64]:
+        """Thresholds from careful to bold over the range of the scores, chosen without looking at any."""
+        grid: NDArray[np.float64] = 1 - _logistic(_STEPS)
+        return grid
 
 
-def entropy(log_probs: Tensor) -> Tensor:
-    """Certainty 1 − H / ln C, in [0, 1] whatever the number of classes: (..., C) → (...)."""
-    return (1 + nats(log_probs) / math.log(max(log_probs.shape[-1], 2))).clamp(0, 1)
+class Confidence(Criterion):
+    """Probability of the most likely class, in [0, 1] (Zero Time Waste, equation 3)."""
+
+    kind = "confidence"
+
+    def step(self, answer: Tensor, memory: Memory) -> tuple[Tensor, Memory]:
+        return answer.double().softmax(-1).amax(-1), ()
 
 
-def margin(log_probs: Tensor) -> Tensor:
-    """Probability of the first class minus that of the second: (..., C) → (...)."""
-    best = log_probs.topk(2, dim=-1).values.exp()
-    return best[..., 0] - best[..., 1]
+class Nats(Criterion):
+    """Minus the entropy in nats, in [−ln C, 0]. BranchyNet, DeeBERT and gpf's authors leave below an entropy T: τ = −T."""
+
+    kind = "nats"
+
+    def step(self, answer: Tensor, memory: Memory) -> tuple[Tensor, Memory]:
+        log_probs = answer.double().log_softmax(-1)
+        probabilities = log_probs.exp()
+        return torch.where(probabilities > 0, probabilities * log_probs, 0).sum(-1).clamp(max=0), ()
+
+    def highest(self, exits: int) -> float:
+        return 0.0
+
+    def grid(self, exits: int, classes: int) -> NDArray[np.float64]:
+        return -math.log(classes) * _logistic(_STEPS)
 
 
-def patience(log_probs: Tensor) -> Tensor:
-    """How many exits in a row, this one included, gave the same answer: (N, M+1, C) → (N, M+1).
+class Entropy(Criterion):
+    """Certainty 1 − H / ln C, in [0, 1] whatever the number of classes."""
 
-    Leaving above τ = t means that t exits before this one agreed with it (Zhou et al. 2020; Zero Time Waste, section 4).
+    kind = "entropy"
+
+    def step(self, answer: Tensor, memory: Memory) -> tuple[Tensor, Memory]:
+        nats, _ = Nats().step(answer, ())
+        return (1 + nats / math.log(answer.shape[-1])).clamp(0, 1), ()
+
+
+class Margin(Criterion):
+    """Probability of the most likely class minus that of the second, in [0, 1]."""
+
+    kind = "margin"
+
+    def step(self, answer: Tensor, memory: Memory) -> tuple[Tensor, Memory]:
+        best = answer.double().softmax(-1).topk(2, dim=-1).values
+        return best[..., 0] - best[..., 1], ()
+
+
+class Patience(Criterion):
+    """How many exits in a row, this one included, gave the same class (Zhou et al. 2020; Zero Time Waste, section 4).
+
+    Leaving above τ = t means that t exits before this one agreed with it.
     """
-    answers = log_probs.argmax(-1)
-    counts = torch.ones_like(answers)
-    for exit_ in range(1, answers.shape[1]):
-        agrees = answers[:, exit_] == answers[:, exit_ - 1]
-        counts[:, exit_] = torch.where(agrees, counts[:, exit_ - 1] + 1, 1)
-    return counts.to(log_probs.dtype)
+
+    kind = "patience"
+    memory = ("latest", "agreed")
+
+    def step(self, answer: Tensor, memory: Memory) -> tuple[Tensor, Memory]:
+        latest = answer.argmax(-1)
+        agreed = torch.ones_like(latest)
+        if memory:
+            agreed = torch.where(latest == memory[0], memory[1] + 1, agreed)
+        return agreed.double(), (latest, agreed)
+
+    def highest(self, exits: int) -> float:
+        return float(exits)
+
+    def grid(self, exits: int, classes: int) -> NDArray[np.float64]:
+        return np.arange(exits, dtype=np.float64)[::-1]
 
 
-def tolerance(predictions: Tensor, times: int = 1) -> Tensor:
-    """Minus the largest of the last ``times`` changes |y_m − y_(m−1)|, for regression: (N, M+1) → (N, M+1).
+@dataclass(frozen=True)
+class Tolerance(Criterion):
+    """Minus the largest of the last ``times`` changes |y_m − y_(m−1)|, for regression; at most 0.
 
     Leaving above τ = −a is leaving once ``times`` changes in a row were smaller than a (Zhou et al. 2020, section 3.3). An
-    exit with fewer before it scores the lowest finite number.
+    exit with fewer before it scores the lowest finite float32. ``"tolerance-2"`` names the one of two changes.
     """
-    scores = torch.full_like(predictions, torch.finfo(predictions.dtype).min)
-    if predictions.shape[1] > times:
-        scores[:, times:] = -predictions.diff(dim=1).abs().unfold(1, times, 1).amax(-1)
-    return scores
+
+    times: int = 1
+
+    kind = "tolerance"
+    regression = True
+    memory = ("history",)
+
+    def __post_init__(self) -> None:
+        check("times", self.times, Count)
+
+    @property
+    def name(self) -> str:
+        return self.kind if self.times == 1 else f"{self.kind}-{self.times}"
+
+    def step(self, answer: Tensor, memory: Memory) -> tuple[Tensor, Memory]:
+        history = torch.cat([*memory, answer.double()], 1)[:, -self.times - 1 :]
+        if history.shape[1] <= self.times:
+            return torch.full_like(history[:, 0], torch.finfo(torch.float32).min), (history,)
+        return -history.diff(dim=1).abs().amax(1), (history,)
+
+    def highest(self, exits: int) -> float:
+        return 0.0
+
+    def grid(self, exits: int, classes: int) -> NDArray[np.float64]:
+        return -np.geomspace(1e-9, 1e9, len(_STEPS))
 
 
-CRITERIA: dict[str, Callable[[Tensor], Tensor]] = {
-    "confidence": confidence,
-    "entropy": entropy,
-    "nats": nats,
-    "margin": margin,
-    "patience": patience,
-}
-"""Those of classification, which take log-probabilities."""
-
-
-def scores(log_probs: Tensor, criterion: str) -> Tensor:
-    """Scores (N, M+1) of every exit from normalised log-probabilities (N, M+1, C).
+def as_criterion(criterion: str | Criterion) -> Criterion:
+    """A criterion by its name, ``"confidence"`` or ``"tolerance-2"``, or as it is.
 
     Raises:
-        ExitkitError: unknown criterion.
+        ArgumentError: an unknown name.
     """
-    if criterion not in CRITERIA:
-        raise unknown_name("criterion", criterion, CRITERIA)
-    return CRITERIA[criterion](log_probs)
+    if isinstance(criterion, Criterion):
+        return criterion
+    kinds = {kind.kind: kind for kind in Criterion.__subclasses__()}
+    if isinstance(criterion, str):
+        kind, _, times = criterion.partition("-")
+        if kind == Tolerance.kind and times.isdecimal():
+            return Tolerance(int(times))
+        if criterion in kinds:
+            return kinds[criterion]()
+    raise unknown_name("criterion", criterion, kinds)
+
+
+def _logistic(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    odds: NDArray[np.float64] = 1 / (1 + np.exp(-values))
+    return odds

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
-from exitkit.common.checks import is_count
+from exitkit.common.checks import Count, check_fields
 from exitkit.common.errors import ArgumentError, unknown_name
 from exitkit.exits.gpf import Variant
-from exitkit.methods.criteria import Criterion
+from exitkit.methods.criteria import Criterion, Patience, Tolerance, as_criterion
 
 Ensemble = Literal["none", "geometric", "additive", "mean"]
 
@@ -24,7 +24,7 @@ class Method:
         ensemble: how each exit's answer is combined with those before it: by a fitted product or sum of probabilities, or
             by their mean (anytime prediction).
         ensemble_final: whether the backbone's own answer is combined too (then τ > 1 is not the original model).
-        criterion: the score that decides.
+        criterion: the score that decides: its name, or a :class:`~exitkit.methods.criteria.Criterion` (kept by name).
         past_future: instead of a cascade, each exit reads the states of all before it and imitates those to come:
             ``"paper"``, as its authors have it, or ``"ztw"``, as the code of Zero Time Waste has it.
         width: of those states; by default that of the tokens where all exits read tokens of one width, otherwise 128.
@@ -35,31 +35,37 @@ class Method:
     cascade: bool = False
     ensemble: Ensemble = "none"
     ensemble_final: bool = False
-    criterion: Criterion = "confidence"
+    criterion: str | Criterion = "confidence"
     past_future: Variant | None = None
-    width: int | None = None
-    times: int = 1
+    width: Count | None = None
+    times: Count = 1
 
     def __post_init__(self) -> None:
-        if self.past_future not in (None, *get_args(Variant)):
-            raise unknown_name("variant", self.past_future, get_args(Variant))
+        check_fields(self)
+        criterion = as_criterion(self.criterion)
+        if isinstance(criterion, Tolerance) and criterion.times == 1:
+            criterion = Tolerance(self.times)
+        object.__setattr__(self, "criterion", criterion.name)
         if self.past_future is not None and self.cascade:
             raise ArgumentError("cascade=True and past_future are two links; choose one")
-        if self.width is not None and (self.past_future is None or not is_count(self.width)):
+        if self.width is not None and self.past_future is None:
             raise ArgumentError(
-                f"width={self.width!r} must be a whole number greater than 0, and is for past_future alone: the width of "
-                "the states that exits hand on"
+                f"width={self.width!r} is for past_future alone: the width of the states that exits hand on"
             )
-        if self.ensemble not in get_args(Ensemble):
-            raise unknown_name("ensemble", self.ensemble, get_args(Ensemble))
-        if self.criterion not in get_args(Criterion):
-            raise unknown_name("criterion", self.criterion, get_args(Criterion))
-        if not is_count(self.times):
-            raise ArgumentError(f"times={self.times!r} must be a whole number greater than 0")
         if self.ensemble_final and self.ensemble == "none":
             raise ArgumentError(
                 "ensemble_final=True needs an ensemble: set ensemble='geometric', 'additive' or 'mean'"
             )
+
+    @property
+    def score(self) -> Criterion:
+        """The criterion itself."""
+        return as_criterion(self.criterion)
+
+    @property
+    def linked(self) -> bool:
+        """Whether exits read one another: by a cascade, by states, or in an ensemble."""
+        return self.cascade or self.past_future is not None or self.ensemble != "none"
 
 
 SDN = partial(Method, "sdn")
@@ -116,16 +122,25 @@ def for_outputs(method: Method, outputs: int, model: str) -> Method:
         ExitkitError: the method combines or compares probabilities, and there are none, or predictions, and there are none.
     """
     if outputs > 1:
-        if method.criterion == "tolerance":
-            raise ArgumentError(
-                f"criterion='tolerance' is for regression, but {model} has {outputs} classes; use 'patience'"
-            )
+        check_task(method.score, outputs)
         return method
-    independent = not method.cascade and method.past_future is None and method.ensemble == "none"
-    if not independent or method.criterion not in ("patience", "tolerance"):
+    if method.linked or not isinstance(method.score, Patience | Tolerance):
         raise ArgumentError(
             f"{model} has 1 output, which is regression, and method={method.name!r} needs logits of at least two classes. Use "
             "method='pbee', which leaves once predictions stop changing; or give a binary classifier two outputs (logits 0 "
             "and z are the same decision)"
         )
-    return replace(method, criterion="tolerance")
+    return replace(method, criterion=Tolerance(method.times))
+
+
+def check_task(criterion: Criterion, outputs: int) -> None:
+    """Whether a criterion scores what a model with so many outputs answers.
+
+    Raises:
+        ArgumentError: a regression's for classes, or the other way round.
+    """
+    if criterion.regression != (outputs == 1):
+        raise ArgumentError(
+            f"criterion={criterion.name!r} is for {'regression' if criterion.regression else 'classes'}, but the model has "
+            f"{outputs} output{'s' if outputs > 1 else ''}; use {'tolerance' if outputs == 1 else 'patience'!r}"
+        )

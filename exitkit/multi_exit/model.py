@@ -16,7 +16,9 @@ from exitkit.common.errors import ArgumentError
 from exitkit.exits.classifiers import HeadOutput
 from exitkit.exits.ensembles import COMBINERS
 from exitkit.exits.gpf import Classifier, imitation_losses
-from exitkit.methods.presets import Method
+from exitkit.methods.criteria import Criterion
+from exitkit.methods.policy import ExitPolicy, Threshold, as_policy, check_same_scores
+from exitkit.methods.presets import Method, check_task
 from exitkit.multi_exit.cost import ExitSpec, price
 from exitkit.surgery.boundaries import Anatomy, Boundary, find_boundaries
 from exitkit.surgery.capturing import capture, logits_of
@@ -26,7 +28,6 @@ from exitkit.surgery.partition import Lowered, lower
 from exitkit.surgery.placement import place
 
 if TYPE_CHECKING:
-    from exitkit.calibration.thresholds import Threshold
     from exitkit.evaluation.outputs import ExitOutputs
 
 
@@ -271,6 +272,38 @@ class MultiExitModel(nn.Module):
     def __repr__(self) -> str:
         places = ", ".join(f"{exit_.name} {exit_.macs_fraction:.0%}" for exit_ in self.exits)
         return f"MultiExitModel({type(self.backbone).__name__}, method={self.method.name!r}, exits: {places})"
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the exits compute in."""
+        return next(self.classifiers.parameters()).dtype
+
+    def policy_for(self, threshold: Threshold | None = None, criterion: str | Criterion | None = None) -> ExitPolicy:
+        """What a threshold means for these exits: for scores of their own criterion and dtype, unless it is a policy.
+
+        Args:
+            threshold: τ, one for each exit, or a policy; by default the ``threshold`` saved with the model.
+            criterion: another score for plain numbers.
+
+        Raises:
+            ArgumentError: no threshold, one of another number of exits, an unknown criterion or one for another task, a
+                guarantee for another precision, temperatures for a regression.
+        """
+        threshold = self.threshold if threshold is None else threshold
+        if threshold is None:
+            raise ArgumentError(
+                "threshold=None, and none was saved with the model; choose one on held-out samples: "
+                "exitkit.collect(ee, loader).curve().at_budget(0.5)"
+            )
+        exits, dtype = len(self.classifiers), str(self.dtype).removeprefix("torch.")
+        policy = as_policy(threshold, ExitPolicy((0.0,) * exits, self.method.score.name, dtype=dtype), criterion)
+        check_task(policy.score, self.num_classes)
+        if policy.temperatures is not None and self.regression:
+            raise ArgumentError(
+                "threshold has temperatures, which predictions of a regression have not; give a plain τ"
+            )
+        check_same_scores(policy, replace(policy, dtype=dtype))
+        return replace(policy, dtype=dtype)
 
     @property
     def regression(self) -> bool:

@@ -13,15 +13,14 @@ import torch
 from torch import Tensor
 from torch.export import ExportedProgram
 
-from exitkit.calibration.risk_control import ChosenThreshold
-from exitkit.calibration.thresholds import Threshold, numbers
 from exitkit.common.errors import ArgumentError, NotCapturableError
 from exitkit.engine.aot import compile_step, load_step
-from exitkit.engine.engine import checked_criterion, checked_program, resolved_threshold
 from exitkit.engine.exported import example_of, export_steps
+from exitkit.engine.lowering import program_of
 from exitkit.engine.memory_format import is_channels_last
 from exitkit.engine.program import Description, Program
 from exitkit.methods.criteria import Criterion
+from exitkit.methods.policy import Threshold
 from exitkit.multi_exit.model import MultiExitModel
 from exitkit.multi_exit.preprocessing import ImagePreprocessing, Preprocessing, TextPreprocessing
 from exitkit.packages.archive import write_archive
@@ -39,7 +38,7 @@ def export(
     path: str | PathLike[str],
     threshold: Threshold | None = None,
     *,
-    criterion: Criterion | None = None,
+    criterion: str | Criterion | None = None,
     optimize: bool = False,
     labels: Sequence[str] | None = None,
     preprocessing: Preprocessing | None = None,
@@ -52,7 +51,7 @@ def export(
         path: its ending says what is written. ``.pt2``: the stages as torch programs, for batches of any size on any
             device. ``.onnx``: one graph for one sample at a time, whose exits are ``If`` branches. ``.onnx.zip``: one ONNX
             graph for each stage, for batches. An older file there is replaced when the new one is complete.
-        threshold: as for :func:`exitkit.compile`; its temperatures become part of the package, and a guarantee in words.
+        threshold: as for :func:`exitkit.compile`; the policy becomes part of the package, with its guarantee.
         criterion: by default the method's.
         optimize: ``.pt2`` only: stages compiled for the device the model is on, which takes minutes, and for this version
             of torch.
@@ -68,20 +67,17 @@ def export(
         raise ArgumentError(f"model is {type(model).__name__}; export takes what exitkit.attach(model) returns")
     target = Path(path)
     kind = _kind(target, optimize)
-    criterion = checked_criterion(model, criterion)
-    chosen = resolved_threshold(model, threshold)
-    program = checked_program(model, chosen, criterion)
+    policy = model.policy_for(threshold, criterion)
+    program = program_of(model, policy)
     description = Description(
-        numbers(chosen, len(model.classifiers)),
         _labels(model, labels),
         _preprocessing(model, preprocessing, tokenizer),
         tuple((exit_.name, exit_.macs_fraction) for exit_ in model.exits),
-        chosen.guarantee if isinstance(chosen, ChosenThreshold) else None,
     )
-    manifest = to_manifest(program, description, kind or "onnx")
+    manifest = to_manifest(program, policy, description, kind or "onnx")
     example = example_of(model)
     if kind is None:
-        write_branches(target, program, description.thresholds, example, manifest)
+        write_branches(target, program, policy.thresholds, example, manifest)
         return
     steps, runs = [], []
     for content, run, formats in _converted(kind, program, example):

@@ -13,11 +13,11 @@ import torch
 from torch.export.passes import move_to_device_pass
 
 from exitkit.calibration.monitor import ShiftMonitor
-from exitkit.calibration.thresholds import Threshold
 from exitkit.common.errors import ArgumentError, ExitkitError, FileError
 from exitkit.engine.aot import load_step
 from exitkit.engine.engine import Engine
 from exitkit.engine.loop import Loop
+from exitkit.methods.policy import ExitPolicy, Threshold
 from exitkit.packages.archive import read_archive
 from exitkit.packages.manifest import description_of, program_of_manifest
 from exitkit.packages.onnx_branches import OnnxBranches
@@ -74,7 +74,8 @@ def load(
             f"{str(source)!r} was written by torch {made} and cannot be read by torch {torch.__version__} "
             f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}); export it again"
         ) from error
-    engine = Engine(Loop(program_of_manifest(manifest, runs, target), description.thresholds), description)
+    policy = ExitPolicy.from_dict(manifest["policy"])
+    engine = Engine(Loop(program_of_manifest(manifest, runs, target), policy), description)
     engine = engine if threshold is None else engine.at(threshold)
     return engine if monitor is None else engine.watched(monitor)
 

@@ -11,14 +11,15 @@ import torch
 from exitkit.common.errors import FileError
 from exitkit.common.versions import versions
 from exitkit.engine.program import Description, Inputs, Program, Step
+from exitkit.methods.policy import ExitPolicy
 from exitkit.multi_exit.preprocessing import preprocessing_from_json, preprocessing_to_json
 from exitkit.surgery.inputs import CallSpec
 
-FORMAT = "exitkit-package-2"
+FORMAT = "exitkit-package-3"
 Kind = Literal["torch", "compiled", "onnx"]
 
 
-def to_manifest(program: Program, description: Description, kind: Kind) -> dict[str, Any]:
+def to_manifest(program: Program, policy: ExitPolicy, description: Description, kind: Kind) -> dict[str, Any]:
     """As plain data."""
     inputs = program.inputs
     return {
@@ -32,25 +33,24 @@ def to_manifest(program: Program, description: Description, kind: Kind) -> dict[
                 inputs.spec.keys, inputs.names, inputs.sizes, inputs.dtypes, strict=True
             )
         ],
-        "steps": [{key: value for key, value in vars(step).items() if key != "run"} for step in program.steps],
+        "steps": [
+            {key: value for key, value in vars(step).items() if key not in ("run", "stage")} for step in program.steps
+        ],
         "axes": {name: program.axes[name] for name in _carried(program) if name in program.axes},
-        "criterion": program.criterion,
         "num_classes": program.num_classes,
-        "dtype": program.dtype,
-        "temperatures": program.temperatures,
+        "dtype": str(program.dtype).removeprefix("torch."),
+        "policy": policy.to_dict(),
         **asdict(description),
         "preprocessing": preprocessing_to_json(description.preprocessing),
     }
 
 
 def description_of(manifest: dict[str, Any]) -> Description:
-    """The inverse of :func:`to_manifest`, as far as it is not the program."""
+    """The inverse of :func:`to_manifest`, as far as it is neither the program nor the policy."""
     return Description(
-        tuple(manifest["thresholds"]),
         None if manifest["labels"] is None else tuple(manifest["labels"]),
         preprocessing_from_json(manifest["preprocessing"]),
         tuple((name, share) for name, share in manifest["exits"]),
-        manifest["guarantee"],
     )
 
 
@@ -60,18 +60,15 @@ def program_of_manifest(
     """The inverse of :func:`to_manifest`: the program, with the steps' code."""
     steps = []
     for run, step in zip(runs, manifest["steps"], strict=True):
-        names = {key: tuple(step[key]) for key in ("inputs", "outputs", "live")}
-        steps.append(Step(run, step["exit"], step["decides"], **names))
-    temperatures = manifest["temperatures"]
+        inputs, outputs, live = (tuple(step[key]) for key in ("inputs", "outputs", "live"))
+        steps.append(Step(run, step["exit"], step["decides"], inputs, outputs, live))
     return Program(
         inputs_of(manifest, device),
         tuple(steps),
         manifest["axes"],
         {},
-        manifest["criterion"],
         manifest["num_classes"],
-        manifest["dtype"],
-        None if temperatures is None else tuple(temperatures),
+        getattr(torch, manifest["dtype"]),
     )
 
 

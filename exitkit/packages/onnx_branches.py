@@ -15,6 +15,7 @@ from exitkit.common.errors import NotCapturableError
 from exitkit.common.files import replacing
 from exitkit.engine.loop import Prediction
 from exitkit.engine.program import Description, Inputs, Program
+from exitkit.methods.policy import ExitPolicy
 from exitkit.packages.manifest import check_format, description_of, inputs_of
 from exitkit.packages.onnx_steps import plain_attention, session, to_onnx
 
@@ -22,7 +23,10 @@ _METADATA = "exitkit"
 
 
 class Branches(nn.Module):
-    """The steps of a program, each inside the branch of the exit before it: one sample → answer, exit and score."""
+    """The steps of a program, each inside the branch of the exit before it.
+
+    One sample → answer, exit, score, and whether a score on the way was not finite.
+    """
 
     def __init__(self, program: Program, thresholds: Sequence[float]) -> None:
         super().__init__()
@@ -30,27 +34,28 @@ class Branches(nn.Module):
         self.thresholds = tuple(thresholds)
         self.runs = nn.ModuleList(cast("nn.Module", step.run) for step in program.steps)
 
-    def forward(self, *tensors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return self._from(0, dict(zip(self.program.inputs.names, tensors, strict=True)))
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return self._from(0, dict(zip(self.program.inputs.names, tensors, strict=True)), None)
 
-    def _from(self, index: int, values: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+    def _from(self, index: int, values: dict[str, Any], before: Tensor | None) -> tuple[Tensor, ...]:
         step = self.program.steps[index]
         made = self.runs[index](*(values[name] for name in step.inputs))
         values = values | dict(zip(step.outputs, made, strict=False))
         answer, score = made[-2:]
-        exit_ = torch.full_like(score, step.exit, dtype=torch.int64)
+        answer, exit_ = answer.to(self.program.dtype), torch.full_like(score, step.exit, dtype=torch.int64)
+        faulty = ~score.isfinite() if before is None else before | ~score.isfinite()
         if index == len(self.program.steps) - 1:
-            return answer.clone(), exit_, score.clone()
+            return answer.clone(), exit_, score.clone(), faulty.clone()
 
         def leave(*operands: Tensor) -> tuple[Tensor, ...]:
-            return tuple(operand.clone() for operand in operands[:3])  # a branch may not return what came in
+            return tuple(operand.clone() for operand in operands[:4])  # a branch may not return what came in
 
         def stay(*operands: Tensor) -> tuple[Tensor, ...]:
-            return self._from(index + 1, dict(zip(step.live, operands[3:], strict=True)))
+            return self._from(index + 1, dict(zip(step.live, operands[4:], strict=True)), operands[3])
 
-        sure = (score.double() > self.thresholds[step.exit]).all()
-        operands = (answer, exit_, score, *(values[name] for name in step.live))
-        result: tuple[Tensor, Tensor, Tensor] = torch.cond(sure, leave, stay, operands)
+        sure = (score > self.thresholds[step.exit]).all()
+        operands = (answer, exit_, score, faulty, *(values[name] for name in step.live))
+        result: tuple[Tensor, ...] = torch.cond(sure, leave, stay, operands)
         return result
 
 
@@ -77,7 +82,7 @@ def write_branches(
     for row in range(len(example[0])):
         sample = tuple(tensor[row : row + 1].contiguous() for tensor in example)
         with torch.no_grad():
-            answer, exit_, score = module(*sample)
+            answer, exit_, score, _ = module(*sample)
         got = written._one(sample)
         off = float((answer.cpu().float() - got.logits).abs().max())
         near = any(abs(float(score) - threshold) < 1e-4 for threshold in thresholds)
@@ -94,7 +99,8 @@ class OnnxBranches:
 
     Attributes:
         inputs: what it takes.
-        description: thresholds (which are fixed in the graph), labels, preprocessing, and the exits.
+        policy: when a sample leaves; its thresholds are fixed in the graph.
+        description: labels, preprocessing, and the exits.
     """
 
     def __init__(self, content: bytes, source: str) -> None:
@@ -103,6 +109,7 @@ class OnnxBranches:
         manifest: Any = None if metadata is None else json.loads(metadata)
         check_format(manifest, source)
         self.inputs: Inputs = inputs_of(manifest, torch.device("cpu"))
+        self.policy = ExitPolicy.from_dict(manifest["policy"])
         self.description: Description = description_of(manifest)
         self._classes: int = manifest["num_classes"]
 
@@ -115,15 +122,14 @@ class OnnxBranches:
         tensors = self.inputs.checked(args, kwargs)
         answers = [self._one([tensor[row : row + 1] for tensor in tensors]) for row in range(len(tensors[0]))]
         if not answers:
-            blank = torch.zeros(0)
+            blank = torch.zeros(0, dtype=torch.float64)
             return Prediction(torch.zeros(0, self._classes), blank.long(), blank, blank.bool())
         return Prediction(*(torch.cat(column) for column in zip(*answers, strict=True)))
 
     def _one(self, tensors: Sequence[Tensor]) -> Prediction:
         names = [entry.name for entry in self.session.get_inputs()]
         feeds = {name: tensor.contiguous().cpu().numpy() for name, tensor in zip(names, tensors, strict=True)}
-        logits, exit_, score = (torch.from_numpy(array) for array in self.session.run(None, feeds))
-        return Prediction(logits, exit_, score, ~score.isfinite())
+        return Prediction(*(torch.from_numpy(array) for array in self.session.run(None, feeds)))
 
 
 def _with_metadata(content: bytes, manifest: dict[str, Any]) -> bytes:

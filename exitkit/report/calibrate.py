@@ -7,9 +7,11 @@ from typing import Any, cast
 import numpy as np
 import torch
 
+from exitkit.calibration.risk_control import choose_threshold
 from exitkit.calibration.risks import RiskName, as_risk
 from exitkit.common.errors import ArgumentError
-from exitkit.evaluation import ChosenThreshold, ExitOutputs, choose_threshold
+from exitkit.evaluation import ExitOutputs
+from exitkit.methods.policy import ExitPolicy
 from exitkit.report.run import Calibrated, Check
 
 
@@ -40,18 +42,18 @@ def calibrated(
     return Calibrated(chosen, check(chosen, outputs[rest]) if len(rest) else None)
 
 
-def check(chosen: ChosenThreshold, outputs: ExitOutputs) -> Check:
+def check(chosen: ExitPolicy, outputs: ExitOutputs) -> Check:
     """What ``chosen`` gives on ``outputs``."""
-    exits, everyone = outputs.exits_at(chosen.threshold, chosen.criterion), np.arange(len(outputs))
-    risk = as_risk(cast("RiskName", chosen.risk))
+    assert chosen.guarantee is not None
+    exits = outputs.exits_at(chosen)
+    risk = as_risk(cast("RiskName", chosen.guarantee.risk))
     losses, _ = risk.losses(outputs)
-    right = None if outputs.labels is None else outputs.correct.numpy()
     return Check(
         samples=len(outputs),
-        risk=risk.unscaled(float(losses[everyone, exits].mean())),
+        risk=risk.unscaled(float(losses[np.arange(len(outputs)), exits].mean())),
         cost=float(outputs.costs[exits].mean()),
-        accuracy=None if right is None else float(right[everyone, exits].mean()),
-        backbone_accuracy=None if right is None else float(right[:, -1].mean()),
+        accuracy=None if outputs.labels is None else outputs.at(chosen).accuracy,
+        backbone_accuracy=None if outputs.labels is None else float(outputs.accuracy()[-1]),
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -52,8 +51,8 @@ def points_of(outputs: ExitOutputs, chosen: float | None = None, most: int = POI
     """
     whole = outputs.curve()
     kept = _kept(whole, chosen, most)
-    curve = Curve(whole.thresholds[kept], whole.accuracy[kept], whole.cost[kept])
-    highest = np.maximum.accumulate(outputs.scores()[:, :-1].double().numpy(), axis=1)
+    curve = Curve(whole.thresholds[kept], whole.accuracy[kept], whole.cost[kept], whole.nobody)
+    highest = np.maximum.accumulate(outputs.scores()[:, :-1].numpy(), axis=1)
     passes = np.searchsorted(curve.thresholds, highest, side="left")
     exits = np.stack([(passes <= place).sum(1) for place in range(len(kept))])
     answers = outputs.answers.numpy()
@@ -106,8 +105,3 @@ def _mistakes(labels: Ints, answers: Ints, classes: int) -> list[list[int]]:
     pairs, counts = np.unique(labels[wrong] * classes + answers[wrong], return_counts=True)
     order = np.argsort(-counts, kind="stable")[:_MISTAKES]
     return [[int(pairs[i] // classes), int(pairs[i] % classes), int(counts[i])] for i in order]
-
-
-def single_threshold(threshold: float | Sequence[float]) -> float | None:
-    """τ where there is one for all exits; None for one per exit, which is no point of a curve."""
-    return threshold if isinstance(threshold, float | int) else None

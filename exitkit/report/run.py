@@ -20,8 +20,9 @@ from typing import Any
 
 from exitkit.common.errors import ArgumentError, FileError, unknown_name
 from exitkit.common.files import replacing
-from exitkit.evaluation import ChosenThreshold, ExitOutputs
+from exitkit.evaluation import ExitOutputs
 from exitkit.evaluation.paired import check_comparable
+from exitkit.methods.policy import ExitPolicy
 from exitkit.report.samples import Sample, read_samples
 from exitkit.report.stages import Stage
 
@@ -52,7 +53,7 @@ class Check:
 class Calibrated:
     """A threshold with its guarantee, and how it fared on other samples (None where all were used)."""
 
-    chosen: ChosenThreshold
+    chosen: ExitPolicy
     check: Check | None
 
     def to_dict(self) -> dict[str, Any]:
@@ -63,7 +64,7 @@ class Calibrated:
     def from_dict(cls, data: dict[str, Any]) -> Calibrated:
         """From what :meth:`to_dict` gave."""
         check = data["check"]
-        return cls(ChosenThreshold.from_dict(data["chosen"]), None if check is None else Check(**check))
+        return cls(ExitPolicy.from_dict(data["chosen"]), None if check is None else Check(**check))
 
 
 @dataclass(frozen=True, eq=False)

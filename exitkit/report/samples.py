@@ -113,7 +113,7 @@ def _kinds(outputs: ExitOutputs) -> list[NDArray[np.int64]]:
     for budget in _BUDGETS:
         if curve.cost[0] >= budget:
             continue
-        exits = outputs.exits_at(curve.at_budget(budget).threshold)
+        exits = outputs.exits_at(curve.at_budget(budget))
         everyone = np.arange(len(exits))
         sure, known = scores[everyone, exits], right[everyone, exits]
         order = np.lexsort((-sure, exits))

@@ -8,7 +8,7 @@ from itertools import pairwise
 from typing import Any
 
 import exitkit
-from exitkit.evaluation import head_macs
+from exitkit.calibration.pruning import head_macs
 from exitkit.multi_exit.model import MultiExitModel
 
 
@@ -45,10 +45,10 @@ def stages_of(model: MultiExitModel, samples: Any = None) -> tuple[Stage, ...]:
     names = [exit_.name for exit_ in model.exits]
     if samples is None:
         return tuple(map(Stage, names, macs, heads))
-    plan = exitkit.compile(model, float("inf"), samples=samples).loop.plan
-    assert plan is not None
-    times = [_milliseconds(columns) for columns in (plan.seconds, plan.heads)]
-    return tuple(map(Stage, names, macs, heads, *times, [plan.sizes[-1]] * len(names)))
+    timings = exitkit.compile(model, float("inf"), samples=samples).loop.timings
+    assert timings is not None
+    times = [_milliseconds(columns) for columns in (timings.seconds, timings.heads)]
+    return tuple(map(Stage, names, macs, heads, *times, [timings.sizes[-1]] * len(names)))
 
 
 def _milliseconds(seconds: Sequence[Sequence[float]]) -> list[float]:

@@ -20,7 +20,7 @@ from exitkit.common.versions import versions
 from exitkit.evaluation import ExitOutputs
 from exitkit.evaluation.paired import check_comparable, same_backbone
 from exitkit.report import figures
-from exitkit.report.points import MATRIX, Points, points_of, single_threshold
+from exitkit.report.points import MATRIX, Points, points_of
 from exitkit.report.run import Result, Run, read_run
 from exitkit.report.stages import backbone_milliseconds
 
@@ -80,13 +80,12 @@ def _together(runs: Sequence[Run]) -> dict[str, Result]:
 
 
 def _chosen(result: Result) -> float | None:
-    """The τ that was calibrated, where it is on the curve."""
+    """The τ that was calibrated, where it is on the curve: one for all exits, and for the scores of the outputs."""
     if result.calibrated is None:
         return None
     chosen, outputs = result.calibrated.chosen, result.outputs
-    if (chosen.criterion, chosen.temperatures) != (outputs.criterion, outputs.temperatures):
-        return None
-    return single_threshold(chosen.threshold)
+    same = (chosen.criterion, chosen.temperatures) == (outputs.criterion, outputs.temperatures)
+    return chosen.thresholds[0] if same and len(set(chosen.thresholds)) == 1 else None
 
 
 def _page(runs: Sequence[Run], results: dict[str, Result], points: dict[str, Points], path: Path) -> str:

@@ -110,7 +110,9 @@ def graphed(program: Program, largest: int, record: Recorder = record_cuda_graph
 
     def wrapped(step: Step) -> Step:
         taken = tuple(program.axes.get(name) for name in step.inputs)
-        given = (*(program.axes.get(name) for name in step.outputs), *((0, 0) if step.decides else ()))
-        return replace(step, run=Graphed(step.run, taken, given, buckets, record))
+        given = tuple(program.axes.get(name) for name in step.outputs)
+        stage = None if step.stage is None else Graphed(step.stage, taken, given, buckets, record)
+        run = Graphed(step.run, taken, (*given, *((0, 0) if step.decides else ())), buckets, record)
+        return replace(step, run=run, stage=stage)
 
     return replace(program, steps=tuple(map(wrapped, program.steps)))

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from exitkit.engine.decision import Side
+from exitkit.engine.decision import Group
 
 _GATHERED = 1024
 """Elements that a block of the gather copies."""
@@ -60,21 +60,22 @@ def _gather_kernel(source, index, target, width, BLOCK: tl.constexpr):  # type: 
     tl.store(target + row * width + columns, tl.load(source + taken * width + columns, mask=inside), mask=inside)
 
 
-def split(score: Tensor, rows: Tensor, fault: Tensor, threshold: float) -> tuple[Side, Side]:
+def split(score: Tensor, rows: Tensor, fault: Tensor, threshold: float) -> tuple[Group, Group]:
     """A :data:`exitkit.engine.decision.Split` in one launch.
 
     The two counts come back through pinned memory; the host waits for them alone.
     """
     size, device = len(rows), rows.device
     index, rows_out = torch.empty(2, 2, size, dtype=torch.int64, device=device).unbind()
-    score_out, fault_out = torch.empty(2, 2, size, dtype=torch.float32, device=device).unbind()
+    score_out = torch.empty(2, size, dtype=score.dtype, device=device)
+    fault_out = torch.empty(2, size, dtype=fault.dtype, device=device)
     counts = torch.empty(2, dtype=torch.int32, device=device)
     limit = torch.tensor([threshold], dtype=torch.float64, device=device)
     columns = score.contiguous(), rows.contiguous(), fault.contiguous()
     outputs = index, rows_out, score_out, fault_out
     _split_kernel[(1,)](*columns, limit, *outputs, counts, size, BLOCK=triton.next_power_of_2(size), num_warps=4)
     leaving, staying = (
-        Side(*(output[side, :count] for output in outputs)) for side, count in enumerate(_on_host(counts))
+        Group(*(output[side, :count] for output in outputs)) for side, count in enumerate(_on_host(counts))
     )
     return leaving, staying
 

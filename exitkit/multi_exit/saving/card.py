@@ -9,10 +9,9 @@ from typing import Any
 from huggingface_hub import ModelCardData
 from torch import nn
 
-from exitkit.calibration.thresholds import Threshold, numbers
 from exitkit.common.errors import ArgumentError
 from exitkit.evaluation.outputs import ExitOutputs
-from exitkit.methods.scaled import temperatures_of
+from exitkit.methods.policy import ExitPolicy
 from exitkit.multi_exit.model import MultiExitModel
 from exitkit.multi_exit.saving.hub import is_name
 
@@ -28,7 +27,7 @@ def identity(backbone: nn.Module) -> dict[str, str | None]:
     }
 
 
-def measured(model: MultiExitModel, outputs: ExitOutputs, threshold: Threshold | None) -> dict[str, Any]:
+def measured(model: MultiExitModel, outputs: ExitOutputs, policy: ExitPolicy | None) -> dict[str, Any]:
     """What ``outputs`` say of the exits, for JSON: accuracy per exit, the budget table, and what the threshold gives.
 
     Raises:
@@ -42,32 +41,17 @@ def measured(model: MultiExitModel, outputs: ExitOutputs, threshold: Threshold |
             f"outputs are of another model: {classes} classes and exits at {outputs.macs.tolist()} MACs, where this one has "
             f"{model.num_classes} and {costs}; give what exitkit.collect(ee, loader) returned for it"
         )
-    temperatures = None if threshold is None else temperatures_of(threshold)
-    if temperatures is not None and outputs.temperatures is None:
-        outputs = outputs.calibrated(temperatures)  # all thresholds on the card are for the same scores
-    curve = outputs.curve(model.method.criterion)
+    if policy is not None:
+        outputs = outputs.under(policy)  # all thresholds on the card are for the same scores
+    curve = outputs.curve(model.method.criterion if policy is None else policy.criterion)
     rows = curve.budget_table().rows
     return {
         "measure": outputs.measure,
         "temperatures": outputs.temperatures,
         "samples": len(outputs.log_probs),
         "accuracy": outputs.accuracy().tolist(),
-        "budgets": {name: None if point is None else point._asdict() for name, point in rows.items()},
-        "at_threshold": None if threshold is None else _at(outputs, threshold, model.method.criterion),
-    }
-
-
-def _at(outputs: ExitOutputs, threshold: Threshold, criterion: str) -> dict[str, Any]:
-    """Accuracy and cost where this threshold is used; for one τ the point of the curve."""
-    taus = numbers(threshold, len(outputs.macs) - 1)
-    if len(set(taus)) == 1:
-        return outputs.curve(criterion).at_threshold(taus[0])._asdict()
-    exits = outputs.exits_at(taus, criterion)
-    right = outputs.correct[range(len(exits)), exits]
-    return {
-        "threshold": list(taus),
-        "accuracy": float(right.double().mean()),
-        "cost": float(outputs.costs[exits].mean()),
+        "budgets": {name: None if point is None else point.to_dict() for name, point in rows.items()},
+        "at_threshold": None if policy is None else outputs.at(policy).to_dict(),
     }
 
 
@@ -81,8 +65,8 @@ def card(model: MultiExitModel, config: Mapping[str, Any], source: str) -> str:
         metrics=[metrics["measure"].split()[0].lower()] if metrics else None,
     )
     kind = backbone["class"].rpartition(".")[2]
-    chosen = config["threshold"]
-    threshold = "" if chosen is None else f"\nee.threshold  # {_shown(chosen)}, chosen for these exits"
+    policy = None if config["policy"] is None else ExitPolicy.from_dict(config["policy"])
+    threshold = "" if policy is None else f"\nee.threshold  # τ = {policy.shown()}, chosen for these exits"
     return f"""---
 {data.to_yaml()}
 ---
@@ -101,16 +85,15 @@ ee = exitkit.MultiExitModel.from_pretrained(backbone, "{source}"){threshold}
 
 Costs are multiply-accumulates per sample, as a share of the backbone's {model.anatomy.macs:,}.
 
-{chosen.get("guarantee", "") if isinstance(chosen, dict) else ""}
+{policy.guarantee if policy and policy.guarantee else ""}
 
 {_exits(model, metrics)}
 {_budgets(metrics) if metrics else ""}"""
 
 
-def _shown(threshold: Any) -> str:
-    """τ as saved, or other numbers, in a few digits."""
-    taus = threshold["threshold"] if isinstance(threshold, dict) else threshold
-    return ", ".join(f"{tau:.6g}" for tau in taus) if isinstance(taus, list | tuple) else f"{taus:.6g}"
+def _shown(numbers: Any) -> str:
+    """One or several numbers in a few digits."""
+    return ", ".join(f"{number:.6g}" for number in (numbers if isinstance(numbers, list | tuple) else [numbers]))
 
 
 def _new_head(model: MultiExitModel) -> str:

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from exitkit.calibration.thresholds import Threshold, fits_json, to_json
 from exitkit.common.errors import ExitkitError, FileError
 from exitkit.common.versions import versions
 from exitkit.evaluation.outputs import ExitOutputs
+from exitkit.methods.policy import Threshold
 from exitkit.multi_exit.model import MultiExitModel
 from exitkit.multi_exit.saving.card import identity, measured
 from exitkit.surgery.default_inputs import example_for
@@ -27,7 +27,7 @@ WEIGHTS = f"exits-{'[0-9a-f]' * 16}.safetensors"
 """Pattern of the name of the weights file, which the configuration holds."""
 
 _FAMILY = "exitkit-exits-"
-_FORMAT = f"{_FAMILY}3"
+_FORMAT = f"{_FAMILY}4"
 _REMEDY = "Give what save_pretrained or push_to_hub wrote"
 
 
@@ -37,8 +37,8 @@ def configuration(model: MultiExitModel, threshold: Threshold | None, outputs: E
     Raises:
         ExitkitError: a threshold that is no finite number, outputs without labels or of another model.
     """
-    chosen = model.threshold if threshold is None else threshold
-    kept = to_json(chosen, len(model.classifiers))
+    given = model.threshold if threshold is None else threshold
+    policy = None if given is None else model.policy_for(given)
     return {
         "format": _FORMAT,
         "versions": versions(),
@@ -47,8 +47,8 @@ def configuration(model: MultiExitModel, threshold: Threshold | None, outputs: E
         "method": asdict(model.method),
         "head": model.head,
         "dtype": str(next(model.classifiers.parameters()).dtype).removeprefix("torch."),
-        "threshold": kept,
-        "metrics": None if outputs is None else measured(model, outputs, chosen),
+        "policy": None if policy is None else policy.to_dict(),
+        "metrics": None if outputs is None else measured(model, outputs, policy),
         "inputs": _described(model.example),
         "blocks": block_lines(model.anatomy.blocks),
         "outputs": model.num_classes,
@@ -165,7 +165,7 @@ _FIELDS: dict[str, Callable[[Any], bool]] = {
     "method": lambda value: isinstance(value, dict),
     "head": lambda value: isinstance(value, str) or (isinstance(value, list) and _texts(value)),
     "dtype": _is_dtype,
-    "threshold": fits_json,
+    "policy": lambda value: value is None or isinstance(value, dict),
     "inputs": lambda value: (
         value is None
         or (isinstance(value, list) and all(map(_is_input, value)))

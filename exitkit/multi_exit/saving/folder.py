@@ -20,10 +20,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from exitkit.calibration.thresholds import Threshold, from_json
 from exitkit.common.errors import ArgumentError, ExitkitError, FileError
 from exitkit.common.files import replacing
 from exitkit.evaluation.outputs import ExitOutputs
+from exitkit.methods.policy import ExitPolicy, Threshold
 from exitkit.methods.presets import Method
 from exitkit.multi_exit.attaching import attach
 from exitkit.multi_exit.model import MultiExitModel
@@ -89,7 +89,7 @@ def load_exits(
         model = _attached(backbone, inputs, config, source)
         _compare(config["blocks"], block_lines(model.anatomy.blocks), source, backbone)
         _fill(model, weights, getattr(torch, config["dtype"]), folder / config["weights"])
-    model.threshold = from_json(config["threshold"])
+    model.threshold = None if config["policy"] is None else ExitPolicy.from_dict(config["policy"])
     return model
 
 
