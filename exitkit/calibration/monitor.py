@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import ks_2samp
 from torch import Tensor
 
 from exitkit.common.checks import is_number
@@ -147,6 +146,8 @@ class ShiftMonitor:
             )
 
     def _test(self) -> None:
+        from scipy.stats import ks_2samp
+
         exits, scores = self._window()
         self._p_values = {
             "exits": float(ks_2samp(self._exits, exits, method="asymp").pvalue),

@@ -10,18 +10,21 @@ import math
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import bdtr, rel_entr
 
 Losses = NDArray[np.float64]
 
 
 def binomial_p_value(losses: Losses, limit: float) -> float:
     """Exact for losses of 0 and 1: the probability of so few, or fewer, when the mean is ``limit``."""
+    from scipy.special import bdtr
+
     return float(bdtr(round(losses.sum()), len(losses), limit))
 
 
 def hoeffding_bentkus_p_value(losses: Losses, limit: float) -> float:
     """For losses in [0, 1]: the lesser of Hoeffding's and Bentkus' bounds (Bates et al. 2021, section 3.1)."""
+    from scipy.special import bdtr, rel_entr
+
     mean = min(float(losses.mean()), limit)
     hoeffding = math.exp(-len(losses) * float(rel_entr(mean, limit) + rel_entr(1 - mean, 1 - limit)))
     total = math.ceil(round(float(losses.sum()), 6))

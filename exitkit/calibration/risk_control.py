@@ -12,12 +12,12 @@ from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from numbers import Real
+from statistics import NormalDist
 from typing import Literal, get_args
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.special import ndtri
 from torch import Tensor
 
 from exitkit.calibration.p_values import (
@@ -35,6 +35,7 @@ from exitkit.methods.policy import ExitPolicy, Guarantee
 Procedure = Literal["ltt", "ucb", "crc"]
 _Passes = Callable[[NDArray[np.float64]], bool]
 _MOST_SAMPLES = 1_000_000
+_NORMAL_95 = NormalDist().inv_cdf(0.975)
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,7 +104,7 @@ def choose_threshold(
     scores = outputs.scores(nobody.criterion)[:, :-1].numpy()
     last, exits = _walk(scores, losses, rows, passes, monotone=method == "crc")
     cost = outputs.costs[exits]
-    spread = float(ndtri(0.975)) * float(cost.std()) / math.sqrt(len(cost))
+    spread = _NORMAL_95 * float(cost.std()) / math.sqrt(len(cost))
     guarantee = Guarantee(
         words=_words(chosen, method, max_drop, confidence, len(outputs), last),
         found=last > 0,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 
 import torch
-from scipy.optimize import minimize_scalar
 from torch.nn import functional as F
 
 from exitkit.common.errors import ArgumentError
@@ -27,6 +26,8 @@ def fit_temperatures(outputs: ExitOutputs) -> tuple[float, ...]:
 
 
 def _fit(outputs: ExitOutputs, exit_: int) -> float:
+    from scipy.optimize import minimize_scalar
+
     log_probs, labels = outputs.log_probs[:, exit_].float(), outputs.labels
     assert labels is not None
 

@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import stats
 
+from exitkit.common.checks import Count, check
 from exitkit.common.errors import ArgumentError
 from exitkit.evaluation.outputs import ExitOutputs, check_outputs
 from exitkit.methods.policy import Threshold
@@ -54,9 +54,10 @@ def reliability(outputs: ExitOutputs, bins: int = 15) -> Reliability:
     Raises:
         ExitkitError: no labels, or no positive number of bins.
     """
+    from scipy import stats
+
     check_outputs(outputs)
-    if not isinstance(bins, int) or bins < 1:
-        raise ArgumentError(f"bins={bins!r} must be a whole number greater than 0")
+    check("bins", bins, Count)
     confidence, correct = outputs.scores("confidence").double().numpy(), outputs.correct.double().numpy()
     columns = [
         [
@@ -130,6 +131,8 @@ def bootstrap(
     Raises:
         ExitkitError: fewer than two samples, no resamples, or a confidence outside (0, 1).
     """
+    from scipy import stats
+
     if len(outputs) < 2 or resamples < 1 or not 0 < confidence < 1:
         raise ArgumentError(
             f"resamples={resamples!r} must be at least 1, confidence={confidence!r} between 0 and 1, and the outputs, "

@@ -9,7 +9,6 @@ from itertools import combinations
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.stats import binomtest
 
 from exitkit.common.checks import is_count
 from exitkit.common.errors import ArgumentError
@@ -96,6 +95,8 @@ def paired_tests(
 def _pair(
     one: str, two: str, outputs: Mapping[str, ExitOutputs], budget: float, resamples: int, seed: int
 ) -> PairedTest:
+    from scipy.stats import binomtest
+
     first, second = _right_at(outputs[one], budget), _right_at(outputs[two], budget)
     only_first, only_second = int((first & ~second).sum()), int((second & ~first).sum())
     differing = only_first + only_second

@@ -1,19 +1,20 @@
-"""Pictures of the evaluation, with matplotlib."""
+"""Pictures of the evaluation, with matplotlib, which is imported when one is drawn."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 from exitkit.common.errors import ArgumentError
 from exitkit.common.files import replacing
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 Array = NDArray[np.float64]
 
@@ -59,6 +60,8 @@ def plot_hindsight(improvability: Mapping[str, Array], path: str | Path) -> None
 
 def hindsight_figure(improvability: Mapping[str, Array]) -> Figure:
     """What :func:`plot_hindsight` writes."""
+    from matplotlib.ticker import MaxNLocator
+
     figure = new_figure()
     axes = labelled(figure.add_subplot(), "exit", "hindsight improvability")
     for name, values in improvability.items():
@@ -71,6 +74,8 @@ def hindsight_figure(improvability: Mapping[str, Array]) -> Figure:
 
 def new_figure(width: float = 7, height: float = 4.5) -> Figure:
     """An empty figure, in inches."""
+    from matplotlib.figure import Figure
+
     return Figure(figsize=(width, height), layout="constrained")
 
 

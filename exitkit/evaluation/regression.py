@@ -8,7 +8,6 @@ from typing import ClassVar, Literal, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import spearmanr
 from torch import Tensor
 
 from exitkit.common.errors import ArgumentError, unknown_name
@@ -57,6 +56,8 @@ class RegressionOutputs(ExitOutputs):
 
     def spearman(self) -> NDArray[np.float64]:
         """(M+1,): Spearman's rank correlation of each exit's predictions with the labels; 0 where they are all the same."""
+        from scipy.stats import spearmanr
+
         targets = self._targets()
         columns = self.predictions.double().numpy().T
         return np.array([spearmanr(column, targets).statistic if np.ptp(column) else 0.0 for column in columns])

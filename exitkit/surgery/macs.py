@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from math import prod
-from typing import Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, fx
@@ -15,12 +15,14 @@ from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from torch.fx import GraphModule, Node
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 from exitkit.common.errors import NotCapturableError
 from exitkit.surgery.inputs import Example
 from exitkit.surgery.liveness import op_name
 from exitkit.surgery.memory import Storages, alive_bytes, parameter_bytes, storages_of
+
+if TYPE_CHECKING:
+    from torch.utils.flop_counter import FlopCounterMode
 
 T = TypeVar("T")
 Shape = Sequence[int]
@@ -146,6 +148,8 @@ class _Walker(fx.Interpreter, Generic[T]):
 
 def _flop_counter() -> FlopCounterMode:
     """torch's counter with the formulas it lacks; transformers' operator is there once transformers is imported."""
+    from torch.utils.flop_counter import FlopCounterMode  # imports triton, where it is installed
+
     fallback = getattr(torch.ops.transformers, "grouped_mm_fallback", None)
     return FlopCounterMode(display=False, custom_mapping=_LEFT_OUT | ({fallback: _grouped} if fallback else {}))
 
