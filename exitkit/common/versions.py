@@ -7,7 +7,7 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 
 
-def versions() -> dict[str, str]:
+def installed_versions() -> dict[str, str]:
     """Of exitkit and torch."""
     try:
         own = version("exitkit")

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 
 from exitkit.common.errors import FileError
-from exitkit.common.versions import versions
+from exitkit.common.versions import installed_versions
 from exitkit.engine.program import Description, Inputs, Program, Step
 from exitkit.methods.policy import ExitPolicy
 from exitkit.multi_exit.preprocessing import preprocessing_from_json, preprocessing_to_json
@@ -25,7 +25,7 @@ def to_manifest(program: Program, policy: ExitPolicy, description: Description, 
     return {
         "format": FORMAT,
         "kind": kind,
-        "versions": versions(),
+        "versions": installed_versions(),
         "device": inputs.device.type,
         "inputs": [
             {"key": key, "name": name, "sizes": sizes, "dtype": str(dtype).removeprefix("torch.")}
@@ -97,7 +97,7 @@ def check_format(manifest: Any, path: str) -> None:
     if isinstance(found, str) and found.startswith("exitkit-package-"):
         writer = manifest.get("versions", {}).get("exitkit")
         raise FileError(
-            f"{path!r} is a {found} of exitkit {writer}; this is exitkit {versions()['exitkit']}, which reads {FORMAT}: "
+            f"{path!r} is a {found} of exitkit {writer}; this is exitkit {installed_versions()['exitkit']}, which reads {FORMAT}: "
             "update exitkit, or export again"
         )
     raise FileError(f"{path!r} is no package of exitkit; write one with exitkit.export(ee, path)")

@@ -16,7 +16,7 @@ from markupsafe import Markup
 
 from exitkit.common.errors import ArgumentError
 from exitkit.common.files import replacing
-from exitkit.common.versions import versions
+from exitkit.common.versions import installed_versions
 from exitkit.evaluation import ExitOutputs
 from exitkit.evaluation.paired import check_comparable, same_backbone
 from exitkit.report import figures
@@ -124,7 +124,7 @@ def _render(**values: Any) -> str:
     page, css, js = ((source / f"report.{kind}").read_text(encoding="utf-8") for kind in ("html", "css", "js"))
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     return environment.from_string(page).render(
-        **values, css=Markup(css), js=Markup(js), version=versions()["exitkit"]
+        **values, css=Markup(css), js=Markup(js), version=installed_versions()["exitkit"]
     )
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from exitkit.common.errors import ExitkitError, FileError
-from exitkit.common.versions import versions
+from exitkit.common.versions import installed_versions
 from exitkit.evaluation.outputs import ExitOutputs
 from exitkit.methods.policy import Threshold
 from exitkit.multi_exit.model import MultiExitModel
@@ -41,7 +41,7 @@ def configuration(model: MultiExitModel, threshold: Threshold | None, outputs: E
     policy = None if given is None else model.policy_for(given)
     return {
         "format": _FORMAT,
-        "versions": versions(),
+        "versions": installed_versions(),
         "backbone": identity(model.backbone),
         "exits": [boundary.name for boundary in model.boundaries],
         "method": asdict(model.method),
@@ -70,7 +70,7 @@ def read_configuration(path: Path) -> dict[str, Any]:
     given = config.get("format") if isinstance(config, dict) else None
     if given != _FORMAT and str(given).startswith(_FAMILY):
         raise FileError(
-            f"{str(path)!r} is of format {given!r}, saved by {saved_by(config)}; this is exitkit {versions()['exitkit']}, "
+            f"{str(path)!r} is of format {given!r}, saved by {saved_by(config)}; this is exitkit {installed_versions()['exitkit']}, "
             f"which reads {_FORMAT!r}. Install the version that saved it, or save the exits again"
         )
     if given != _FORMAT:
