@@ -4,7 +4,7 @@ from exitkit.common.torchvision_guard import make_torchvision_importable as _mak
 
 _make_torchvision_importable()
 
-from exitkit import evaluation, models, training  # noqa: E402
+from exitkit import calibration, evaluation, models, training  # noqa: E402
 from exitkit.calibration.risk_control import choose_threshold  # noqa: E402
 from exitkit.common.errors import (  # noqa: E402
     ArgumentError,
@@ -16,6 +16,7 @@ from exitkit.common.errors import (  # noqa: E402
 )
 from exitkit.engine import Engine, Prediction, compile, time_exits  # noqa: E402
 from exitkit.evaluation import ExitOutputs, collect  # noqa: E402
+from exitkit.methods.policy import ExitPolicy, Guarantee  # noqa: E402
 from exitkit.methods.presets import GPF, PBEE, SDN, ZTW, BranchyNet, Method  # noqa: E402
 from exitkit.multi_exit.attaching import attach  # noqa: E402
 from exitkit.multi_exit.inspection import inspect  # noqa: E402
@@ -34,8 +35,10 @@ __all__ = [
     "DivergedError",
     "Engine",
     "ExitOutputs",
+    "ExitPolicy",
     "ExitkitError",
     "FileError",
+    "Guarantee",
     "HubError",
     "ImagePreprocessing",
     "Method",
@@ -46,6 +49,7 @@ __all__ = [
     "TextPreprocessing",
     "Trainer",
     "attach",
+    "calibration",
     "choose_threshold",
     "collect",
     "compile",

@@ -97,7 +97,7 @@ def check_format(manifest: Any, path: str) -> None:
     if isinstance(found, str) and found.startswith("exitkit-package-"):
         writer = manifest.get("versions", {}).get("exitkit")
         raise FileError(
-            f"{path!r} is a {found} of exitkit {writer}; this is exitkit {installed_versions()['exitkit']}, which reads {FORMAT}: "
+            f"{path!r} is a {found} of exitkit {writer}; exitkit {installed_versions()['exitkit']} reads {FORMAT}: "
             "update exitkit, or export again"
         )
     raise FileError(f"{path!r} is no package of exitkit; write one with exitkit.export(ee, path)")

@@ -70,8 +70,8 @@ def read_configuration(path: Path) -> dict[str, Any]:
     given = config.get("format") if isinstance(config, dict) else None
     if given != _FORMAT and str(given).startswith(_FAMILY):
         raise FileError(
-            f"{str(path)!r} is of format {given!r}, saved by {saved_by(config)}; this is exitkit {installed_versions()['exitkit']}, "
-            f"which reads {_FORMAT!r}. Install the version that saved it, or save the exits again"
+            f"{str(path)!r} is of format {given!r}, saved by {saved_by(config)}; exitkit {installed_versions()['exitkit']} reads "
+            f"{_FORMAT!r}. Install the version that saved it, or save the exits again"
         )
     if given != _FORMAT:
         raise FileError(f"{str(path)!r} is no configuration of exits. {_REMEDY}")
