@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterable, Iterator, Sized
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
-from accelerate import Accelerator, DataLoaderConfiguration
-from accelerate.state import AcceleratorState
-from accelerate.utils import parse_flag_from_env, set_seed
 from torch.utils.data import DataLoader
 
 from exitkit.common.batches import check_iterable
 from exitkit.common.errors import ArgumentError
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 _SHARDING = {
     "ACCELERATE_USE_FSDP": "FSDP",
@@ -38,6 +38,10 @@ def make_accelerator(mixed_precision: str) -> Accelerator:
         ExitkitError: ``accelerate launch`` was asked to divide the model among processes, or the device does not
             have this precision.
     """
+    from accelerate import Accelerator, DataLoaderConfiguration
+    from accelerate.state import AcceleratorState
+    from accelerate.utils import parse_flag_from_env
+
     if asked := [name for variable, name in _SHARDING.items() if parse_flag_from_env(variable)]:
         raise ArgumentError(
             f"accelerate launch was asked for {asked[0]}, which divides the parameters among processes; phases freeze and "
@@ -89,6 +93,8 @@ def _check_readable(loader: Any, name: str) -> None:
 
 def seed_everything(loader: Iterable[Any], seed: int, epoch: int = 0) -> None:
     """A seed per epoch instead of stored generator states: initial order, shuffling and augmentation follow from it."""
+    from accelerate.utils import set_seed
+
     seed = (seed * _APART + epoch) % _SEEDS
     set_seed(seed)
     outer = getattr(loader, "batch_sampler", None)
@@ -99,8 +105,8 @@ def seed_everything(loader: Iterable[Any], seed: int, epoch: int = 0) -> None:
             generator.manual_seed(seed)
 
 
-def length(loader: Iterable[Any]) -> int | None:
-    """Batches per epoch; None for a loader that cannot know (an iterable data set)."""
+def length(loader: Any) -> int | None:
+    """Batches per epoch (or samples of a data set); None for a loader that cannot know (an iterable data set)."""
     try:
         return len(cast("Sized", loader))
     except TypeError:

@@ -6,20 +6,14 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import broadcast
 from torch import Tensor
-from torch.nn import functional as F
 
-from exitkit.common.batches import check_labels, checked, split_batch
+from exitkit.common.batches import checked
 from exitkit.common.errors import ArgumentError
 from exitkit.multi_exit.model import MultiExitModel
-from exitkit.surgery.capturing import evaluation_mode
-from exitkit.surgery.fingerprint import weights_digest
-from exitkit.surgery.inputs import call_on
 from exitkit.training.checkpoint import a_full_disk_survived, load_checkpoint, remove_leftovers, save_checkpoint
 from exitkit.training.distributed import length, random_state, seed_everything, set_random_state
 from exitkit.training.early_stopping import EarlyStopping
@@ -28,8 +22,11 @@ from exitkit.training.freezing import Stages
 from exitkit.training.objective import Objective
 from exitkit.training.options import Options
 from exitkit.training.progress import Display, Epoch, write_log
-from exitkit.training.schedules import schedule_name
 from exitkit.training.step import Learner
+from exitkit.training.validation import validate
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 TERMINATED = 143
 """The exit status that shells give a process ended by SIGTERM."""
@@ -60,6 +57,7 @@ class Run:
     """The state of a run, all of which is in its checkpoints.
 
     Attributes:
+        settings: what must be the same for a checkpoint to be continued.
         view: what the loaders' batches are for: the model, or its heads alone where features are cached.
         interrupted: whether SIGTERM has come.
         phase: index of the phase that is trained.
@@ -74,6 +72,7 @@ class Run:
     stages: Stages | None
     display: Display
     interrupted: Callable[[], bool]
+    settings: dict[str, Any]
     history: list[Epoch] = field(default_factory=list)
     phase: int = 0
 
@@ -85,7 +84,6 @@ class Run:
         self.stopping = EarlyStopping(self.options.patience)
         self.best: dict[str, Tensor] | None = None
         self.random: dict[str, Any] | None = None
-        self.settings = self._settings()
 
     def train(self) -> None:
         """Train every phase that is not over yet."""
@@ -146,31 +144,21 @@ class Run:
 
     def _record(self, learner: Learner, epoch: int, speed: float) -> Epoch:
         if self.accelerator.num_processes > 1:
+            from accelerate.utils import broadcast
+
             broadcast(list(self.model.buffers()))  # each process has BatchNorm statistics of its own part
         totals = self.accelerator.reduce(self.tally.totals.to(self.accelerator.device)).cpu()
         batches = self.accelerator.reduce(self.tally.batches.to(self.accelerator.device)).cpu()
-        loss = tuple((totals / batches)[list(learner.phase.exits)].tolist())
+        loss = tuple(float(totals[m] / batches[m]) if batches[m] else None for m in learner.phase.exits)
         accuracy, val_loss = (None, None) if self.val_loader is None else self._validate(self.val_loader, learner)
         temperature = None if self.options.loss.distillation is None else self.objective.temperature
         return Epoch(epoch, loss, accuracy, self.phase, learner.phase.exits, val_loss, speed, temperature)
 
     def _validate(self, loader: Iterable[Any], learner: Learner) -> tuple[tuple[float, ...] | None, tuple[float, ...]]:
-        """Accuracy (None for regression) and loss of every head, the backbone's last."""
-        classes = self.model.num_classes
-        right, losses, samples = torch.zeros(len(self.model.exits)), torch.zeros(len(self.model.exits)), 0
-        with evaluation_mode(self.model), torch.no_grad(), self.accelerator.autocast():
-            for batch in checked(loader, "val_loader"):
-                inputs, labels = split_batch(batch)
-                _, heads = call_on(self.view.run_heads, learner.inputs(inputs))
-                answers = torch.stack([logits.float() for logits in heads], 1)
-                targets = check_labels(labels, classes, len(answers)).to(answers.device)
-                answers, targets = (part.cpu() for part in self.accelerator.gather_for_metrics((answers, targets)))
-                samples += len(answers)
-                losses += _sample_losses(answers, targets).sum(0)
-                right += (answers.argmax(-1) == targets[:, None]).sum(0)
-                self._leave_if_asked(learner)
-        accuracy = None if classes == 1 else tuple((right / samples).tolist())
-        return accuracy, tuple((losses / samples).tolist())
+        channels_last = self.options.channels_last
+        return validate(
+            self.model, self.view, loader, self.accelerator, channels_last, lambda: self._leave_if_asked(learner)
+        )
 
     def _keep_best(self, record: Epoch) -> None:
         scores = record.accuracy or tuple(-loss for loss in record.val_loss or ())
@@ -186,31 +174,6 @@ class Run:
             name: value.detach().to("cpu", copy=True)
             for name, value in self.model.state_dict().items()
             if name.startswith(trained)
-        }
-
-    def _settings(self) -> dict[str, Any]:
-        """What must be the same for a checkpoint to be continued."""
-        options, method = self.options, self.model.method
-        return {
-            "exits": [boundary.name for boundary in self.model.boundaries],
-            "method": method.name,
-            "cascade": method.cascade,
-            "past_future": method.past_future,
-            "width": method.width,
-            "backbone": weights_digest(self.model.backbone, self.model.new_head) if self.stages is None else "trained",
-            "regime": [dict(vars(phase)) for phase in options.phases],
-            "epochs": options.epochs,
-            "lr": options.lr,
-            "backbone_lr": options.backbone_lr,
-            "milestones": None if options.milestones is None else list(options.milestones),
-            "schedule": schedule_name(options.schedule),
-            "weight_decay": options.weight_decay,
-            "optimizer": options.optimizer_name,
-            "loss": options.loss.describe(),
-            "accumulate": options.accumulate,
-            "max_grad_norm": options.max_grad_norm,
-            "seed": options.seed,
-            "mixed_precision": options.mixed_precision,
         }
 
     def _leave_if_asked(self, learner: Learner) -> None:
@@ -299,11 +262,3 @@ def grouped(batches: Iterable[Any], size: int) -> Iterator[list[Any]]:
     iterator = iter(batches)
     while group := list(islice(iterator, size)):
         yield group
-
-
-def _sample_losses(answers: Tensor, targets: Tensor) -> Tensor:
-    """Each exit's loss on each sample (N, M + 1) of answers (N, M + 1, C)."""
-    if answers.shape[-1] == 1:
-        return (answers[..., 0] - targets[:, None]).square()
-    expanded = targets[:, None].expand(answers.shape[:2])
-    return F.cross_entropy(answers.flatten(0, 1), expanded.flatten(), reduction="none").view(answers.shape[:2])

@@ -1,14 +1,13 @@
-"""A phase at work: what it optimises, and one step of it."""
+"""A phase at work: what it runs, what it optimises, and one step of it."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -17,13 +16,39 @@ from exitkit.common.errors import ArgumentError, DivergedError
 from exitkit.multi_exit.model import MultiExitModel
 from exitkit.surgery.capturing import logits_of
 from exitkit.surgery.inputs import call_on
-from exitkit.training.feature_cache.heads_alone import HeadsAlone
+from exitkit.training.feature_cache.heads_alone import HeadsAlone, HeadsOutput
 from exitkit.training.freezing import Stages, learn
-from exitkit.training.needed import HeadsUntil, last_needed
+from exitkit.training.losses import Distillation
 from exitkit.training.objective import Objective
 from exitkit.training.options import Options
 from exitkit.training.regimes import Phase
 from exitkit.training.schedules import make_scheduler
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+
+class HeadsUntil(nn.Module):
+    """A model's heads up to exit ``last``, called with what the backbone takes; the parameters are the model's own.
+
+    The backbone's layers behind that exit do not run, and neither does the ensemble.
+    """
+
+    def __init__(self, model: MultiExitModel, last: int) -> None:
+        super().__init__()
+        self.model = model
+        self.last = last
+
+    def forward(self, *args: Any, **kwargs: Any) -> HeadsOutput:
+        return HeadsOutput(*self.model.run_until(self.last, *args, **kwargs))
+
+
+def last_needed(exits: Sequence[int], distillation: Distillation | None, model: MultiExitModel) -> int:
+    """The last exit whose logits the losses of ``exits`` read: of these, of their teachers, and of those they imitate."""
+    backbone = len(model.classifiers)
+    teachers = [] if distillation is None else [t for m in exits for t in distillation.of(m, backbone)]
+    imitated = [backbone - 1] if model.method.past_future else []
+    return max(*exits, *teachers, *imitated, 0)
 
 
 class Learner:

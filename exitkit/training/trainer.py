@@ -20,6 +20,7 @@ from exitkit.training.interruption import sigterm_noted
 from exitkit.training.loop import Run
 from exitkit.training.options import Options
 from exitkit.training.progress import Epoch, displayed
+from exitkit.training.same_run import data_of, settings_of
 
 
 @dataclass(eq=False)
@@ -88,13 +89,16 @@ class Trainer(Options):
     def fit(self, train_loader: Iterable[Any], val_loader: Iterable[Any] | None = None) -> list[Epoch]:
         """Train phase by phase, then fit the ensemble; the model is changed in place. Returns the record of every epoch.
 
+        The ensemble is fitted on ``val_loader`` where there is one, on ``train_loader`` otherwise (why it matters:
+        :func:`exitkit.training.fit_ensemble`). Choose thresholds on other samples than these.
+
         Under ``accelerate launch`` or ``torchrun`` each process takes every n-th batch and the gradients are averaged.
 
         Args:
             train_loader: yields ``(inputs, labels)`` or dicts with ``labels``: class indices (-1 for none), class
                 probabilities (B, C), or values to regress where the model has one output. With distillation, inputs alone
                 will do.
-            val_loader: the same, with class indices, for per-exit accuracy and early stopping.
+            val_loader: the same, with class indices, for per-exit accuracy, early stopping and the ensemble's fit.
 
         Raises:
             ExitkitError: an empty loader, labels out of range, a loss that is not finite, an unusable checkpoint.
@@ -107,6 +111,10 @@ class Trainer(Options):
         val = None if val_loader is None else own_part(accelerator, val_loader, "val_loader")
         self._place(accelerator.device)
         self.history = []
+        settings = settings_of(self)
+        if self.directory is not None:
+            settings |= data_of(train, "train_loader", accelerator.num_processes)
+            settings |= data_of(val, "val_loader", accelerator.num_processes)
         data = Data(self.model, train, val)
         with (
             flags_restored(self.model),
@@ -119,10 +127,11 @@ class Trainer(Options):
                 sigterm_noted(self.directory is not None) as interrupted,
                 self._display(accelerator.is_main_process, length(train)) as display,
             ):
-                Run(self, accelerator, *data, stages, display, interrupted, self.history).train()
+                Run(self, accelerator, *data, stages, display, interrupted, settings, self.history).train()
             self.model.combiners.requires_grad_(True)
-            seed_everything(data.train, self.seed)
-            fit_ensemble_on(self.model, data.view, data.train, accelerator.gather_for_metrics)
+            seed_everything(data.train, self.seed)  # the same images, whatever was drawn before
+            held_out = data.train if data.val is None else data.val
+            fit_ensemble_on(self.model, data.view, held_out, accelerator.gather_for_metrics)
         return self.history
 
     def _make_directory(self) -> None:

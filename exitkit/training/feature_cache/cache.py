@@ -10,10 +10,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
@@ -31,8 +30,15 @@ from exitkit.training.feature_cache.store import Writer, read_store, row_bytes
 from exitkit.training.options import Options
 from exitkit.training.step import placed
 
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
 _GIGABYTE = 1e9
 _LABELS, _LOGITS = "labels", "logits"
+
+
+class _NotStored(Exception):  # noqa: N818 - it ends in a warning
+    """The features cannot be written, for the reason in the message."""
 
 
 class Data(NamedTuple):
@@ -69,7 +75,7 @@ def cached(options: Options, accelerator: Accelerator, data: Data) -> Iterator[D
         try:
             for name, loader in loaders.items():
                 rows[name] = cache.rows(loader, folder / f"features-{name}.safetensors")
-        except OSError as reason:
+        except _NotStored as reason:
             warnings.warn(f"cache=True, but {reason}; the backbone runs in every epoch", stacklevel=4)
         yield Data(cache.view, rows["train"], rows.get("val")) if rows.keys() == loaders.keys() else data
 
@@ -106,14 +112,14 @@ class _Cache:
         """The loader's batches as rows of its store, which is computed where there is none of this content.
 
         Raises:
-            OSError: no room.
+            _NotStored: no room.
         """
         stored = read_store(path, self._key(loader)) if path.exists() else None
         if stored is None:
             path.unlink(missing_ok=True)  # so that never two of them take disk
             stored = read_store(path, self._compute(loader, path))
         if stored is None:
-            raise OSError(f"{str(path)!r} cannot be read back as it was written")
+            raise _NotStored(f"{str(path)!r} cannot be read back as it was written")
         self.used += path.stat().st_size
         return DataLoader(
             _Rows(stored), batch_sampler=loader.batch_sampler, collate_fn=_as_it_is, generator=loader.generator
@@ -123,7 +129,9 @@ class _Cache:
         """Write the store; its key."""
         content, start, rows = self._about(), 0, len(loader.dataset)  # type: ignore[arg-type]
         first: dict[str, Tensor] = {}
-        with replacing(path) as temporary:
+        with ExitStack() as stack:
+            with _storing(path):
+                temporary = stack.enter_context(replacing(path))
             for batch in checked(self._in_order(loader), "the loader to cache"):
                 inputs, labels = self._added(content, batch)
                 parts = self._parts(inputs, labels)
@@ -132,14 +140,16 @@ class _Cache:
                     self._check_room(rows * row_bytes(first), path.parent)
                     writer = Writer(temporary, first, rows)
                 _check_alike(first, parts)
-                writer.write(start, parts)
+                with _storing(path):
+                    writer.write(start, parts)
                 start += len(parts[_LOGITS])
             if start != rows:
                 raise ArgumentError(
                     f"cache=True: the data set has {rows} samples, but {start} came out of the loader's collate_fn, so that "
                     "they cannot be told apart by number; leave none out, or leave cache out"
                 )
-            writer.finish(content.hexdigest())
+            with _storing(path):
+                writer.finish(content.hexdigest())
         return content.hexdigest()
 
     def _parts(self, inputs: Any, labels: Tensor | None) -> dict[str, Tensor]:
@@ -192,13 +202,22 @@ class _Cache:
     def _check_room(self, size: int, folder: Path) -> None:
         allowed = self.options.cache_gb * _GIGABYTE - self.used
         if size > allowed:
-            raise OSError(
+            raise _NotStored(
                 f"the features take {size / _GIGABYTE:.3g} GB of disk, and cache_gb leaves {allowed / _GIGABYTE:.3g}"
             )
         if size > (free := shutil.disk_usage(folder).free):
-            raise OSError(
+            raise _NotStored(
                 f"the features take {size / _GIGABYTE:.3g} GB, and {str(folder)!r} has {free / _GIGABYTE:.3g} free"
             )
+
+
+@contextmanager
+def _storing(path: Path) -> Iterator[None]:
+    """An error of the file system while the store is written is a lack of room; one of the data set's own is not."""
+    try:
+        yield
+    except OSError as error:
+        raise _NotStored(f"{str(path)!r} cannot be written ({error.strerror or error})") from error
 
 
 class _Rows(Dataset[Any]):
