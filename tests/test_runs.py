@@ -244,13 +244,13 @@ def test_gradient_checkpointing_that_a_model_cannot_is_refused(ee: MultiExitMode
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"accumulate": 0}, "accumulate=0 must be a whole number greater than 0"),
-        ({"max_grad_norm": 0}, "max_grad_norm=0 must be greater than 0"),
-        ({"backbone_lr": -1}, "backbone_lr=-1 must be greater than 0"),
+        ({"accumulate": 0}, "accumulate=0 must be a whole number at least 1"),
+        ({"max_grad_norm": 0}, "max_grad_norm=0 must be a number greater than 0"),
+        ({"backbone_lr": -1}, "backbone_lr=-1 must be a number greater than 0"),
         ({"backbone_lr": "fast"}, "backbone_lr='fast' must be a number"),
         ({"optimizer": "adamw"}, r"optimizer= is a str; give a function that makes one, such as torch\.optim\.AdamW"),
-        ({"milestones": "15"}, "milestones='15' must be whole numbers of epochs"),
-        ({"milestones": [0]}, r"milestones=\[0\] must be whole numbers"),
+        ({"milestones": "15"}, "milestones='15' must be a list of epochs"),
+        ({"milestones": [0]}, "milestones=0 must be a whole number at least 1"),
         ({"optimizer": lambda groups: groups}, "returned list; give a function from parameter groups"),
     ],
 )

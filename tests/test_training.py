@@ -328,7 +328,7 @@ def test_a_stopped_run_does_not_train_on(tmp_path: Path, tiny_ee: MultiExitModel
     options = {"epochs": 9, "patience": 2, "output_dir": tmp_path}
     trainer(tiny_ee, **options).fit(loader(), Worsening(loader(seed=1)))
     assert len(trainer(other, **options).fit(loader(), loader(seed=1))) == 3
-    assert identical(state_of(other), state_of(tiny_ee))
+    assert identical(state_of(other.classifiers), state_of(tiny_ee.classifiers))
 
 
 # checkpoints ---------------------------------------------------------------------------------------------------------
@@ -671,16 +671,16 @@ def test_each_trainer_has_its_own_precision(tiny_net: TinyNet, loader: Loaders, 
         ({"mixed_precision": "fp8"}, "mixed_precision='fp8' is unknown.*'bf16'"),
         ({"resume": "always"}, "resume='always' is unknown.*'never'"),
         ({"log": "wandb"}, "log='wandb' is unknown.*'csv'"),
-        ({"epochs": 0}, "epochs=0 must be a whole number greater than 0"),
+        ({"epochs": 0}, "epochs=0 must be a whole number at least 1"),
         ({"epochs": -1}, "epochs=-1"),
         ({"epochs": 1.5}, r"epochs=1\.5"),
-        ({"lr": 0.0}, r"lr=0\.0 must be greater than 0"),
+        ({"lr": 0.0}, r"lr=0\.0 must be a number greater than 0"),
         ({"lr": -1e-3}, r"lr=-0\.001"),
         ({"lr": float("nan")}, "lr=nan"),
-        ({"patience": 0}, "patience=0 must be a whole number greater than 0"),
+        ({"patience": 0}, "patience=0 must be a whole number at least 1"),
         ({"weight_decay": -0.1}, r"weight_decay=-0\.1"),
         ({"cache": "yes"}, "cache='yes' must be True or False"),
-        ({"output_dir": 5}, "output_dir=5 must be the path of a folder"),
+        ({"output_dir": 5}, "output_dir=5 must be a text or a Path or None"),
         ({"optimizer": functools.partial(torch.optim.SGD, speed=2)}, "optimizer= cannot be called .*'speed'.*partial"),
     ],
 )
