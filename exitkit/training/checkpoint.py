@@ -26,13 +26,13 @@ DATA = ("train_loader ", "val_loader ")
 def save_checkpoint(directory: Path, settings: dict[str, Any], state: dict[str, Any]) -> None:
     """Write ``state`` to the run directory; the previous checkpoint stays until the new one is complete."""
     content = {"format": _FORMAT, "settings": settings, **state}
-    with a_full_disk_survived(directory), replacing(directory / NAME) as temporary:
+    with disk_errors_as_warnings(directory), replacing(directory / NAME) as temporary:
         torch.save({**content, "sha256": digest(content)}, temporary)
 
 
 @contextmanager
-def a_full_disk_survived(directory: Path) -> Iterator[None]:
-    """A file that cannot be written costs this file, with a warning, and not the run."""
+def disk_errors_as_warnings(directory: Path) -> Iterator[None]:
+    """A file that cannot be written ends in a warning, and the run goes on."""
     try:
         yield
     except (OSError, RuntimeError) as error:  # torch's own writer raises RuntimeError for a full disk

@@ -14,7 +14,7 @@ from torch import Tensor
 from exitkit.common.batches import checked
 from exitkit.common.errors import ArgumentError
 from exitkit.multi_exit.model import MultiExitModel
-from exitkit.training.checkpoint import a_full_disk_survived, load_checkpoint, remove_leftovers, save_checkpoint
+from exitkit.training.checkpoint import disk_errors_as_warnings, save_checkpoint
 from exitkit.training.distributed import length, random_state, seed_everything, set_random_state
 from exitkit.training.early_stopping import EarlyStopping
 from exitkit.training.feature_cache.heads_alone import HeadsAlone
@@ -85,9 +85,8 @@ class Run:
         self.best: dict[str, Tensor] | None = None
         self.random: dict[str, Any] | None = None
 
-    def train(self) -> None:
-        """Train every phase that is not over yet."""
-        state = self._load()
+    def train(self, state: dict[str, Any] | None) -> None:
+        """Train every phase, or, from a checkpoint's state, those that are not over yet."""
         for index in range(0 if state is None else state["phase"], len(self.options.phases)):
             self.phase = index
             self._train_phase(state)
@@ -113,10 +112,10 @@ class Run:
             self.tally = Tally.empty(len(self.model.exits))
             self.display.epoch(record)
             if self.options.directory is not None and self.accelerator.is_main_process:
-                with a_full_disk_survived(self.options.directory):
+                with disk_errors_as_warnings(self.options.directory):
                     write_log(self.options.directory, self.options.log, self.history)
             self._save(learner)
-            self._leave_if_asked(learner)
+            self._stop_if_terminated(learner)
             done += 1
         if self.best is not None:
             self.model.load_state_dict(self.best, strict=False)
@@ -137,7 +136,7 @@ class Run:
             losses, samples = learner.step(group, weights, epoch, step)
             self.tally.add(learner.phase.exits_at(epoch, step), losses, len(group), samples)
             self.display.step(losses / len(group), samples * self.accelerator.num_processes)
-            self._leave_if_asked(learner)
+            self._stop_if_terminated(learner)
         seconds = time.monotonic() - started
         speed = (self.tally.samples - before) * self.accelerator.num_processes / max(seconds, 1e-9)
         return self._record(learner, epoch, speed)
@@ -157,7 +156,7 @@ class Run:
     def _validate(self, loader: Iterable[Any], learner: Learner) -> tuple[tuple[float, ...] | None, tuple[float, ...]]:
         channels_last = self.options.channels_last
         return validate(
-            self.model, self.view, loader, self.accelerator, channels_last, lambda: self._leave_if_asked(learner)
+            self.model, self.view, loader, self.accelerator, channels_last, lambda: self._stop_if_terminated(learner)
         )
 
     def _keep_best(self, record: Epoch) -> None:
@@ -176,7 +175,7 @@ class Run:
             if name.startswith(trained)
         }
 
-    def _leave_if_asked(self, learner: Learner) -> None:
+    def _stop_if_terminated(self, learner: Learner) -> None:
         """After SIGTERM: write down where the epoch stands and end the process. All processes leave at one step."""
         if self.options.directory is None:
             return
@@ -213,17 +212,6 @@ class Run:
             }
             save_checkpoint(self.options.directory, self.settings, state)
         self.accelerator.wait_for_everyone()
-
-    def _load(self) -> dict[str, Any] | None:
-        """The checkpoint to go on from, checked against this run before anything is changed."""
-        directory = self.options.directory
-        if directory is None:
-            return None
-        if self.accelerator.is_main_process:
-            remove_leftovers(directory)
-        if self.options.resume == "never":
-            return None
-        return load_checkpoint(directory, self.settings)
 
     def _restore(self, state: dict[str, Any], learner: Learner) -> None:
         own, stored = self.model.state_dict(), state["weights"]

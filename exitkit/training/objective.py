@@ -1,4 +1,4 @@
-"""A loss at work: from every exit's logits to a number to minimise."""
+"""The objective: from every exit's logits to the number that is minimised."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from exitkit.training.losses import Confidence, Divergence, Loss
 
 @dataclass
 class Objective:
-    """A :class:`Loss` at work, with the temperature it has reached.
+    """What :class:`Loss` asks for, computed, with the temperature that the distillation has reached.
 
     Attributes:
         loss: what is minimised.
@@ -54,7 +54,7 @@ class Objective:
             teacher: logits (B, C) of another model.
 
         Raises:
-            ExitkitError: samples without labels that have nothing else to learn from.
+            ArgumentError: samples that have neither a label nor a teacher.
         """
         logits = {m: heads[m].float() for m in range(len(heads))}
         self._check_teachable(targets, exits)
@@ -82,8 +82,8 @@ class Objective:
         if config is None:
             if targets is None:
                 raise ArgumentError(
-                    "the loader yields no labels; yield (inputs, labels) or a dict with the key 'labels', or learn without "
-                    "labels by loss=exitkit.training.Loss(distillation=exitkit.training.Distillation())"
+                    "the loader yields no labels; yield (inputs, labels) or a dict with 'labels', or learn without labels by "
+                    "loss=exitkit.training.Loss(distillation=exitkit.training.Distillation())"
                 )
             if targets.dim() == 1 and not targets.is_floating_point() and bool((targets == UNLABELLED).any()):
                 raise ArgumentError(

@@ -1,4 +1,4 @@
-"""What a run is asked for, checked before anything is trained."""
+"""The options of a run, checked before anything is trained."""
 
 from __future__ import annotations
 
@@ -106,13 +106,13 @@ class Options:
             optimizer = self.optimizer(groups)
         except (TypeError, ValueError) as error:
             raise ArgumentError(
-                f"optimizer= cannot be called with parameter groups ({error}); give its other options by functools.partial, "
-                "such as functools.partial(torch.optim.SGD, momentum=0.9)"
+                f"optimizer= cannot be called with parameter groups ({error}); give other options by functools.partial, such "
+                "as functools.partial(torch.optim.SGD, momentum=0.9)"
             ) from error
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise ArgumentError(
                 f"optimizer= returned {type(optimizer).__name__}; give a function from parameter groups to an optimiser, such "
-                "as torch.optim.AdamW or functools.partial(torch.optim.SGD, momentum=0.9)"
+                "as torch.optim.AdamW"
             )
         return optimizer
 

@@ -1,4 +1,4 @@
-"""The feature cache: what a frozen backbone says about every sample, computed once."""
+"""Computes the features, keeps them in a file, and makes loaders of its rows."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from exitkit.surgery.capturing import evaluation_mode
 from exitkit.surgery.fingerprint import weights_digest
 from exitkit.surgery.inputs import call_on
 from exitkit.training.distributed import seed_everything
-from exitkit.training.feature_cache.heads_alone import HeadsAlone, bodies_read
+from exitkit.training.feature_cache.heads_alone import HeadsAlone, body_inputs
 from exitkit.training.feature_cache.store import Writer, read_store, row_bytes
 from exitkit.training.options import Options
 from exitkit.training.step import placed
@@ -56,12 +56,12 @@ def cached(options: Options, accelerator: Accelerator, data: Data) -> Iterator[D
     They are kept in ``output_dir``, where a later run finds them, or in a temporary folder until the end.
 
     Raises:
-        ExitkitError: several processes, a loader whose samples have no numbers, or features that differ in shape.
+        ArgumentError: several processes, a loader whose samples have no numbers, or features that differ in shape.
     """
     if accelerator.num_processes > 1:
         raise ArgumentError(
-            f"cache=True is for one process, this run has {accelerator.num_processes}; heads alone train quickly, so start "
-            "without torchrun or accelerate launch, or leave cache out"
+            f"cache=True is for one process, this run has {accelerator.num_processes}; start without torchrun or accelerate "
+            "launch, or leave cache out"
         )
     loaders = {"train": _numbered(data.train, "train_loader")}
     if data.val is not None:
@@ -145,8 +145,8 @@ class _Cache:
                 start += len(parts[_LOGITS])
             if start != rows:
                 raise ArgumentError(
-                    f"cache=True: the data set has {rows} samples, but {start} came out of the loader's collate_fn, so that "
-                    "they cannot be told apart by number; leave none out, or leave cache out"
+                    f"cache=True: the data set has {rows} samples, but {start} came out of the loader's collate_fn; keep all, or "
+                    "leave cache out"
                 )
             with _storing(path):
                 writer.finish(content.hexdigest())
@@ -155,7 +155,7 @@ class _Cache:
     def _parts(self, inputs: Any, labels: Tensor | None) -> dict[str, Tensor]:
         """A batch's rows: reduced features, the backbone's logits, and labels where there are some."""
         model = self.options.model
-        with evaluation_mode(model), torch.no_grad(), self.accelerator.autocast(), bodies_read(model) as read:
+        with evaluation_mode(model), torch.no_grad(), self.accelerator.autocast(), body_inputs(model) as read:
             _, heads = call_on(model.run_heads, placed(inputs, self.accelerator.device, self.options.channels_last))
             reduced = [reduce(*args) for reduce, args in zip(self.view.reductions, read, strict=True)]
         parts = {**{f"exit{m}": part for m, part in enumerate(reduced)}, _LOGITS: heads[-1]}
@@ -249,6 +249,6 @@ def _check_alike(first: dict[str, Tensor], parts: dict[str, Tensor]) -> None:
         was, is_ = (None if name not in batch else tuple(batch[name].shape[1:]) for batch in (first, parts))
         if was != is_ or first[name].dtype != parts[name].dtype:
             raise ArgumentError(
-                f"cache=True: {name} has shape {was} per sample in the first batch and {is_} in another, so that it has no "
-                "place in one table; pad all samples to one length, use head='auto' or '1L', or leave cache out"
+                f"cache=True: {name} has shape {was} per sample in the first batch and {is_} in another; pad all samples to "
+                "one length, use head='auto' or '1L', or leave cache out"
             )
