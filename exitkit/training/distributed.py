@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from exitkit.common.batches import check_iterable
 from exitkit.common.errors import ArgumentError
@@ -101,6 +101,18 @@ def seed_everything(loader: Iterable[Any], seed: int, epoch: int = 0) -> None:
     for owner in (loader, outer, *samplers):
         if isinstance(generator := getattr(owner, "generator", None), torch.Generator):
             generator.manual_seed(seed)
+
+
+def in_order(loader: DataLoader[Any], dataset: Dataset[Any], batch_size: int, workers: int) -> DataLoader[Any]:
+    """A loader of a data set's samples in the order of their numbers, read and collated as ``loader`` does."""
+    return DataLoader(
+        dataset,
+        batch_size=batch_size,
+        num_workers=workers,
+        collate_fn=loader.collate_fn,
+        worker_init_fn=loader.worker_init_fn,
+        multiprocessing_context=loader.multiprocessing_context,
+    )
 
 
 def length(loader: Any) -> int | None:

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, IterableDataset, Subset
 from exitkit.common.batches import split_batch
 from exitkit.surgery.fingerprint import weights_digest
 from exitkit.training.checkpoint import digest
-from exitkit.training.distributed import length, random_state, seed_everything, set_random_state
+from exitkit.training.distributed import in_order, length, random_state, seed_everything, set_random_state
 from exitkit.training.options import Options
 from exitkit.training.schedules import schedule_name
 
@@ -47,7 +47,7 @@ def settings_of(options: Options) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """With Python's own numbers, which alone can be loaded without unpickling code."""
+    """The same with Python's own numbers: those of numpy cannot be loaded without unpickling code."""
     if isinstance(value, Mapping):
         return {_plain(key): _plain(item) for key, item in value.items()}
     if isinstance(value, tuple | list):
@@ -90,14 +90,7 @@ def _content(loader: DataLoader[Any], samples: int | None) -> tuple[str | None, 
     if not samples:
         return None, None
     numbers = np.linspace(0, samples - 1, min(samples, _SAMPLES)).astype(int).tolist()
-    some: DataLoader[Any] = DataLoader(
-        Subset(loader.dataset, numbers),
-        batch_size=len(numbers),
-        num_workers=min(1, loader.num_workers),
-        collate_fn=loader.collate_fn,
-        worker_init_fn=loader.worker_init_fn,
-        multiprocessing_context=loader.multiprocessing_context,
-    )
+    some = in_order(loader, Subset(loader.dataset, numbers), len(numbers), min(1, loader.num_workers))
     before = random_state()
     readings = []
     try:

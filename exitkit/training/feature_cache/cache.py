@@ -24,7 +24,7 @@ from exitkit.multi_exit.model import MultiExitModel
 from exitkit.surgery.capturing import evaluation_mode
 from exitkit.surgery.fingerprint import weights_digest
 from exitkit.surgery.inputs import call_on
-from exitkit.training.distributed import seed_everything
+from exitkit.training.distributed import in_order, seed_everything
 from exitkit.training.feature_cache.heads_alone import HeadsAlone, body_inputs
 from exitkit.training.feature_cache.store import Writer, read_store, row_bytes
 from exitkit.training.options import Options
@@ -145,8 +145,8 @@ class _Cache:
                 start += len(parts[_LOGITS])
             if start != rows:
                 raise ArgumentError(
-                    f"cache=True: the data set has {rows} samples, but {start} came out of the loader's collate_fn; keep all, or "
-                    "leave cache out"
+                    f"cache=True: the data set has {rows} samples, but {start} came out of the loader's collate_fn; keep "
+                    "all, or leave cache out"
                 )
             with _storing(path):
                 writer.finish(content.hexdigest())
@@ -190,14 +190,7 @@ class _Cache:
         """Every sample once, by its number, and augmented alike in every pass and every run of one seed."""
         seed_everything(loader, self.options.seed)
         size = getattr(loader.batch_sampler, "batch_size", None) or 64
-        return DataLoader(
-            loader.dataset,
-            batch_size=size,
-            num_workers=loader.num_workers,
-            collate_fn=loader.collate_fn,
-            worker_init_fn=loader.worker_init_fn,
-            multiprocessing_context=loader.multiprocessing_context,
-        )
+        return in_order(loader, loader.dataset, size, loader.num_workers)
 
     def _check_room(self, size: int, folder: Path) -> None:
         allowed = self.options.cache_gb * _GIGABYTE - self.used
