@@ -259,6 +259,18 @@ def test_bad_options_are_refused(ee: MultiExitModel, options: dict[str, Any], me
         trainer(ee, **options)
 
 
+def test_numbers_of_numpy_are_numbers_in_checkpoints_too(ee: MultiExitModel, loader: Loaders, tmp_path: Path) -> None:
+    """A checkpoint holds Python's own numbers alone: those of numpy's cannot be loaded without unpickling code."""
+    distillation = Distillation(
+        temperature=np.float32(2), confidence_limit=np.float32(0.35), multiplier=np.float32(1.1)
+    )
+    options = {"epochs": np.int64(2), "lr": np.float32(0.01), "seed": np.int64(3), "milestones": [np.int64(1)]}
+    options |= {"loss": Loss(label_smoothing=np.float32(0.1), distillation=distillation), "patience": np.int64(2)}
+    histories = [trainer(ee, "disjoint", output_dir=tmp_path, **options).fit(loader(32), loader(16)) for _ in range(2)]
+    assert histories[0] == histories[1]
+    assert checkpoint(tmp_path)["settings"]["lr"] == pytest.approx(0.01)
+
+
 def test_a_run_directory_that_is_a_file_is_refused(tmp_path: Path, ee: MultiExitModel, loader: Loaders) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(ExitkitError, match="file' is a file; give a folder"):

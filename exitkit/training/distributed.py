@@ -93,7 +93,7 @@ def seed_everything(loader: Iterable[Any], seed: int, epoch: int = 0) -> None:
     """A seed per epoch instead of stored generator states: initial order, shuffling and augmentation follow from it."""
     from accelerate.utils import set_seed
 
-    seed = (seed * _SEED_STRIDE + epoch) % _SEEDS
+    seed = (int(seed) * _SEED_STRIDE + epoch) % _SEEDS
     set_seed(seed)
     outer = getattr(loader, "batch_sampler", None)
     inner = getattr(outer, "batch_sampler", None)  # of a loader divided by accelerate

@@ -75,7 +75,7 @@ class Objective:
         """Let τ grow if the teachers are surer than the limit (algorithm 1, line 11)."""
         config = self.loss.distillation
         if config is not None and self.limit is not None and confidence > self.limit:
-            self.temperature *= config.multiplier
+            self.temperature *= float(config.multiplier)
 
     def _check_teachable(self, targets: Tensor | None, exits: Sequence[int]) -> None:
         config = self.loss.distillation

@@ -96,7 +96,7 @@ def epochs_of(phases: Sequence[Phase], epochs: int) -> tuple[int, ...]:
     """How many of the run's epochs each phase has, by its share.
 
     Raises:
-        ExitkitError: too few for every phase to have one.
+        ArgumentError: too few for every phase to have one.
     """
     total = sum(phase.share for phase in phases)
     ends = [int(epochs * share / total + 0.5) for share in accumulate(phase.share for phase in phases)]
@@ -111,12 +111,10 @@ def epochs_of(phases: Sequence[Phase], epochs: int) -> tuple[int, ...]:
 
 def _check(phase: Phase, number: int, last: int, new_head: bool) -> None:
     check_fields(phase, f"phase {number}: ")
-    for name in ("exits", "stages", "alternate"):
-        numbers = getattr(phase, name)
-        rising = isinstance(numbers, tuple | list) and all(isinstance(m, int) for m in numbers)
-        if not (rising and sorted(set(numbers)) == list(numbers) and set(numbers) <= set(range(last + 1))) and not (
-            name == "alternate" and numbers is None
-        ):
+    alternate = () if phase.alternate is None else phase.alternate
+    for name, numbers in (("exits", phase.exits), ("stages", phase.stages), ("alternate", alternate)):
+        whole = isinstance(numbers, tuple | list) and all(isinstance(m, int) for m in numbers)
+        if not whole or sorted(set(numbers)) != list(numbers) or not set(numbers) <= set(range(last + 1)):
             raise ArgumentError(
                 f"phase {number} has {name}={numbers}; give numbers from 0 to {last}, rising, each once"
             )

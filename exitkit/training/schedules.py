@@ -54,7 +54,7 @@ def make_scheduler(
             )
         return schedule(optimizer, epochs * steps)
     if milestones is not None:
-        return MultiStepLR(optimizer, list(milestones))
+        return MultiStepLR(optimizer, [int(epoch) for epoch in milestones])
     return CosineAnnealingLR(optimizer, epochs)
 
 
