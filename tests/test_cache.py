@@ -191,7 +191,9 @@ def test_a_second_run_finds_the_features(tmp_path: Path) -> None:
     assert calls.count == 0
 
 
-@pytest.mark.parametrize("change", ["inputs", "labels", "backbone", "placement", "damaged", "cut", "foreign", "empty"])
+@pytest.mark.parametrize(
+    "change", ["inputs", "labels", "backbone", "one weight", "placement", "damaged", "cut", "foreign", "empty"]
+)
 def test_features_of_something_else_are_computed_again(change: str, tmp_path: Path) -> None:
     first = TinyNet()
     fitted(attached(first, EXAMPLE), images(), cache=True, output_dir=tmp_path)
@@ -205,6 +207,8 @@ def test_features_of_something_else_are_computed_again(change: str, tmp_path: Pa
         labels[7] = (labels[7] + 1) % 3
     elif change == "backbone":
         backbone = TinyNet()
+    elif change == "one weight":  # of 576, a sparse edit
+        first.blocks[1].conv1.weight.data.view(-1)[4] += 0.5  # type: ignore[union-attr,operator]
     elif change == "placement":
         every = 2
     else:
@@ -282,6 +286,42 @@ def test_what_is_too_large_is_said_and_not_cached(limit: str, monkeypatch: pytes
     ee, plain = two()
     with pytest.warns(UserWarning, match="GB.*the backbone runs in every epoch"):
         fitted(ee, images(), cache=True, cache_gb=1e-6 if limit == "cache_gb" else 10, output_dir=tmp_path)
+    fitted(plain, images())
+    assert close(ee, plain, within=0)
+    assert not list(tmp_path.glob("*features*"))
+
+
+class Missing(Dataset[Any]):
+    """One of the images is not where the list says."""
+
+    def __len__(self) -> int:
+        return 48
+
+    def __getitem__(self, number: int) -> Any:
+        if number == 40:
+            raise FileNotFoundError(2, "No such file or directory", "img40.png")
+        return torch.zeros(1, 8, 8), number % 3
+
+
+@pytest.mark.parametrize("where", ["train", "val"])
+def test_an_error_of_the_data_set_is_not_a_lack_of_room(where: str, tmp_path: Path) -> None:
+    missing = DataLoader(Missing(), batch_size=16)
+    loaders = (missing, images()) if where == "train" else (images(), missing)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # it used to say that the backbone runs in every epoch
+        with pytest.raises(FileNotFoundError, match="img40"):
+            fitted(attached(TinyNet(), EXAMPLE), *loaders, cache=True, output_dir=tmp_path)
+    assert not list(tmp_path.glob(f"*features-{where}*"))
+
+
+def test_a_disk_that_fills_while_features_are_written_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(self: Writer, start: int, batch: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Writer, "write", full)
+    ee, plain = two()
+    with pytest.warns(UserWarning, match="No space left on device.*the backbone runs in every epoch"):
+        fitted(ee, images(), cache=True, output_dir=tmp_path)
     fitted(plain, images())
     assert close(ee, plain, within=0)
     assert not list(tmp_path.glob("*features*"))

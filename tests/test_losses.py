@@ -205,6 +205,40 @@ def test_the_temperature_grows_where_the_teacher_is_too_sure() -> None:
     assert temperatures == [1.5, 1.5, 1.5, 1.5]
 
 
+def test_teachers_confidence_is_that_of_algorithm_1() -> None:
+    """Line 11: the largest probability of the teachers' mean; or, by name, the mean of each teacher's largest."""
+    probabilities = torch.tensor([[[0.8, 0.1, 0.1], [0.6, 0.2, 0.2]], [[0.2, 0.7, 0.1], [0.5, 0.3, 0.2]]])
+    logits = [torch.zeros(2, 3), *probabilities.log(), torch.zeros(2, 3)]
+    by_hand = {"max_of_mean": ((0.8 + 0.2) / 2 + (0.6 + 0.5) / 2) / 2, "mean_of_max": (0.8 + 0.6 + 0.7 + 0.5) / 4}
+    reached = {}
+    for kind in by_hand:
+        objective = Objective(Loss(distillation=Distillation({0: (1, 2)}, confidence=kind)), LAST)  # type: ignore[arg-type]
+        objective.losses(logits, None, (0,))
+        assert objective.confidence is not None
+        reached[kind] = objective.confidence.item()
+    assert reached == pytest.approx(by_hand)
+    default = Objective(Loss(distillation=Distillation({0: (1, 2)})), LAST)
+    default.losses(logits, None, (0,))
+    assert default.confidence == pytest.approx(by_hand["max_of_mean"])
+
+
+def test_the_default_distillation_is_for_any_number_of_classes(loader: Loaders) -> None:
+    """τ grows where the teacher is surer than halfway between 1 / classes and 1."""
+    binary = exitkit.attach(TinyNet(num_classes=2), EXAMPLE, every=1, method="sdn")
+    batches = [(images, labels % 2) for images, labels in loader(32)]
+    history = trainer(binary, loss=Loss(distillation=Distillation())).fit(batches, batches)
+    assert all(loss is not None and math.isfinite(loss) for loss in history[0].loss)
+    for classes, limit in ((2, 0.75), (10, 0.55), (100, 0.505)):
+        objective = Objective(Loss(distillation=Distillation()), LAST)
+        objective.losses([torch.zeros(2, classes)] * 4, None, (0,))
+        objective.anneal(limit - 1e-6)
+        assert objective.temperature == 1
+        objective.anneal(limit + 1e-6)
+        assert objective.temperature > 1
+    with pytest.raises(ExitkitError, match=r"confidence_limit=0\.5 would let the temperature grow .*of 2 classes"):
+        trainer(binary, loss=Loss(distillation=Distillation(confidence_limit=0.5)))
+
+
 def test_the_trainer_anneals_once_per_batch(ee: MultiExitModel, loader: Loaders, monkeypatch: Any) -> None:
     reached = []
     anneal = Objective.anneal
@@ -442,19 +476,23 @@ def test_labels_may_be_arrays_and_lists(make: Callable[[Any], Any]) -> None:
     ("make", "message"),
     [
         (lambda: Loss(weights="rising"), "weights='rising' is unknown.*'increasing'"),  # type: ignore[arg-type]
-        (lambda: Loss(weights=[1, -1]), r"weights=\[1, -1\] must be a name or numbers of at least 0"),
-        (lambda: Loss(weights=None), "weights=None must be a name or numbers"),  # type: ignore[arg-type]
-        (lambda: Loss(label_smoothing="a"), "label_smoothing='a' must be at least 0"),  # type: ignore[arg-type]
-        (lambda: Distillation(temperature="hot"), "temperature='hot' of the distillation"),  # type: ignore[arg-type]
+        (lambda: Loss(weights=[1, -1]), "weights=-1 must be a number at least 0; give one number per exit"),
+        (lambda: Loss(weights=None), "weights=None must be 'constant' or .*; or give one number per exit"),  # type: ignore[arg-type]
+        (lambda: Loss(label_smoothing="a"), "label_smoothing='a' must be a number at least 0"),  # type: ignore[arg-type]
+        (lambda: Distillation(temperature="hot"), "temperature='hot' must be a number greater than 0"),  # type: ignore[arg-type]
         (lambda: Loss(reduction="max"), "reduction='max' is unknown"),  # type: ignore[arg-type]
-        (lambda: Loss(label_smoothing=1), "label_smoothing=1 must be at least 0 and below 1"),
-        (lambda: Loss(distillation="last"), "distillation='last' must be exitkit"),  # type: ignore[arg-type]
+        (lambda: Loss(label_smoothing=1), "label_smoothing=1 must be a number at least 0 and below 1"),
+        (lambda: Loss(distillation="last"), "distillation='last' must be a Distillation or None"),  # type: ignore[arg-type]
         (lambda: Distillation("final"), "teachers='final' is unknown"),  # type: ignore[arg-type]
-        (lambda: Distillation(3), "teachers=3 must be a name, a mapping"),  # type: ignore[arg-type]
-        (lambda: Distillation(temperature=0), "temperature=0 of the distillation must be greater than 0"),
+        (lambda: Distillation(3), "teachers=3 must be 'last' or .* a Module; or give a mapping"),  # type: ignore[arg-type]
+        (lambda: Distillation(temperature=0), "temperature=0 must be a number greater than 0"),
         (lambda: Distillation(weight=float("nan")), "weight=nan"),
-        (lambda: Distillation(confidence_limit=1.0), r"confidence_limit=1\.0 must be between 0 and 1"),
-        (lambda: Distillation(multiplier=1.0), r"multiplier=1\.0 must be greater than 1"),
+        (lambda: Distillation(confidence_limit=1.0), r"confidence_limit=1\.0 must be a number between 0 and 1"),
+        (lambda: Distillation(multiplier=1.0), r"multiplier=1\.0 must be a number greater than 1"),
+        (lambda: Distillation(confidence="median"), "confidence='median' is unknown.*'max_of_mean'"),  # type: ignore[arg-type]
+        (lambda: Distillation(confidence_limit="low"), "confidence_limit='low' is unknown.*'auto'"),  # type: ignore[arg-type]
+        (lambda: Distillation(weight=0), "weight=0 must be a number greater than 0"),
+        (lambda: Loss(weights=np.ones(4)), "weights=.*give one number per exit"),  # type: ignore[arg-type]
         (lambda: Distillation(divergence="js"), "divergence='js' is unknown"),  # type: ignore[arg-type]
     ],
 )
@@ -466,16 +504,24 @@ def test_losses_that_make_no_sense_are_refused(make: Callable[[], Any], message:
 @pytest.mark.parametrize(
     ("regime", "loss", "message"),
     [
-        ("disjoint", Loss(weights=[1, 1, 1]), r"has 3 numbers, but there are 4 exits: one for each of blocks\.0"),
+        ("disjoint", Loss(weights=[1, 1, 1]), r"has 3 numbers for 4 exits; give one for each of blocks\.0"),
         ("disjoint", Loss(gradient_equilibrium=True), "gradient_equilibrium=True .* the regime freezes the backbone"),
         (
             "disjoint",
             Loss(distillation=Distillation({})),
-            r"none of the exits that count \(\[0, 1, 2\]\) has a teacher",
+            r"gives none of the exits that count \(\[0, 1, 2\]\) a teacher",
         ),
-        ((Phase((3,), (3,)),), Loss(distillation=Distillation()), "gives them no later exit"),
-        ("disjoint", Loss(distillation=Distillation({0: [0]})), "maps exit 0 to .* none teaches itself"),
-        ("disjoint", Loss(distillation=Distillation({0: 3})), "maps exit 0 to 3; give a tuple of exits"),  # type: ignore[dict-item]
+        (
+            (Phase((3,), (3,)),),
+            Loss(distillation=Distillation()),
+            r"gives none of the exits that count \(\[3\]\) a teacher",
+        ),
+        (
+            "disjoint",
+            Loss(distillation=Distillation({0: [0]})),
+            r"maps exit 0 to \[0\]; give a tuple of other exits from 0 to 3",
+        ),
+        ("disjoint", Loss(distillation=Distillation({0: 3})), "maps exit 0 to 3; give a tuple of other exits"),  # type: ignore[dict-item]
         ("disjoint", Loss(distillation=Distillation({0: "last"})), "maps exit 0 to 'last'"),
         ("disjoint", Loss(distillation=Distillation({0: [4]})), "exits from 0 to 3"),
         ("disjoint", Loss(distillation=Distillation({0: [[3]]})), r"maps exit 0 to \[\[3\]\]"),  # type: ignore[list-item]
@@ -487,9 +533,9 @@ def test_losses_that_make_no_sense_are_refused(make: Callable[[], Any], message:
         (
             "disjoint",
             Loss(distillation=Distillation(confidence_limit=0.3)),
-            r"confidence_limit=0\.3 is never undercut: among 3 classes .* at least 0\.333",
+            r"confidence_limit=0\.3 would let the temperature grow in every step: of 3 classes .* at least 0\.333",
         ),
-        ("disjoint", "sum", "loss='sum' must be exitkit"),
+        ("disjoint", "sum", "loss='sum' must be a Loss"),
     ],
 )
 def test_losses_that_do_not_fit_the_run_are_refused(ee: MultiExitModel, regime: Any, loss: Any, message: str) -> None:
@@ -555,7 +601,7 @@ def test_a_batch_of_one_and_batch_norm() -> None:
     with pytest.raises(ExitkitError, match=r"a batch of one sample has no statistics.*drop_last=True"):
         trainer(ee, "mixed").fit(batch)
     assert len(trainer(ee).fit(batch)) == 1
-    with pytest.raises(ExitkitError, match="one in the head of an exit"):
+    with pytest.raises(ExitkitError, match="or one in the head of an exit"):
         trainer(exitkit.attach(Normalised(), EXAMPLE, every=1, head="tail", method="sdn")).fit(batch)
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import csv
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -152,6 +154,24 @@ def test_alternating_takes_turns(ee: MultiExitModel, loader: Loaders) -> None:
     assert moved(ee, lambda: trainer(ee, "alternating", epochs=2).fit(batches[:1])) == named(ALL, ALL)
 
 
+def test_an_exit_without_a_step_in_an_epoch_has_no_loss(
+    ee: MultiExitModel, loader: Loaders, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """One step an epoch: the first is on the backbone's own loss, the second on all."""
+    options = {"epochs": 2, "output_dir": tmp_path, "show_progress": True}
+    history = trainer(ee, "alternating", **options).fit(loader(16, 16))
+    assert [loss is None for loss in history[0].loss] == [True, True, True, False]
+    assert None not in history[1].loss
+    assert "nan" not in (tmp_path / "metrics.csv").read_text()
+    with (tmp_path / "metrics.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["loss/exit0"] == "" for row in rows] == [True, False]
+    shown = capfd.readouterr().err
+    assert "loss 0: - 1: - 2: - 3: " in shown
+    assert "nan" not in shown
+    assert trainer(ee, "alternating", **options).fit(loader(16, 16)) == history
+
+
 def test_what_past_future_exits_share_learns_with_any_of_them(tiny_net: TinyNet, loader: Loaders) -> None:
     """It is registered in the first exit's classifier, which this phase leaves alone."""
     ee = exitkit.attach(tiny_net, EXAMPLE, every=1, method="gpf")
@@ -244,15 +264,15 @@ def test_a_users_own_phases(ee: MultiExitModel, loader: Loaders) -> None:
         ((), "is neither a name"),
         ((1,), "nor a tuple of exitkit"),
         (None, "is neither a name"),
-        ((Phase(()),), "phase 1 needs exits"),
+        ((Phase(()),), "phase 1 has no exits"),
         ((Phase(1),), "phase 1 has exits=1; give numbers"),  # type: ignore[arg-type]
         ((Phase((1,), None),), "phase 1 has stages=None; give numbers"),  # type: ignore[arg-type]
-        ((Phase((1,), share="x"),), "share above 0; it has .* 'x'"),  # type: ignore[arg-type]
-        ((Phase((0,), share=0),), "share above 0"),
+        ((Phase((1,), share="x"),), "phase 1: share='x' must be a number greater than 0"),  # type: ignore[arg-type]
+        ((Phase((0,), share=0),), "phase 1: share=0 must be a number greater than 0"),
         ((Phase((0,)), Phase((4,))), r"phase 2 has exits=\(4,\); give numbers from 0 to 3"),
         ((Phase((1, 0)),), "rising, each once"),
-        ((Phase((0,), (1,)),), "trains stage 1 of the backbone, but no exit behind it counts"),
-        ((Phase((0, 3)),), "counts exit 3, the backbone's own, and freezes the whole backbone"),
+        ((Phase((0,), (1,)),), "trains stage 1 of the backbone, which has no gradient: no exit behind it counts"),
+        ((Phase((0, 3)),), "counts exit 3, the backbone's own, but freezes the whole backbone"),
         ((Phase((0,), alternate=(1,)),), r"alternates with exits \(1,\); give some of \(0,\), or None"),
         ((Phase((0,), alternate=()),), r"alternates with exits \(\); give some of \(0,\), or None"),
         ((Phase((0,), alternate=0),), "phase 1 has alternate=0; give numbers"),  # type: ignore[arg-type]

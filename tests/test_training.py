@@ -5,27 +5,33 @@ from __future__ import annotations
 import copy
 import csv
 import functools
+import math
 import os
+import random
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, IterableDataset, RandomSampler, TensorDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler, TensorDataset
 
 import exitkit
-from exitkit import ExitkitError, MultiExitModel, Trainer
+from exitkit import ArgumentError, DivergedError, ExitkitError, FileError, MultiExitModel, Trainer
 from exitkit.training import fit_ensemble
+from exitkit.training.checkpoint import load_checkpoint
 from exitkit.training.early_stopping import EarlyStopping
-from exitkit.training.ensemble import penalty
+from exitkit.training.ensemble import fit_ensemble_on, penalty
+from exitkit.training.same_run import data_of
 from tests.toy import TinyNet
 
 Loaders = Callable[..., DataLoader[tuple[Tensor, ...]]]
@@ -255,6 +261,56 @@ def test_the_fit_keeps_confidences_apart_on_separable_data(tiny_net: TinyNet, lo
     assert (exitkit.collect(ee, loader(seed=1)).scores()[:, :-1] == 1).double().mean() < 0.5
 
 
+@pytest.mark.parametrize("seed", [116, 248, 257, 301])
+def test_the_fit_survives_answers_that_overflow_float32(tiny_ee: MultiExitModel, seed: int) -> None:
+    """Heads that know next to nothing. In float32 the line search came to NaN (and to a raw RuntimeError for 301)."""
+    generator = torch.Generator().manual_seed(seed)
+    logits = 0.02 * torch.randn(60, 4, 3, generator=generator)
+    labels = torch.randint(0, 3, (60,), generator=generator)
+    start = state_of(tiny_ee.combiners)
+    heads = SimpleNamespace(run_heads=lambda batch: ((), batch.unbind(1)))
+    for _ in range(2):  # the second one starts where the first ended
+        reached = fit_ensemble_on(tiny_ee, heads, [(logits, labels)], lambda part: part)  # type: ignore[arg-type]
+        assert all(parameter.isfinite().all() for parameter in tiny_ee.combiners.parameters())
+    for m, loss in enumerate(reached):
+        mean = logits[:, : m + 1].log_softmax(-1).mean(1)  # the combiner's answer before the fit, up to a constant
+        assert loss < F.cross_entropy(mean, labels)
+    assert not identical(state_of(tiny_ee.combiners), start)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 200.0])
+def test_a_combiner_that_is_not_finite_is_fitted_from_a_new_one(tiny_ee: MultiExitModel, value: float) -> None:
+    trainer(tiny_ee).fit(noisy())
+    other = copy.deepcopy(tiny_ee)
+    for combiner, new in zip(tiny_ee.combiners, other.combiners, strict=True):
+        combiner.log_weights.data.fill_(value)
+        new.log_weights.data.fill_(-math.log(len(new.log_weights)))
+        new.log_prior.data.zero_()
+        combiner.log_prior.data.zero_()
+    assert fit_ensemble(tiny_ee, noisy()) == fit_ensemble(other, noisy())
+    assert identical(state_of(tiny_ee.combiners), state_of(other.combiners))
+
+
+def test_answers_that_are_not_finite_are_refused_and_leave_the_combiners_alone(tiny_ee: MultiExitModel) -> None:
+    tiny_ee.classifiers[1].linear.weight.data.fill_(float("nan"))
+    before = state_of(tiny_ee.combiners[1])
+    with pytest.raises(DivergedError, match="answers of the exits up to exit 1 are not finite"):
+        fit_ensemble(tiny_ee, noisy())
+    assert identical(state_of(tiny_ee.combiners[1]), before)
+
+
+def test_the_ensemble_is_fitted_on_held_out_samples_where_there_are_some(
+    tiny_ee: MultiExitModel, loader: Loaders
+) -> None:
+    start = state_of(tiny_ee.combiners)
+    trainer(tiny_ee).fit(loader(), noisy(seed=1))
+    for batches, same in ((noisy(seed=1), True), (loader(), False)):
+        other = copy.deepcopy(tiny_ee)
+        other.combiners.load_state_dict(start)
+        fit_ensemble(other, batches)
+        assert identical(state_of(other.combiners), state_of(tiny_ee.combiners)) == same
+
+
 # early stopping ------------------------------------------------------------------------------------------------------
 
 
@@ -328,7 +384,7 @@ def test_a_stopped_run_does_not_train_on(tmp_path: Path, tiny_ee: MultiExitModel
     options = {"epochs": 9, "patience": 2, "output_dir": tmp_path}
     trainer(tiny_ee, **options).fit(loader(), Worsening(loader(seed=1)))
     assert len(trainer(other, **options).fit(loader(), loader(seed=1))) == 3
-    assert identical(state_of(other), state_of(tiny_ee))
+    assert identical(state_of(other.classifiers), state_of(tiny_ee.classifiers))
 
 
 # checkpoints ---------------------------------------------------------------------------------------------------------
@@ -518,6 +574,77 @@ def test_a_checkpoint_of_another_backbone_is_refused(tmp_path: Path, tiny_ee: Mu
         trainer(tiny_ee, output_dir=tmp_path).fit(loader(16))
 
 
+def alike(one: Any, other: Any) -> bool:
+    """Whether two checkpoints' contents are the same, to the bit and to the type."""
+    if type(one) is not type(other):
+        return False
+    if isinstance(one, Tensor):
+        return (
+            one.dtype == other.dtype and one.shape == other.shape and one.numpy().tobytes() == other.numpy().tobytes()
+        )
+    if isinstance(one, dict):
+        return list(one) == list(other) and all(alike(value, other[name]) for name, value in one.items())
+    if isinstance(one, tuple | list):
+        return len(one) == len(other) and all(map(alike, one, other))
+    return repr(one) == repr(other)
+
+
+def test_a_checkpoint_with_a_changed_bit_is_refused_or_the_same(
+    tmp_path: Path, tiny_ee: MultiExitModel, loader: Loaders
+) -> None:
+    """200 bits all over the file, one at a time. One in seven or so used to load with other numbers."""
+    trainer(tiny_ee, output_dir=tmp_path).fit(loader(16))
+    whole, written = load_checkpoint(tmp_path, {}), (tmp_path / CHECKPOINT).read_bytes()
+    drawn, refused = random.Random(0), 0
+    for _ in range(200):
+        changed = bytearray(written)
+        changed[drawn.randrange(len(changed))] ^= 1 << drawn.randrange(8)
+        (tmp_path / CHECKPOINT).write_bytes(changed)
+        try:
+            assert alike(load_checkpoint(tmp_path, {}), whole)
+        except FileError:
+            refused += 1
+    assert refused > 100
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"phase": 99},
+        {"phase": "0"},
+        {"temperature": "warm"},
+        {"history": [{"epoch": 0}]},
+        {"optimizer": None},
+        {"settings": []},
+        {"tally": {}},
+    ],
+    ids=repr,
+)
+def test_a_checkpoint_of_wrong_content_is_refused(
+    tmp_path: Path, tiny_ee: MultiExitModel, loader: Loaders, change: dict[str, Any]
+) -> None:
+    """A phase of 99 used to skip the training without a word; the others ended in errors of Python's own."""
+    trainer(tiny_ee, output_dir=tmp_path).fit(loader(16))
+    state = torch.load(tmp_path / CHECKPOINT, weights_only=True)
+    for content in (state | change, {name: value for name, value in state.items() if name not in change}):
+        torch.save(content, tmp_path / CHECKPOINT)
+        with pytest.raises(FileError, match=r"checkpoint\.pt' is damaged: .*delete it to start again"):
+            trainer(tiny_ee, output_dir=tmp_path).fit(loader(16))
+
+
+def test_a_checkpoint_of_an_older_format_is_refused_by_its_number(
+    tmp_path: Path, tiny_ee: MultiExitModel, loader: Loaders
+) -> None:
+    trainer(tiny_ee, output_dir=tmp_path).fit(loader(16))
+    state = torch.load(tmp_path / CHECKPOINT, weights_only=True)
+    del state["sha256"]
+    torch.save(state | {"format": "exitkit-checkpoint-2"}, tmp_path / CHECKPOINT)
+    with pytest.raises(
+        FileError, match=r"format 'exitkit-checkpoint-2'.*reads 'exitkit-checkpoint-3'.*resume='never'"
+    ):
+        trainer(tiny_ee, output_dir=tmp_path).fit(loader(16))
+
+
 def test_two_seeds_share_no_order(tiny_ee: MultiExitModel, loader: Loaders) -> None:
     """Seed 1 must not repeat seed 0's orders one epoch later."""
     orders = []
@@ -526,6 +653,93 @@ def test_two_seeds_share_no_order(tiny_ee: MultiExitModel, loader: Loaders) -> N
         trainer(exitkit.attach(tiny_ee.backbone, EXAMPLE), epochs=2, seed=seed).fit(batches)
         orders.append(batches.seen[:2])
     assert not any(torch.equal(first, second) for first in orders[0] for second in orders[1])
+
+
+def refitted(ee: MultiExitModel, folder: Path, first: Sequence[Any], then: Sequence[Any], **options: Any) -> Any:
+    """A run on ``first`` (training and validation batches), then another in the same folder on ``then``."""
+    trainer(ee, output_dir=folder).fit(*first)
+    return trainer(ee, output_dir=folder, **options).fit(*then)
+
+
+def other_labels(batches: DataLoader[tuple[Tensor, ...]]) -> DataLoader[tuple[Tensor, ...]]:
+    images, labels = batches.dataset.tensors  # type: ignore[attr-defined]
+    return DataLoader(TensorDataset(images, (labels + 1) % 3), batch_size=batches.batch_size)
+
+
+@pytest.mark.parametrize(
+    ("then", "message"),
+    [
+        (lambda make: [make(48, seed=1), make(32)], "train_loader inputs='sha256 .*', this run has 'sha256"),
+        (lambda make: [other_labels(make(48)), make(32)], "train_loader labels="),
+        (lambda make: [make(48, 8), make(32)], "train_loader batch_size=16, this run has 8"),
+        (lambda make: [make(96), make(32)], "train_loader samples=48, this run has 96"),
+        (
+            lambda make: [DataLoader(make(48).dataset, 16, sampler=range(32)), make(32)],
+            "train_loader batches=3, this run has 2",
+        ),
+        (lambda make: [[*make(48)][:2], make(32)], "train_loader batches=3, this run has 2"),
+        (lambda make: [make(48), make(32, seed=1)], "val_loader inputs="),
+        (lambda make: [make(48), make(32, 8)], "val_loader batch_size=16, this run has 8"),
+    ],
+    ids=["inputs", "labels", "batch size", "samples", "batches", "list", "validation", "validation's batch size"],
+)
+def test_a_run_is_not_continued_on_other_data(
+    tmp_path: Path, tiny_ee: MultiExitModel, loader: Loaders, then: Any, message: str
+) -> None:
+    """It was, silently: the first run's weights and history came back. ``resume="never"`` starts again."""
+    first = (loader(48), loader(32))
+    with pytest.raises(ArgumentError, match=f"{message}.*resume='never'"):
+        refitted(tiny_ee, tmp_path, first, then(loader))
+    weights = state_of(tiny_ee.classifiers)
+    trainer(tiny_ee, output_dir=tmp_path, resume="never").fit(*then(loader))
+    assert not identical(state_of(tiny_ee.classifiers), weights)
+
+
+def test_another_list_of_batches_is_noticed(tmp_path: Path, tiny_ee: MultiExitModel, loader: Loaders) -> None:
+    with pytest.raises(ArgumentError, match="train_loader inputs="):
+        refitted(tiny_ee, tmp_path, [list(loader(48))], [list(loader(48, seed=1))])
+
+
+class Drawn(Dataset[Any]):
+    """Images with noise: by torch's generator, which the trainer seeds, or by a generator of the data set's own."""
+
+    def __init__(self, own: bool) -> None:
+        self.generator = torch.Generator() if own else None
+
+    def __len__(self) -> int:
+        return 48
+
+    def __getitem__(self, number: int) -> Any:
+        return number % 3 + torch.randn(1, 8, 8, generator=self.generator), number % 3
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_augmented_data_are_the_same_data(tmp_path: Path, tiny_ee: MultiExitModel, own: bool) -> None:
+    data = Drawn(own)  # further along its own generator at the second fit
+    histories = [
+        trainer(tiny_ee, output_dir=tmp_path).fit(DataLoader(data, 16, shuffle=True), DataLoader(data, 16))
+        for _ in range(2)
+    ]
+    assert histories[0] == histories[1]
+
+
+def test_looking_at_the_data_leaves_every_generator_where_it_stands(loader: Loaders) -> None:
+    batches = DataLoader(Drawn(own=False), 16, shuffle=True, generator=torch.Generator().manual_seed(3))
+    torch.manual_seed(1)
+    np.random.seed(1)
+    random.seed(1)
+    expected = torch.rand(3), np.random.rand(3), [random.random() for _ in range(3)]
+    torch.manual_seed(1)
+    np.random.seed(1)
+    random.seed(1)
+    seen = data_of(batches, "train_loader")
+    assert seen["train_loader samples"] == 48
+    assert seen["train_loader inputs"] is not None
+    assert torch.equal(torch.rand(3), expected[0])
+    assert np.array_equal(np.random.rand(3), expected[1])
+    assert [random.random() for _ in range(3)] == expected[2]
+    assert batches.generator is not None
+    assert torch.equal(batches.generator.get_state(), torch.Generator().manual_seed(3).get_state())
 
 
 class Recording:
@@ -661,6 +875,16 @@ def test_each_trainer_has_its_own_precision(tiny_net: TinyNet, loader: Loaders, 
     ]
 
 
+def test_importing_exitkit_does_not_import_accelerate() -> None:
+    code = "import sys, exitkit, exitkit.training; print('accelerate' in sys.modules)"
+    path = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+    environment = os.environ | {"PYTHONPATH": path}
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code], env=environment, capture_output=True, text=True
+    )
+    assert done.stdout == "False\n", done.stderr
+
+
 # what is refused -----------------------------------------------------------------------------------------------------
 
 
@@ -671,16 +895,16 @@ def test_each_trainer_has_its_own_precision(tiny_net: TinyNet, loader: Loaders, 
         ({"mixed_precision": "fp8"}, "mixed_precision='fp8' is unknown.*'bf16'"),
         ({"resume": "always"}, "resume='always' is unknown.*'never'"),
         ({"log": "wandb"}, "log='wandb' is unknown.*'csv'"),
-        ({"epochs": 0}, "epochs=0 must be a whole number greater than 0"),
+        ({"epochs": 0}, "epochs=0 must be a whole number at least 1"),
         ({"epochs": -1}, "epochs=-1"),
         ({"epochs": 1.5}, r"epochs=1\.5"),
-        ({"lr": 0.0}, r"lr=0\.0 must be greater than 0"),
+        ({"lr": 0.0}, r"lr=0\.0 must be a number greater than 0"),
         ({"lr": -1e-3}, r"lr=-0\.001"),
         ({"lr": float("nan")}, "lr=nan"),
-        ({"patience": 0}, "patience=0 must be a whole number greater than 0"),
+        ({"patience": 0}, "patience=0 must be a whole number at least 1"),
         ({"weight_decay": -0.1}, r"weight_decay=-0\.1"),
         ({"cache": "yes"}, "cache='yes' must be True or False"),
-        ({"output_dir": 5}, "output_dir=5 must be the path of a folder"),
+        ({"output_dir": 5}, "output_dir=5 must be a text or a Path or None"),
         ({"optimizer": functools.partial(torch.optim.SGD, speed=2)}, "optimizer= cannot be called .*'speed'.*partial"),
     ],
 )

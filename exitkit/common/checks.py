@@ -107,7 +107,7 @@ def _fits(value: Any, kind: Any) -> bool:
         base, *bounds = get_args(kind)
         return _fits(value, base) and all(value in bound for bound in bounds if isinstance(bound, Bounds))
     if origin is Literal:
-        return any(value == one and type(value) is type(one) for one in get_args(kind))
+        return any(type(value) is type(one) and value == one for one in get_args(kind))
     if kind in (int, float):
         wanted = Integral if kind is int else Real
         return isinstance(value, wanted) and not isinstance(value, bool | np.bool_) and not math.isnan(value)

@@ -1,31 +1,38 @@
-"""Checkpoints: everything a killed run needs, replaced whole or not at all."""
+"""Checkpoints: everything that a killed run needs, replaced whole or not at all, and refused when anything in it changed."""
 
 from __future__ import annotations
 
+import hashlib
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from exitkit.common.errors import ArgumentError, FileError
 from exitkit.common.files import replacing
 
-_FORMAT = "exitkit-checkpoint-2"
+_PREFIX = "exitkit-checkpoint-"
+_FORMAT = f"{_PREFIX}3"
 NAME = "checkpoint.pt"
+DATA = ("train_loader ", "val_loader ")
+"""How the names of settings begin that are read off the loaders."""
 
 
 def save_checkpoint(directory: Path, settings: dict[str, Any], state: dict[str, Any]) -> None:
     """Write ``state`` to the run directory; the previous checkpoint stays until the new one is complete."""
-    with a_full_disk_survived(directory), replacing(directory / NAME) as temporary:
-        torch.save({"format": _FORMAT, "settings": settings, **state}, temporary)
+    content = {"format": _FORMAT, "settings": settings, **state}
+    with disk_errors_as_warnings(directory), replacing(directory / NAME) as temporary:
+        torch.save({**content, "sha256": digest(content)}, temporary)
 
 
 @contextmanager
-def a_full_disk_survived(directory: Path) -> Iterator[None]:
-    """A file that cannot be written costs this file, with a warning, and not the run."""
+def disk_errors_as_warnings(directory: Path) -> Iterator[None]:
+    """A file that cannot be written ends in a warning, and the run goes on."""
     try:
         yield
     except (OSError, RuntimeError) as error:  # torch's own writer raises RuntimeError for a full disk
@@ -37,33 +44,88 @@ def a_full_disk_survived(directory: Path) -> Iterator[None]:
         )
 
 
-def load_checkpoint(directory: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
+def load_checkpoint(directory: Path, settings: Mapping[str, Any]) -> dict[str, Any] | None:
     """The run directory's checkpoint, or None when there is none yet. Loaded without unpickling code.
 
+    ``settings`` must be the same for the run to be continued; None for one of the data's means unknown.
+
     Raises:
-        ExitkitError: a damaged file, a foreign one, or one made with other settings.
+        FileError: a damaged or changed file, one of another program, or of another format.
+        ArgumentError: a checkpoint made with other settings or other data.
     """
     path = directory / NAME
     if not path.exists():
         return None
+    state = _read(path)
+    for name, value in settings.items():
+        was = state["settings"].get(name)
+        if was != value and not (name.startswith(DATA) and None in (was, value)):
+            raise ArgumentError(
+                f"checkpoint {str(path)!r} was made with {name}={was!r}, this run has {value!r}; continue with the same, use "
+                "another output_dir, or start again by resume='never'"
+            )
+    return state
+
+
+def _read(path: Path) -> dict[str, Any]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises whatever its unpickler meets in a damaged file
         raise FileError(
             f"checkpoint {str(path)!r} is damaged or no checkpoint ({type(error).__name__}); delete it to start again"
         ) from error
-    if not isinstance(state, dict) or state.get("format") != _FORMAT:
+    found = state.get("format") if isinstance(state, dict) else None
+    if not isinstance(found, str) or not found.startswith(_PREFIX):
         raise FileError(f"checkpoint {str(path)!r} was not written by exitkit.Trainer; use another output_dir")
-    for name, value in settings.items():
-        if state["settings"].get(name) != value:
-            raise ArgumentError(
-                f"checkpoint {str(path)!r} was made with {name}={state['settings'].get(name)!r}, this run has {value!r}; "
-                "use the same settings to continue, another output_dir, or resume='never' to start again"
-            )
-    return state
+    if found != _FORMAT:
+        raise FileError(
+            f"checkpoint {str(path)!r} has the format {found!r}, this version of exitkit reads {_FORMAT!r}; finish the run "
+            "with the version that began it, or start again by resume='never'"
+        )
+    expected = state.pop("sha256", None)
+    try:
+        intact = digest(state) == expected
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise _changed(path) from error
+    if not intact:
+        raise _changed(path)
+    return state  # type: ignore[no-any-return]
+
+
+def _changed(path: Path) -> FileError:
+    return FileError(
+        f"checkpoint {str(path)!r} is damaged: its content is not what was written; delete it to start again"
+    )
 
 
 def remove_leftovers(directory: Path) -> None:
     """Half-written checkpoints of a run that was killed while it wrote one."""
     for leftover in directory.glob(f".{Path(NAME).stem}-*{Path(NAME).suffix}"):
         leftover.unlink(missing_ok=True)
+
+
+def digest(value: Any) -> str:
+    """SHA-256 of plain values: tensors, arrays, mappings, sequences, numbers, texts and None; types and order count.
+
+    Of anything else the type alone counts.
+    """
+    content = hashlib.sha256()
+    _add(content, value)
+    return content.hexdigest()
+
+
+def _add(content: hashlib._Hash, value: Any) -> None:
+    if isinstance(value, np.ndarray) and value.dtype.kind in "biuf":
+        value = torch.from_numpy(np.ascontiguousarray(value))
+    if isinstance(value, Tensor):
+        content.update(f"tensor {value.dtype} {tuple(value.shape)}:".encode())
+        content.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    elif isinstance(value, Mapping | tuple | list):
+        items = value.items() if isinstance(value, Mapping) else value
+        content.update(f"{type(value).__name__} {len(value)}:".encode())
+        for item in items:
+            _add(content, item)
+    else:
+        plain = value is None or isinstance(value, bool | int | float | str | bytes)
+        text = repr(value).encode() if plain else b""
+        content.update(f"{type(value).__name__} {len(text)}:".encode() + text)

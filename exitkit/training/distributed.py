@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterable, Iterator, Sized
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
-from accelerate import Accelerator, DataLoaderConfiguration
-from accelerate.state import AcceleratorState
-from accelerate.utils import parse_flag_from_env, set_seed
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from exitkit.common.batches import check_iterable
 from exitkit.common.errors import ArgumentError
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 _SHARDING = {
     "ACCELERATE_USE_FSDP": "FSDP",
@@ -24,25 +24,28 @@ _SHARDING = {
 """What ``accelerate launch`` asks every process for, by environment variable."""
 
 
-_APART = 100_003
-"""Epochs apart that the seeds of two runs lie, so that run 1 does not repeat run 0's orders one epoch later."""
+_SEED_STRIDE = 100_003
+"""Between the seeds of two runs, so that run 1 does not repeat run 0's orders one epoch later."""
 
 _SEEDS = 2**32
 """numpy takes no seed beyond these."""
 
 
 def make_accelerator(mixed_precision: str) -> Accelerator:
-    """accelerate keeps one precision per process; every fit brings its own, so an earlier one is forgotten first.
+    """An accelerator of this precision, whatever an earlier fit of this process had: accelerate keeps one per process.
 
     Raises:
-        ExitkitError: ``accelerate launch`` was asked to divide the model among processes, or the device does not
-            have this precision.
+        ArgumentError: ``accelerate launch`` was asked to divide the model among processes, or the device does not have
+            this precision.
     """
+    from accelerate import Accelerator, DataLoaderConfiguration
+    from accelerate.state import AcceleratorState
+    from accelerate.utils import parse_flag_from_env
+
     if asked := [name for variable, name in _SHARDING.items() if parse_flag_from_env(variable)]:
         raise ArgumentError(
-            f"accelerate launch was asked for {asked[0]}, which divides the parameters among processes; phases freeze and "
-            "thaw whole parameters and checkpoints hold them, so Trainer supports data parallel processes alone (DDP), "
-            "each with the whole model; start without it (torchrun, or accelerate launch --multi_gpu)"
+            f"accelerate launch was asked for {asked[0]}, which divides the parameters among processes; Trainer needs the "
+            "whole model in each (DDP): start with torchrun, or accelerate launch --multi_gpu"
         )
     if AcceleratorState._shared_state and AcceleratorState().mixed_precision != mixed_precision:
         AcceleratorState._reset_state()
@@ -51,8 +54,7 @@ def make_accelerator(mixed_precision: str) -> Accelerator:
     )
     if mixed_precision != "no" and not accelerator.native_amp:  # accelerate itself goes on without a word
         raise ArgumentError(
-            f"mixed_precision={mixed_precision!r} would change nothing on this device ({accelerator.device.type}); use 'bf16' "
-            "or 'no'"
+            f"mixed_precision={mixed_precision!r} has no effect on this device ({accelerator.device.type}); use 'bf16' or 'no'"
         )
     return accelerator
 
@@ -61,8 +63,8 @@ def own_part(accelerator: Accelerator, loader: Iterable[Any], name: str) -> Iter
     """The batches of this process: every n-th of the loader's, so that a step takes n of them.
 
     Raises:
-        ExitkitError: something that yields no batches, or only once; several processes, and something that cannot be
-            divided among them.
+        ArgumentError: the loader yields no batches, or can be read only once; there are several processes, and it is not a
+            DataLoader.
     """
     _check_readable(loader, name)
     if accelerator.num_processes == 1:
@@ -89,7 +91,9 @@ def _check_readable(loader: Any, name: str) -> None:
 
 def seed_everything(loader: Iterable[Any], seed: int, epoch: int = 0) -> None:
     """A seed per epoch instead of stored generator states: initial order, shuffling and augmentation follow from it."""
-    seed = (seed * _APART + epoch) % _SEEDS
+    from accelerate.utils import set_seed
+
+    seed = (int(seed) * _SEED_STRIDE + epoch) % _SEEDS
     set_seed(seed)
     outer = getattr(loader, "batch_sampler", None)
     inner = getattr(outer, "batch_sampler", None)  # of a loader divided by accelerate
@@ -99,8 +103,20 @@ def seed_everything(loader: Iterable[Any], seed: int, epoch: int = 0) -> None:
             generator.manual_seed(seed)
 
 
-def length(loader: Iterable[Any]) -> int | None:
-    """Batches per epoch; None for a loader that cannot know (an iterable data set)."""
+def in_order(loader: DataLoader[Any], dataset: Dataset[Any], batch_size: int, workers: int) -> DataLoader[Any]:
+    """A loader of a data set's samples in the order of their numbers, read and collated as ``loader`` does."""
+    return DataLoader(
+        dataset,
+        batch_size=batch_size,
+        num_workers=workers,
+        collate_fn=loader.collate_fn,
+        worker_init_fn=loader.worker_init_fn,
+        multiprocessing_context=loader.multiprocessing_context,
+    )
+
+
+def length(loader: Any) -> int | None:
+    """Batches per epoch (or samples of a data set); None for a loader that cannot know (an iterable data set)."""
     try:
         return len(cast("Sized", loader))
     except TypeError:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, cast
 
 import torch
@@ -18,6 +19,7 @@ from exitkit.surgery.inputs import call_on
 from exitkit.training.feature_cache.heads_alone import HeadsAlone
 
 _CACHED_FLOATS = 200_000_000
+_CHUNK_FLOATS = 10_000_000
 _STEPS = 100
 PENALTY = 1e-4
 
@@ -25,18 +27,26 @@ PENALTY = 1e-4
 def fit_ensemble(model: MultiExitModel, loader: Iterable[Any]) -> list[float]:
     """Fit every combiner's weights and prior to the labels (Zero Time Waste, algorithm 1), in place.
 
-    Each exit's combiner is trained by itself, by L-BFGS on the log-probabilities of the training set. At most 800 MB
-    of them are kept; a larger set contributes its first batches.
+    Give it images that neither the heads nor the backbone were trained on. Fitted on what the backbone has memorised,
+    late exits become far too sure: with a frozen CIFAR-10 ResNet-56, the test log-loss of the exit before the last block was
+    0.50 after a fit on 3,000 training images and 0.22 after one on 1,000 held-out ones, confidences of exactly 1 were 67%
+    and 2%, and the cost at which ``choose_threshold(max_drop=0.01)`` gave its guarantee was 0.93 and 0.90.
+
+    Each exit's combiner is fitted by itself, by L-BFGS in float64 on the log-probabilities. At most 800 MB of them are kept;
+    a larger set contributes its first batches. A combiner that the fit does not improve stays as it was.
 
     The objective is the cross-entropy plus 0.0001 · Σ_j (log w_j + log m)², which holds the weights near an even mean of
-    the m members. Without it they grow without bound where the exits have memorised the training set, and confidences
-    become exactly 1, which no threshold can tell apart.
+    the m members. Without it they grow without bound where the exits make no mistake.
 
     Labels may be class probabilities (B, C). Samples without a label are left out; where none has one, the backbone's own
     probabilities stand in.
 
     Returns:
         The cross-entropy of each fitted combiner.
+
+    Raises:
+        ArgumentError: an empty loader, or labels that do not fit.
+        DivergedError: heads whose answers are not finite.
     """
     return fit_ensemble_on(model, model, loader, lambda part: part)
 
@@ -96,20 +106,58 @@ def _targets(labels: Any, num_classes: int, batch: int) -> Tensor:
 
 
 def _fit(combiner: nn.Module, log_probs: Tensor, targets: Tensor, exit_: int) -> float:
-    optimizer = torch.optim.LBFGS(combiner.parameters(), max_iter=_STEPS, line_search_fn="strong_wolfe")
+    """Fit a combiner in place; its cross-entropy."""
+    before = _objective(combiner, log_probs, targets)
+    if not math.isfinite(before):
+        members, classes = (len(cast("Tensor", part)) for part in (combiner.log_weights, combiner.log_prior))
+        combiner.load_state_dict(type(combiner)(members, classes).state_dict())
+        before = _objective(combiner, log_probs, targets)
+    if not math.isfinite(before):
+        raise DivergedError(f"the answers of the exits up to exit {exit_} are not finite; train their heads again")
+    start = copy.deepcopy(combiner.state_dict())
+    combiner.load_state_dict(_fitted(combiner, log_probs, targets).state_dict())
+    if not _objective(combiner, log_probs, targets) <= before:  # neither is NaN
+        combiner.load_state_dict(start)
+    return _cross_entropy(combiner, log_probs, targets)
+
+
+def _fitted(combiner: nn.Module, log_probs: Tensor, targets: Tensor) -> nn.Module:
+    """A copy, fitted in float64: the line search tries weights that overflow in float32."""
+    device = "cpu" if log_probs.device.type == "mps" else log_probs.device  # which has no float64
+    fitted = copy.deepcopy(combiner).to(device, torch.float64)
+    optimizer = torch.optim.LBFGS(fitted.parameters(), max_iter=_STEPS, line_search_fn="strong_wolfe")
 
     def loss() -> Tensor:
         optimizer.zero_grad()
-        value = F.cross_entropy(combiner(log_probs), targets) + penalty(combiner)
+        value = penalty(fitted)
         value.backward()
-        return value
+        for some, wanted in _chunks(log_probs, targets):
+            exact = some.clamp(min=torch.finfo(some.dtype).min / 1e6).to(device, torch.float64)
+            part = F.cross_entropy(fitted(exact), wanted.to(exact), reduction="sum") / len(log_probs)
+            part.backward()
+            value = value + part
+        return value.detach()
 
     with torch.enable_grad():
         optimizer.step(loss)
+    return fitted
+
+
+def _objective(combiner: nn.Module, log_probs: Tensor, targets: Tensor) -> float:
     with torch.no_grad():
-        final = float(F.cross_entropy(combiner(log_probs), targets))
-    if not final < float("inf"):
-        raise DivergedError(
-            f"the ensemble of exit {exit_} diverged (cross-entropy {final}); its heads are not trained"
-        )
-    return final
+        return _cross_entropy(combiner, log_probs, targets) + float(penalty(combiner))
+
+
+def _cross_entropy(combiner: nn.Module, log_probs: Tensor, targets: Tensor) -> float:
+    """Of the combiner as it answers, in its own precision."""
+    with torch.no_grad():
+        parts = [
+            F.cross_entropy(combiner(some), wanted, reduction="sum") for some, wanted in _chunks(log_probs, targets)
+        ]
+    return float(torch.stack(parts).double().sum()) / len(log_probs)
+
+
+def _chunks(log_probs: Tensor, targets: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Rows of both, so many at once that their copies take little memory."""
+    rows = max(1, _CHUNK_FLOATS // log_probs[0].numel())
+    return zip(log_probs.split(rows), targets.split(rows), strict=True)

@@ -1,4 +1,4 @@
-"""Freezing: parameters without gradient, BatchNorm statistics and dropout at rest, stage by stage."""
+"""Freezing, stage by stage: parameters without gradient, BatchNorm and dropout in evaluation mode."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def stages_of(model: MultiExitModel) -> Stages:
     """Read off the captured graph, split at the exits. A parameter that no stage reads belongs to none.
 
     Raises:
-        ExitkitError: the user has frozen every parameter of the backbone.
+        ArgumentError: the user has frozen every parameter of the backbone.
     """
     graphs = [stage.module for stage in model.lower().stages]
     names = {parameter: name for name, parameter in model.backbone.named_parameters()}
@@ -61,7 +61,7 @@ def check_learning(phases: Sequence[Phase], stages: Stages, model: MultiExitMode
     """Whether something learns in every phase.
 
     Raises:
-        ExitkitError: a phase has the backbone alone, and the user has frozen all of its stages.
+        ArgumentError: a phase trains the backbone alone, and the user has frozen all of its stages.
     """
     last = len(model.classifiers)
     for number, phase in enumerate(phases, 1):
@@ -84,8 +84,8 @@ def _called(backbone: nn.Module, graph: nn.Module) -> Iterator[nn.Module]:
 def learn(model: MultiExitModel, phase: Phase, stages: Stages | None) -> None:
     """Let a phase's parts learn and freeze everything else. ``stages`` may be None where no stage learns.
 
-    A module learns when all the stages it is called in do; one that spans a frozen stage rests. What past-future exits share
-    learns with any of them.
+    A module is in training mode when all the stages it is called in learn. What past-future exits share learns with any of
+    them.
     """
     model.requires_grad_(False)
     model.eval()
@@ -107,8 +107,8 @@ def learn(model: MultiExitModel, phase: Phase, stages: Stages | None) -> None:
         model.backbone.train()
         return
     called = frozenset[nn.Module]().union(*(stages.modules[stage] for stage in phase.stages))
-    rests = (modules for stage, modules in enumerate(stages.modules) if stage not in phase.stages)
-    for module in called.difference(*rests):
+    frozen = (modules for stage, modules in enumerate(stages.modules) if stage not in phase.stages)
+    for module in called.difference(*frozen):
         module.training = True
 
 

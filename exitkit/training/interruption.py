@@ -1,4 +1,4 @@
-"""SIGTERM, which schedulers send before they kill: noted, and acted on where everything can be written down."""
+"""SIGTERM, which cluster schedulers send before they kill a job: noted, and acted on where a checkpoint can be written."""
 
 from __future__ import annotations
 

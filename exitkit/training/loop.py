@@ -6,21 +6,15 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import broadcast
 from torch import Tensor
-from torch.nn import functional as F
 
-from exitkit.common.batches import check_labels, checked, split_batch
+from exitkit.common.batches import checked
 from exitkit.common.errors import ArgumentError
 from exitkit.multi_exit.model import MultiExitModel
-from exitkit.surgery.capturing import evaluation_mode
-from exitkit.surgery.fingerprint import weights_digest
-from exitkit.surgery.inputs import call_on
-from exitkit.training.checkpoint import a_full_disk_survived, load_checkpoint, remove_leftovers, save_checkpoint
+from exitkit.training.checkpoint import disk_errors_as_warnings, save_checkpoint
 from exitkit.training.distributed import length, random_state, seed_everything, set_random_state
 from exitkit.training.early_stopping import EarlyStopping
 from exitkit.training.feature_cache.heads_alone import HeadsAlone
@@ -28,8 +22,11 @@ from exitkit.training.freezing import Stages
 from exitkit.training.objective import Objective
 from exitkit.training.options import Options
 from exitkit.training.progress import Display, Epoch, write_log
-from exitkit.training.schedules import schedule_name
 from exitkit.training.step import Learner
+from exitkit.training.validation import validate
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 TERMINATED = 143
 """The exit status that shells give a process ended by SIGTERM."""
@@ -60,6 +57,7 @@ class Run:
     """The state of a run, all of which is in its checkpoints.
 
     Attributes:
+        settings: what must be the same for a checkpoint to be continued.
         view: what the loaders' batches are for: the model, or its heads alone where features are cached.
         interrupted: whether SIGTERM has come.
         phase: index of the phase that is trained.
@@ -74,6 +72,7 @@ class Run:
     stages: Stages | None
     display: Display
     interrupted: Callable[[], bool]
+    settings: dict[str, Any]
     history: list[Epoch] = field(default_factory=list)
     phase: int = 0
 
@@ -85,11 +84,9 @@ class Run:
         self.stopping = EarlyStopping(self.options.patience)
         self.best: dict[str, Tensor] | None = None
         self.random: dict[str, Any] | None = None
-        self.settings = self._settings()
 
-    def train(self) -> None:
-        """Train every phase that is not over yet."""
-        state = self._load()
+    def train(self, state: dict[str, Any] | None) -> None:
+        """Train every phase, or, from a checkpoint's state, those that are not over yet."""
         for index in range(0 if state is None else state["phase"], len(self.options.phases)):
             self.phase = index
             self._train_phase(state)
@@ -115,10 +112,10 @@ class Run:
             self.tally = Tally.empty(len(self.model.exits))
             self.display.epoch(record)
             if self.options.directory is not None and self.accelerator.is_main_process:
-                with a_full_disk_survived(self.options.directory):
+                with disk_errors_as_warnings(self.options.directory):
                     write_log(self.options.directory, self.options.log, self.history)
             self._save(learner)
-            self._leave_if_asked(learner)
+            self._stop_if_terminated(learner)
             done += 1
         if self.best is not None:
             self.model.load_state_dict(self.best, strict=False)
@@ -139,38 +136,28 @@ class Run:
             losses, samples = learner.step(group, weights, epoch, step)
             self.tally.add(learner.phase.exits_at(epoch, step), losses, len(group), samples)
             self.display.step(losses / len(group), samples * self.accelerator.num_processes)
-            self._leave_if_asked(learner)
+            self._stop_if_terminated(learner)
         seconds = time.monotonic() - started
         speed = (self.tally.samples - before) * self.accelerator.num_processes / max(seconds, 1e-9)
         return self._record(learner, epoch, speed)
 
     def _record(self, learner: Learner, epoch: int, speed: float) -> Epoch:
         if self.accelerator.num_processes > 1:
+            from accelerate.utils import broadcast
+
             broadcast(list(self.model.buffers()))  # each process has BatchNorm statistics of its own part
         totals = self.accelerator.reduce(self.tally.totals.to(self.accelerator.device)).cpu()
         batches = self.accelerator.reduce(self.tally.batches.to(self.accelerator.device)).cpu()
-        loss = tuple((totals / batches)[list(learner.phase.exits)].tolist())
+        loss = tuple(float(totals[m] / batches[m]) if batches[m] else None for m in learner.phase.exits)
         accuracy, val_loss = (None, None) if self.val_loader is None else self._validate(self.val_loader, learner)
         temperature = None if self.options.loss.distillation is None else self.objective.temperature
         return Epoch(epoch, loss, accuracy, self.phase, learner.phase.exits, val_loss, speed, temperature)
 
     def _validate(self, loader: Iterable[Any], learner: Learner) -> tuple[tuple[float, ...] | None, tuple[float, ...]]:
-        """Accuracy (None for regression) and loss of every head, the backbone's last."""
-        classes = self.model.num_classes
-        right, losses, samples = torch.zeros(len(self.model.exits)), torch.zeros(len(self.model.exits)), 0
-        with evaluation_mode(self.model), torch.no_grad(), self.accelerator.autocast():
-            for batch in checked(loader, "val_loader"):
-                inputs, labels = split_batch(batch)
-                _, heads = call_on(self.view.run_heads, learner.inputs(inputs))
-                answers = torch.stack([logits.float() for logits in heads], 1)
-                targets = check_labels(labels, classes, len(answers)).to(answers.device)
-                answers, targets = (part.cpu() for part in self.accelerator.gather_for_metrics((answers, targets)))
-                samples += len(answers)
-                losses += _sample_losses(answers, targets).sum(0)
-                right += (answers.argmax(-1) == targets[:, None]).sum(0)
-                self._leave_if_asked(learner)
-        accuracy = None if classes == 1 else tuple((right / samples).tolist())
-        return accuracy, tuple((losses / samples).tolist())
+        channels_last = self.options.channels_last
+        return validate(
+            self.model, self.view, loader, self.accelerator, channels_last, lambda: self._stop_if_terminated(learner)
+        )
 
     def _keep_best(self, record: Epoch) -> None:
         scores = record.accuracy or tuple(-loss for loss in record.val_loss or ())
@@ -188,32 +175,7 @@ class Run:
             if name.startswith(trained)
         }
 
-    def _settings(self) -> dict[str, Any]:
-        """What must be the same for a checkpoint to be continued."""
-        options, method = self.options, self.model.method
-        return {
-            "exits": [boundary.name for boundary in self.model.boundaries],
-            "method": method.name,
-            "cascade": method.cascade,
-            "past_future": method.past_future,
-            "width": method.width,
-            "backbone": weights_digest(self.model.backbone, self.model.new_head) if self.stages is None else "trained",
-            "regime": [dict(vars(phase)) for phase in options.phases],
-            "epochs": options.epochs,
-            "lr": options.lr,
-            "backbone_lr": options.backbone_lr,
-            "milestones": None if options.milestones is None else list(options.milestones),
-            "schedule": schedule_name(options.schedule),
-            "weight_decay": options.weight_decay,
-            "optimizer": options.optimizer_name,
-            "loss": options.loss.describe(),
-            "accumulate": options.accumulate,
-            "max_grad_norm": options.max_grad_norm,
-            "seed": options.seed,
-            "mixed_precision": options.mixed_precision,
-        }
-
-    def _leave_if_asked(self, learner: Learner) -> None:
+    def _stop_if_terminated(self, learner: Learner) -> None:
         """After SIGTERM: write down where the epoch stands and end the process. All processes leave at one step."""
         if self.options.directory is None:
             return
@@ -250,17 +212,6 @@ class Run:
             }
             save_checkpoint(self.options.directory, self.settings, state)
         self.accelerator.wait_for_everyone()
-
-    def _load(self) -> dict[str, Any] | None:
-        """The checkpoint to go on from, checked against this run before anything is changed."""
-        directory = self.options.directory
-        if directory is None:
-            return None
-        if self.accelerator.is_main_process:
-            remove_leftovers(directory)
-        if self.options.resume == "never":
-            return None
-        return load_checkpoint(directory, self.settings)
 
     def _restore(self, state: dict[str, Any], learner: Learner) -> None:
         own, stored = self.model.state_dict(), state["weights"]
@@ -299,11 +250,3 @@ def grouped(batches: Iterable[Any], size: int) -> Iterator[list[Any]]:
     iterator = iter(batches)
     while group := list(islice(iterator, size)):
         yield group
-
-
-def _sample_losses(answers: Tensor, targets: Tensor) -> Tensor:
-    """Each exit's loss on each sample (N, M + 1) of answers (N, M + 1, C)."""
-    if answers.shape[-1] == 1:
-        return (answers[..., 0] - targets[:, None]).square()
-    expanded = targets[:, None].expand(answers.shape[:2])
-    return F.cross_entropy(answers.flatten(0, 1), expanded.flatten(), reduction="none").view(answers.shape[:2])

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 from torch import nn
 
-from exitkit.common.checks import is_number
-from exitkit.common.errors import ArgumentError, unknown_name
+from exitkit.common.checks import Bounds, NonNegative, Positive, Share, check, check_fields
+from exitkit.common.errors import ArgumentError
 from exitkit.multi_exit.model import MultiExitModel
 from exitkit.surgery.fingerprint import weights_digest
 from exitkit.training.regimes import Phase
@@ -18,6 +18,7 @@ Weights = Literal["constant", "increasing", "decreasing", "pabee", "sdn"]
 Teachers = Literal["last", "later", "next"]
 Reduction = Literal["sum", "mean"]
 Divergence = Literal["cross_entropy", "kl"]
+Confidence = Literal["max_of_mean", "mean_of_max"]
 
 _LEAST, _MOST = 0.6, 1.4
 _RAMP_START = 0.01
@@ -35,40 +36,36 @@ class Distillation:
             exits to their teachers; or a model that is called with the same inputs, frozen, and teaches every exit.
         weight: of the distillation term, beside 1 for the classification term.
         temperature: τ, at the beginning.
-        confidence_limit: μ: when the teachers' mean confidence at τ exceeds it in a batch, τ grows (algorithm 1); None
-            keeps τ. The paper has 0.5 for CIFAR-100, 0.1 for ImageNet. It must be above 1 / classes (two classes: above 0.5).
+        confidence_limit: μ: when the teachers' confidence at τ exceeds it in a batch, τ grows (algorithm 1); None keeps τ. It
+            must be above 1 / classes. ``"auto"`` is halfway from there to 1: 0.75 for two classes, 0.55 for ten. The paper
+            has 0.5 for CIFAR-100 and 0.1 for ImageNet.
+        confidence: of several teachers, averaged over the batch: ``"max_of_mean"``, the largest probability of their mean
+            (algorithm 1, line 11), or ``"mean_of_max"``, the mean of each one's largest (section 3.4 in words). Teachers
+            that disagree raise the second alone.
         multiplier: τ*, by which τ grows.
         divergence: ``"kl"`` subtracts the teacher's entropy: the same gradients, and 0 for a perfect copy. With
             ``confidence_limit=None`` and no labels this is behavioural cloning (Zero Time Waste, appendix A.2).
     """
 
     teachers: Teachers | Mapping[int, Sequence[int]] | nn.Module = "last"
-    weight: float = 1.0
-    temperature: float = 1.0
-    confidence_limit: float | None = 0.5
-    multiplier: float = 1.05
+    weight: Positive = 1.0
+    temperature: Positive = 1.0
+    confidence_limit: Share | Literal["auto"] | None = "auto"
+    confidence: Confidence = "max_of_mean"
+    multiplier: Annotated[float, Bounds(above=1)] = 1.05
     divergence: Divergence = "cross_entropy"
 
     def __post_init__(self) -> None:
-        if isinstance(self.teachers, str) and self.teachers not in get_args(Teachers):
-            raise unknown_name("teachers", self.teachers, get_args(Teachers), "Or a mapping of exits, or a model.")
-        if not isinstance(self.teachers, str | Mapping | nn.Module):
-            raise ArgumentError(
-                f"teachers={self.teachers!r} must be a name, a mapping from exits to exits, or a model"
-            )
-        if self.divergence not in get_args(Divergence):
-            raise unknown_name("divergence", self.divergence, get_args(Divergence))
-        for name, value in (("weight", self.weight), ("temperature", self.temperature)):
-            if not is_number(value) or not 0 < value < float("inf"):
-                raise ArgumentError(f"{name}={value!r} of the distillation must be greater than 0")
-        limit = self.confidence_limit
-        if limit is not None and (not is_number(limit) or not 0 < limit < 1):
-            raise ArgumentError(f"confidence_limit={limit!r} must be between 0 and 1, or None")
-        if not is_number(self.multiplier) or not 1 < self.multiplier < float("inf"):
-            raise ArgumentError(f"multiplier={self.multiplier!r} must be greater than 1")
+        if not isinstance(self.teachers, Mapping):
+            check("teachers", self.teachers, Teachers | nn.Module, "or give a mapping from exits to exits")
+        check_fields(self)
+
+    def limit_for(self, num_classes: int) -> float | None:
+        """μ for a model of so many classes."""
+        return (1 + 1 / num_classes) / 2 if self.confidence_limit == "auto" else self.confidence_limit
 
     def of(self, student: int, last: int) -> tuple[int, ...]:
-        """The teachers of an exit, where ``last`` is the backbone's. Empty where a model teaches, or nobody."""
+        """The exits that teach an exit, where ``last`` is the backbone's. Empty where a model teaches."""
         if isinstance(self.teachers, nn.Module):
             return ()
         if isinstance(self.teachers, Mapping):
@@ -104,28 +101,17 @@ class Loss:
 
     weights: Weights | Sequence[float] = "constant"
     reduction: Reduction = "sum"
-    label_smoothing: float = 0.0
+    label_smoothing: Annotated[float, Bounds(least=0, below=1)] = 0.0
     distillation: Distillation | None = None
     gradient_equilibrium: bool = False
 
     def __post_init__(self) -> None:
-        if isinstance(self.weights, str):
-            if self.weights not in get_args(Weights):
-                raise unknown_name("weights", self.weights, get_args(Weights), "Or one number per exit.")
-        elif not isinstance(self.weights, Sequence) or not all(
-            is_number(weight) and 0 <= weight < float("inf") for weight in self.weights
-        ):
-            raise ArgumentError(f"weights={self.weights!r} must be a name or numbers of at least 0, one per exit")
-        if self.reduction not in get_args(Reduction):
-            raise unknown_name("reduction", self.reduction, get_args(Reduction))
-        if not is_number(self.label_smoothing) or not 0 <= self.label_smoothing < 1:
-            raise ArgumentError(f"label_smoothing={self.label_smoothing!r} must be at least 0 and below 1")
-        if not isinstance(self.gradient_equilibrium, bool):
-            raise ArgumentError(f"gradient_equilibrium={self.gradient_equilibrium!r} must be True or False")
-        if self.distillation is not None and not isinstance(self.distillation, Distillation):
-            raise ArgumentError(
-                f"distillation={self.distillation!r} must be exitkit.training.Distillation(...) or None"
-            )
+        if isinstance(self.weights, str) or not isinstance(self.weights, Sequence):
+            check("weights", self.weights, Weights, "or give one number per exit")
+        else:
+            for weight in self.weights:
+                check("weights", weight, NonNegative, "give one number per exit")
+        check_fields(self)
 
     def weights_at(self, progress: float, shares: Sequence[float]) -> tuple[float, ...]:
         """The weight of each exit, the backbone's last, when a share ``progress`` of the epochs is over.
@@ -159,21 +145,21 @@ def check_loss(loss: Loss, phases: Sequence[Phase], model: MultiExitModel) -> No
     """Whether a loss can be asked of this model in these phases.
 
     Raises:
-        ExitkitError: another number of weights than exits, options without meaning for a regression, gradient equilibrium
-            with a frozen backbone, weights of 0 only, teachers that are no other exit, nobody to learn from, or a confidence
-            limit below any confidence.
+        ArgumentError: another number of weights than exits, weights of 0 only, options without meaning for a regression,
+            gradient equilibrium with a frozen backbone, teachers that are not other exits, exits without any teacher, or a
+            confidence limit of at most 1 / classes.
     """
     last = len(model.classifiers)
     if not isinstance(loss.weights, str) and len(loss.weights) != last + 1:
         raise ArgumentError(
-            f"weights={list(loss.weights)} has {len(loss.weights)} numbers, but there are {last + 1} exits: one for each of "
-            f"{', '.join(exit_.name for exit_ in model.exits)} (a frozen backbone's does not count, but is written)"
+            f"weights={list(loss.weights)} has {len(loss.weights)} numbers for {last + 1} exits; give one for each of "
+            f"{', '.join(exit_.name for exit_ in model.exits)} (the backbone's too where it is frozen and does not count)"
         )
     for number, phase in enumerate(phases, 1):
         if not isinstance(loss.weights, str) and not any(loss.weights[m] for m in phase.exits):
             raise ArgumentError(
-                f"weights={list(loss.weights)} are 0 for every exit that counts in phase {number} ({phase.exits}), so that "
-                "nothing would learn; give one of them a weight above 0"
+                f"weights={list(loss.weights)} are 0 for every exit that counts in phase {number} {phase.exits}; give one of "
+                "them a weight above 0"
             )
     if loss.gradient_equilibrium and not any(phase.stages for phase in phases):
         raise ArgumentError(
@@ -187,7 +173,7 @@ def check_loss(loss: Loss, phases: Sequence[Phase], model: MultiExitModel) -> No
 
 
 def _check_regression(loss: Loss) -> None:
-    reason = "the model has one output, which is trained as a regression by the squared error"
+    reason = "the model has one output and is trained as a regression"
     if loss.label_smoothing:
         raise ArgumentError(f"label_smoothing={loss.label_smoothing} needs classes, but {reason}")
     if loss.distillation is not None:
@@ -195,11 +181,11 @@ def _check_regression(loss: Loss) -> None:
 
 
 def _check_teachers(distillation: Distillation, phases: Sequence[Phase], model: MultiExitModel, last: int) -> None:
-    teachers, limit = distillation.teachers, distillation.confidence_limit
+    teachers, limit = distillation.teachers, distillation.limit_for(model.num_classes)
     if limit is not None and limit <= 1 / model.num_classes:
         raise ArgumentError(
-            f"confidence_limit={limit} is never undercut: among {model.num_classes} classes the surest one has at least "
-            f"{1 / model.num_classes:.3g}, and the temperature would grow in every step; give more, or None to keep it"
+            f"confidence_limit={limit} would let the temperature grow in every step: of {model.num_classes} classes the "
+            f"likeliest has at least {1 / model.num_classes:.3g}; give more, 'auto', or None to keep the temperature"
         )
     if isinstance(teachers, nn.Module):
         own = {id(parameter) for parameter in model.parameters()}
@@ -215,12 +201,11 @@ def _check_teachers(distillation: Distillation, phases: Sequence[Phase], model: 
                 or any(t not in known for t in those)
             ):
                 raise ArgumentError(
-                    f"teachers maps exit {student!r} to {those!r}; give a tuple of exits from 0 to {last}, where none teaches "
-                    "itself"
+                    f"teachers maps exit {student!r} to {those!r}; give a tuple of other exits from 0 to {last}"
                 )
     if not any(distillation.of(m, last) for phase in phases for m in phase.exits):
         counted = sorted({m for phase in phases for m in phase.exits})
         raise ArgumentError(
-            f"distillation is asked for, but none of the exits that count ({counted}) has a teacher: teachers={teachers!r} "
-            "gives them no later exit; train more exits, or give a mapping or a model as teachers="
+            f"teachers={teachers!r} gives none of the exits that count ({counted}) a teacher; train more exits, or give a "
+            "mapping or a model as teachers="
         )

@@ -1,4 +1,4 @@
-"""A loss at work: from every exit's logits to a number to minimise."""
+"""The objective: from every exit's logits to the number that is minimised."""
 
 from __future__ import annotations
 
@@ -11,18 +11,19 @@ from torch.nn import functional as F
 
 from exitkit.common.batches import UNLABELLED
 from exitkit.common.errors import ArgumentError
-from exitkit.training.losses import Divergence, Loss
+from exitkit.training.losses import Confidence, Divergence, Loss
 
 
 @dataclass
 class Objective:
-    """A :class:`Loss` at work, with the temperature it has reached.
+    """What :class:`Loss` asks for, computed, with the temperature that the distillation has reached.
 
     Attributes:
         loss: what is minimised.
         last: the number of the backbone's own exit.
         temperature: τ of the distillation.
-        confidence: the teachers' mean confidence at τ in the last batch; None without teachers.
+        confidence: the teachers' confidence at τ in the last batch; None without teachers.
+        limit: μ, above which τ grows; None keeps τ, and is there before the first batch.
         shown: the last losses as a user sees them, without gradient. The distillation term is the KL divergence at τ in them,
             0 for a perfect copy; the factor τ² and the teachers' entropy, which grow with τ, would hide what was learned.
     """
@@ -31,10 +32,11 @@ class Objective:
     last: int
     temperature: float = field(init=False)
     confidence: Tensor | None = field(init=False, default=None)
+    limit: float | None = field(init=False, default=None)
     shown: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
-        self.temperature = 1.0 if self.loss.distillation is None else self.loss.distillation.temperature
+        self.temperature = 1.0 if self.loss.distillation is None else float(self.loss.distillation.temperature)
 
     def losses(
         self,
@@ -52,7 +54,7 @@ class Objective:
             teacher: logits (B, C) of another model.
 
         Raises:
-            ExitkitError: samples without labels that have nothing else to learn from.
+            ArgumentError: samples that have neither a label nor a teacher.
         """
         logits = {m: heads[m].float() for m in range(len(heads))}
         self._check_teachable(targets, exits)
@@ -72,16 +74,16 @@ class Objective:
     def anneal(self, confidence: float) -> None:
         """Let τ grow if the teachers are surer than the limit (algorithm 1, line 11)."""
         config = self.loss.distillation
-        if config is not None and config.confidence_limit is not None and confidence > config.confidence_limit:
-            self.temperature *= config.multiplier
+        if config is not None and self.limit is not None and confidence > self.limit:
+            self.temperature *= float(config.multiplier)
 
     def _check_teachable(self, targets: Tensor | None, exits: Sequence[int]) -> None:
         config = self.loss.distillation
         if config is None:
             if targets is None:
                 raise ArgumentError(
-                    "the loader yields no labels; yield (inputs, labels) or a dict with the key 'labels', or learn without "
-                    "labels by loss=exitkit.training.Loss(distillation=exitkit.training.Distillation())"
+                    "the loader yields no labels; yield (inputs, labels) or a dict with 'labels', or learn without labels by "
+                    "loss=exitkit.training.Loss(distillation=exitkit.training.Distillation())"
                 )
             if targets.dim() == 1 and not targets.is_floating_point() and bool((targets == UNLABELLED).any()):
                 raise ArgumentError(
@@ -106,9 +108,8 @@ class Objective:
         for t in {t for those in teaching.values() for t in those}:
             source = logits[t] if teacher is None else teacher
             answers[t] = F.softmax(source.detach() / self.temperature, dim=-1)
-        self.confidence = None
-        if answers:
-            self.confidence = torch.stack([answer.amax(-1).mean() for answer in answers.values()]).mean()
+        self.limit = config.limit_for(logits[exits[0]].shape[1])
+        self.confidence = None if not answers else teachers_confidence(list(answers.values()), config.confidence)
         scale = config.weight * self.temperature**2
         zero = logits[exits[0]].new_zeros(())
         terms, divergences = [zero] * len(exits), [zero] * len(exits)
@@ -136,6 +137,14 @@ def classification(logits: Tensor, targets: Tensor | None, label_smoothing: floa
             return logits.sum() * 0
         return F.cross_entropy(logits, targets, ignore_index=UNLABELLED, label_smoothing=label_smoothing)
     return F.cross_entropy(logits, targets, label_smoothing=label_smoothing)
+
+
+def teachers_confidence(answers: Sequence[Tensor], kind: Confidence) -> Tensor:
+    """How sure teachers are, averaged over the batch, of their probabilities (B, C): see :class:`Distillation`."""
+    if kind == "mean_of_max":
+        return torch.stack([answer.amax(-1).mean() for answer in answers]).mean()
+    mean: Tensor = sum(answers[1:], start=answers[0]) / len(answers)
+    return mean.amax(-1).mean()
 
 
 def _divergence(teacher: Tensor, student: Tensor, kind: Divergence) -> Tensor:

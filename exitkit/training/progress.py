@@ -31,7 +31,8 @@ class Epoch:
 
     Attributes:
         epoch: its number, from 0, over all phases.
-        loss: mean training loss of each exit that counts. A distillation term is in it as its KL divergence at the temperature
+        loss: mean training loss of each exit that counts; None for one without any step in this epoch, as in an alternating
+            phase of one step. A distillation term is in it as its KL divergence at the temperature
             reached, which is 0 for a perfect copy; what is minimised has the factor τ² besides.
         accuracy: validation accuracy of every exit, the backbone's last; None without validation and for regression.
         phase: the phase's number, from 0.
@@ -42,7 +43,7 @@ class Epoch:
     """
 
     epoch: int
-    loss: tuple[float, ...]
+    loss: tuple[float | None, ...]
     accuracy: tuple[float, ...] | None
     phase: int
     exits: tuple[int, ...]
@@ -52,7 +53,8 @@ class Epoch:
 
     def scalars(self) -> dict[str, float]:
         """What the logs hold, by name."""
-        named = {f"loss/exit{m}": value for m, value in zip(self.exits, self.loss, strict=True)}
+        losses = zip(self.exits, self.loss, strict=True)
+        named = {f"loss/exit{m}": value for m, value in losses if value is not None}
         named |= {f"accuracy/exit{m}": value for m, value in enumerate(self.accuracy or ())}
         named |= {f"val_loss/exit{m}": value for m, value in enumerate(self.val_loss or ())}
         named |= {} if self.temperature is None else {"temperature": self.temperature}
@@ -60,7 +62,9 @@ class Epoch:
 
     def line(self) -> str:
         """In words: losses and validation results of at most six exits."""
-        loss = " ".join(f"{m}: {value:.4f}" for m, value in spread(list(zip(self.exits, self.loss, strict=True))))
+        loss = " ".join(
+            f"{m}: {_number(value, 4)}" for m, value in spread(list(zip(self.exits, self.loss, strict=True)))
+        )
         tau = "" if self.temperature is None else f"  τ {self.temperature:.2f}"
         return (
             f"epoch {self.epoch + 1}  phase {self.phase + 1}  loss {loss}{tau}{self._validated()}  {self.speed:,.0f}/s"
@@ -115,7 +119,7 @@ class Display:
             table.add_column(heading, justify="right" if heading in ("epoch", "samples/s") else "left")
         for record in self.records[-_ROWS:]:
             phase = [f"{record.phase + 1} of {self.phases}"] if self.phases > 1 else []
-            loss = " ".join(f"{value:.3f}" for value in spread(record.loss))
+            loss = " ".join(_number(value, 3) for value in spread(record.loss))
             validated = " ".join(f"{value:.1%}" for value in spread(record.accuracy or ())) or " ".join(
                 f"{value:.3f}" for value in spread(record.val_loss or ())
             )
@@ -166,6 +170,10 @@ def write_log(directory: Path, kind: str, history: Sequence[Epoch]) -> None:
         rows = csv.DictWriter(file, ["epoch", *names])
         rows.writeheader()
         rows.writerows({"epoch": past.epoch, **past.scalars()} for past in history)
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
 
 
 def spread(values: Sequence[T]) -> list[T]:

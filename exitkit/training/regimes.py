@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
+from exitkit.common.checks import Positive, check_fields
 from exitkit.common.errors import ArgumentError, unknown_name
 
 
@@ -26,7 +27,7 @@ class Phase:
     exits: tuple[int, ...]
     stages: tuple[int, ...] = ()
     alternate: tuple[int, ...] | None = None
-    share: float = 1.0
+    share: Positive = 1.0
 
     def exits_at(self, epoch: int, step: int) -> tuple[int, ...]:
         """The exits whose losses count in a step of an epoch, both from 0; each epoch begins with the other turn."""
@@ -72,7 +73,7 @@ def phases_of(regime: str | Sequence[Phase], last: int, new_head: bool = False) 
     counts, and in ``disjoint`` that counts too.
 
     Raises:
-        ExitkitError: an unknown name, an exit or a stage that there is not, or a phase in which something cannot learn.
+        ArgumentError: an unknown name, an exit or stage that does not exist, or a phase in which something cannot learn.
     """
     if isinstance(regime, str):
         if regime not in REGIMES:
@@ -95,46 +96,41 @@ def epochs_of(phases: Sequence[Phase], epochs: int) -> tuple[int, ...]:
     """How many of the run's epochs each phase has, by its share.
 
     Raises:
-        ExitkitError: too few for every phase to have one.
+        ArgumentError: too few for every phase to have one.
     """
     total = sum(phase.share for phase in phases)
     ends = [int(epochs * share / total + 0.5) for share in accumulate(phase.share for phase in phases)]
     lengths = tuple(end - start for start, end in pairwise([0, *ends]))
     if min(lengths) < 1:
         raise ArgumentError(
-            f"epochs={epochs} are too few for {len(phases)} phases: their lengths would be {list(lengths)}; every phase "
-            f"needs an epoch at least"
+            f"epochs={epochs} are too few for {len(phases)} phases: every phase needs one, their lengths would be "
+            f"{list(lengths)}"
         )
     return lengths
 
 
 def _check(phase: Phase, number: int, last: int, new_head: bool) -> None:
-    for name, given in (
-        ("exits", phase.exits),
-        ("stages", phase.stages),
-        ("alternate", () if phase.alternate is None else phase.alternate),
-    ):
-        if (
-            not isinstance(given, tuple | list)
-            or any(not isinstance(m, int) or not 0 <= m <= last for m in given)
-            or sorted(set(given)) != list(given)
-        ):
-            raise ArgumentError(f"phase {number} has {name}={given}; give numbers from 0 to {last}, rising, each once")
-    if not phase.exits or not isinstance(phase.share, int | float) or not 0 < phase.share < float("inf"):
-        raise ArgumentError(
-            f"phase {number} needs exits and a share above 0; it has {phase.exits} and {phase.share!r}"
-        )
+    check_fields(phase, f"phase {number}: ")
+    alternate = () if phase.alternate is None else phase.alternate
+    for name, numbers in (("exits", phase.exits), ("stages", phase.stages), ("alternate", alternate)):
+        whole = isinstance(numbers, tuple | list) and all(isinstance(m, int) for m in numbers)
+        if not whole or sorted(set(numbers)) != list(numbers) or not set(numbers) <= set(range(last + 1)):
+            raise ArgumentError(
+                f"phase {number} has {name}={numbers}; give numbers from 0 to {last}, rising, each once"
+            )
+    if not phase.exits:
+        raise ArgumentError(f"phase {number} has no exits; give those whose losses count")
     if phase.alternate is not None and (not phase.alternate or not set(phase.alternate) <= set(phase.exits)):
         raise ArgumentError(
             f"phase {number} alternates with exits {phase.alternate}; give some of {phase.exits}, or None"
         )
     if phase.stages and phase.stages[-1] > phase.exits[-1]:
         raise ArgumentError(
-            f"phase {number} trains stage {phase.stages[-1]} of the backbone, but no exit behind it counts "
-            f"(exits={phase.exits}), so that it would have no gradient"
+            f"phase {number} trains stage {phase.stages[-1]} of the backbone, which has no gradient: no exit behind it counts "
+            f"(exits={phase.exits}); leave the stage out"
         )
     if last in phase.exits and not phase.stages and not new_head:
         raise ArgumentError(
-            f"phase {number} counts exit {last}, the backbone's own, and freezes the whole backbone; name its stages, "
-            f"or leave exit {last} out"
+            f"phase {number} counts exit {last}, the backbone's own, but freezes the whole backbone; name its stages, or "
+            f"leave exit {last} out"
         )

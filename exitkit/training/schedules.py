@@ -12,14 +12,14 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, MultiStepLR
 from exitkit.common.errors import ArgumentError
 
 Schedule = Callable[[Optimizer, int], LRScheduler]
-"""(an optimiser, the number of its steps) → a schedule that goes on after every step."""
+"""(an optimiser, the number of its steps) → a schedule that advances after every step."""
 
 
 def check_schedule(schedule: Schedule | None, milestones: Sequence[int] | None, optimizer: Optimizer) -> None:
-    """Whether it makes a schedule, tried on any optimiser.
+    """Try the user's schedule on an optimiser.
 
     Raises:
-        ExitkitError: something else, or milestones too.
+        ArgumentError: it is not a function that makes a schedule, or milestones are given too.
     """
     if schedule is None:
         return
@@ -29,13 +29,13 @@ def check_schedule(schedule: Schedule | None, milestones: Sequence[int] | None, 
         made: Any = schedule(optimizer, 100) if callable(schedule) else schedule
     except (TypeError, ValueError) as error:
         raise ArgumentError(
-            f"schedule= cannot be called with an optimiser and a number of steps ({error}); give such a function, its other "
-            "options by functools.partial or a lambda"
+            f"schedule= cannot be called with an optimiser and a number of steps ({error}); give other options by "
+            "functools.partial or a lambda"
         ) from error
     if not isinstance(made, LRScheduler) or made is schedule:
         raise ArgumentError(
-            f"schedule= gives a {type(made).__name__}; give a function from an optimiser and a number of steps to one of "
-            "torch.optim.lr_scheduler, such as torch.optim.lr_scheduler.CosineAnnealingLR"
+            f"schedule= gives {type(made).__name__}, not a schedule; give a function of an optimiser and a number of steps, "
+            "such as torch.optim.lr_scheduler.CosineAnnealingLR"
         )
 
 
@@ -45,17 +45,16 @@ def make_scheduler(
     """The user's schedule over all ``steps`` of every epoch, or one by epochs: milestones, or a cosine to 0.
 
     Raises:
-        ExitkitError: a schedule by steps, and a loader that does not know their number.
+        ArgumentError: a schedule by steps, and a loader without a length.
     """
     if schedule is not None:
         if steps is None:
             raise ArgumentError(
-                "schedule= needs the number of steps, but train_loader has no length; give a loader that has one, or "
-                "milestones="
+                "schedule= needs the number of steps, but train_loader has no length; give one that has, or milestones="
             )
         return schedule(optimizer, epochs * steps)
     if milestones is not None:
-        return MultiStepLR(optimizer, list(milestones))
+        return MultiStepLR(optimizer, [int(epoch) for epoch in milestones])
     return CosineAnnealingLR(optimizer, epochs)
 
 

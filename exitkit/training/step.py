@@ -1,14 +1,13 @@
-"""A phase at work: what it optimises, and one step of it."""
+"""A phase at work: what it runs, what it optimises, and one step of it."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -17,17 +16,43 @@ from exitkit.common.errors import ArgumentError, DivergedError
 from exitkit.multi_exit.model import MultiExitModel
 from exitkit.surgery.capturing import logits_of
 from exitkit.surgery.inputs import call_on
-from exitkit.training.feature_cache.heads_alone import HeadsAlone
+from exitkit.training.feature_cache.heads_alone import HeadsAlone, HeadsOutput
 from exitkit.training.freezing import Stages, learn
-from exitkit.training.needed import HeadsUntil, last_needed
+from exitkit.training.losses import Distillation
 from exitkit.training.objective import Objective
 from exitkit.training.options import Options
 from exitkit.training.regimes import Phase
 from exitkit.training.schedules import make_scheduler
 
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+
+class HeadsUntil(nn.Module):
+    """A model's heads up to exit ``last``, called with what the backbone takes; the parameters are the model's own.
+
+    The backbone's layers behind that exit do not run, and neither does the ensemble.
+    """
+
+    def __init__(self, model: MultiExitModel, last: int) -> None:
+        super().__init__()
+        self.model = model
+        self.last = last
+
+    def forward(self, *args: Any, **kwargs: Any) -> HeadsOutput:
+        return HeadsOutput(*self.model.run_until(self.last, *args, **kwargs))
+
+
+def last_needed(exits: Sequence[int], distillation: Distillation | None, model: MultiExitModel) -> int:
+    """The last exit whose logits the losses of ``exits`` read: of these, of their teachers, and of those they imitate."""
+    backbone = len(model.classifiers)
+    teachers = [] if distillation is None else [t for m in exits for t in distillation.of(m, backbone)]
+    imitated = [backbone - 1] if model.method.past_future else []
+    return max(*exits, *teachers, *imitated, 0)
+
 
 class Learner:
-    """What a phase optimises. Everything is frozen or thawed before the optimiser and DDP see it."""
+    """What a phase optimises. Parameters are frozen or thawed before the optimiser and DDP see them."""
 
     def __init__(
         self,
@@ -52,9 +77,9 @@ class Learner:
         self.view = _wrapped(self._pass(view), options.compile, accelerator)
 
     def _pass(self, view: MultiExitModel | HeadsAlone) -> nn.Module:
-        """What a step calls: heads alone as they are, a model no further than this phase's losses read.
+        """What a step calls: the heads alone, or the model up to the last exit that this phase's losses read.
 
-        To its end where dynamo or gradient checkpointing run the backbone's code by rules of their own.
+        Under dynamo and gradient checkpointing the whole model runs, as both re-run the backbone's code.
         """
         if isinstance(view, HeadsAlone):
             return view
@@ -79,21 +104,21 @@ class Learner:
         self.stepper.step()
         self.stepper.zero_grad()
         if self.options.schedule is not None:
-            self._go_on()
+            self._advance_schedule()
         return summed, samples
 
     def end_epoch(self, epoch: int) -> None:
-        """Refuse weights that the last step ruined, before they are kept; a schedule by epochs goes on."""
+        """Refuse weights that are not finite, before they are kept; a schedule by epochs advances."""
         for name, parameter in self.options.model.named_parameters():
             if parameter.requires_grad and not bool(parameter.isfinite().all()):
                 raise DivergedError(
                     f"{name} is not finite after epoch {epoch + 1}, at lr={self._rates()}; lower lr, or set max_grad_norm"
                 )
         if self.options.schedule is None:
-            self._go_on()
+            self._advance_schedule()
 
-    def _go_on(self) -> None:
-        """The schedule's next step. It warns where none of the optimiser's came before: an epoch interrupted at its end."""
+    def _advance_schedule(self) -> None:
+        """torch warns when the optimiser has made no step yet, as after an epoch that was interrupted at its end."""
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Detected call of .lr_scheduler.step")
             self.scheduler.step()
@@ -208,6 +233,6 @@ def _batch_norm_explained() -> Iterator[None]:
         if "more than 1 value per channel" not in str(error):
             raise
         raise ArgumentError(
-            "a batch of one sample has no statistics for a BatchNorm that learns here: the backbone's, unless "
-            "regime='disjoint', or one in the head of an exit ('branch-n', 'tail'); use a larger batch_size or drop_last=True"
+            "a batch of one sample has no statistics for a BatchNorm that learns (the backbone's, or one in the head of an "
+            "exit: 'branch-n', 'tail'); use a larger batch_size or drop_last=True"
         ) from error

@@ -1,4 +1,4 @@
-"""The trainer: ``fit``."""
+"""The trainer."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import nn
 
 from exitkit.common.errors import ArgumentError
 from exitkit.surgery.capturing import evaluation_mode
+from exitkit.training.checkpoint import load_checkpoint, remove_leftovers
 from exitkit.training.distributed import length, make_accelerator, own_part, seed_everything
 from exitkit.training.ensemble import fit_ensemble_on
 from exitkit.training.feature_cache.cache import Data, cached
@@ -20,6 +21,7 @@ from exitkit.training.interruption import sigterm_noted
 from exitkit.training.loop import Run
 from exitkit.training.options import Options
 from exitkit.training.progress import Epoch, displayed
+from exitkit.training.same_run import data_of, settings_of
 
 
 @dataclass(eq=False)
@@ -72,7 +74,9 @@ class Trainer(Options):
         seed: every epoch is seeded from it, so that a killed run continues to the same weights.
         output_dir: where a checkpoint and a log go after every epoch; nothing is written by default. With it, SIGTERM
             writes a checkpoint after the current step and ends the process with status 143.
-        resume: ``"auto"`` continues from the checkpoint in ``output_dir``, ``"never"`` starts again.
+        resume: ``"auto"`` continues from the checkpoint in ``output_dir``, which must be of the same model, options and data
+            (samples of the data sets, their number, batch sizes and lengths are compared, where they can be known without
+            beginning a pass); ``"never"`` starts again.
         log: ``"csv"`` or ``"tensorboard"``.
         show_progress: draw a table where there is a terminal, print a line per epoch (to stderr) where there is none.
 
@@ -80,7 +84,7 @@ class Trainer(Options):
         history: the record of every epoch of the last fit.
 
     Raises:
-        ExitkitError: an unknown name, a value out of range, or options that contradict each other.
+        ArgumentError: an unknown name, a value out of range, or options that contradict each other.
     """
 
     history: list[Epoch] = field(init=False, default_factory=list)
@@ -88,16 +92,21 @@ class Trainer(Options):
     def fit(self, train_loader: Iterable[Any], val_loader: Iterable[Any] | None = None) -> list[Epoch]:
         """Train phase by phase, then fit the ensemble; the model is changed in place. Returns the record of every epoch.
 
+        The ensemble is fitted on ``val_loader`` where there is one, on ``train_loader`` otherwise (why it matters:
+        :func:`exitkit.training.fit_ensemble`). Choose thresholds on other samples than these.
+
         Under ``accelerate launch`` or ``torchrun`` each process takes every n-th batch and the gradients are averaged.
 
         Args:
             train_loader: yields ``(inputs, labels)`` or dicts with ``labels``: class indices (-1 for none), class
                 probabilities (B, C), or values to regress where the model has one output. With distillation, inputs alone
                 will do.
-            val_loader: the same, with class indices, for per-exit accuracy and early stopping.
+            val_loader: the same, with class indices, for per-exit accuracy, early stopping and the ensemble's fit.
 
         Raises:
-            ExitkitError: an empty loader, labels out of range, a loss that is not finite, an unusable checkpoint.
+            ArgumentError: an empty loader, labels out of range, a checkpoint made with other options or other data.
+            FileError: a checkpoint that is damaged or of another version.
+            DivergedError: a loss, weights or answers that are not finite.
         """
         if self.patience is not None and val_loader is None:
             raise ArgumentError("patience is set, but there is no val_loader to measure improvement on; give one")
@@ -107,6 +116,8 @@ class Trainer(Options):
         val = None if val_loader is None else own_part(accelerator, val_loader, "val_loader")
         self._place(accelerator.device)
         self.history = []
+        settings = {} if self.directory is None else self._settings(train, val, accelerator.num_processes)
+        checkpoint = self._checkpoint(settings, accelerator.is_main_process)
         data = Data(self.model, train, val)
         with (
             flags_restored(self.model),
@@ -114,16 +125,29 @@ class Trainer(Options):
         ):
             stages = self._stages()
             with (
-                _checkpointed(self.model.backbone, self.gradient_checkpointing),
-                _resting(self.teacher),
+                _gradient_checkpointing(self.model.backbone, self.gradient_checkpointing),
+                _in_evaluation_mode(self.teacher),
                 sigterm_noted(self.directory is not None) as interrupted,
                 self._display(accelerator.is_main_process, length(train)) as display,
             ):
-                Run(self, accelerator, *data, stages, display, interrupted, self.history).train()
+                Run(self, accelerator, *data, stages, display, interrupted, settings, self.history).train(checkpoint)
             self.model.combiners.requires_grad_(True)
-            seed_everything(data.train, self.seed)
-            fit_ensemble_on(self.model, data.view, data.train, accelerator.gather_for_metrics)
+            held_out = data.train if data.val is None else data.val
+            seed_everything(held_out, self.seed)  # the same images, whatever was drawn before
+            fit_ensemble_on(self.model, data.view, held_out, accelerator.gather_for_metrics)
         return self.history
+
+    def _settings(self, train: Iterable[Any], val: Iterable[Any] | None, processes: int) -> dict[str, Any]:
+        data = data_of(train, "train_loader", processes) | data_of(val, "val_loader", processes)
+        return settings_of(self) | data
+
+    def _checkpoint(self, settings: dict[str, Any], main: bool) -> dict[str, Any] | None:
+        """The checkpoint to go on from, checked against this run before anything is changed."""
+        if self.directory is None:
+            return None
+        if main:
+            remove_leftovers(self.directory)
+        return None if self.resume == "never" else load_checkpoint(self.directory, settings)
 
     def _make_directory(self) -> None:
         if self.directory is None:
@@ -151,8 +175,8 @@ class Trainer(Options):
         check_learning(self.phases, stages, self.model)
         if self.loss.gradient_equilibrium and stages.shared:
             raise ArgumentError(
-                f"gradient_equilibrium divides each stage's gradient by another number, but {stages.shared[0]!r} is read "
-                "in several stages; train this backbone without it"
+                f"gradient_equilibrium rescales each stage's gradient, but {stages.shared[0]!r} is read in several stages; "
+                "train this backbone without it"
             )
         return stages
 
@@ -162,7 +186,7 @@ class Trainer(Options):
 
 
 @contextmanager
-def _resting(teacher: nn.Module | None) -> Iterator[None]:
+def _in_evaluation_mode(teacher: nn.Module | None) -> Iterator[None]:
     if teacher is None:
         yield
     else:
@@ -171,16 +195,16 @@ def _resting(teacher: nn.Module | None) -> Iterator[None]:
 
 
 @contextmanager
-def _checkpointed(backbone: nn.Module, wanted: bool) -> Iterator[None]:
-    """Gradient checkpointing by the model's own method, without reentrance: exits read features inside its blocks."""
+def _gradient_checkpointing(backbone: nn.Module, wanted: bool) -> Iterator[None]:
+    """By the model's own method, without re-entrance, as exits read features inside the recomputed blocks."""
     if not wanted:
         yield
         return
     kind = next((k for k in ("activation", "gradient") if hasattr(backbone, f"{k}_checkpointing_enable")), None)
     if kind is None:
         raise ArgumentError(
-            f"gradient_checkpointing=True, but {type(backbone).__name__} has no gradient_checkpointing_enable(), as Hugging "
-            "Face models do; leave it out"
+            f"gradient_checkpointing=True, but {type(backbone).__name__} has no gradient_checkpointing_enable() as Hugging "
+            "Face models have; leave it out"
         )
     before = bool(getattr(backbone, f"is_{kind}_checkpointing", False))
     getattr(backbone, f"{kind}_checkpointing_enable")({"use_reentrant": False})

@@ -1,1 +1,1 @@
-"""The feature cache: what a frozen backbone says about every sample, computed once and read in every epoch."""
+"""The feature cache: a frozen backbone's features of every sample, computed once and read in every epoch."""

@@ -1,4 +1,4 @@
-"""The feature cache: what a frozen backbone says about every sample, computed once."""
+"""Computes the features, keeps them in a file, and makes loaders of its rows."""
 
 from __future__ import annotations
 
@@ -10,10 +10,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
@@ -25,14 +24,21 @@ from exitkit.multi_exit.model import MultiExitModel
 from exitkit.surgery.capturing import evaluation_mode
 from exitkit.surgery.fingerprint import weights_digest
 from exitkit.surgery.inputs import call_on
-from exitkit.training.distributed import seed_everything
-from exitkit.training.feature_cache.heads_alone import HeadsAlone, bodies_read
+from exitkit.training.distributed import in_order, seed_everything
+from exitkit.training.feature_cache.heads_alone import HeadsAlone, body_inputs
 from exitkit.training.feature_cache.store import Writer, read_store, row_bytes
 from exitkit.training.options import Options
 from exitkit.training.step import placed
 
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
 _GIGABYTE = 1e9
 _LABELS, _LOGITS = "labels", "logits"
+
+
+class _NotStored(Exception):  # noqa: N818 - it ends in a warning
+    """The features cannot be written, for the reason in the message."""
 
 
 class Data(NamedTuple):
@@ -50,12 +56,12 @@ def cached(options: Options, accelerator: Accelerator, data: Data) -> Iterator[D
     They are kept in ``output_dir``, where a later run finds them, or in a temporary folder until the end.
 
     Raises:
-        ExitkitError: several processes, a loader whose samples have no numbers, or features that differ in shape.
+        ArgumentError: several processes, a loader whose samples have no numbers, or features that differ in shape.
     """
     if accelerator.num_processes > 1:
         raise ArgumentError(
-            f"cache=True is for one process, this run has {accelerator.num_processes}; heads alone train quickly, so start "
-            "without torchrun or accelerate launch, or leave cache out"
+            f"cache=True is for one process, this run has {accelerator.num_processes}; start without torchrun or accelerate "
+            "launch, or leave cache out"
         )
     loaders = {"train": _numbered(data.train, "train_loader")}
     if data.val is not None:
@@ -69,7 +75,7 @@ def cached(options: Options, accelerator: Accelerator, data: Data) -> Iterator[D
         try:
             for name, loader in loaders.items():
                 rows[name] = cache.rows(loader, folder / f"features-{name}.safetensors")
-        except OSError as reason:
+        except _NotStored as reason:
             warnings.warn(f"cache=True, but {reason}; the backbone runs in every epoch", stacklevel=4)
         yield Data(cache.view, rows["train"], rows.get("val")) if rows.keys() == loaders.keys() else data
 
@@ -106,14 +112,14 @@ class _Cache:
         """The loader's batches as rows of its store, which is computed where there is none of this content.
 
         Raises:
-            OSError: no room.
+            _NotStored: no room.
         """
         stored = read_store(path, self._key(loader)) if path.exists() else None
         if stored is None:
             path.unlink(missing_ok=True)  # so that never two of them take disk
             stored = read_store(path, self._compute(loader, path))
         if stored is None:
-            raise OSError(f"{str(path)!r} cannot be read back as it was written")
+            raise _NotStored(f"{str(path)!r} cannot be read back as it was written")
         self.used += path.stat().st_size
         return DataLoader(
             _Rows(stored), batch_sampler=loader.batch_sampler, collate_fn=_as_it_is, generator=loader.generator
@@ -123,7 +129,9 @@ class _Cache:
         """Write the store; its key."""
         content, start, rows = self._about(), 0, len(loader.dataset)  # type: ignore[arg-type]
         first: dict[str, Tensor] = {}
-        with replacing(path) as temporary:
+        with ExitStack() as stack:
+            with _storing(path):
+                temporary = stack.enter_context(replacing(path))
             for batch in checked(self._in_order(loader), "the loader to cache"):
                 inputs, labels = self._added(content, batch)
                 parts = self._parts(inputs, labels)
@@ -132,20 +140,22 @@ class _Cache:
                     self._check_room(rows * row_bytes(first), path.parent)
                     writer = Writer(temporary, first, rows)
                 _check_alike(first, parts)
-                writer.write(start, parts)
+                with _storing(path):
+                    writer.write(start, parts)
                 start += len(parts[_LOGITS])
             if start != rows:
                 raise ArgumentError(
-                    f"cache=True: the data set has {rows} samples, but {start} came out of the loader's collate_fn, so that "
-                    "they cannot be told apart by number; leave none out, or leave cache out"
+                    f"cache=True: the data set has {rows} samples, but {start} came out of the loader's collate_fn; keep "
+                    "all, or leave cache out"
                 )
-            writer.finish(content.hexdigest())
+            with _storing(path):
+                writer.finish(content.hexdigest())
         return content.hexdigest()
 
     def _parts(self, inputs: Any, labels: Tensor | None) -> dict[str, Tensor]:
         """A batch's rows: reduced features, the backbone's logits, and labels where there are some."""
         model = self.options.model
-        with evaluation_mode(model), torch.no_grad(), self.accelerator.autocast(), bodies_read(model) as read:
+        with evaluation_mode(model), torch.no_grad(), self.accelerator.autocast(), body_inputs(model) as read:
             _, heads = call_on(model.run_heads, placed(inputs, self.accelerator.device, self.options.channels_last))
             reduced = [reduce(*args) for reduce, args in zip(self.view.reductions, read, strict=True)]
         parts = {**{f"exit{m}": part for m, part in enumerate(reduced)}, _LOGITS: heads[-1]}
@@ -180,25 +190,27 @@ class _Cache:
         """Every sample once, by its number, and augmented alike in every pass and every run of one seed."""
         seed_everything(loader, self.options.seed)
         size = getattr(loader.batch_sampler, "batch_size", None) or 64
-        return DataLoader(
-            loader.dataset,
-            batch_size=size,
-            num_workers=loader.num_workers,
-            collate_fn=loader.collate_fn,
-            worker_init_fn=loader.worker_init_fn,
-            multiprocessing_context=loader.multiprocessing_context,
-        )
+        return in_order(loader, loader.dataset, size, loader.num_workers)
 
     def _check_room(self, size: int, folder: Path) -> None:
         allowed = self.options.cache_gb * _GIGABYTE - self.used
         if size > allowed:
-            raise OSError(
+            raise _NotStored(
                 f"the features take {size / _GIGABYTE:.3g} GB of disk, and cache_gb leaves {allowed / _GIGABYTE:.3g}"
             )
         if size > (free := shutil.disk_usage(folder).free):
-            raise OSError(
+            raise _NotStored(
                 f"the features take {size / _GIGABYTE:.3g} GB, and {str(folder)!r} has {free / _GIGABYTE:.3g} free"
             )
+
+
+@contextmanager
+def _storing(path: Path) -> Iterator[None]:
+    """An error of the file system while the store is written is a lack of room; one of the data set's own is not."""
+    try:
+        yield
+    except OSError as error:
+        raise _NotStored(f"{str(path)!r} cannot be written ({error.strerror or error})") from error
 
 
 class _Rows(Dataset[Any]):
@@ -230,6 +242,6 @@ def _check_alike(first: dict[str, Tensor], parts: dict[str, Tensor]) -> None:
         was, is_ = (None if name not in batch else tuple(batch[name].shape[1:]) for batch in (first, parts))
         if was != is_ or first[name].dtype != parts[name].dtype:
             raise ArgumentError(
-                f"cache=True: {name} has shape {was} per sample in the first batch and {is_} in another, so that it has no "
-                "place in one table; pad all samples to one length, use head='auto' or '1L', or leave cache out"
+                f"cache=True: {name} has shape {was} per sample in the first batch and {is_} in another; pad all samples to "
+                "one length, use head='auto' or '1L', or leave cache out"
             )

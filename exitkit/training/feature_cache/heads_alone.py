@@ -1,4 +1,4 @@
-"""Heads in two parts: a beginning without parameters, which a frozen backbone makes a constant, and what learns."""
+"""Heads in two parts: a beginning without parameters, constant behind a frozen backbone, and the rest, which learns."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class HeadsAlone(nn.Module):
 
 
 @contextmanager
-def bodies_read(model: MultiExitModel) -> Iterator[list[tuple[Any, ...]]]:
+def body_inputs(model: MultiExitModel) -> Iterator[list[tuple[Any, ...]]]:
     """While open, every forward leaves in the list, in order of the exits, what each head's body was called with."""
     read: list[tuple[Any, ...]] = []
     bodies = [classifier.body for classifier in model.classifiers]
