@@ -14,7 +14,7 @@ from exitkit.engine.program import Inputs, Program, Step
 from exitkit.methods.criteria import CRITERIA, Criterion, tolerance
 from exitkit.methods.scaled import Temperatures
 from exitkit.multi_exit.model import MultiExitModel
-from exitkit.surgery.partition import Lowered, Stage
+from exitkit.surgery.partition import Partition, Stage
 
 CARRIED, ANSWERS, LATEST, AGREED, HISTORY = (
     f"exit.{name}" for name in ("carried", "answers", "latest", "agreed", "history")
@@ -28,7 +28,7 @@ class StageWithExit(nn.Module):
     """A stage, the head behind it, the ensemble and the score: what a :class:`Step` runs.
 
     Args:
-        stage: of the lowered backbone.
+        stage: of the partition backbone.
         classifier: the head, or None after the last stage, whose result is the backbone's own logits.
         combiner: the method's ensemble up to here, if it has one.
         criterion: how the answer is scored.
@@ -118,15 +118,15 @@ def program_of(
     skipped: Sequence[int] = (),
 ) -> Program:
     """The model's stages and exits as a program, without the exits ``skipped``; weights are shared."""
-    lowered = model.lower()
-    names = dict(zip(model.example.spec.keys, lowered.inputs, strict=True))
+    partition = model.partition()
+    names = dict(zip(model.example.spec.keys, partition.inputs, strict=True))
     reads = [[names[key] for key in spec.inputs] for spec in model.specs] + [[]]
     classifiers = [*_in_eval(model.classifiers), None]
     combiners = [*_in_eval(model.combiners), *(None for _ in classifiers)]
     steps: list[Step] = []
     needed: set[str] = set()
     for m in reversed(range(len(classifiers))):
-        stage, state_in, state_out = lowered.stages[m], _state(model, criterion, m), _state(model, criterion, m + 1)
+        stage, state_in, state_out = partition.stages[m], _state(model, criterion, m), _state(model, criterion, m + 1)
         inputs = tuple(dict.fromkeys([*stage.inputs, *reads[m], *state_in]))
         outputs = tuple(name for name in (*stage.outputs, *state_out) if name in needed)
         temperature = None if temperatures is None else temperatures[m]
@@ -135,10 +135,10 @@ def program_of(
         steps.append(Step(run, m, m not in skipped, inputs, outputs, tuple(sorted(needed))))
         needed = (needed - set(outputs)) | set(inputs)
     return Program(
-        _inputs(model, lowered),
+        _inputs(model, partition),
         tuple(reversed(steps)),
-        lowered.axes | dict.fromkeys(_STATE, 0),
-        lowered.dynamic | dict.fromkeys(_STATE, (0,)),
+        partition.axes | dict.fromkeys(_STATE, 0),
+        partition.dynamic | dict.fromkeys(_STATE, (0,)),
         criterion,
         model.num_classes,
         dtype_of(model),
@@ -151,12 +151,12 @@ def dtype_of(model: MultiExitModel) -> str:
     return str(next(model.classifiers.parameters()).dtype).removeprefix("torch.")
 
 
-def _inputs(model: MultiExitModel, lowered: Lowered) -> Inputs:
+def _inputs(model: MultiExitModel, partition: Partition) -> Inputs:
     tensors = model.example.tensors
     return Inputs(
         model.example.spec,
-        lowered.inputs,
-        lowered.sizes,
+        partition.inputs,
+        partition.sizes,
         tuple(tensor.dtype for tensor in tensors),
         next(model.parameters()).device,
     )

@@ -17,7 +17,7 @@ from exitkit.multi_exit.cost import ExitSpec
 from exitkit.multi_exit.model import MultiExitModel
 from exitkit.surgery.boundaries import Anatomy, Boundary, find_boundaries
 from exitkit.surgery.capturing import Capture, capture
-from exitkit.surgery.partition import lower
+from exitkit.surgery.partition import partition_at
 from exitkit.surgery.placement import place
 from exitkit.surgery.replace_classifier import outputs_of, unchanged_on_error, with_outputs
 from exitkit.surgery.supported import admit
@@ -96,7 +96,7 @@ def _assemble(
     """Exits at ``boundaries``, once the cut model was found to equal the model."""
     outputs = outputs_of(captured)
     method = for_outputs(method, outputs, type(captured.backbone).__name__)
-    taps = verify(captured, boundaries, lower(captured, boundaries))
+    taps = verify(captured, boundaries, partition_at(captured, boundaries))
     maker = HeadMaker(captured, anatomy, outputs)
     placed = list(zip(boundaries, _one_each(heads, len(boundaries)), strict=True))
     made = [maker.make(boundary, head, method.cascade and m > 0) for m, (boundary, head) in enumerate(placed)]

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from exitkit.exits.gpf import Classifier
 from exitkit.surgery.boundaries import Anatomy, Boundary
-from exitkit.surgery.hooks import Tap
+from exitkit.surgery.hooks import HookPoint
 from exitkit.surgery.inputs import Example
 from exitkit.surgery.macs import count_macs
 
@@ -21,12 +21,12 @@ class ExitSpec:
 
     Attributes:
         boundary: the cut it sits at.
-        tap: where its feature is read while the backbone runs.
+        hook: where its feature is read while the backbone runs.
         inputs: the model's inputs that its head reads beside the feature, by position or keyword (an attention mask).
     """
 
     boundary: Boundary
-    tap: Tap
+    hook: HookPoint
     inputs: tuple[int | str, ...] = ()
 
 

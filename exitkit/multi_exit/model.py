@@ -20,9 +20,9 @@ from exitkit.methods.presets import Method
 from exitkit.multi_exit.cost import ExitSpec, price
 from exitkit.surgery.boundaries import Anatomy, Boundary, find_boundaries
 from exitkit.surgery.capturing import capture, logits_of
-from exitkit.surgery.hooks import tapped
+from exitkit.surgery.hooks import recorded
 from exitkit.surgery.inputs import Example
-from exitkit.surgery.partition import Lowered, lower
+from exitkit.surgery.partition import Partition, partition_at
 from exitkit.surgery.placement import place
 
 if TYPE_CHECKING:
@@ -117,7 +117,7 @@ class MultiExitModel(nn.Module):
         trains = any(parameter.requires_grad for parameter in self.backbone.parameters())
         final: tuple[Tensor, ...] = ()
         with (
-            tapped(self.backbone, [spec.tap for spec in specs], stop) as read,
+            recorded(self.backbone, [spec.hook for spec in specs], stop) as read,
             torch.set_grad_enabled(torch.is_grad_enabled() and trains),
         ):
             final = (logits_of(self.backbone(*args, **kwargs)),)
@@ -147,10 +147,10 @@ class MultiExitModel(nn.Module):
         replaced = (value for name, value in self.backbone.named_parameters() if name in self.new_head)
         return [*self.classifiers.parameters(), *self.combiners.parameters(), *replaced]
 
-    def lower(self) -> Lowered:
+    def partition(self) -> Partition:
         """The inference view: the backbone captured anew and split at the exits, its parameters shared."""
         captured = capture(self.backbone, self.example.spec.batch(self.example.tensors))
-        return lower(captured, place(find_boundaries(captured), at=[boundary.name for boundary in self.boundaries]))
+        return partition_at(captured, place(find_boundaries(captured), at=[boundary.name for boundary in self.boundaries]))
 
     def save_pretrained(
         self,
