@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import logging
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import exitkit
-from exitkit import ExitkitError, MultiExitModel
+from exitkit import MultiExitModel
 from tests.toy import TinyNet, all_equal, images, noisy
 
 THREADS, CALLS = 8, 400
@@ -113,9 +112,7 @@ def test_answers_while_another_thread_trains_exits_on_the_same_backbone(
     fitted = copy.deepcopy(other)
     exitkit.Trainer(fitted, epochs=2, compile=compiled, show_progress=False).fit(loader(64))
     with ThreadPoolExecutor(1) as pool:
-        training = pool.submit(
-            exitkit.Trainer(other, epochs=2, compile=compiled, show_progress=False).fit, loader(64)
-        )
+        training = pool.submit(exitkit.Trainer(other, epochs=2, compile=compiled, show_progress=False).fit, loader(64))
         together = in_threads(mixed, ee, batches)
         training.result()
     assert sum(not all_equal(*pair) for pair in zip(alone, together, strict=True)) == 0

@@ -229,12 +229,12 @@ def test_no_final_linear_layer(kind: str) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"num_classes": 1}, "num_classes=1 must be .* at least 2; num_outputs=1 is for regression"),
+        ({"num_classes": 1}, "num_classes=1 must be .* at least 2 or None; num_outputs=1 is for regression"),
         ({"num_classes": 0}, "num_classes=0"),
         ({"num_classes": True}, "num_classes=True"),
         ({"num_classes": 4.0}, "num_classes=4.0"),
         ({"num_classes": "4"}, "num_classes='4'"),
-        ({"num_outputs": 2}, "num_outputs=2 must be 1, for regression; classes are given as num_classes"),
+        ({"num_outputs": 2}, "num_outputs=2 must be 1 or None; 1 is for regression, classes are given as num_classes"),
         ({"num_outputs": True}, "num_outputs=True"),
         ({"num_classes": 3, "num_outputs": 1}, "num_classes=3 and num_outputs=1 were given together"),
     ],

@@ -48,7 +48,7 @@ class ExitOutputs:
         temperatures: (M+1,) what each exit's logits were divided by (:meth:`calibrated`), or None; thresholds found on these
             outputs know them.
         weights: what tells the backbone from others of its architecture, or None.
-            See :func:`exitkit.surgery.fingerprint.fingerprint`.
+            See :func:`exitkit.surgery.fingerprint.fingerprint_of`.
         timings: what answering takes on some devices (:meth:`timed`), for budgets in milliseconds.
 
     Raises:

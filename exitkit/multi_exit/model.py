@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
-from inspect import signature
 from os import PathLike
 from typing import TYPE_CHECKING, Any, Self, cast
 
@@ -14,14 +13,14 @@ from torch.nn import functional as F
 
 from exitkit.common.errors import ArgumentError
 from exitkit.exits.classifiers import HeadOutput
-from exitkit.exits.ensembles import COMBINERS
 from exitkit.exits.gpf import Classifier, imitation_losses
-from exitkit.methods.presets import Method
-from exitkit.multi_exit.cost import ExitSpec, price
-from exitkit.surgery.boundaries import Anatomy, Boundary, find_boundaries
+from exitkit.multi_exit.assembly import Parts
+from exitkit.multi_exit.cost import exit_costs
+from exitkit.multi_exit.saving import load_exits, push_exits, save_exits
+from exitkit.surgery.boundaries import Boundary, find_boundaries
 from exitkit.surgery.capturing import capture, logits_of
 from exitkit.surgery.hooks import recorded
-from exitkit.surgery.inputs import Example
+from exitkit.surgery.inputs import argument
 from exitkit.surgery.partition import Partition, partition_at
 from exitkit.surgery.placement import place
 
@@ -56,40 +55,31 @@ class MultiExitModel(nn.Module):
     trainable parameter runs without gradients.
 
     Attributes:
-        exits: name and price of each exit, the backbone's own classifier last.
+        exits: name and cost of each exit, the backbone's own classifier last.
         new_head: state-dict names of the backbone's last layer, where ``attach`` replaced it; it needs training too.
         threshold: the τ chosen for these exits (one, one for each, or what :func:`exitkit.choose_threshold` returned),
             saved and loaded with them; None where none was chosen.
     """
 
-    def __init__(
-        self,
-        backbone: nn.Module,
-        classifiers: Sequence[Classifier],
-        specs: Sequence[ExitSpec],
-        anatomy: Anatomy,
-        method: Method,
-        head: str | tuple[str, ...],
-        num_classes: int,
-        example: Example,
-        new_head: Sequence[str] = (),
-    ) -> None:
+    def __init__(self, parts: Parts) -> None:
         super().__init__()
-        self.backbone = backbone
-        self.classifiers = nn.ModuleList(classifiers)
-        self.combiners = _combiners(method, len(classifiers), num_classes)
-        self.specs = tuple(specs)
-        self.anatomy = anatomy
-        self.method = method
-        self.head = head
-        self.num_classes = num_classes
-        self.example = example
-        self.new_head = tuple(new_head)
+        self.backbone = parts.backbone
+        self.classifiers = nn.ModuleList(parts.classifiers)
+        self.combiners = nn.ModuleList(parts.combiners)
+        self.specs = parts.specs
+        self.anatomy = parts.anatomy
+        self.method = parts.method
+        self.head = parts.head
+        self.num_classes = parts.num_classes
+        self.example = parts.example
+        self.new_head = parts.new_head
         self.threshold: Threshold | None = None
-        reference = next(parameter for parameter in backbone.parameters() if parameter.is_floating_point())
+        reference = next(parameter for parameter in self.backbone.parameters() if parameter.is_floating_point())
         self.classifiers.to(reference.device, reference.dtype)
         self.combiners.to(reference.device)  # float32: they add up logarithms
-        self.exits = price(classifiers, self.combiners, self.specs, anatomy, example, num_classes)
+        self.exits = exit_costs(
+            parts.classifiers, self.combiners, self.specs, self.anatomy, self.example, self.num_classes
+        )
 
     def forward(self, *args: Any, **kwargs: Any) -> MultiExitOutput:
         """Run every exit. Takes what the backbone takes."""
@@ -124,7 +114,7 @@ class MultiExitModel(nn.Module):
         features = tuple(self._found(slot, feature) for slot, feature in enumerate(read))
         steps: list[HeadOutput] = []
         for feature, spec in zip(features, specs, strict=True):
-            inputs = [self._argument(key, args, kwargs) for key in spec.inputs]
+            inputs = [argument(self.backbone.forward, key, args, kwargs) for key in spec.inputs]
             steps.append(self._step(len(steps), feature, steps[-1].carried if steps else None, inputs))
         return features, steps, final
 
@@ -150,7 +140,9 @@ class MultiExitModel(nn.Module):
     def partition(self) -> Partition:
         """The inference view: the backbone captured anew and split at the exits, its parameters shared."""
         captured = capture(self.backbone, self.example.spec.batch(self.example.tensors))
-        return partition_at(captured, place(find_boundaries(captured), at=[boundary.name for boundary in self.boundaries]))
+        return partition_at(
+            captured, place(find_boundaries(captured), at=[boundary.name for boundary in self.boundaries])
+        )
 
     def save_pretrained(
         self,
@@ -172,8 +164,6 @@ class MultiExitModel(nn.Module):
         Raises:
             ExitkitError: a threshold that is no finite number, outputs without labels or of another model.
         """
-        from exitkit.multi_exit.saving import save_exits
-
         save_exits(self, directory, threshold, outputs)
 
     @classmethod
@@ -200,9 +190,11 @@ class MultiExitModel(nn.Module):
         Raises:
             ExitkitError: a missing, damaged or foreign file, or another backbone; the message shows the first difference.
         """
-        from exitkit.multi_exit.saving import load_exits
-
-        return load_exits(backbone, source, example_inputs, revision, token)
+        if isinstance(backbone, MultiExitModel):
+            raise ArgumentError(
+                "backbone is a MultiExitModel, which has exits; give the nn.Module exitkit.detach(backbone)"
+            )
+        return load_exits(cls, backbone, source, example_inputs, revision, token)
 
     def push_to_hub(
         self,
@@ -230,8 +222,6 @@ class MultiExitModel(nn.Module):
         Raises:
             ExitkitError: as for :meth:`save_pretrained`, or the Hub cannot be reached or refuses.
         """
-        from exitkit.multi_exit.saving import push_exits
-
         return push_exits(self, repo_id, threshold, outputs, private, commit_message, token)
 
     def prune_exits(self, exits: Collection[int]) -> MultiExitModel:
@@ -256,17 +246,19 @@ class MultiExitModel(nn.Module):
                 f"the exits of method={self.method.name!r} read one another, so that none can be taken out; attach again "
                 "with at= naming the others, and train"
             )
-        return MultiExitModel(
+        parts = Parts(
             self.backbone,
-            [cast("Classifier", self.classifiers[m]) for m in kept],
-            [self.specs[m] for m in kept],
+            tuple(cast("Classifier", self.classifiers[m]) for m in kept),
+            (),
+            tuple(self.specs[m] for m in kept),
             self.anatomy,
             self.method,
             self.head if isinstance(self.head, str) else tuple(self.head[m] for m in kept),
             self.num_classes,
             self.example,
             self.new_head,
-        ).train(self.training)
+        )
+        return MultiExitModel(parts).train(self.training)
 
     def __repr__(self) -> str:
         places = ", ".join(f"{exit_.name} {exit_.macs_fraction:.0%}" for exit_ in self.exits)
@@ -294,16 +286,6 @@ class MultiExitModel(nn.Module):
                 f"{tuple(feature.shape[1:])}; attach again with example_inputs of the size that the model is used with"
             ) from error
 
-    def _argument(self, key: int | str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
-        """An input of this call, whether it was attached and is now passed by position or by keyword."""
-        names = list(signature(self.backbone.forward).parameters)
-        name = names[key] if isinstance(key, int) and key < len(names) else key
-        position = names.index(name) if name in names else key
-        value: Tensor | None = (
-            args[position] if isinstance(position, int) and position < len(args) else kwargs.get(str(name))
-        )
-        return value
-
     def _found(self, slot: int, feature: Tensor | None) -> Tensor:
         if feature is None:
             raise ArgumentError(
@@ -311,18 +293,3 @@ class MultiExitModel(nn.Module):
                 "the backbone took another path than when it was attached"
             )
         return feature
-
-
-def detach(model: MultiExitModel) -> nn.Module:
-    """The user's own model, as it was before :func:`exitkit.attach`, but for a last layer that ``attach`` replaced."""
-    if not isinstance(model, MultiExitModel):
-        raise ArgumentError(f"detach takes what exitkit.attach returned, not {type(model).__name__}")
-    return model.backbone
-
-
-def _combiners(method: Method, exits: int, num_classes: int) -> nn.ModuleList:
-    """One combiner per internal classifier, and one for the backbone where the method asks for it."""
-    if method.ensemble == "none":
-        return nn.ModuleList()
-    count = exits + int(method.ensemble_final)
-    return nn.ModuleList(COMBINERS[method.ensemble](m + 1, num_classes) for m in range(count))

@@ -60,7 +60,9 @@ def _takes_other_lengths(captured: Capture) -> bool:
     return isinstance(size, torch.SymInt) and not size.node.expr.is_number
 
 
-def _compare(captured: Capture, boundaries: Sequence[Boundary], partition: Partition, example: Example) -> tuple[HookPoint, ...]:
+def _compare(
+    captured: Capture, boundaries: Sequence[Boundary], partition: Partition, example: Example
+) -> tuple[HookPoint, ...]:
     try:
         # Copies, because a stage may write into its input, as the backbone itself may.
         staged = partition.run([tensor.clone() for tensor in example.tensors])

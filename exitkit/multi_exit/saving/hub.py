@@ -1,4 +1,4 @@
-"""The Hugging Face Hub: folders there, and what went wrong on the way."""
+"""The Hugging Face Hub: folders there, and what went wrong on the way. Its library is imported when it is used."""
 
 from __future__ import annotations
 
@@ -6,10 +6,6 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-
-from huggingface_hub import HfApi, snapshot_download
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # not in its __all__
 
 from exitkit.common.errors import ArgumentError, HubError
 
@@ -36,6 +32,8 @@ def fetch(source: str | os.PathLike[str], patterns: Sequence[str], revision: str
         raise ArgumentError(
             f"source={str(source)!r} is no folder, and no name on the Hub, such as 'user/exits'; check the path"
         )
+    from huggingface_hub import snapshot_download
+
     with _reaching(f"source={source!r} is no folder here, and loading it from the Hub failed"):
         return Path(snapshot_download(source, revision=revision, token=token, allow_patterns=[*patterns]))
 
@@ -46,6 +44,8 @@ def create(repo_id: str, private: bool | None, token: Token) -> str:
     Raises:
         ExitkitError: the Hub cannot be reached or refuses.
     """
+    from huggingface_hub import HfApi
+
     with _reaching(f"creating repo_id={repo_id!r} on the Hub failed"):
         return HfApi(token=token).create_repo(repo_id, private=private, exist_ok=True).repo_id
 
@@ -56,6 +56,8 @@ def upload(folder: Path, repo_id: str, replaced: Sequence[str], message: str, to
     Raises:
         ExitkitError: the Hub cannot be reached or refuses.
     """
+    from huggingface_hub import HfApi
+
     with _reaching(f"uploading to repo_id={repo_id!r} on the Hub failed"):
         commit = HfApi(token=token).upload_folder(
             repo_id=repo_id, folder_path=folder, commit_message=message, delete_patterns=[*replaced]
@@ -65,6 +67,9 @@ def upload(folder: Path, repo_id: str, replaced: Sequence[str], message: str, to
 
 def is_name(text: str) -> bool:
     """Whether ``text`` can be the name of a repository on the Hub."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # not in its __all__
+
     try:
         validate_repo_id(text)
     except HFValidationError:
