@@ -105,7 +105,7 @@ def test_what_is_not_on_the_hub_is_named(
 def test_another_kind_of_model_on_the_hub_is_refused(hub: FakeHub, tiny_net: TinyNet) -> None:
     hub.repositories["google/bert"] = []
     hub.commit("google/bert", "Upload", {"config.json": b'{"model_type": "bert"}'})
-    with pytest.raises(ExitkitError, match=r"config\.json' is no configuration of exits"):
+    with pytest.raises(ExitkitError, match=r"config\.json' is not a configuration of exits"):
         MultiExitModel.from_pretrained(tiny_net, "google/bert")
 
 
