@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import exitkit
-from exitkit import MultiExitModel
+from exitkit import MultiExitModel, NotCapturableError
 from tests.toy import TinyNet, all_equal, images, noisy
 
 THREADS, CALLS = 8, 400
@@ -117,3 +118,51 @@ def test_answers_while_another_thread_trains_exits_on_the_same_backbone(
         training.result()
     assert sum(not all_equal(*pair) for pair in zip(alone, together, strict=True)) == 0
     assert all_equal(list(fitted.classifiers.state_dict().values()), list(other.classifiers.state_dict().values()))
+
+
+class Branching(nn.Module):
+    """A path that depends on values, which torch.export refuses with many words."""
+
+    def __init__(self, during: Callable[[], None]) -> None:
+        super().__init__()
+        self.first, self.last, self.during = nn.Linear(4, 4), nn.Linear(4, 3), during
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.during()
+        x = self.first(x)
+        return self.last(x + 1 if x.sum() > 0 else x)
+
+
+def test_a_refused_capture_is_quiet_and_other_threads_are_heard(capfd: pytest.CaptureFixture[str]) -> None:
+    def others() -> None:
+        print("another thread's stderr", file=sys.stderr, flush=True)
+        logging.getLogger("torch.export").error("another thread's torch")
+        logging.getLogger("theirs").error("another thread's log")
+
+    def during() -> None:
+        logging.getLogger("theirs").error("this thread's log")
+        logging.getLogger("torch.export").error("this thread's torch")
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(others).result()
+
+    model = Branching(lambda: None)
+    handler, loggers = logging.StreamHandler(), (logging.getLogger("theirs"), logging.getLogger("torch.export"))
+    for logger in loggers:
+        logger.addHandler(handler)
+    try:
+        with pytest.raises(NotCapturableError, match=r"data-dependent.*in forward"):
+            exitkit.attach(model, torch.randn(2, 4))
+        assert capfd.readouterr().err == ""
+        model.during = lambda: during() if torch.compiler.is_exporting() else None
+        with pytest.raises(NotCapturableError):
+            exitkit.attach(model, torch.randn(2, 4))
+        heard = capfd.readouterr().err
+        loggers[1].error("afterwards")
+    finally:
+        for logger in loggers:
+            logger.removeHandler(handler)
+    for words in ("another thread's stderr", "another thread's torch", "another thread's log", "this thread's log"):
+        assert words in heard
+    assert "this thread's torch" not in heard
+    assert "def forward" not in heard
+    assert "afterwards" in capfd.readouterr().err

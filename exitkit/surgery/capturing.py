@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import io
 import logging
+import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, redirect_stderr
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,10 @@ BACKBONE = "backbone"
 """Path of the user's model inside the captured module; stripped from every name that users see."""
 
 
+class _DataDependentError(Exception):
+    """The backbone's path depends on the values of a tensor; the cause says where."""
+
+
 class LogitsOf(nn.Module):
     """The backbone as a function of flat tensors that returns its logits alone."""
 
@@ -33,7 +37,12 @@ class LogitsOf(nn.Module):
 
     def forward(self, *tensors: Tensor) -> Tensor:
         args, kwargs = self.spec.call(tensors)
-        output = self.backbone(*args, **kwargs)
+        try:
+            output = self.backbone(*args, **kwargs)
+        except RuntimeError as error:
+            if "data-dependent" in str(error):  # torch.export would print the whole graph to stderr
+                raise _DataDependentError from error
+            raise
         _check_single(output)
         return logits_of(output)
 
@@ -175,21 +184,36 @@ def _check_logits(logits: Tensor, batch: int, model: nn.Module) -> None:
 def _export(wrapped: LogitsOf, example: Example, model: nn.Module) -> torch.export.ExportedProgram:
     batch = Dim("batch")
     dims = {0: batch, 1: Dim.AUTO} if example.text else {0: batch}
-    disabled = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)  # a refused export logs and prints the whole graph before it raises
     try:
-        with redirect_stderr(io.StringIO()):
+        with _quiet_torch():
             return torch.export.export(
                 wrapped, example.tensors, strict=False, dynamic_shapes=(tuple(dict(dims) for _ in example.tensors),)
             )
-    except Exception as error:  # torch.export raises dozens of types, most of them private
+    except Exception as caught:  # torch.export raises dozens of types, most of them private
+        error = caught.__cause__ if isinstance(caught, _DataDependentError) else caught
+        assert error is not None
         raise NotCapturableError(
             f"{type(model).__name__} cannot be captured by torch.export: {_first_line(error)}{_where(error)}. Forwards "
             "whose path depends on tensor values, or that fix the batch size, cannot be cut; rewrite that operation "
             "(torch.where instead of if, shapes from x.shape[0]), or attach to the part of the model around it"
         ) from error
-    finally:
-        logging.disable(disabled)
+
+
+@contextmanager
+def _quiet_torch() -> Iterator[None]:
+    """What torch logs in this thread is dropped meanwhile: a refused export logs much before it raises."""
+    thread = threading.get_ident()
+
+    def passes(record: logging.LogRecord) -> bool:
+        return threading.get_ident() != thread or record.name.partition(".")[0] != "torch"
+
+    loggers = [logging.root, *logging.root.manager.loggerDict.values()]
+    handlers = {handler for logger in loggers if isinstance(logger, logging.Logger) for handler in logger.handlers}
+    with ExitStack() as filters:
+        for handler in handlers:
+            handler.addFilter(passes)
+            filters.callback(handler.removeFilter, passes)
+        yield
 
 
 def _without_asserts(graph: GraphModule) -> GraphModule:
