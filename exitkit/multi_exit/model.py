@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from os import PathLike
 from typing import TYPE_CHECKING, Any, Self, cast
 
@@ -74,9 +74,9 @@ class MultiExitModel(nn.Module):
         self.example = parts.example
         self.new_head = parts.new_head
         self.threshold: Threshold | None = None
-        reference = next(parameter for parameter in self.backbone.parameters() if parameter.is_floating_point())
-        self.classifiers.to(reference.device, reference.dtype)
-        self.combiners.to(reference.device)  # float32: they add up logarithms
+        like = _reference(self.backbone)
+        self.classifiers.to(like.device, like.dtype)
+        self.combiners.to(like.device)  # float32: they add up logarithms
         self.exits = exit_costs(
             parts.classifiers, self.combiners, self.specs, self.anatomy, self.example, self.num_classes
         )
@@ -127,9 +127,13 @@ class MultiExitModel(nn.Module):
         return (*combined, *heads[len(combined) :])
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """What ``to``, ``half``, ``cuda`` do to the weights is done to the example, which later captures run on."""
+        """The example follows where ``to``, ``half``, ``cuda`` bring the weights; its values stay, on meta too."""
+        before = _reference(self.backbone).dtype
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self.example = replace(self.example, tensors=tuple(fn(tensor) for tensor in self.example.tensors))
+        like = _reference(self.backbone)
+        self.example = self.example.to(
+            None if like.is_meta else like.device, like.dtype if like.dtype != before else None
+        )
         return self
 
     def added_parameters(self) -> list[nn.Parameter]:
@@ -293,3 +297,8 @@ class MultiExitModel(nn.Module):
                 "the backbone took another path than when it was attached"
             )
         return feature
+
+
+def _reference(backbone: nn.Module) -> Tensor:
+    """The parameter whose device and dtype the exits and the example have."""
+    return next(parameter for parameter in backbone.parameters() if parameter.is_floating_point())

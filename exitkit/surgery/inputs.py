@@ -117,6 +117,11 @@ class Example:
         rows = torch.arange(size) % len(self.tensors[0])
         return replace(self, tensors=tuple(tensor[rows.to(tensor.device)] for tensor in self.tensors))
 
+    def to(self, device: torch.device | None, dtype: torch.dtype | None) -> Example:
+        """On another device, and with floating-point tensors of another dtype; None leaves them as they are."""
+        moved = (tensor.to(device, dtype if tensor.is_floating_point() else None) for tensor in self.tensors)
+        return replace(self, tensors=tuple(moved))
+
     @property
     def text(self) -> bool:
         """Whether these are token ids and masks: integer (or bool) tensors of shape (batch, sequence)."""
