@@ -88,8 +88,8 @@ class NoBatch(TinyNet):
         (lambda y: {"boxes": y}, r"dict with keys \['boxes'\], not logits"),
         (lambda y: [{"boxes": y}], r"dict with keys \['boxes'\], not logits"),
         (lambda y: {"out": y[:, :, None, None]}, "not logits"),
-        (lambda y: y[:, :, None, None], r"shape \(2, 3, 1, 1\).*classifiers.*not to segmenters"),
-        (lambda y: y.argmax(1), r"torch.int64 tensor of shape \(2,\).*classifiers"),
+        (lambda y: y[:, :, None, None], r"shape \(2, 3, 1, 1\).*need a classifier"),
+        (lambda y: y.argmax(1), r"torch.int64 tensor of shape \(2,\).*need a classifier"),
     ],
 )
 def test_outputs_that_are_no_logits(make: Callable[[Tensor], Any], message: str) -> None:

@@ -634,12 +634,12 @@ def test_whatever_is_damaged_is_refused_or_loads_the_same(ee: MultiExitModel, tm
 
 @pytest.mark.parametrize("place", ["no/such/folder", "./nowhere", "a b", Path("nowhere")])
 def test_neither_a_folder_nor_a_name_on_the_hub(tiny_net: TinyNet, place: str | Path) -> None:
-    with pytest.raises(ExitkitError, match=r"is no folder, and no name on the Hub"):
+    with pytest.raises(ExitkitError, match=r"is neither a folder nor a name on the Hub"):
         MultiExitModel.from_pretrained(tiny_net, place)
 
 
 def test_other_places_that_cannot_be_loaded_from(backbone: TinyNet, saved: Path) -> None:
-    with pytest.raises(ExitkitError, match=r"README\.md' is no folder"):
+    with pytest.raises(ExitkitError, match=r"README\.md' is neither a folder"):
         MultiExitModel.from_pretrained(backbone, str(saved / "README.md"))
     with pytest.raises(ExitkitError, match=r"source=3 must be a folder or a name"):
         MultiExitModel.from_pretrained(backbone, 3)  # type: ignore[arg-type]

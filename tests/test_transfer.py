@@ -220,7 +220,7 @@ def test_no_final_linear_layer(kind: str) -> None:
     model = Odd(kind)
     parameters = [id(parameter) for parameter in model.parameters()]
     with pytest.raises(
-        ExitkitError, match=r"Odd has other outputs than the 5.*no single final linear layer.*build the"
+        ExitkitError, match=r"Odd has other outputs than the 5.*no single final linear layer.*build it"
     ):
         exitkit.attach(model, X, num_classes=5)
     assert [id(parameter) for parameter in model.parameters()] == parameters

@@ -21,11 +21,11 @@ from exitkit.surgery.inputs import Example
 from exitkit.surgery.partition import partition_at
 from exitkit.surgery.placement import place
 from exitkit.surgery.replace_classifier import outputs_of, unchanged_on_error, with_outputs
-from exitkit.surgery.supported import admit
+from exitkit.surgery.supported import check_supported
 from exitkit.surgery.verification import verify
 
 STATE_WIDTH = 128
-"""Of gpf's states where features are no tokens of one width: what Zero Time Waste's code has for ConvNeXt and Swin."""
+"""Of gpf's states where not all features are tokens of one width: what Zero Time Waste's code has for ConvNeXt and Swin."""
 
 
 @dataclass(frozen=True)
@@ -73,11 +73,11 @@ def assemble(
 
     The others, and errors, are as for :func:`exitkit.attach`.
     """
-    admit(model)
+    check_supported(model)
     if any(parameter.is_meta for parameter in model.parameters()):
         raise ArgumentError(
-            f"{type(model).__name__} is on the meta device and has no values; load its weights, or model.to_empty(device). "
-            "exitkit.inspect takes it as it is"
+            f"{type(model).__name__} is on the meta device and has no values; load its weights first "
+            "(model.to_empty(device) makes room; exitkit.inspect takes it as it is)"
         )
     composition, heads = as_method(method), HeadSpec.parse_all(head)
     with unchanged_on_error(model):

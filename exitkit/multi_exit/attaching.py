@@ -69,7 +69,7 @@ def detach(model: MultiExitModel) -> nn.Module:
 
 
 def _outputs(num_classes: int | None, num_outputs: int | None) -> int | None:
-    """How many outputs are asked for; None where nobody asks."""
+    """How many outputs are asked for; None for as many as the model has."""
     check("num_classes", num_classes, Annotated[int, Bounds(least=2)] | None, "num_outputs=1 is for regression")
     check("num_outputs", num_outputs, Literal[1] | None, "1 is for regression, classes are given as num_classes")
     if num_classes is not None and num_outputs is not None:

@@ -19,7 +19,7 @@ from exitkit.multi_exit.cost import exit_costs
 from exitkit.multi_exit.saving import load_exits, push_exits, save_exits
 from exitkit.surgery.boundaries import Boundary, find_boundaries
 from exitkit.surgery.capturing import capture, logits_of
-from exitkit.surgery.hooks import recorded
+from exitkit.surgery.hooks import recording
 from exitkit.surgery.inputs import argument
 from exitkit.surgery.partition import Partition, partition_at
 from exitkit.surgery.placement import place
@@ -52,7 +52,7 @@ class MultiExitModel(nn.Module):
 
     Exits are counted 0 … M−1; exit M is the backbone's own classifier. Calling the model runs the user's own modules,
     so dropout, autocast, hooks and gradient settings of the backbone keep their meaning. A backbone without any
-    trainable parameter runs without gradients.
+    trainable parameter runs without gradients. Several threads may call it, and models that share a backbone, at once.
 
     Attributes:
         exits: name and cost of each exit, the backbone's own classifier last.
@@ -107,7 +107,7 @@ class MultiExitModel(nn.Module):
         trains = any(parameter.requires_grad for parameter in self.backbone.parameters())
         final: tuple[Tensor, ...] = ()
         with (
-            recorded(self.backbone, [spec.hook for spec in specs], stop) as read,
+            recording(self.backbone, [spec.hook for spec in specs], stop) as read,
             torch.set_grad_enabled(torch.is_grad_enabled() and trains),
         ):
             final = (logits_of(self.backbone(*args, **kwargs)),)
@@ -166,7 +166,7 @@ class MultiExitModel(nn.Module):
             outputs: what :func:`exitkit.collect` returned for held-out samples with labels; then the card tells accuracies.
 
         Raises:
-            ExitkitError: a threshold that is no finite number, outputs without labels or of another model.
+            ExitkitError: a threshold that is not finite, outputs without labels or of another model.
         """
         save_exits(self, directory, threshold, outputs)
 
@@ -236,7 +236,7 @@ class MultiExitModel(nn.Module):
                 a threshold must be chosen anew.
 
         Raises:
-            ExitkitError: a number that is no exit, all exits, or exits that read one another (cascade, ensemble).
+            ExitkitError: a number that is not an exit, all exits, or exits that read one another (cascade, ensemble).
         """
         unknown = [m for m in exits if not isinstance(m, int) or not 0 <= m < len(self.classifiers)]
         kept = [m for m in range(len(self.classifiers)) if m not in exits]
@@ -247,8 +247,8 @@ class MultiExitModel(nn.Module):
             )
         if self.method.cascade or self.method.past_future or self.combiners:
             raise ArgumentError(
-                f"the exits of method={self.method.name!r} read one another, so that none can be taken out; attach again "
-                "with at= naming the others, and train"
+                f"the exits of method={self.method.name!r} read one another, so none can be left out; attach again with "
+                "at= naming the others, and train"
             )
         parts = Parts(
             self.backbone,
@@ -286,14 +286,14 @@ class MultiExitModel(nn.Module):
             if tuple(feature.shape[1:]) == boundary.shape:
                 raise
             raise ArgumentError(
-                f"exit {m} was made for features of shape {boundary.shape}, but {boundary.name!r} gives "
-                f"{tuple(feature.shape[1:])}; attach again with example_inputs of the size that the model is used with"
+                f"exit {m} reads features of shape {boundary.shape}, but {boundary.name!r} gives "
+                f"{tuple(feature.shape[1:])}; attach again with example_inputs of the size in use"
             ) from error
 
     def _found(self, slot: int, feature: Tensor | None) -> Tensor:
         if feature is None:
             raise ArgumentError(
-                f"module {self.boundaries[slot].name!r} was not called in this forward, so exit {slot} has no feature; "
+                f"module {self.boundaries[slot].name!r} was not called in this forward, so exit {slot} has no feature: "
                 "the backbone took another path than when it was attached"
             )
         return feature

@@ -17,7 +17,7 @@ from torch.fx import GraphModule
 from exitkit.common.errors import ArgumentError, ExitkitError, NotCapturableError
 from exitkit.surgery.default_inputs import example_for
 from exitkit.surgery.inputs import CallSpec, Example
-from exitkit.surgery.supported import admit
+from exitkit.surgery.supported import check_supported
 
 BACKBONE = "backbone"
 """Path of the user's model inside the captured module; stripped from every name that users see."""
@@ -67,10 +67,10 @@ def capture(model: nn.Module, example_inputs: Any = None) -> Capture:
     """Capture ``model`` without changing it: same weights, same training flags, hooks and RNG state.
 
     Raises:
-        ExitkitError: a model that :func:`exitkit.surgery.supported.admit` refuses, no inferable inputs, the example does
-            not run, the output is not floating-point logits of shape (B, C), or ``torch.export`` cannot follow the forward.
+        ExitkitError: a model that :func:`exitkit.surgery.supported.check_supported` refuses, no inferable inputs, an example
+            that does not run, an output that is not floating-point logits (B, C), a forward that torch.export cannot follow.
     """
-    admit(model)
+    check_supported(model)
     example = example_for(model, example_inputs)
     wrapped = LogitsOf(model, example.spec)
     with untouched(model), torch.no_grad():
@@ -148,8 +148,8 @@ def _run(wrapped: LogitsOf, example: Example) -> Tensor:
         if len(example.tensors[0]) > 1 and _runs(wrapped, example.with_batch(1)):
             raise NotCapturableError(
                 f"{type(wrapped.backbone).__name__} runs on one row of example_inputs and not on {len(example.tensors[0])} "
-                f"({_first_line(error)}): its forward fixes the batch size, or its inputs have no batch dimension. Exits are "
-                "attached to models that take a batch of any size first"
+                f"({_first_line(error)}): its forward fixes the batch size, or its inputs have no batch dimension; exits need "
+                "a model that takes any batch size"
             ) from error
         shapes = {key: tuple(t.shape) for key, t in zip(example.spec.keys, example.tensors, strict=True)}
         raise ArgumentError(
@@ -176,8 +176,7 @@ def _check_logits(logits: Tensor, batch: int, model: nn.Module) -> None:
     if not logits.is_floating_point() or logits.dim() != 2 or logits.shape[0] != batch:
         raise NotCapturableError(
             f"{type(model).__name__} returns a {logits.dtype} tensor of shape {tuple(logits.shape)} for a batch of "
-            f"{batch}; exitkit attaches exits to classifiers, whose output is floating point of shape (B, C), not to "
-            "segmenters, detectors or models without a batch dimension"
+            f"{batch}; exits need a classifier, whose output is floating point of shape (B, C)"
         )
 
 
@@ -193,9 +192,8 @@ def _export(wrapped: LogitsOf, example: Example, model: nn.Module) -> torch.expo
         error = caught.__cause__ if isinstance(caught, _DataDependentError) else caught
         assert error is not None
         raise NotCapturableError(
-            f"{type(model).__name__} cannot be captured by torch.export: {_first_line(error)}{_where(error)}. Forwards "
-            "whose path depends on tensor values, or that fix the batch size, cannot be cut; rewrite that operation "
-            "(torch.where instead of if, shapes from x.shape[0]), or attach to the part of the model around it"
+            f"{type(model).__name__} cannot be captured by torch.export: {_first_line(error)}{_where(error)}. Its path "
+            "must not depend on tensor values nor fix the batch size: use torch.where instead of if, shapes from x.shape[0]"
         ) from error
 
 

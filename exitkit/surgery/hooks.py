@@ -37,7 +37,7 @@ class _AllRead(BaseException):
 
 
 @contextmanager
-def recorded(backbone: nn.Module, points: Sequence[HookPoint], stop: bool = False) -> Iterator[list[Tensor | None]]:
+def recording(backbone: nn.Module, points: Sequence[HookPoint], stop: bool = False) -> Iterator[list[Tensor | None]]:
     """While open, a forward of ``backbone`` in this thread fills the list with the feature of each hook point.
 
     The hooks are gone afterwards. One forward per opening: call counts start at the opening. With ``stop`` the forward, and

@@ -97,8 +97,8 @@ def _outputs_at(
     missing = [boundary.name for boundary in boundaries if boundary.name not in found]
     if missing:
         raise NotCapturableError(
-            f"module {missing[0]!r} was not called when the backbone ran, so no feature can be read there. Where a part of "
-            "the backbone is compiled, attach before compiling"
+            f"module {missing[0]!r} was not called when the backbone ran, so no feature can be read there; if a part of it "
+            "is compiled, attach before compiling"
         )
     reads = [found[boundary.name] for boundary in boundaries]
     return [([copy for _, _, copy in read], [leaf._version != old for leaf, old, _ in read]) for read in reads], logits
@@ -115,8 +115,8 @@ def _hook_point(boundary: Boundary, leaves: list[Tensor], written: list[bool], f
 def _refuse(what: str, eager: Tensor | None, staged: Tensor) -> HookPoint:
     gap = "has another shape" if eager is None else f"differs by up to {(eager - staged).abs().max().item():.2e}"
     raise NotCapturableError(
-        f"surgery refused: {what} {gap} between the captured graph and the model itself, so its exits would be wrong. "
-        "The forward there depends on something the capture cannot see (random numbers in eval mode, Python state)"
+        f"surgery refused: {what} {gap} between the captured graph and the model: its forward there depends on "
+        "something that capture does not see (random numbers in eval mode, Python state)"
     )
 
 

@@ -48,7 +48,7 @@ def configuration_of(
     """What is saved of ``model`` beside its weights, for JSON; :func:`to_text` adds the name of their file.
 
     Raises:
-        ExitkitError: a threshold that is no finite number, outputs without labels or of another model, exits that are not
+        ExitkitError: a threshold that is not finite, outputs without labels or of another model, exits that are not
             finite.
     """
     if not all(bool(parameter.isfinite().all()) for parameter in model.added_parameters()):
@@ -144,7 +144,7 @@ def _finite(text: str) -> float:
 
 
 def without(lines: Mapping[str, str], names: Iterable[str]) -> dict[str, str]:
-    """The lines of a backbone but for those of its replaced last layer, which are no part of what it was."""
+    """The lines of a backbone but for those of its replaced last layer, which was not part of it."""
     return {name: line for name, line in lines.items() if name not in set(names)}
 
 

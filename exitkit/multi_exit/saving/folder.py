@@ -160,7 +160,7 @@ def _compare(saved: Mapping[str, str], found: Mapping[str, str], source: Source,
     if difference is not None:
         raise ArgumentError(
             f"the exits in {str(source)!r} belong to another backbone: {difference} in this {type(backbone).__name__}. "
-            "Build the backbone, load its weights and give example_inputs as when they were trained"
+            "Load its weights, and give example_inputs as when they were trained"
         )
 
 

@@ -29,12 +29,10 @@ def fetch(source: str | os.PathLike[str], patterns: Sequence[str], revision: str
             )
         return folder
     if not isinstance(source, str) or folder.exists() or not is_name(source):
-        raise ArgumentError(
-            f"source={str(source)!r} is no folder, and no name on the Hub, such as 'user/exits'; check the path"
-        )
+        raise ArgumentError(f"source={str(source)!r} is neither a folder nor a name on the Hub, such as 'user/exits'")
     from huggingface_hub import snapshot_download
 
-    with _reaching(f"source={source!r} is no folder here, and loading it from the Hub failed"):
+    with _hub_errors(f"source={source!r} is not a folder here, and loading it from the Hub failed"):
         return Path(snapshot_download(source, revision=revision, token=token, allow_patterns=[*patterns]))
 
 
@@ -46,7 +44,7 @@ def create(repo_id: str, private: bool | None, token: Token) -> str:
     """
     from huggingface_hub import HfApi
 
-    with _reaching(f"creating repo_id={repo_id!r} on the Hub failed"):
+    with _hub_errors(f"creating repo_id={repo_id!r} on the Hub failed"):
         return HfApi(token=token).create_repo(repo_id, private=private, exist_ok=True).repo_id
 
 
@@ -58,7 +56,7 @@ def upload(folder: Path, repo_id: str, replaced: Sequence[str], message: str, to
     """
     from huggingface_hub import HfApi
 
-    with _reaching(f"uploading to repo_id={repo_id!r} on the Hub failed"):
+    with _hub_errors(f"uploading to repo_id={repo_id!r} on the Hub failed"):
         commit = HfApi(token=token).upload_folder(
             repo_id=repo_id, folder_path=folder, commit_message=message, delete_patterns=[*replaced]
         )
@@ -78,12 +76,12 @@ def is_name(text: str) -> bool:
 
 
 @contextmanager
-def _reaching(failure: str) -> Iterator[None]:
+def _hub_errors(failure: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # huggingface_hub lets the errors of its HTTP library through
         reason = " ".join(str(error).split())[:500].rstrip(".")
         raise HubError(
-            f"{failure}: {type(error).__name__}: {reason}. Check the name, the revision and the connection, and for "
-            "what is private or yours the token (token=, or `hf auth login`)"
+            f"{failure}: {type(error).__name__}: {reason}. Check the name, the revision, the connection and the "
+            "token (token=, or `hf auth login`)"
         ) from error
