@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
 from os import PathLike
 from typing import TYPE_CHECKING, Any, Self, cast
 
@@ -16,6 +15,7 @@ from exitkit.exits.classifiers import HeadOutput
 from exitkit.exits.gpf import Classifier, imitation_losses
 from exitkit.multi_exit.assembly import Parts
 from exitkit.multi_exit.cost import exit_costs
+from exitkit.multi_exit.output import MultiExitOutput
 from exitkit.multi_exit.saving import load_exits, push_exits, save_exits
 from exitkit.surgery.boundaries import Boundary, find_boundaries
 from exitkit.surgery.capturing import capture, logits_of
@@ -27,24 +27,6 @@ from exitkit.surgery.placement import place
 if TYPE_CHECKING:
     from exitkit.calibration.thresholds import Threshold
     from exitkit.evaluation.outputs import ExitOutputs
-
-
-@dataclass(frozen=True)
-class MultiExitOutput:
-    """What every exit says.
-
-    Attributes:
-        logits: one tensor (B, C) per exit, after the method's ensemble; the backbone's own is last.
-        features: the activations at the boundaries, batch first.
-        heads: the internal classifiers' own logits (B, C), before any ensemble; the backbone's own is last.
-        auxiliary: one scalar per internal classifier, a loss to be added to that of its logits (gpf's imitation loss);
-            None where the method has none, and where gradients are off.
-    """
-
-    logits: tuple[Tensor, ...]
-    features: tuple[Tensor, ...]
-    heads: tuple[Tensor, ...]
-    auxiliary: tuple[Tensor, ...] | None = None
 
 
 class MultiExitModel(nn.Module):
