@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 import shutil
@@ -14,7 +13,6 @@ from random import Random
 from typing import Any
 
 import pytest
-import safetensors.torch
 import torch
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
@@ -23,6 +21,7 @@ from torch.utils.data import DataLoader
 
 import exitkit
 from exitkit import ExitkitError, FileError, MultiExitModel
+from tests.saved_exits import edit, replace_weights, weights_file
 from tests.toy import TinyNet, all_equal, images
 
 METHOD = asdict(exitkit.ZTW())
@@ -64,32 +63,9 @@ def shuffle(ee: MultiExitModel) -> None:
         nn.init.normal_(parameter)
 
 
-def weights_file(folder: Path) -> Path:
-    (file,) = folder.glob("*.safetensors")
-    return file
-
-
 def answers(ee: MultiExitModel, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
     with torch.no_grad():
         return ee.eval()(*args, **kwargs).logits
-
-
-def edit(folder: Path, **changes: Any) -> None:
-    """Another configuration under a hash that is right: of all the rest, with sorted keys and no spaces."""
-    path = folder / "config.json"
-    config = {**json.loads(path.read_text(encoding="utf-8")), **changes}
-    del config["sha256"]
-    text = json.dumps(config, sort_keys=True, separators=(",", ":"))
-    path.write_text(json.dumps({**config, "sha256": hashlib.sha256(text.encode()).hexdigest()}))
-
-
-def replace_weights(folder: Path, weights: dict[str, Tensor]) -> None:
-    """Other weights under a name and hashes that are right."""
-    content = safetensors.torch.save(weights)
-    weights_file(folder).unlink()
-    name = f"exits-{hashlib.sha256(content).hexdigest()[:16]}.safetensors"
-    (folder / name).write_bytes(content)
-    edit(folder, weights=name)
 
 
 # What comes back.

@@ -9,12 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import exitkit
 from exitkit import ExitkitError, MultiExitModel
+from tests.saved_exits import replace_weights, weights_file
 from tests.toy import TinyNet, all_equal, images
 
 X = images()
@@ -163,10 +164,9 @@ def test_another_backbone_is_still_refused(saved: tuple[MultiExitModel, TinyNet,
 
 def test_a_failed_load_leaves_the_backbone_as_it_was(saved: tuple[MultiExitModel, TinyNet, Path]) -> None:
     _, original, folder = saved
-    (file,) = folder.glob("*.safetensors")
-    tensors = load_file(file)
+    tensors = load_file(weights_file(folder))
     del tensors["backbone.linear.weight"]
-    save_file(tensors, file)
+    replace_weights(folder, tensors)
     linear = original.linear
     with pytest.raises(ExitkitError, match=r"backbone\.linear\.weight' is missing"):
         MultiExitModel.from_pretrained(original, folder, X)
