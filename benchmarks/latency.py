@@ -62,7 +62,7 @@ from exitkit.surgery.boundaries import Boundary
 from exitkit.surgery.capturing import capture
 from exitkit.surgery.default_inputs import example_for
 from exitkit.surgery.inputs import Example, call_on
-from exitkit.surgery.partition import lower
+from exitkit.surgery.partition import partition_at
 
 EXITS, LENGTH = 4, 128
 MODES = {"cpu": ("default",), "cuda": ("reduce-overhead", "max-autotune")}
@@ -156,25 +156,25 @@ def _references(ee: exitkit.MultiExitModel, args: argparse.Namespace) -> dict[st
 
 def aot_compiled(ee: exitkit.MultiExitModel, cuts: Sequence[Boundary] = ()) -> Run:
     """The backbone alone, compiled as a step is: whole, or cut into stages, which shows what the cuts cost."""
-    lowered = lower(capture(ee.backbone, ee.example.spec.batch(ee.example.tensors)), cuts)
+    partition = partition_at(capture(ee.backbone, ee.example.spec.batch(ee.example.tensors)), cuts)
     start = [in_format(tensor, bool(cuts) and tensor.dim() == 4) for tensor in ee.example.with_batch(3).tensors]
-    values: dict[str, Any] = dict(zip(lowered.inputs, start, strict=True))  # maps as the engine's steps hand them on
+    values: dict[str, Any] = dict(zip(partition.inputs, start, strict=True))  # maps as the engine's steps hand them on
     runs: list[Callable[..., Any]] = []
-    for stage in lowered.stages:
+    for stage in partition.stages:
         given = tuple(values[name] for name in stage.inputs)
-        dims = tuple(dict.fromkeys(lowered.dynamic.get(name, ()), Dim.AUTO) for name in stage.inputs)
+        dims = tuple(dict.fromkeys(partition.dynamic.get(name, ()), Dim.AUTO) for name in stage.inputs)
         with tempfile.TemporaryDirectory() as directory, torch.no_grad():
             path = Path(directory) / "stage.pt2"
             exported = torch.export.export(stage.module, given, dynamic_shapes=dims, strict=False)
             runs.append(load_step(path, compile_step(exported, path)))
             values.update(zip(stage.outputs, stage.module(*given), strict=True))
         if given[0].is_cuda:
-            taken, made = (tuple(map(lowered.axes.get, names)) for names in (stage.inputs, stage.outputs))
+            taken, made = (tuple(map(partition.axes.get, names)) for names in (stage.inputs, stage.outputs))
             runs[-1] = Graphed(runs[-1], taken, made, Buckets.up_to(256))
 
     def run(batch: Any) -> Any:
-        values = dict(zip(lowered.inputs, ee.example.spec.tensors(batch), strict=True))
-        for stage, compiled in zip(lowered.stages, runs, strict=True):
+        values = dict(zip(partition.inputs, ee.example.spec.tensors(batch), strict=True))
+        for stage, compiled in zip(partition.stages, runs, strict=True):
             made = compiled(*(values[name] for name in stage.inputs))
             values.update(zip(stage.outputs, made, strict=True))
         return made

@@ -1,4 +1,4 @@
-"""How far surgery reaches: every model of a library, attached, lowered, and compared with eager.
+"""How far surgery reaches: every model of a library, attached, partition, and compared with eager.
 
     python benchmarks/reach.py torchvision            # all classification models
     python benchmarks/reach.py timm                   # one model of every model file, the smallest
@@ -130,7 +130,7 @@ def _measure_exits(model: nn.Module, inputs: Any) -> dict[str, Any]:
         names = [boundary.name for boundary in exitkit.inspect(model, inputs, show=False).boundaries]
         ee = exitkit.attach(model, inputs, at=[names[len(names) // 2]], method="sdn", head="1L")
     attached = time.perf_counter()
-    lowered = ee.lower()
+    partition = ee.partition()
     captured = time.perf_counter()
     gaps, spreads = [], []
     for size in (1, 3):
@@ -138,13 +138,13 @@ def _measure_exits(model: nn.Module, inputs: Any) -> dict[str, Any]:
         copies = tuple(tensor.clone() for tensor in tensors)  # a model may write into its inputs
         with torch.no_grad():
             eager = logits_of(call_on(model, ee.example.spec.batch(copies)))
-            gaps.append((eager - lowered.run(tensors)[-1]).abs().max().item())
+            gaps.append((eager - partition.run(tensors)[-1]).abs().max().item())
         spreads.append((eager - eager[:1]).abs().max().item())
     return found | {
         "boundaries": len(ee.anatomy.boundaries),
         "blocks": len(ee.anatomy.blocks),
         "exits": len(ee.boundaries),
-        "live": max(len(stage.live) for stage in lowered.stages[:-1]),
+        "live": max(len(stage.live) for stage in partition.stages[:-1]),
         "largest_difference": max(gaps),
         "spread": max(spreads),
         "attach_seconds": round(attached - started, 1),

@@ -18,9 +18,10 @@ from exitkit.engine import Engine, Prediction, compile, time_exits  # noqa: E402
 from exitkit.evaluation import ExitOutputs, collect  # noqa: E402
 from exitkit.methods.policy import ExitPolicy, Guarantee  # noqa: E402
 from exitkit.methods.presets import GPF, PBEE, SDN, ZTW, BranchyNet, Method  # noqa: E402
-from exitkit.multi_exit.attaching import attach  # noqa: E402
+from exitkit.multi_exit.attaching import attach, detach  # noqa: E402
 from exitkit.multi_exit.inspection import inspect  # noqa: E402
-from exitkit.multi_exit.model import MultiExitModel, MultiExitOutput, detach  # noqa: E402
+from exitkit.multi_exit.model import MultiExitModel  # noqa: E402
+from exitkit.multi_exit.output import MultiExitOutput  # noqa: E402
 from exitkit.multi_exit.preprocessing import ImagePreprocessing, TextPreprocessing  # noqa: E402
 from exitkit.packages import export, load  # noqa: E402
 from exitkit.training import Trainer  # noqa: E402

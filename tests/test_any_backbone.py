@@ -118,7 +118,7 @@ def test_any_chain_is_cut_cleanly_and_exactly(
     assert not any(name.startswith(f"units.{index}.") for name in listed for index in under_skip)
 
     ee = exitkit.attach(model, images(), at=[boundary.name for boundary in found], head="1L", method="sdn").eval()
-    stages = ee.lower()
+    stages = ee.partition()
     assert all(len(stage.inputs) == 1 for stage in stages.stages)  # nothing but the feature crosses a cut
     x = images(batch)
     with torch.no_grad():
@@ -146,8 +146,8 @@ def test_any_chain_costs_what_its_stages_cost_and_comes_back_from_disk_and_from_
     ).eval()
 
     x = images(1)
-    values, spent = dict(zip(ee.lower().inputs, [x], strict=True)), []
-    for stage in ee.lower().stages:
+    values, spent = dict(zip(ee.partition().inputs, [x], strict=True)), []
+    for stage in ee.partition().stages:
         inputs = [values[name] for name in stage.inputs]
         spent.append(count_macs(stage.module, *inputs))
         values |= dict(zip(stage.outputs, stage.module(*inputs), strict=True))

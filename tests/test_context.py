@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import exitkit
-from exitkit.surgery.partition import Lowered
+from exitkit.surgery.partition import Partition
 from tests.toy import TinyNet, all_equal, images, names, staged
 
 
@@ -62,15 +62,15 @@ def text_ee() -> exitkit.MultiExitModel:
 
 
 @pytest.fixture(scope="module")
-def text_stages(text_ee: exitkit.MultiExitModel) -> Lowered:
-    return text_ee.lower()
+def text_stages(text_ee: exitkit.MultiExitModel) -> Partition:
+    return text_ee.partition()
 
 
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("length", [2, 6, 19])
 @pytest.mark.parametrize("batch", [1, 4])
 def test_mask_and_length_are_carried(
-    text_ee: exitkit.MultiExitModel, text_stages: Lowered, batch: int, length: int, padded: bool
+    text_ee: exitkit.MultiExitModel, text_stages: Partition, batch: int, length: int, padded: bool
 ) -> None:
     inputs = text(batch, length, padded)
     with torch.no_grad():
@@ -80,13 +80,13 @@ def test_mask_and_length_are_carried(
 
 
 def test_a_stage_reads_the_feature_first_and_the_context_after_it(
-    text_ee: exitkit.MultiExitModel, text_stages: Lowered
+    text_ee: exitkit.MultiExitModel, text_stages: Partition
 ) -> None:
     assert text_stages.stages[1].inputs[0] == text_ee.boundaries[0].node
     assert len(text_stages.stages[1].inputs) > 1
 
 
-def test_samples_may_leave_between_stages(text_ee: exitkit.MultiExitModel, text_stages: Lowered) -> None:
+def test_samples_may_leave_between_stages(text_ee: exitkit.MultiExitModel, text_stages: Partition) -> None:
     """No stage remembers how many samples entered an earlier one."""
     inputs = text(4, 10, padded=True)
     values = {"tensors_0": inputs["attention_mask"], "tensors_1": inputs["input_ids"]}
@@ -117,7 +117,7 @@ def test_context_computed_from_an_input_is_no_activation() -> None:
     ee = exitkit.attach(Brightness().eval(), images()).eval()
     x = images(5)
     assert names(ee) == ["blocks.0", "blocks.1", "blocks.2"]
-    assert all_equal(staged(ee.lower(), x), [*ee(x).features, ee.backbone(x)])
+    assert all_equal(staged(ee.partition(), x), [*ee(x).features, ee.backbone(x)])
 
 
 def test_text_of_the_greatest_length_is_attached() -> None:

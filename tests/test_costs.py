@@ -121,7 +121,7 @@ def test_bert_base_costs_what_its_sequence_length_says(bert_base: nn.Module, tok
 @settings(max_examples=8, deadline=None)
 @given(chain=chains())
 def test_costs_add_up_over_the_stages_that_run(chain: tuple[list[str], tuple[int, int] | None]) -> None:
-    """Each lowered stage, counted alone, costs what ``inspect`` says; together they cost the backbone itself."""
+    """Each partition stage, counted alone, costs what ``inspect`` says; together they cost the backbone itself."""
     model = Chain(*chain).eval()
     inspection = exitkit.inspect(model, images(), show=False)
     names = [boundary.name for boundary in inspection.boundaries]
@@ -129,7 +129,7 @@ def test_costs_add_up_over_the_stages_that_run(chain: tuple[list[str], tuple[int
     so_far = [0, *(boundary.macs for boundary in inspection.boundaries), inspection.anatomy.macs]
     value, costs = images(1), []
     with torch.no_grad():
-        for stage in ee.lower().stages:
+        for stage in ee.partition().stages:
             costs.append(count_macs(stage.module, value))
             value = stage.module(value)[0]
     assert costs == [after - before for before, after in pairwise(so_far)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -175,3 +176,26 @@ def test_timm_models_take_the_declared_images(name: str, options: dict[str, Any]
 def test_a_model_that_declares_nothing_is_asked_for_inputs() -> None:
     with pytest.raises(exitkit.ExitkitError, match=r"Linear does not declare.*example_inputs=torch"):
         exitkit.attach(nn.Linear(3, 2))
+
+
+@pytest.mark.parametrize(
+    ("change", "dtype"),
+    [
+        (lambda ee: ee.to_empty(device="cpu"), torch.float32),
+        (lambda ee: ee.half(), torch.float16),
+        (lambda ee: ee.double(), torch.float64),
+        (lambda ee: ee.to(torch.bfloat16), torch.bfloat16),
+        (lambda ee: ee.to("meta"), torch.float32),
+        (lambda ee: ee.to("meta").half().to_empty(device="cpu"), torch.float16),
+        (lambda ee: ee.to(memory_format=torch.channels_last), torch.float32),
+    ],
+    ids=["to_empty", "half", "double", "to bfloat16", "meta", "meta and back", "channels_last"],
+)
+def test_the_example_of_a_model_keeps_its_values(
+    tiny_net: nn.Module, change: Callable[[exitkit.MultiExitModel], exitkit.MultiExitModel], dtype: torch.dtype
+) -> None:
+    values = torch.tensor([0.5, -0.25]).repeat(64).reshape(2, 1, 8, 8)  # the same in every precision
+    ee = change(exitkit.attach(tiny_net, values))
+    (kept,) = ee.example.tensors
+    assert kept.dtype == dtype
+    assert torch.equal(kept.float(), values)

@@ -66,12 +66,12 @@ def test_a_feature_written_into_later_is_read_before(written_into: WrittenInto) 
 def test_the_stages_give_a_feature_that_is_written_into_later_as_it_was(written_into: WrittenInto) -> None:
     ee = exitkit.attach(written_into, images()).eval()
     x = images(3)
-    assert all_equal(staged(ee.lower(), x), [*untouched_features(written_into, x), written_into(x)])
+    assert all_equal(staged(ee.partition(), x), [*untouched_features(written_into, x), written_into(x)])
 
 
 def test_only_a_feature_that_is_written_into_is_copied(written_into: WrittenInto) -> None:
-    assert [spec.tap.clone for spec in exitkit.attach(written_into, images()).specs] == [True] * 3
-    assert [spec.tap.clone for spec in exitkit.attach(WrittenInto(inplace=False), images()).specs] == [False] * 3
+    assert [spec.hook.clone for spec in exitkit.attach(written_into, images()).specs] == [True] * 3
+    assert [spec.hook.clone for spec in exitkit.attach(WrittenInto(inplace=False), images()).specs] == [False] * 3
 
 
 def test_a_feature_before_an_inplace_module_is_read_before_it() -> None:
@@ -135,7 +135,7 @@ def test_calls_of_a_shared_block_are_counted_in_the_name() -> None:
 
 
 def test_the_last_exit_equals_a_backbone_on_its_fused_path() -> None:
-    """nn.TransformerEncoderLayer leaves its fast path when it has hooks; the taps must not make a difference."""
+    """nn.TransformerEncoderLayer leaves its fast path when it has hooks; these must not make a difference."""
 
     class Encoder(nn.Module):
         def __init__(self) -> None:

@@ -81,7 +81,7 @@ def test_without_connection_the_downloaded_copy_is_used(
     MultiExitModel.from_pretrained(tiny_net, "user/exits")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert MultiExitModel.from_pretrained(tiny_net, "user/exits").threshold == 0.5
-    with pytest.raises(ExitkitError, match=r"'user/others' is no folder here.* Hub failed.*HF_HUB_OFFLINE"):
+    with pytest.raises(ExitkitError, match=r"'user/others' is not a folder here.* Hub failed.*HF_HUB_OFFLINE"):
         MultiExitModel.from_pretrained(tiny_net, "user/others")
     with pytest.raises(ExitkitError, match=r"repo_id='user/exits' on the Hub failed: OfflineModeIsEnabled"):
         tiny_ee.push_to_hub("user/exits", token=TOKEN)
@@ -98,14 +98,14 @@ def test_what_is_not_on_the_hub_is_named(
     hub: FakeHub, tiny_ee: MultiExitModel, tiny_net: TinyNet, name: str, revision: str | None, message: str
 ) -> None:
     tiny_ee.push_to_hub("user/exits", token=TOKEN)
-    with pytest.raises(ExitkitError, match=rf"source='{name}' is no folder here.*{message}"):
+    with pytest.raises(ExitkitError, match=rf"source='{name}' is not a folder here.*{message}"):
         MultiExitModel.from_pretrained(tiny_net, name, revision=revision)
 
 
 def test_another_kind_of_model_on_the_hub_is_refused(hub: FakeHub, tiny_net: TinyNet) -> None:
     hub.repositories["google/bert"] = []
     hub.commit("google/bert", "Upload", {"config.json": b'{"model_type": "bert"}'})
-    with pytest.raises(ExitkitError, match=r"config\.json' is no configuration of exits"):
+    with pytest.raises(ExitkitError, match=r"config\.json' is not a configuration of exits"):
         MultiExitModel.from_pretrained(tiny_net, "google/bert")
 
 
@@ -133,5 +133,5 @@ def test_no_server_at_all_is_a_clear_error(
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(ExitkitError, match=r"repo_id='user/exits' on the Hub failed: ConnectError.*connection"):
         tiny_ee.push_to_hub("user/exits", token=TOKEN)
-    with pytest.raises(ExitkitError, match=r"source='user/exits' is no folder here.* Hub failed.*connection"):
+    with pytest.raises(ExitkitError, match=r"source='user/exits' is not a folder here.* Hub failed.*connection"):
         MultiExitModel.from_pretrained(tiny_net, "user/exits")

@@ -168,13 +168,13 @@ def test_every_layer_is_a_block(paper: exitkit.MultiExitModel) -> None:
 
 
 def test_stages_carry_every_scale(paper: exitkit.MultiExitModel, net: MSDNet) -> None:
-    lowered = paper.lower()
+    partition = paper.partition()
     for batch in (1, 3):
         x = cifar(batch)
         with torch.no_grad():
             out, expected = paper(x), net(x)
         assert torch.equal(out.logits[-1], expected)
-        assert all_equal(staged(lowered, x), [*out.features, expected])
+        assert all_equal(staged(partition, x), [*out.features, expected])
 
 
 # wrong arguments ------------------------------------------------------------------------------------------------------

@@ -88,8 +88,8 @@ class NoBatch(TinyNet):
         (lambda y: {"boxes": y}, r"dict with keys \['boxes'\], not logits"),
         (lambda y: [{"boxes": y}], r"dict with keys \['boxes'\], not logits"),
         (lambda y: {"out": y[:, :, None, None]}, "not logits"),
-        (lambda y: y[:, :, None, None], r"shape \(2, 3, 1, 1\).*classifiers.*not to segmenters"),
-        (lambda y: y.argmax(1), r"torch.int64 tensor of shape \(2,\).*classifiers"),
+        (lambda y: y[:, :, None, None], r"shape \(2, 3, 1, 1\).*need a classifier"),
+        (lambda y: y.argmax(1), r"torch.int64 tensor of shape \(2,\).*need a classifier"),
     ],
 )
 def test_outputs_that_are_no_logits(make: Callable[[Tensor], Any], message: str) -> None:
@@ -99,7 +99,7 @@ def test_outputs_that_are_no_logits(make: Callable[[Tensor], Any], message: str)
 
 @pytest.mark.parametrize(("model", "example"), [(OneRow(), images(1)), (NoBatch(), images(1)[0])])
 def test_a_model_of_one_row_only(model: nn.Module, example: Tensor) -> None:
-    with pytest.raises(ExitkitError, match=rf"{type(model).__name__} runs on one row.*not on 2.*batch of any size"):
+    with pytest.raises(ExitkitError, match=rf"{type(model).__name__} runs on one row.*not on 2.*any batch size"):
         exitkit.attach(model, example)
 
 
@@ -154,6 +154,6 @@ def test_a_refused_forward_prints_nothing(capfd: pytest.CaptureFixture[str]) -> 
         def forward(self, x: Tensor) -> Tensor:
             return super().forward(x if x.sum() > 0 else 2 * x)
 
-    with pytest.raises(ExitkitError, match=r"ReadsValues cannot be captured.*rewrite that operation"):
+    with pytest.raises(ExitkitError, match=r"ReadsValues cannot be captured.*use torch\.where"):
         exitkit.attach(ReadsValues(), images())
     assert capfd.readouterr() == ("", "")

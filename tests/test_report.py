@@ -28,7 +28,7 @@ from exitkit.report import (
     write_thresholds,
 )
 from exitkit.report.points import points_of
-from exitkit.surgery.fingerprint import fingerprint, same_weights
+from exitkit.surgery.fingerprint import fingerprint_of, same_weights
 from tests import toy
 
 
@@ -259,7 +259,7 @@ def test_other_weights_of_one_architecture_are_told_apart(tmp_path: Path) -> Non
     run_of(tmp_path, **outputs)
     kept = ExitOutputs.load(tmp_path / "outputs-one.safetensors").weights
     assert kept is not None
-    assert same_weights(kept, fingerprint(first.half()))  # the same, in half precision
+    assert same_weights(kept, fingerprint_of(first.half()))  # the same, in half precision
     tests = paired_tests(read_comparison([tmp_path]), 1.5, resamples=2)
     told = {frozenset((pair.first, pair.second)): pair.same_backbone for pair in tests.pairs}
     assert told == {

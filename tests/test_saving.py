@@ -7,20 +7,24 @@ import re
 import shutil
 from collections.abc import Callable
 from copy import deepcopy
+from dataclasses import asdict
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
 import torch
 from huggingface_hub import ModelCard
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import exitkit
-from exitkit import ExitkitError, MultiExitModel
+from exitkit import ExitkitError, FileError, MultiExitModel
+from tests.saved_exits import edit, replace_weights, weights_file
 from tests.toy import TinyNet, all_equal, images
 
+METHOD = asdict(exitkit.ZTW())
 Loader = Callable[..., DataLoader[tuple[Tensor, ...]]]
 
 
@@ -59,19 +63,9 @@ def shuffle(ee: MultiExitModel) -> None:
         nn.init.normal_(parameter)
 
 
-def weights_file(folder: Path) -> Path:
-    (file,) = folder.glob("*.safetensors")
-    return file
-
-
 def answers(ee: MultiExitModel, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
     with torch.no_grad():
         return ee.eval()(*args, **kwargs).logits
-
-
-def edit(folder: Path, **changes: Any) -> None:
-    path = folder / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text(encoding="utf-8")), **changes}))
 
 
 # What comes back.
@@ -371,7 +365,7 @@ def test_a_users_own_example_is_not_written(tiny_net: TinyNet, tmp_path: Path) -
 def test_weights_cut_short_are_refused(backbone: TinyNet, saved: Path, length: int) -> None:
     path = weights_file(saved)
     path.write_bytes(path.read_bytes()[:length])
-    with pytest.raises(ExitkitError, match=rf"{path.name}' cannot be read as safetensors"):
+    with pytest.raises(FileError, match=rf"{path.name}' is damaged: its content does not match its name"):
         MultiExitModel.from_pretrained(backbone, saved)
 
 
@@ -394,7 +388,7 @@ def test_weights_that_do_not_fit_are_named(backbone: TinyNet, saved: Path, fault
         del weights[name]
     else:
         weights[name := "stranger"] = torch.zeros(1)
-    save_file(weights, weights_file(saved))
+    replace_weights(saved, weights)
     with pytest.raises(ExitkitError, match=rf"does not fit its configuration: '{re.escape(name)}' is "):
         MultiExitModel.from_pretrained(backbone, saved)
 
@@ -407,7 +401,7 @@ def test_a_folder_without_a_configuration_of_exits_is_refused(
     path.unlink()
     if content is not None:
         path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    with pytest.raises(ExitkitError, match=r"config\.json' (cannot be read|is no configuration).*save_pretrained"):
+    with pytest.raises(ExitkitError, match=r"config\.json' (cannot be read|is not a configuration).*save_pretrained"):
         MultiExitModel.from_pretrained(backbone, saved)
 
 
@@ -422,9 +416,7 @@ def test_a_configuration_cut_short_is_refused(backbone: TinyNet, saved: Path, sh
 
 def test_a_newer_format_says_who_wrote_it(backbone: TinyNet, saved: Path) -> None:
     edit(saved, format="exitkit-exits-99", versions={"exitkit": "9.0"})
-    with pytest.raises(
-        ExitkitError, match=r"format 'exitkit-exits-99', saved by exitkit 9\.0; this is exitkit .* reads"
-    ):
+    with pytest.raises(ExitkitError, match=r"format 'exitkit-exits-99', saved by exitkit 9\.0; exitkit .* reads"):
         MultiExitModel.from_pretrained(backbone, saved)
 
 
@@ -433,39 +425,184 @@ def test_a_newer_format_says_who_wrote_it(backbone: TinyNet, saved: Path) -> Non
     [
         ("exits", "blocks.0"),
         ("exits", [1]),
+        ("exits", []),
+        ("exits", ["blocks.0", "blocks.0"]),
         ("method", "ztw"),
+        ("method", {"name": "ztw"}),
+        ("method", METHOD | {"unheard_of": True}),
+        ("method", METHOD | {"ensemble": "quantum"}),
+        ("method", METHOD | {"cascade": "false"}),
+        ("method", METHOD | {"times": 1.5}),
+        ("method", METHOD | {"past_future": "paper", "cascade": False, "width": 10**9}),
         ("head", None),
+        ("head", "3L"),
+        ("head", "2L-1000000000"),
         ("dtype", "float33"),
+        ("dtype", "int8"),
         ("threshold", "high"),
-        ("threshold", float("nan")),
         ("inputs", [{"dtype": "float", "shape": ["3"]}]),
         ("inputs", [{"dtype": "nonsense", "shape": [3]}]),
+        ("inputs", [{"dtype": "float", "shape": [1, 20_000, 20_000]}]),
         ("blocks", []),
         ("tensors", {"stem.weight": 1}),
+        ("tensors", {"stem.weight": "8×1×3×3"}),
+        ("outputs", True),
+        ("outputs", 10**9),
         ("weights", "../exits-0123456789abcdef.safetensors"),
+        ("more", 1),
     ],
 )
 def test_a_damaged_configuration_names_the_entry(backbone: TinyNet, saved: Path, key: str, value: Any) -> None:
+    """Though its hash is right."""
     edit(saved, **{key: value})
-    with pytest.raises(ExitkitError, match=rf"config\.json' is damaged: '{key}' is "):
+    with pytest.raises(FileError, match=rf"config\.json' is damaged: '{key}' is "):
+        MultiExitModel.from_pretrained(backbone, saved)
+
+
+def test_a_missing_entry_is_named(backbone: TinyNet, saved: Path) -> None:
+    path = saved / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    del config["head"]
+    path.write_text(json.dumps(config))
+    edit(saved)
+    with pytest.raises(FileError, match="'head' is missing"):
+        MultiExitModel.from_pretrained(backbone, saved)
+
+
+def test_a_boundary_that_the_backbone_has_not_is_named(backbone: TinyNet, saved: Path) -> None:
+    edit(saved, exits=["blocks.7"])
+    with pytest.raises(ExitkitError, match=r"saved by exitkit .*, cannot be attached to this TinyNet: .*blocks\.7"):
         MultiExitModel.from_pretrained(backbone, saved)
 
 
 @pytest.mark.parametrize(
-    ("key", "value", "message"),
-    [
-        ("method", {"name": "ztw", "unheard_of": True}, "unheard_of"),
-        ("method", {"name": "ztw", "ensemble": "quantum"}, "quantum"),
-        ("head", "3L", "3L"),
-        ("exits", ["blocks.7"], r"blocks\.7"),
-    ],
+    "text",
+    ["NaN", "-Infinity", "1e999", "1" + "0" * 400, "1" * 5000, "[" * 100_000 + "]" * 100_000],
+    ids=lambda t: t[:9],
 )
-def test_what_this_version_does_not_know_is_named(
-    backbone: TinyNet, saved: Path, key: str, value: Any, message: str
-) -> None:
-    edit(saved, **{key: value})
-    with pytest.raises(ExitkitError, match=rf"saved by exitkit .*, cannot be attached to this TinyNet: .*{message}"):
+def test_numbers_and_nesting_that_json_should_not_hold(backbone: TinyNet, saved: Path, text: str) -> None:
+    path = saved / "config.json"
+    path.write_text(path.read_text(encoding="utf-8").replace('"threshold": null', f'"threshold": {text}'))
+    with pytest.raises(FileError, match=r"config\.json' cannot be read"):
         MultiExitModel.from_pretrained(backbone, saved)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_refused(
+    ee: MultiExitModel, backbone: TinyNet, saved: Path, value: float
+) -> None:
+    weights = load_file(weights_file(saved))
+    weights["classifiers.1.linear.weight"][0, 0] = value
+    replace_weights(saved, weights)
+    with pytest.raises(FileError, match=r"NaN or infinity in 'classifiers\.1\.linear\.weight'"):
+        MultiExitModel.from_pretrained(backbone, saved)
+    broken = deepcopy(ee)
+    with torch.no_grad():
+        broken.classifiers[1].linear.weight[0, 0] = value
+    with pytest.raises(ExitkitError, match="the exits hold NaN or infinity"):
+        broken.save_pretrained(saved / "again")
+    assert not (saved / "again").exists()
+
+
+def test_a_flipped_digit_in_a_threshold_is_noticed(tiny_ee: MultiExitModel, tmp_path: Path) -> None:
+    tiny_ee.save_pretrained(tmp_path, threshold=0.8125)
+    path = tmp_path / "config.json"
+    text = path.read_text(encoding="utf-8")
+    path.write_text(text.replace("0.8125", "0.8225"), encoding="utf-8")
+    assert path.read_text(encoding="utf-8") != text
+    with pytest.raises(FileError, match=r"config\.json' is damaged: its content does not match its hash"):
+        MultiExitModel.from_pretrained(tiny_ee.backbone, tmp_path)
+
+
+def test_folders_of_the_format_before_say_what_to_do(backbone: TinyNet, saved: Path) -> None:
+    edit(saved, format="exitkit-exits-3")
+    with pytest.raises(
+        FileError, match=r"format 'exitkit-exits-3', saved by .*Load it with the version that saved it"
+    ):
+        MultiExitModel.from_pretrained(backbone, saved)
+
+
+def mutated_bytes(content: bytes, random: Random) -> bytes:
+    """One bit flipped, a byte lost, some bytes swapped or doubled, or the end lost."""
+    position, damaged = random.randrange(len(content)), bytearray(content)
+    match random.randrange(5):
+        case 0:
+            damaged[position] ^= 1 << random.randrange(8)
+        case 1:
+            del damaged[position]
+        case 2:
+            damaged[position : position + 4] = reversed(damaged[position : position + 4])
+        case 3:
+            damaged[position:position] = damaged[position : position + 9]
+        case _:
+            del damaged[position:]
+    return bytes(damaged)
+
+
+def mutated_json(content: bytes, random: Random) -> bytes:
+    """Somewhere in the tree another value, one entry less, or one more."""
+    config = json.loads(content)
+    places: list[tuple[Any, Any]] = []
+
+    def walk(node: Any) -> None:
+        for key, value in node.items() if isinstance(node, dict) else enumerate(node):
+            places.append((node, key))
+            if isinstance(value, dict | list):
+                walk(value)
+
+    walk(config)
+    owner, key = random.choice(places)
+    if random.random() < 0.2:
+        del owner[key]
+    else:
+        owner[key] = random.choice([*LIES, owner[key], [owner[key]], str(owner[key])])
+    return json.dumps(config).encode()
+
+
+LIES = [
+    None,
+    True,
+    False,
+    "false",
+    "",
+    0,
+    -1,
+    1.5,
+    10**18,
+    -(10**400),
+    1e308,
+    float("nan"),
+    [],
+    {},
+    [[]],
+    "\ud800",
+    "2L-9",
+]
+
+
+@pytest.mark.parametrize("resealed", [False, True], ids=["as it is", "its hash made right"])
+def test_whatever_is_damaged_is_refused_or_loads_the_same(ee: MultiExitModel, tmp_path: Path, resealed: bool) -> None:
+    """500 mutations. Where somebody made the hash right again, what loads may be other; but nothing ends in a traceback."""
+    random, expected = Random(0), answers(ee, images(3))
+    ee.save_pretrained(tmp_path / "whole", threshold=0.8125)
+    refused = 0
+    for number in range(100 if resealed else 400):
+        folder = shutil.copytree(tmp_path / "whole", tmp_path / str(number))
+        kinds = [(folder / "config.json", mutated_json)]
+        kinds += [] if resealed else [(path, mutated_bytes) for path in (folder / "config.json", weights_file(folder))]
+        path, mutated = random.choice(kinds)
+        path.write_bytes(mutated(path.read_bytes(), random))
+        if resealed and "sha256" in json.loads(path.read_bytes()):
+            edit(folder)
+        try:
+            again = MultiExitModel.from_pretrained(ee.backbone, folder)
+        except ExitkitError:
+            refused += 1
+        else:
+            assert all_equal(answers(again, images(3)), expected)
+            assert again.threshold == 0.8125 or resealed
+        shutil.rmtree(folder)
+    assert refused > (50 if resealed else 350)
 
 
 # Places.
@@ -473,12 +610,12 @@ def test_what_this_version_does_not_know_is_named(
 
 @pytest.mark.parametrize("place", ["no/such/folder", "./nowhere", "a b", Path("nowhere")])
 def test_neither_a_folder_nor_a_name_on_the_hub(tiny_net: TinyNet, place: str | Path) -> None:
-    with pytest.raises(ExitkitError, match=r"is no folder, and no name on the Hub"):
+    with pytest.raises(ExitkitError, match=r"is neither a folder nor a name on the Hub"):
         MultiExitModel.from_pretrained(tiny_net, place)
 
 
 def test_other_places_that_cannot_be_loaded_from(backbone: TinyNet, saved: Path) -> None:
-    with pytest.raises(ExitkitError, match=r"README\.md' is no folder"):
+    with pytest.raises(ExitkitError, match=r"README\.md' is neither a folder"):
         MultiExitModel.from_pretrained(backbone, str(saved / "README.md"))
     with pytest.raises(ExitkitError, match=r"source=3 must be a folder or a name"):
         MultiExitModel.from_pretrained(backbone, 3)  # type: ignore[arg-type]

@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 import exitkit
 from exitkit.surgery.boundaries import find_boundaries
 from exitkit.surgery.capturing import capture, logits_of
-from exitkit.surgery.partition import Lowered, lower
+from exitkit.surgery.partition import Partition, partition_at
 from exitkit.surgery.verification import verify
 
 torchvision_models = pytest.importorskip("torchvision.models")
@@ -112,7 +112,7 @@ class Case:
     spec: Spec
     backbone: nn.Module
     ee: exitkit.MultiExitModel
-    lowered: Lowered
+    partition: Partition
 
     def __repr__(self) -> str:
         return repr(self.ee)
@@ -132,7 +132,7 @@ class Case:
 
     def staged(self, batch: dict[str, Tensor]) -> list[Tensor]:
         """The features and the logits from the stages joined again."""
-        return self.lowered.run(list(batch.values()))
+        return self.partition.run(list(batch.values()))
 
 
 def _text(size: int, length: int, padded: bool, generator: torch.Generator) -> dict[str, Tensor]:
@@ -167,7 +167,7 @@ def case(request: pytest.FixtureRequest) -> Case:
     images = None if spec.side is None else torch.randn(2, 3, spec.side, spec.side)
     backbone = _awaken(spec.build(), torch.randn(4, 3, spec.side or 64, spec.side or 64))
     ee = exitkit.attach(backbone, images, every=spec.every, method="sdn")
-    return Case(spec, backbone, ee.eval(), ee.lower())
+    return Case(spec, backbone, ee.eval(), ee.partition())
 
 
 @pytest.fixture(autouse=True)
@@ -223,11 +223,11 @@ def test_every_exit_answers_with_finite_logits(case: Case) -> None:
 
 @pytest.mark.parametrize("case", ["resnet18", "swin_t", "timm_convnext_atto", "distilbert", "albert"], indirect=True)
 def test_cut_at_every_boundary_at_once(case: Case) -> None:
-    """Not at the blocks alone: ``verify`` raises where a stage or a tap differs from the backbone."""
+    """Not at the blocks alone: ``verify`` raises where a stage or a hook differs from the backbone."""
     example = case.ee.example
     captured = capture(case.backbone, example.spec.batch(example.tensors))
     boundaries = find_boundaries(captured).boundaries
-    assert len(verify(captured, boundaries, lower(captured, boundaries))) >= case.spec.count
+    assert len(verify(captured, boundaries, partition_at(captured, boundaries))) >= case.spec.count
 
 
 @pytest.mark.parametrize("case", ["resnet50"], indirect=True)
@@ -240,7 +240,7 @@ def test_resnet50_every_third_block(case: Case) -> None:
 @pytest.mark.parametrize("case", ["albert"], indirect=True)
 def test_albert_shares_one_layer_called_four_times(case: Case) -> None:
     assert [boundary.name for boundary in case.ee.anatomy.blocks] == [_ALBERT, *(f"{_ALBERT}@{i}" for i in (1, 2, 3))]
-    assert [spec.tap.rank for spec in case.ee.specs] == [0, 1, 2]
+    assert [spec.hook.rank for spec in case.ee.specs] == [0, 1, 2]
 
 
 @pytest.mark.parametrize("case", ["densenet121"], indirect=True)

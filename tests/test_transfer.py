@@ -9,12 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import exitkit
 from exitkit import ExitkitError, MultiExitModel
+from tests.saved_exits import replace_weights, weights_file
 from tests.toy import TinyNet, all_equal, images
 
 X = images()
@@ -163,10 +164,9 @@ def test_another_backbone_is_still_refused(saved: tuple[MultiExitModel, TinyNet,
 
 def test_a_failed_load_leaves_the_backbone_as_it_was(saved: tuple[MultiExitModel, TinyNet, Path]) -> None:
     _, original, folder = saved
-    (file,) = folder.glob("*.safetensors")
-    tensors = load_file(file)
+    tensors = load_file(weights_file(folder))
     del tensors["backbone.linear.weight"]
-    save_file(tensors, file)
+    replace_weights(folder, tensors)
     linear = original.linear
     with pytest.raises(ExitkitError, match=r"backbone\.linear\.weight' is missing"):
         MultiExitModel.from_pretrained(original, folder, X)
@@ -220,7 +220,7 @@ def test_no_final_linear_layer(kind: str) -> None:
     model = Odd(kind)
     parameters = [id(parameter) for parameter in model.parameters()]
     with pytest.raises(
-        ExitkitError, match=r"Odd has other outputs than the 5.*no single final linear layer.*build the"
+        ExitkitError, match=r"Odd has other outputs than the 5.*no single final linear layer.*build it"
     ):
         exitkit.attach(model, X, num_classes=5)
     assert [id(parameter) for parameter in model.parameters()] == parameters
@@ -229,12 +229,12 @@ def test_no_final_linear_layer(kind: str) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"num_classes": 1}, "num_classes=1 must be .* at least 2; num_outputs=1 is for regression"),
+        ({"num_classes": 1}, "num_classes=1 must be .* at least 2 or None; num_outputs=1 is for regression"),
         ({"num_classes": 0}, "num_classes=0"),
         ({"num_classes": True}, "num_classes=True"),
         ({"num_classes": 4.0}, "num_classes=4.0"),
         ({"num_classes": "4"}, "num_classes='4'"),
-        ({"num_outputs": 2}, "num_outputs=2 must be 1, for regression; classes are given as num_classes"),
+        ({"num_outputs": 2}, "num_outputs=2 must be 1 or None; 1 is for regression, classes are given as num_classes"),
         ({"num_outputs": True}, "num_outputs=True"),
         ({"num_classes": 3, "num_outputs": 1}, "num_classes=3 and num_outputs=1 were given together"),
     ],

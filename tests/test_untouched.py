@@ -95,7 +95,7 @@ OPERATIONS: dict[str, Callable[[TinyNet], object]] = {
     "inspect": lambda model: exitkit.inspect(model, images(), show=False),
     "attach": lambda model: exitkit.attach(model, images()),
     "detach": lambda model: exitkit.detach(exitkit.attach(model, images())),
-    "lower": lambda model: exitkit.attach(model, images()).lower(),
+    "partition": lambda model: exitkit.attach(model, images()).partition(),
     "attach twice": lambda model: [exitkit.attach(model, images(), method=name) for name in ("sdn", "ztw")],
 }
 
@@ -213,5 +213,5 @@ def test_the_seed_changes_neither_places_nor_the_backbones_answer(tiny_net: Tiny
     for seed in (1, 2):
         torch.manual_seed(seed)
         ee = exitkit.attach(tiny_net, images())
-        found.append((ee.boundaries, [spec.tap for spec in ee.specs], ee(images(3)).logits[-1].tolist()))
+        found.append((ee.boundaries, [spec.hook for spec in ee.specs], ee(images(3)).logits[-1].tolist()))
     assert found[0] == found[1]

@@ -59,13 +59,13 @@ def test_blocks_of_two_streams_are_boundaries_that_hold_both() -> None:
 def test_stages_carry_every_stream_and_equal_the_model() -> None:
     model = Streams().eval()
     ee = exitkit.attach(model, images(), every=1).eval()
-    lowered = ee.lower()
-    assert [len(stage.outputs) for stage in lowered.stages] == [2, 2, 2, 1]
+    partition = ee.partition()
+    assert [len(stage.outputs) for stage in partition.stages] == [2, 2, 2, 1]
     for batch in (1, 5):
         with torch.no_grad():
             output = ee(images(batch))
             assert torch.equal(output.logits[-1], model(images(batch)))
-        assert all_equal(staged(lowered, images(batch)), [*output.features, output.logits[-1]])
+        assert all_equal(staged(partition, images(batch)), [*output.features, output.logits[-1]])
 
 
 def test_a_named_stream_is_read(tmp_path: Path) -> None:
@@ -77,7 +77,7 @@ def test_a_named_stream_is_read(tmp_path: Path) -> None:
         output = ee(images(3))
         fine = torch.relu(model.blocks[1].fine(torch.relu(model.blocks[0].fine(model.stem(images(3))))))
         assert torch.equal(output.features[1], fine)
-    assert all_equal(staged(ee.lower(), images(3)), [*output.features, output.logits[-1]])
+    assert all_equal(staged(ee.partition(), images(3)), [*output.features, output.logits[-1]])
     ee.save_pretrained(tmp_path)
     again = exitkit.MultiExitModel.from_pretrained(model, tmp_path, images()).eval()
     assert names(again) == names(ee)
@@ -146,4 +146,4 @@ def test_published_architectures_with_streams(name: str, first: str, side: int, 
     with torch.no_grad():
         output = ee(x)
         assert torch.equal(output.logits[-1], model(x))
-    assert all_equal(staged(ee.lower(), x), [*output.features, output.logits[-1]])
+    assert all_equal(staged(ee.partition(), x), [*output.features, output.logits[-1]])

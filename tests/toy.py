@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import exitkit
-from exitkit.surgery.partition import Lowered
+from exitkit.surgery.partition import Partition
 
 # MACs of TinyNet on 1×8×8, by hand.
 STEM = 8 * 8 * 9 * 1 * 8
@@ -56,10 +56,10 @@ def names(ee: exitkit.MultiExitModel) -> list[str]:
     return [boundary.name for boundary in ee.boundaries]
 
 
-def staged(lowered: Lowered, *tensors: Tensor) -> list[Tensor]:
+def staged(partition: Partition, *tensors: Tensor) -> list[Tensor]:
     """The features and the logits from stages joined again."""
     with torch.no_grad():
-        return lowered.run([t.clone() for t in tensors])
+        return partition.run([t.clone() for t in tensors])
 
 
 def all_equal(first: Any, second: Any) -> bool:

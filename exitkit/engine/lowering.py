@@ -14,7 +14,7 @@ from exitkit.engine.program import Inputs, Program, Step
 from exitkit.methods.criteria import Criterion
 from exitkit.methods.policy import ExitPolicy
 from exitkit.multi_exit.model import MultiExitModel
-from exitkit.surgery.partition import Lowered, Stage
+from exitkit.surgery.partition import Partition, Stage
 
 CARRIED, ANSWERS = "exit.carried", "exit.answers"
 """What exits hand on: what the last head carries on (B, K), and every log-probability (B, exits so far, C). What a criterion
@@ -107,8 +107,8 @@ def program_of(model: MultiExitModel, policy: ExitPolicy, removable: bool = Fals
         policy: how answers are scored.
         removable: keep every step without its exit too, for :meth:`Program.without`; for independent exits only.
     """
-    lowered, criterion = model.lower(), policy.score
-    names = dict(zip(model.example.spec.keys, lowered.inputs, strict=True))
+    partition, criterion = model.partition(), policy.score
+    names = dict(zip(model.example.spec.keys, partition.inputs, strict=True))
     reads = [[names[key] for key in spec.inputs] for spec in model.specs] + [[]]
     classifiers = [*_in_eval(model.classifiers), None]
     combiners = [*_in_eval(model.combiners), *(None for _ in classifiers)]
@@ -116,7 +116,7 @@ def program_of(model: MultiExitModel, policy: ExitPolicy, removable: bool = Fals
     steps: list[Step] = []
     needed: set[str] = set()
     for m in reversed(range(len(classifiers))):
-        stage, state_in, state_out = lowered.stages[m], _state(model, criterion, m), _state(model, criterion, m + 1)
+        stage, state_in, state_out = partition.stages[m], _state(model, criterion, m), _state(model, criterion, m + 1)
         inputs = tuple(dict.fromkeys([*stage.inputs, *reads[m], *state_in]))
         outputs = tuple(name for name in (*stage.outputs, *state_out) if name in needed)
         leave = Leave(classifiers[m], combiners[m], criterion, temperatures[m], reads[m])
@@ -126,10 +126,10 @@ def program_of(model: MultiExitModel, policy: ExitPolicy, removable: bool = Fals
         needed = (needed - set(outputs)) | set(inputs)
     state = (CARRIED, ANSWERS, *remembered(criterion))
     return Program(
-        _inputs(model, lowered),
+        _inputs(model, partition),
         tuple(reversed(steps)),
-        lowered.axes | dict.fromkeys(state, 0),
-        lowered.dynamic | dict.fromkeys(state, (0,)),
+        partition.axes | dict.fromkeys(state, 0),
+        partition.dynamic | dict.fromkeys(state, (0,)),
         model.num_classes,
         torch.promote_types(model.dtype, torch.float32 if model.combiners else model.dtype),
     )
@@ -141,12 +141,12 @@ def _in_eval(modules: nn.ModuleList) -> list[nn.Module]:
     return list(deepcopy(modules, {id(tensor): tensor for tensor in tensors}).eval())
 
 
-def _inputs(model: MultiExitModel, lowered: Lowered) -> Inputs:
+def _inputs(model: MultiExitModel, partition: Partition) -> Inputs:
     tensors = model.example.tensors
     return Inputs(
         model.example.spec,
-        lowered.inputs,
-        lowered.sizes,
+        partition.inputs,
+        partition.sizes,
         tuple(tensor.dtype for tensor in tensors),
         next(model.parameters()).device,
     )

@@ -19,7 +19,7 @@ from exitkit.evaluation.outputs import ExitOutputs
 from exitkit.evaluation.regression import RegressionOutputs
 from exitkit.multi_exit.model import MultiExitModel
 from exitkit.surgery.capturing import evaluation_mode
-from exitkit.surgery.fingerprint import fingerprint
+from exitkit.surgery.fingerprint import fingerprint_of
 from exitkit.surgery.inputs import call_on
 
 
@@ -76,7 +76,7 @@ class _Seen:
             torch.cat(self.hashes),
             self.dtype,
         )
-        weights = fingerprint(self.model.backbone)
+        weights = fingerprint_of(self.model.backbone)
         if self.model.regression:
             return RegressionOutputs(*given, weights=weights)
         return ExitOutputs(*given, weights=weights)

@@ -55,7 +55,7 @@ class ExitOutputs:
         temperatures: (M+1,) what each exit's logits were divided by (:meth:`calibrated`), or None; policies found on these
             outputs have them.
         weights: what tells the backbone from others of its architecture, or None.
-            See :func:`exitkit.surgery.fingerprint.fingerprint`.
+            See :func:`exitkit.surgery.fingerprint.fingerprint_of`.
         timings: what answering takes on some devices (:meth:`timed`), for budgets in milliseconds.
 
     Raises:

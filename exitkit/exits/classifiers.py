@@ -137,7 +137,7 @@ def make_head(feature: Feature, num_classes: int, spec: HeadSpec, cascade: bool)
     """The internal classifier for a feature of this shape.
 
     Raises:
-        ExitkitError: a convolutional head for a feature that is no map.
+        ExitkitError: a convolutional head for a feature that is not a map.
     """
     is_map = feature.layout in ("channels_first", "channels_last")
     if spec.kind == "auto":

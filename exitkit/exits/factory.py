@@ -58,7 +58,7 @@ class HeadMaker:
         if not left_out and boundary != self._blocks[-1]:
             smaller = "use a smaller number, or" if most > 1 else "there is nothing to leave out; use"
             raise ArgumentError(
-                f"head='branch-{most}' at {boundary.name!r} would be the whole rest of the backbone: no shape occurs in more "
+                f"head='branch-{most}' at {boundary.name!r} would be all the rest of the backbone: no shape occurs in more "
                 f"than {most} of its blocks; {smaller} head='auto'"
             )
         return find_tail(self.captured, boundary, self.outputs, left_out)

@@ -15,12 +15,12 @@ from exitkit.exits.classifiers import HeadOutput, InternalClassifier
 Variant = Literal["paper", "ztw"]
 
 
-class _Reading(NamedTuple):
+class _Constants(NamedTuple):
     activation: type[nn.Module]
     scale: float
 
 
-_READINGS: dict[Variant, _Reading] = {"paper": _Reading(nn.Tanh, 2.0), "ztw": _Reading(nn.ReLU, 1.0)}
+_CONSTANTS: dict[Variant, _Constants] = {"paper": _Constants(nn.Tanh, 2.0), "ztw": _Constants(nn.ReLU, 1.0)}
 """The authors' code, and that of Zero Time Waste: the activation of states, imitations and gate, and the mix's scale."""
 
 
@@ -35,13 +35,13 @@ class PastFuture(nn.Module):
 
     def __init__(self, exits: int, width: int, num_classes: int, variant: Variant) -> None:
         super().__init__()
-        reading = _READINGS[variant]
+        constants = _CONSTANTS[variant]
         deviation = width**-0.5
         self.width = width
         self.num_classes = num_classes
-        self.scale = reading.scale
-        self.activation = reading.activation()
-        # nobody imitates the first state: row j stands for that of exit j + 1
+        self.scale = constants.scale
+        self.activation = constants.activation()
+        # the first state is not imitated: row j is for that of exit j + 1
         self.imitate = nn.Parameter(torch.randn(exits - 1, width, width) * deviation)
         self.imitate_bias = nn.Parameter(torch.zeros(exits - 1, 1, width))
         self.project = nn.Parameter(torch.randn(exits, width, 2 * num_classes) * deviation)

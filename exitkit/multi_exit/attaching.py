@@ -1,30 +1,17 @@
-"""``attach``: from a model to a multi-exit model, checked before it is returned."""
+"""``attach`` and ``detach``: from a model to a multi-exit model, and back."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Annotated, Any, Literal
 
 from torch import nn
 
-from exitkit.common.checks import is_count
-from exitkit.common.errors import ArgumentError, NotCapturableError
-from exitkit.exits.classifiers import HeadSpec, InternalClassifier
-from exitkit.exits.factory import HeadMaker
-from exitkit.exits.gpf import PastFuture, PastFutureClassifier
-from exitkit.methods.presets import Method, as_method, for_outputs
-from exitkit.multi_exit.cost import ExitSpec
+from exitkit.common.checks import Bounds, check
+from exitkit.common.errors import ArgumentError
+from exitkit.methods.presets import Method
+from exitkit.multi_exit.assembly import assemble
 from exitkit.multi_exit.model import MultiExitModel
-from exitkit.surgery.boundaries import Anatomy, Boundary, find_boundaries
-from exitkit.surgery.capturing import Capture, capture
-from exitkit.surgery.partition import lower
-from exitkit.surgery.placement import place
-from exitkit.surgery.replace_classifier import outputs_of, unchanged_on_error, with_outputs
-from exitkit.surgery.supported import admit
-from exitkit.surgery.verification import verify
-
-STATE_WIDTH = 128
-"""Of gpf's states where features are no tokens of one width: what Zero Time Waste's code has for ConvNeXt and Swin."""
 
 
 def attach(
@@ -70,86 +57,21 @@ def attach(
     """
     if isinstance(model, MultiExitModel):
         raise ArgumentError("model already has exits; attach to exitkit.detach(model) for other ones")
-    admit(model)
-    if any(parameter.is_meta for parameter in model.parameters()):
-        raise ArgumentError(
-            f"{type(model).__name__} is on the meta device and has no values; load its weights, or model.to_empty(device). "
-            "exitkit.inspect takes it as it is"
-        )
-    composition, outputs = as_method(method), _outputs(num_classes, num_outputs)
-    heads = HeadSpec.parse_all(head)
-    with unchanged_on_error(model):
-        captured, new_head = with_outputs(capture(model, example_inputs), outputs)
-        anatomy = find_boundaries(captured)
-        boundaries = _readable(place(anatomy, every, at, at_cost, placement))
-        return _assemble(captured, anatomy, boundaries, composition, heads, new_head)
+    where = {"every": every, "at": at, "at_cost": at_cost, "placement": placement}
+    return MultiExitModel(assemble(model, example_inputs, where, method, head, _outputs(num_classes, num_outputs)))
 
 
-def _assemble(
-    captured: Capture,
-    anatomy: Anatomy,
-    boundaries: Sequence[Boundary],
-    method: Method,
-    heads: Sequence[HeadSpec],
-    new_head: Sequence[str],
-) -> MultiExitModel:
-    """Exits at ``boundaries``, once the cut model was found to equal the model."""
-    outputs = outputs_of(captured)
-    method = for_outputs(method, outputs, type(captured.backbone).__name__)
-    taps = verify(captured, boundaries, lower(captured, boundaries))
-    maker = HeadMaker(captured, anatomy, outputs)
-    placed = list(zip(boundaries, _one_each(heads, len(boundaries)), strict=True))
-    made = [maker.make(boundary, head, method.cascade and m > 0) for m, (boundary, head) in enumerate(placed)]
-    own, reads = zip(*made, strict=True)
-    specs = [ExitSpec(*read) for read in zip(boundaries, taps, reads, strict=True)]
-    classifiers = _past_future(own, boundaries, outputs, method) if method.past_future else own
-    head = heads[0].name if len(heads) == 1 else tuple(spec.name for spec in heads)
-    return MultiExitModel(
-        captured.backbone, classifiers, specs, anatomy, method, head, outputs, captured.example, new_head
-    )
-
-
-def _one_each(heads: Sequence[HeadSpec], exits: int) -> Sequence[HeadSpec]:
-    if len(heads) not in (1, exits):
-        raise ArgumentError(
-            f"head={[spec.name for spec in heads]!r} has {len(heads)} heads for {exits} exits; give one for all, or a list "
-            "with one for each"
-        )
-    return heads if len(heads) == exits else list(heads) * exits
+def detach(model: MultiExitModel) -> nn.Module:
+    """The user's own model, as it was before :func:`exitkit.attach`, but for a last layer that ``attach`` replaced."""
+    if not isinstance(model, MultiExitModel):
+        raise ArgumentError(f"detach takes what exitkit.attach returned, not {type(model).__name__}")
+    return model.backbone
 
 
 def _outputs(num_classes: int | None, num_outputs: int | None) -> int | None:
-    """How many outputs are asked for; None where nobody asks."""
+    """How many outputs are asked for; None for as many as the model has."""
+    check("num_classes", num_classes, Annotated[int, Bounds(least=2)] | None, "num_outputs=1 is for regression")
+    check("num_outputs", num_outputs, Literal[1] | None, "1 is for regression, classes are given as num_classes")
     if num_classes is not None and num_outputs is not None:
-        raise ArgumentError(
-            f"num_classes={num_classes!r} and num_outputs={num_outputs!r} were given together; give one"
-        )
-    if num_classes is not None and (not is_count(num_classes) or num_classes < 2):
-        raise ArgumentError(
-            f"num_classes={num_classes!r} must be a whole number of at least 2; num_outputs=1 is for regression"
-        )
-    if num_outputs not in (None, 1) or isinstance(num_outputs, bool):
-        raise ArgumentError(f"num_outputs={num_outputs!r} must be 1, for regression; classes are given as num_classes")
+        raise ArgumentError(f"{num_classes=} and {num_outputs=} were given together; give one")
     return num_classes if num_outputs is None else num_outputs
-
-
-def _readable(boundaries: Sequence[Boundary]) -> Sequence[Boundary]:
-    """``boundaries``, if heads can read all of them."""
-    for boundary in boundaries:
-        if boundary.layout == "other":
-            raise NotCapturableError(
-                f"boundary {boundary.name!r} has a feature of shape {boundary.shape} per sample; heads read vectors, tokens, "
-                "sequences and 2-D maps. Choose other boundaries with at="
-            )
-    return boundaries
-
-
-def _past_future(
-    heads: Sequence[InternalClassifier], boundaries: Sequence[Boundary], num_classes: int, method: Method
-) -> list[PastFutureClassifier]:
-    """The same bodies, joined by one :class:`PastFuture`."""
-    assert method.past_future is not None
-    tokens = {boundary.shape[-1] if boundary.layout == "tokens" else 0 for boundary in boundaries}
-    width = method.width or (tokens.pop() if len(tokens) == 1 else 0) or STATE_WIDTH
-    shared = PastFuture(len(heads), width, num_classes, method.past_future)
-    return [PastFutureClassifier(head.body, head.linear.in_features, m, shared) for m, head in enumerate(heads)]

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from exitkit.exits.gpf import Classifier
 from exitkit.surgery.boundaries import Anatomy, Boundary
-from exitkit.surgery.hooks import Tap
+from exitkit.surgery.hooks import HookPoint
 from exitkit.surgery.inputs import Example
 from exitkit.surgery.macs import count_macs
 
@@ -21,18 +21,18 @@ class ExitSpec:
 
     Attributes:
         boundary: the cut it sits at.
-        tap: where its feature is read while the backbone runs.
+        hook: where its feature is read while the backbone runs.
         inputs: the model's inputs that its head reads beside the feature, by position or keyword (an attention mask).
     """
 
     boundary: Boundary
-    tap: Tap
+    hook: HookPoint
     inputs: tuple[int | str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Exit:
-    """One exit and its price.
+    """One exit and its cost.
 
     Attributes:
         name: the boundary it reads; the last exit is the backbone's own classifier, ``"backbone"``.
@@ -45,7 +45,7 @@ class Exit:
     macs_fraction: float
 
 
-def price(
+def exit_costs(
     classifiers: Sequence[Classifier],
     combiners: nn.ModuleList,
     specs: Sequence[ExitSpec],
@@ -53,7 +53,7 @@ def price(
     example: Example,
     num_classes: int,
 ) -> tuple[Exit, ...]:
-    """Name and price of every exit, the backbone's own classifier last. Heads are run on zeros, on fake tensors."""
+    """Name and cost of every exit, the backbone's own classifier last. Heads are run on zeros, on fake tensors."""
     like = next(classifiers[0].parameters())
     sample = dict(zip(example.spec.keys, example.with_batch(1).tensors, strict=True))
     answers = [torch.zeros(1, m + 1, num_classes, device=like.device) for m in range(len(combiners))]

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, replace
-from inspect import signature
+from dataclasses import replace
 from os import PathLike
 from typing import TYPE_CHECKING, Any, Self, cast
 
@@ -14,39 +13,23 @@ from torch.nn import functional as F
 
 from exitkit.common.errors import ArgumentError
 from exitkit.exits.classifiers import HeadOutput
-from exitkit.exits.ensembles import COMBINERS
 from exitkit.exits.gpf import Classifier, imitation_losses
 from exitkit.methods.criteria import Criterion
 from exitkit.methods.policy import ExitPolicy, Threshold, as_policy, check_same_scores
-from exitkit.methods.presets import Method, check_task
-from exitkit.multi_exit.cost import ExitSpec, price
-from exitkit.surgery.boundaries import Anatomy, Boundary, find_boundaries
+from exitkit.methods.presets import check_task
+from exitkit.multi_exit.assembly import Parts
+from exitkit.multi_exit.cost import exit_costs
+from exitkit.multi_exit.output import MultiExitOutput
+from exitkit.multi_exit.saving import load_exits, push_exits, save_exits
+from exitkit.surgery.boundaries import Boundary, find_boundaries
 from exitkit.surgery.capturing import capture, logits_of
-from exitkit.surgery.hooks import tapped
-from exitkit.surgery.inputs import Example
-from exitkit.surgery.partition import Lowered, lower
+from exitkit.surgery.hooks import recording
+from exitkit.surgery.inputs import argument
+from exitkit.surgery.partition import Partition, partition_at
 from exitkit.surgery.placement import place
 
 if TYPE_CHECKING:
     from exitkit.evaluation.outputs import ExitOutputs
-
-
-@dataclass(frozen=True)
-class MultiExitOutput:
-    """What every exit says.
-
-    Attributes:
-        logits: one tensor (B, C) per exit, after the method's ensemble; the backbone's own is last.
-        features: the activations at the boundaries, batch first.
-        heads: the internal classifiers' own logits (B, C), before any ensemble; the backbone's own is last.
-        auxiliary: one scalar per internal classifier, a loss to be added to that of its logits (gpf's imitation loss);
-            None where the method has none, and where gradients are off.
-    """
-
-    logits: tuple[Tensor, ...]
-    features: tuple[Tensor, ...]
-    heads: tuple[Tensor, ...]
-    auxiliary: tuple[Tensor, ...] | None = None
 
 
 class MultiExitModel(nn.Module):
@@ -54,43 +37,33 @@ class MultiExitModel(nn.Module):
 
     Exits are counted 0 … M−1; exit M is the backbone's own classifier. Calling the model runs the user's own modules,
     so dropout, autocast, hooks and gradient settings of the backbone keep their meaning. A backbone without any
-    trainable parameter runs without gradients.
+    trainable parameter runs without gradients. Several threads may call it, and models that share a backbone, at once.
 
     Attributes:
-        exits: name and price of each exit, the backbone's own classifier last.
+        exits: name and cost of each exit, the backbone's own classifier last.
         new_head: state-dict names of the backbone's last layer, where ``attach`` replaced it; it needs training too.
-        threshold: the τ chosen for these exits (one, one for each, or what :func:`exitkit.choose_threshold` returned),
-            saved and loaded with them; None where none was chosen.
+        policy: when a sample leaves, as it was chosen for these exits; saved and loaded with them. None where none was.
     """
 
-    def __init__(
-        self,
-        backbone: nn.Module,
-        classifiers: Sequence[Classifier],
-        specs: Sequence[ExitSpec],
-        anatomy: Anatomy,
-        method: Method,
-        head: str | tuple[str, ...],
-        num_classes: int,
-        example: Example,
-        new_head: Sequence[str] = (),
-    ) -> None:
+    def __init__(self, parts: Parts) -> None:
         super().__init__()
-        self.backbone = backbone
-        self.classifiers = nn.ModuleList(classifiers)
-        self.combiners = _combiners(method, len(classifiers), num_classes)
-        self.specs = tuple(specs)
-        self.anatomy = anatomy
-        self.method = method
-        self.head = head
-        self.num_classes = num_classes
-        self.example = example
-        self.new_head = tuple(new_head)
-        self.threshold: Threshold | None = None
-        reference = next(parameter for parameter in backbone.parameters() if parameter.is_floating_point())
-        self.classifiers.to(reference.device, reference.dtype)
-        self.combiners.to(reference.device)  # float32: they add up logarithms
-        self.exits = price(classifiers, self.combiners, self.specs, anatomy, example, num_classes)
+        self.backbone = parts.backbone
+        self.classifiers = nn.ModuleList(parts.classifiers)
+        self.combiners = nn.ModuleList(parts.combiners)
+        self.specs = parts.specs
+        self.anatomy = parts.anatomy
+        self.method = parts.method
+        self.head = parts.head
+        self.num_classes = parts.num_classes
+        self.example = parts.example
+        self.new_head = parts.new_head
+        self.policy: ExitPolicy | None = None
+        like = _reference(self.backbone)
+        self.classifiers.to(like.device, like.dtype)
+        self.combiners.to(like.device)  # float32: they add up logarithms
+        self.exits = exit_costs(
+            parts.classifiers, self.combiners, self.specs, self.anatomy, self.example, self.num_classes
+        )
 
     def forward(self, *args: Any, **kwargs: Any) -> MultiExitOutput:
         """Run every exit. Takes what the backbone takes."""
@@ -118,14 +91,14 @@ class MultiExitModel(nn.Module):
         trains = any(parameter.requires_grad for parameter in self.backbone.parameters())
         final: tuple[Tensor, ...] = ()
         with (
-            tapped(self.backbone, [spec.tap for spec in specs], stop) as read,
+            recording(self.backbone, [spec.hook for spec in specs], stop) as read,
             torch.set_grad_enabled(torch.is_grad_enabled() and trains),
         ):
             final = (logits_of(self.backbone(*args, **kwargs)),)
         features = tuple(self._found(slot, feature) for slot, feature in enumerate(read))
         steps: list[HeadOutput] = []
         for feature, spec in zip(features, specs, strict=True):
-            inputs = [self._argument(key, args, kwargs) for key in spec.inputs]
+            inputs = [argument(self.backbone.forward, key, args, kwargs) for key in spec.inputs]
             steps.append(self._step(len(steps), feature, steps[-1].carried if steps else None, inputs))
         return features, steps, final
 
@@ -138,9 +111,13 @@ class MultiExitModel(nn.Module):
         return (*combined, *heads[len(combined) :])
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """What ``to``, ``half``, ``cuda`` do to the weights is done to the example, which later captures run on."""
+        """The example follows where ``to``, ``half``, ``cuda`` bring the weights; its values stay, on meta too."""
+        before = _reference(self.backbone).dtype
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self.example = replace(self.example, tensors=tuple(fn(tensor) for tensor in self.example.tensors))
+        like = _reference(self.backbone)
+        self.example = self.example.to(
+            None if like.is_meta else like.device, like.dtype if like.dtype != before else None
+        )
         return self
 
     def added_parameters(self) -> list[nn.Parameter]:
@@ -148,10 +125,12 @@ class MultiExitModel(nn.Module):
         replaced = (value for name, value in self.backbone.named_parameters() if name in self.new_head)
         return [*self.classifiers.parameters(), *self.combiners.parameters(), *replaced]
 
-    def lower(self) -> Lowered:
+    def partition(self) -> Partition:
         """The inference view: the backbone captured anew and split at the exits, its parameters shared."""
         captured = capture(self.backbone, self.example.spec.batch(self.example.tensors))
-        return lower(captured, place(find_boundaries(captured), at=[boundary.name for boundary in self.boundaries]))
+        return partition_at(
+            captured, place(find_boundaries(captured), at=[boundary.name for boundary in self.boundaries])
+        )
 
     def save_pretrained(
         self,
@@ -166,15 +145,13 @@ class MultiExitModel(nn.Module):
 
         Args:
             directory: made where it does not exist.
-            threshold: the τ chosen for these exits, or what :func:`exitkit.choose_threshold` returned, whose guarantee is
-                kept with it; comes back as ``threshold``. By default the one there is.
+            threshold: the τ chosen for these exits, or a policy, whose guarantee is kept with it; comes back as ``policy``.
+                By default the one there is.
             outputs: what :func:`exitkit.collect` returned for held-out samples with labels; then the card tells accuracies.
 
         Raises:
-            ExitkitError: a threshold that is no finite number, outputs without labels or of another model.
+            ExitkitError: a threshold that is not finite, outputs without labels or of another model.
         """
-        from exitkit.multi_exit.saving import save_exits
-
         save_exits(self, directory, threshold, outputs)
 
     @classmethod
@@ -201,9 +178,11 @@ class MultiExitModel(nn.Module):
         Raises:
             ExitkitError: a missing, damaged or foreign file, or another backbone; the message shows the first difference.
         """
-        from exitkit.multi_exit.saving import load_exits
-
-        return load_exits(backbone, source, example_inputs, revision, token)
+        if isinstance(backbone, MultiExitModel):
+            raise ArgumentError(
+                "backbone is a MultiExitModel, which has exits; give the nn.Module exitkit.detach(backbone)"
+            )
+        return load_exits(cls, backbone, source, example_inputs, revision, token)
 
     def push_to_hub(
         self,
@@ -231,8 +210,6 @@ class MultiExitModel(nn.Module):
         Raises:
             ExitkitError: as for :meth:`save_pretrained`, or the Hub cannot be reached or refuses.
         """
-        from exitkit.multi_exit.saving import push_exits
-
         return push_exits(self, repo_id, threshold, outputs, private, commit_message, token)
 
     def prune_exits(self, exits: Collection[int]) -> MultiExitModel:
@@ -243,7 +220,7 @@ class MultiExitModel(nn.Module):
                 a threshold must be chosen anew.
 
         Raises:
-            ExitkitError: a number that is no exit, all exits, or exits that read one another (cascade, ensemble).
+            ExitkitError: a number that is not an exit, all exits, or exits that read one another (cascade, ensemble).
         """
         unknown = [m for m in exits if not isinstance(m, int) or not 0 <= m < len(self.classifiers)]
         kept = [m for m in range(len(self.classifiers)) if m not in exits]
@@ -254,24 +231,37 @@ class MultiExitModel(nn.Module):
             )
         if self.method.cascade or self.method.past_future or self.combiners:
             raise ArgumentError(
-                f"the exits of method={self.method.name!r} read one another, so that none can be taken out; attach again "
-                "with at= naming the others, and train"
+                f"the exits of method={self.method.name!r} read one another, so none can be left out; attach again with "
+                "at= naming the others, and train"
             )
-        return MultiExitModel(
+        parts = Parts(
             self.backbone,
-            [cast("Classifier", self.classifiers[m]) for m in kept],
-            [self.specs[m] for m in kept],
+            tuple(cast("Classifier", self.classifiers[m]) for m in kept),
+            (),
+            tuple(self.specs[m] for m in kept),
             self.anatomy,
             self.method,
             self.head if isinstance(self.head, str) else tuple(self.head[m] for m in kept),
             self.num_classes,
             self.example,
             self.new_head,
-        ).train(self.training)
+        )
+        return MultiExitModel(parts).train(self.training)
 
     def __repr__(self) -> str:
         places = ", ".join(f"{exit_.name} {exit_.macs_fraction:.0%}" for exit_ in self.exits)
         return f"MultiExitModel({type(self.backbone).__name__}, method={self.method.name!r}, exits: {places})"
+
+    @property
+    def threshold(self) -> float | tuple[float, ...] | ExitPolicy | None:
+        """τ of the policy, or one for each exit; the policy itself where it has temperatures or a guarantee."""
+        if self.policy is None or self.policy.temperatures is not None or self.policy.guarantee is not None:
+            return self.policy
+        return self.policy.threshold
+
+    @threshold.setter
+    def threshold(self, threshold: Threshold | None) -> None:
+        self.policy = None if threshold is None else self.policy_for(threshold)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -282,14 +272,14 @@ class MultiExitModel(nn.Module):
         """What a threshold means for these exits: for scores of their own criterion and dtype, unless it is a policy.
 
         Args:
-            threshold: τ, one for each exit, or a policy; by default the ``threshold`` saved with the model.
+            threshold: τ, one for each exit, or a policy; by default the one saved with the model.
             criterion: another score for plain numbers.
 
         Raises:
             ArgumentError: no threshold, one of another number of exits, an unknown criterion or one for another task, a
                 guarantee for another precision, temperatures for a regression.
         """
-        threshold = self.threshold if threshold is None else threshold
+        threshold = self.policy if threshold is None else threshold
         if threshold is None:
             raise ArgumentError(
                 "threshold=None, and none was saved with the model; choose one on held-out samples: "
@@ -323,39 +313,19 @@ class MultiExitModel(nn.Module):
             if tuple(feature.shape[1:]) == boundary.shape:
                 raise
             raise ArgumentError(
-                f"exit {m} was made for features of shape {boundary.shape}, but {boundary.name!r} gives "
-                f"{tuple(feature.shape[1:])}; attach again with example_inputs of the size that the model is used with"
+                f"exit {m} reads features of shape {boundary.shape}, but {boundary.name!r} gives "
+                f"{tuple(feature.shape[1:])}; attach again with example_inputs of the size in use"
             ) from error
-
-    def _argument(self, key: int | str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
-        """An input of this call, whether it was attached and is now passed by position or by keyword."""
-        names = list(signature(self.backbone.forward).parameters)
-        name = names[key] if isinstance(key, int) and key < len(names) else key
-        position = names.index(name) if name in names else key
-        value: Tensor | None = (
-            args[position] if isinstance(position, int) and position < len(args) else kwargs.get(str(name))
-        )
-        return value
 
     def _found(self, slot: int, feature: Tensor | None) -> Tensor:
         if feature is None:
             raise ArgumentError(
-                f"module {self.boundaries[slot].name!r} was not called in this forward, so exit {slot} has no feature; "
+                f"module {self.boundaries[slot].name!r} was not called in this forward, so exit {slot} has no feature: "
                 "the backbone took another path than when it was attached"
             )
         return feature
 
 
-def detach(model: MultiExitModel) -> nn.Module:
-    """The user's own model, as it was before :func:`exitkit.attach`, but for a last layer that ``attach`` replaced."""
-    if not isinstance(model, MultiExitModel):
-        raise ArgumentError(f"detach takes what exitkit.attach returned, not {type(model).__name__}")
-    return model.backbone
-
-
-def _combiners(method: Method, exits: int, num_classes: int) -> nn.ModuleList:
-    """One combiner per internal classifier, and one for the backbone where the method asks for it."""
-    if method.ensemble == "none":
-        return nn.ModuleList()
-    count = exits + int(method.ensemble_final)
-    return nn.ModuleList(COMBINERS[method.ensemble](m + 1, num_classes) for m in range(count))
+def _reference(backbone: nn.Module) -> Tensor:
+    """The parameter whose device and dtype the exits and the example have."""
+    return next(parameter for parameter in backbone.parameters() if parameter.is_floating_point())

@@ -222,7 +222,7 @@ def _clean_cuts(flow: Flow, calls: dict[ModuleCall, list[int]]) -> Cuts:
 
 
 def _rows_per_sample(activation: Node, batch: int | torch.SymInt) -> int | None:
-    """How many rows each sample has in the first dimension; None where it is no multiple of the batch."""
+    """How many rows each sample has in the first dimension; None where that is not a multiple of the batch."""
     value = value_of(activation)
     return None if value is None or value.dim() < 2 else multiple_of(value.shape[0], batch)
 

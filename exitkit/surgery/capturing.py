@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import io
 import logging
+import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, redirect_stderr
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,10 +17,14 @@ from torch.fx import GraphModule
 from exitkit.common.errors import ArgumentError, ExitkitError, NotCapturableError
 from exitkit.surgery.default_inputs import example_for
 from exitkit.surgery.inputs import CallSpec, Example
-from exitkit.surgery.supported import admit
+from exitkit.surgery.supported import check_supported
 
 BACKBONE = "backbone"
 """Path of the user's model inside the captured module; stripped from every name that users see."""
+
+
+class _DataDependentError(Exception):
+    """The backbone's path depends on the values of a tensor; the cause says where."""
 
 
 class LogitsOf(nn.Module):
@@ -33,7 +37,12 @@ class LogitsOf(nn.Module):
 
     def forward(self, *tensors: Tensor) -> Tensor:
         args, kwargs = self.spec.call(tensors)
-        output = self.backbone(*args, **kwargs)
+        try:
+            output = self.backbone(*args, **kwargs)
+        except RuntimeError as error:
+            if "data-dependent" in str(error):  # torch.export would print the whole graph to stderr
+                raise _DataDependentError from error
+            raise
         _check_single(output)
         return logits_of(output)
 
@@ -58,10 +67,10 @@ def capture(model: nn.Module, example_inputs: Any = None) -> Capture:
     """Capture ``model`` without changing it: same weights, same training flags, hooks and RNG state.
 
     Raises:
-        ExitkitError: a model that :func:`exitkit.surgery.supported.admit` refuses, no inferable inputs, the example does
-            not run, the output is not floating-point logits of shape (B, C), or ``torch.export`` cannot follow the forward.
+        ExitkitError: a model that :func:`exitkit.surgery.supported.check_supported` refuses, no inferable inputs, an example
+            that does not run, an output that is not floating-point logits (B, C), a forward that torch.export cannot follow.
     """
-    admit(model)
+    check_supported(model)
     example = example_for(model, example_inputs)
     wrapped = LogitsOf(model, example.spec)
     with untouched(model), torch.no_grad():
@@ -139,8 +148,8 @@ def _run(wrapped: LogitsOf, example: Example) -> Tensor:
         if len(example.tensors[0]) > 1 and _runs(wrapped, example.with_batch(1)):
             raise NotCapturableError(
                 f"{type(wrapped.backbone).__name__} runs on one row of example_inputs and not on {len(example.tensors[0])} "
-                f"({_first_line(error)}): its forward fixes the batch size, or its inputs have no batch dimension. Exits are "
-                "attached to models that take a batch of any size first"
+                f"({_first_line(error)}): its forward fixes the batch size, or its inputs have no batch dimension; exits need "
+                "a model that takes any batch size"
             ) from error
         shapes = {key: tuple(t.shape) for key, t in zip(example.spec.keys, example.tensors, strict=True)}
         raise ArgumentError(
@@ -167,29 +176,42 @@ def _check_logits(logits: Tensor, batch: int, model: nn.Module) -> None:
     if not logits.is_floating_point() or logits.dim() != 2 or logits.shape[0] != batch:
         raise NotCapturableError(
             f"{type(model).__name__} returns a {logits.dtype} tensor of shape {tuple(logits.shape)} for a batch of "
-            f"{batch}; exitkit attaches exits to classifiers, whose output is floating point of shape (B, C), not to "
-            "segmenters, detectors or models without a batch dimension"
+            f"{batch}; exits need a classifier, whose output is floating point of shape (B, C)"
         )
 
 
 def _export(wrapped: LogitsOf, example: Example, model: nn.Module) -> torch.export.ExportedProgram:
     batch = Dim("batch")
     dims = {0: batch, 1: Dim.AUTO} if example.text else {0: batch}
-    disabled = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)  # a refused export logs and prints the whole graph before it raises
     try:
-        with redirect_stderr(io.StringIO()):
+        with _quiet_torch():
             return torch.export.export(
                 wrapped, example.tensors, strict=False, dynamic_shapes=(tuple(dict(dims) for _ in example.tensors),)
             )
-    except Exception as error:  # torch.export raises dozens of types, most of them private
+    except Exception as caught:  # torch.export raises dozens of types, most of them private
+        error = caught.__cause__ if isinstance(caught, _DataDependentError) else caught
+        assert error is not None
         raise NotCapturableError(
-            f"{type(model).__name__} cannot be captured by torch.export: {_first_line(error)}{_where(error)}. Forwards "
-            "whose path depends on tensor values, or that fix the batch size, cannot be cut; rewrite that operation "
-            "(torch.where instead of if, shapes from x.shape[0]), or attach to the part of the model around it"
+            f"{type(model).__name__} cannot be captured by torch.export: {_first_line(error)}{_where(error)}. Its path "
+            "must not depend on tensor values nor fix the batch size: use torch.where instead of if, shapes from x.shape[0]"
         ) from error
-    finally:
-        logging.disable(disabled)
+
+
+@contextmanager
+def _quiet_torch() -> Iterator[None]:
+    """What torch logs in this thread is dropped meanwhile: a refused export logs much before it raises."""
+    thread = threading.get_ident()
+
+    def passes(record: logging.LogRecord) -> bool:
+        return threading.get_ident() != thread or record.name.partition(".")[0] != "torch"
+
+    loggers = [logging.root, *logging.root.manager.loggerDict.values()]
+    handlers = {handler for logger in loggers if isinstance(logger, logging.Logger) for handler in logger.handlers}
+    with ExitStack() as filters:
+        for handler in handlers:
+            handler.addFilter(passes)
+            filters.callback(handler.removeFilter, passes)
+        yield
 
 
 def _without_asserts(graph: GraphModule) -> GraphModule:

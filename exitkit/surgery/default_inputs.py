@@ -27,8 +27,8 @@ def example_for(model: nn.Module, example_inputs: Any = None) -> Example:
     batch = example_inputs if example_inputs is not None else _infer(model)
     if batch is None:
         raise ArgumentError(
-            f"example_inputs=None, and {type(model).__name__} does not declare what it takes (only torchvision, timm "
-            "and Hugging Face models do); pass example_inputs=torch.randn(2, 3, 224, 224), or a dict of tensors"
+            f"example_inputs=None, and {type(model).__name__} does not declare what it takes, as torchvision, timm "
+            "and Hugging Face models do; pass example_inputs=torch.randn(2, 3, 224, 224), or a dict of tensors"
         )
     example = Example.of(batch)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from itertools import zip_longest
 
 import torch
@@ -12,24 +12,21 @@ from torch import Tensor, nn
 from exitkit.common.errors import ArgumentError
 from exitkit.surgery.boundaries import Boundary
 
-_SAMPLES = 64
 _PRECISIONS = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def tensor_lines(backbone: nn.Module) -> dict[str, str]:
-    """Every floating-point entry of the state dict by name: its shape and digests, ``64×3×7×7 1a2b3c4d …``.
+    """Every floating-point entry of the state dict by name: its shape and three digests, ``64×3×7×7 1a2b3c4d5e6f7a8b …``.
 
-    There is one digest of the values in float32, one in float16 and one in bfloat16. Converting a model from one of
-    them to another keeps at least one digest, so that its weights are recognised in half precision. Cheap at any size:
-    64 to 127 evenly spread values of each entry.
+    They are of all its values in float32, in float16 and in bfloat16. Converting a model from one of them to another keeps
+    at least one, so that its weights are recognised in half precision. About 1.3 s for 100 million parameters.
 
     Raises:
         ExitkitError: the backbone is on the meta device.
     """
     return {
-        name: _line(name, value)
-        for name, value in backbone.state_dict().items()
-        if isinstance(value, Tensor) and value.is_floating_point()
+        name: " ".join((shape_text(value.shape), *(_digest(value.to(precision)) for precision in _PRECISIONS)))
+        for name, value in _floating(backbone)
     }
 
 
@@ -39,12 +36,18 @@ def block_lines(blocks: Iterable[Boundary]) -> dict[str, str]:
 
 
 def weights_digest(backbone: nn.Module, without: Collection[str] = ()) -> str:
-    """One digest of all the weights but those named: other weights in the same shapes are noticed."""
-    lines = [line for name, line in tensor_lines(backbone).items() if name not in without]
+    """One digest of all the weights but those named, in their own precision: any other value is noticed.
+
+    Raises:
+        ExitkitError: the backbone is on the meta device.
+    """
+    lines = [
+        f"{shape_text(value.shape)} {_digest(value)}" for name, value in _floating(backbone) if name not in without
+    ]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
 
 
-def fingerprint(backbone: nn.Module) -> str:
+def fingerprint_of(backbone: nn.Module) -> str:
     """Digests of all the weights in float32, float16 and bfloat16: for :func:`same_weights`."""
     lines = [(name, *line.split()) for name, line in tensor_lines(backbone).items()]
     columns = ("\n".join(f"{name} {shape} {digests[i]}" for name, shape, *digests in lines) for i in range(3))
@@ -52,7 +55,7 @@ def fingerprint(backbone: nn.Module) -> str:
 
 
 def same_weights(one: str, other: str) -> bool:
-    """Whether two :func:`fingerprint` are of the same weights, in the same precision or one converted to the other's."""
+    """Whether two fingerprints are of the same weights, in the same precision or one converted to the other's."""
     return any(first == second for first, second in zip(one.split(), other.split(), strict=True))
 
 
@@ -77,12 +80,20 @@ def shape_text(shape: tuple[int, ...]) -> str:
     return "×".join(map(str, shape)) or "scalar"
 
 
-def _line(name: str, tensor: Tensor) -> str:
-    if tensor.is_meta:
-        raise ArgumentError(f"{name!r} is on the meta device and has no values; load the backbone's weights first")
-    values = tensor.detach().flatten()[:: max(1, tensor.numel() // _SAMPLES)].cpu()
-    digests = (hashlib.sha256(values.to(precision).float().numpy().tobytes()) for precision in _PRECISIONS)
-    return " ".join((shape_text(tensor.shape), *(digest.hexdigest()[:8] for digest in digests)))
+def _floating(backbone: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    for name, value in backbone.state_dict().items():
+        if isinstance(value, Tensor) and value.is_floating_point():
+            if value.is_meta:
+                raise ArgumentError(
+                    f"{name!r} is on the meta device and has no values; load the backbone's weights first"
+                )
+            yield name, value.detach()
+
+
+def _digest(tensor: Tensor) -> str:
+    """Of all its values, in order."""
+    values = tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return hashlib.blake2b(values.data, digest_size=8).hexdigest()
 
 
 def _name_and_shape(name: str, line: str) -> str:

@@ -1,21 +1,26 @@
-"""The training view: features read from the user's own modules, by forward hooks, while they run."""
+"""The training view: features read from the user's own modules, by forward hooks, while they run.
+
+Threads may share a backbone: every call registers hooks of its own, which react to the forward of that call alone.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
+from torch._C._dynamo.eval_frame import get_eval_frame_callback
 from torch.utils._pytree import tree_leaves
 
 from exitkit.surgery.liveness import submodule
 
 
 @dataclass(frozen=True)
-class Tap:
+class HookPoint:
     """Where a feature is read: the ``rank``-th call of the module object at ``path``, tensor ``leaf`` of its output.
 
     ``clone``: the backbone writes into the feature afterwards (an in-place ReLU), so it is copied first.
@@ -32,30 +37,31 @@ class _AllRead(BaseException):
 
 
 @contextmanager
-def tapped(backbone: nn.Module, taps: Sequence[Tap], stop: bool = False) -> Iterator[list[Tensor | None]]:
-    """While open, every forward of ``backbone`` fills the list with the feature of each tap.
+def recording(backbone: nn.Module, points: Sequence[HookPoint], stop: bool = False) -> Iterator[list[Tensor | None]]:
+    """While open, a forward of ``backbone`` in this thread fills the list with the feature of each hook point.
 
     The hooks are gone afterwards. One forward per opening: call counts start at the opening. With ``stop`` the forward, and
     with it the block of the ``with`` statement, ends where the last feature is read.
     """
-    features: list[Tensor | None] = [None] * len(taps)
+    features: list[Tensor | None] = [None] * len(points)
 
-    def keep(slot: int, tap: Tap, output: Any) -> None:
-        feature = tensor_leaves(output)[tap.leaf]
-        features[slot] = feature.clone() if tap.clone else feature
+    def keep(slot: int, point: HookPoint, output: Any) -> None:
+        feature = tensor_leaves(output)[point.leaf]
+        features[slot] = feature.clone() if point.clone else feature
         if stop and all(found is not None for found in features):
             raise _AllRead
 
-    watched = [(tap.path, tap.rank, partial(keep, slot, tap)) for slot, tap in enumerate(taps)]
+    watched = [(point.path, point.rank, partial(keep, slot, point)) for slot, point in enumerate(points)]
     with on_calls(backbone, watched), suppress(_AllRead):
         yield features
 
 
 @contextmanager
 def on_calls(backbone: nn.Module, watched: Sequence[tuple[str, int, Callable[[Any], None]]]) -> Iterator[None]:
-    """While open, give the output of the ``rank``-th call of the module at ``path`` to its function.
+    """While open, give the output of the ``rank``-th call of the module at ``path`` in this thread to its function.
 
-    Calls are counted per module object, since one object may be registered under several paths.
+    Calls are counted per module object, since one object may be registered under several paths. Where openings nest, only
+    the innermost counts.
     """
     counts: dict[nn.Module, int] = {}
     actions: dict[tuple[nn.Module, int], list[Callable[[Any], None]]] = {}
@@ -63,14 +69,71 @@ def on_calls(backbone: nn.Module, watched: Sequence[tuple[str, int, Callable[[An
         actions.setdefault((submodule(backbone, path), rank), []).append(action)
 
     def hook(module: nn.Module, args: Any, output: Any) -> None:
+        if _thread.counts is not counts:
+            return
         rank = counts[module] = counts.get(module, -1) + 1
         for action in actions.get((module, rank), ()):
             action(output)
 
-    with ExitStack() as hooks:
-        for module in {module for module, _ in actions}:
-            hooks.callback(module.register_forward_hook(hook).remove)
-        yield
+    outer = _thread.counts
+    with _forwards.hooked({module for module, _ in actions}, hook, nested=outer is not None):
+        _thread.counts = counts
+        try:
+            yield
+        finally:
+            _thread.counts = outer
+
+
+class _Thread(threading.local):
+    """``counts``: the calls counted by this thread's innermost :func:`on_calls`; None outside of one."""
+
+    counts: dict[nn.Module, int] | None = None
+
+
+class _Forwards:
+    """The forwards that run with hooks: any number at once, or a single one under dynamo.
+
+    dynamo fails when hooks come or go while it compiles. Registration has a lock because torch numbers hooks without one, and
+    of two with the same number one is lost.
+    """
+
+    def __init__(self) -> None:
+        self.changed = threading.Condition()
+        self.running = 0
+        self.alone = False
+        self.waiting = 0
+        """Forwards under dynamo that wait for all others to end; no other begins meanwhile."""
+
+    @contextmanager
+    def hooked(self, modules: Iterable[nn.Module], hook: Callable[..., None], nested: bool) -> Iterator[None]:
+        """Begin a forward; one that is ``nested`` in another of this thread is part of that."""
+        with self.changed:
+            if not nested:
+                self._begin(alone=callable(get_eval_frame_callback()))
+            handles = [module.register_forward_hook(hook) for module in modules]
+        try:
+            yield
+        finally:
+            with self.changed:
+                for handle in handles:
+                    handle.remove()
+                if not nested:
+                    self.running -= 1
+                    self.alone = False
+                    self.changed.notify_all()
+
+    def _begin(self, alone: bool) -> None:
+        self.waiting += alone
+        try:
+            self.changed.wait_for(lambda: not self.running if alone else not (self.alone or self.waiting))
+        finally:
+            self.waiting -= alone
+        self.running += 1
+        self.alone = alone
+
+
+_thread = _Thread()
+_forwards = _Forwards()
 
 
 def tensor_leaves(output: Any) -> list[Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from inspect import signature
 from typing import Any, TypeVar
 
 import torch
@@ -32,6 +33,14 @@ def call_on(function: Callable[..., T], batch: Any) -> T:
     """``function`` called with a batch as its arguments."""
     args, kwargs = as_call(batch)
     return function(*args, **kwargs)
+
+
+def argument(function: Callable[..., Any], key: int | str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """One argument of a call, by position or keyword, whichever way it was passed; None where it was not."""
+    names = list(signature(function).parameters)
+    name = names[key] if isinstance(key, int) and key < len(names) else key
+    position = names.index(name) if name in names else key
+    return args[position] if isinstance(position, int) and position < len(args) else kwargs.get(str(name))
 
 
 @dataclass(frozen=True)
@@ -107,6 +116,11 @@ class Example:
         """The same example with ``size`` rows, repeating them in turn."""
         rows = torch.arange(size) % len(self.tensors[0])
         return replace(self, tensors=tuple(tensor[rows.to(tensor.device)] for tensor in self.tensors))
+
+    def to(self, device: torch.device | None, dtype: torch.dtype | None) -> Example:
+        """On another device, and with floating-point tensors of another dtype; None leaves them as they are."""
+        moved = (tensor.to(device, dtype if tensor.is_floating_point() else None) for tensor in self.tensors)
+        return replace(self, tensors=tuple(moved))
 
     @property
     def text(self) -> bool:

@@ -35,7 +35,7 @@ def op_name(node: Node) -> str:
 
 
 def value_of(node: Node) -> Tensor | None:
-    """The fake tensor that stands for a node's result, or None when it is no single tensor."""
+    """The fake tensor that stands for a node's result, or None when it is not a single tensor."""
     value = node.meta.get("val")
     return value if isinstance(value, Tensor) else None
 
@@ -54,7 +54,7 @@ def has_factor(size: int | torch.SymInt, batch: int | torch.SymInt) -> bool:
 
 
 def multiple_of(size: int | torch.SymInt, batch: int | torch.SymInt) -> int | None:
-    """How many times the symbolic ``batch`` a size is; None where it is no multiple of it."""
+    """How many times the symbolic ``batch`` a size is; None where it is not a multiple of it."""
     if not isinstance(size, torch.SymInt) or not isinstance(batch, torch.SymInt):
         return None
     ratio = size.node.expr / batch.node.expr

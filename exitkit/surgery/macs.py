@@ -109,8 +109,8 @@ def _walk(graph: GraphModule, example: Example, counter: Counter, read: Callable
     except Exception as error:  # whatever the model's operations raise
         raise NotCapturableError(
             f"the captured model does not run on a single sample ({type(error).__name__}: "
-            f"{str(error).partition(chr(10))[0]}), but one may be left when the others have taken an exit; its forward must "
-            "take any batch size"
+            f"{str(error).partition(chr(10))[0]}); its forward must take any batch size, as "
+            "one sample may be left when the others have exited"
         ) from error
 
 

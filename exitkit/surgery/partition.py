@@ -34,7 +34,7 @@ class Stage:
 
 
 @dataclass(frozen=True)
-class Lowered:
+class Partition:
     """The inference view of a backbone.
 
     Attributes:
@@ -64,7 +64,7 @@ class Lowered:
         return results
 
 
-def lower(captured: Capture, boundaries: Sequence[Boundary]) -> Lowered:
+def partition_at(captured: Capture, boundaries: Sequence[Boundary]) -> Partition:
     """Split at ``boundaries`` (in execution order): one stage up to each, and one from the last to the logits."""
     nodes = list(captured.graph.graph.nodes)
     by_name = {node.name: node for node in nodes}
@@ -90,7 +90,7 @@ def lower(captured: Capture, boundaries: Sequence[Boundary]) -> Lowered:
         for name, value in values.items()
     }
     names = tuple(node.name for node in inputs)
-    return Lowered(names, sizes, tuple(reversed(stages)), _batch_axes(values, names), dynamic)
+    return Partition(names, sizes, tuple(reversed(stages)), _batch_axes(values, names), dynamic)
 
 
 def _batch_axes(values: Mapping[str, Tensor], inputs: Sequence[str]) -> dict[str, int]:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from numbers import Real
+from typing import Annotated, Literal
 
+from exitkit.common.checks import Bounds, Share, check
 from exitkit.common.errors import ArgumentError, unknown_name
 from exitkit.surgery.boundaries import Anatomy, Boundary
 
-PLACEMENTS = ("dense-sparse", "sparse-dense")
+Pattern = Literal["dense-sparse", "sparse-dense"]
+_LISTED = "exitkit.inspect(model) lists the boundaries"
 
 
 def place(
@@ -42,30 +44,22 @@ def place(
 def _every(anatomy: Anatomy, every: int) -> tuple[Boundary, ...]:
     inner = anatomy.blocks[:-1]
     if not inner:
-        names = ", ".join(repr(boundary.name) for boundary in anatomy.boundaries[:5])
         raise ArgumentError(
-            f"the backbone has too few blocks ({len(anatomy.blocks)}) for every=, since an exit never follows the last one; "
-            f"name a boundary with at= ({names})"
+            f"the backbone has too few blocks ({len(anatomy.blocks)}) for every=, since no exit follows the last one; use "
+            f"at=[{anatomy.boundaries[0].name!r}]"
         )
-    if isinstance(every, bool) or not isinstance(every, int) or not 1 <= every <= len(inner):
-        raise ArgumentError(
-            f"every={every!r} is out of range: the backbone has {len(anatomy.blocks)} blocks and an exit never follows "
-            f"the last one, so every is 1 to {len(inner)}; exitkit.inspect(model) lists them"
-        )
+    remedy = f"the backbone has {len(anatomy.blocks)} blocks, and no exit follows the last; {_LISTED}"
+    check("every", every, Annotated[int, Bounds(least=1, most=len(inner))], remedy)
     return inner[every - 1 :: every]
 
 
 def _at(anatomy: Anatomy, names: Sequence[str]) -> tuple[Boundary, ...]:
-    if isinstance(names, str):
-        raise ArgumentError(f"at={names!r} is a string; give a list of boundary names: at=[{names!r}]")
-    if not isinstance(names, Sequence):
-        raise ArgumentError(
-            f"at={names!r} is no list; give a list of boundary names, such as at=['{anatomy.boundaries[0].name}']"
-        )
+    example = names if isinstance(names, str) else anatomy.boundaries[0].name
+    check("at", names, list | tuple, f"at=[{example!r}]")
     by_name = _by_name(anatomy)
     for name in names:
         if not isinstance(name, str) or name not in by_name:
-            raise unknown_name("at", name, by_name, "exitkit.inspect(model) lists the boundaries")
+            raise unknown_name("at", name, by_name, f"{_LISTED}.")
     chosen: dict[int, Boundary] = {}
     for boundary in (by_name[name] for name in names):
         if chosen.setdefault(boundary.position, boundary).read != boundary.read:
@@ -73,7 +67,7 @@ def _at(anatomy: Anatomy, names: Sequence[str]) -> tuple[Boundary, ...]:
                 f"at={names!r} reads two activations at {boundary.call.name!r}; an exit reads one of them"
             )
     if not chosen:
-        raise ArgumentError("at=[] names no boundary; give at least one, exitkit.inspect(model) lists them")
+        raise ArgumentError(f"at=[] must name at least one boundary; {_LISTED}")
     return tuple(chosen[position] for position in sorted(chosen))
 
 
@@ -89,13 +83,11 @@ def _by_name(anatomy: Anatomy) -> dict[str, Boundary]:
 
 def _at_cost(anatomy: Anatomy, shares: Sequence[float]) -> tuple[Boundary, ...]:
     """The block nearest to each share of the backbone's MACs; two shares never take the same block."""
-    if isinstance(shares, str) or not isinstance(shares, Sequence):
-        raise ArgumentError(f"at_cost={shares!r} is no list; give a list of shares, such as at_cost=[0.25, 0.5]")
+    check("at_cost", shares, list | tuple, "shares of the backbone's MACs, such as at_cost=[0.25, 0.5]")
     candidates = list(anatomy.blocks[:-1])
     chosen: list[Boundary] = []
-    for share in shares:
-        if not isinstance(share, Real) or not 0 < share < 1:
-            raise ArgumentError(f"at_cost holds {share!r}; each is a share of the backbone's MACs, between 0 and 1")
+    for index, share in enumerate(shares):
+        check(f"at_cost[{index}]", share, Share, "each is a share of the backbone's MACs")
         free = [boundary for boundary in candidates if boundary not in chosen]
         if not free:
             raise ArgumentError(
@@ -103,14 +95,13 @@ def _at_cost(anatomy: Anatomy, shares: Sequence[float]) -> tuple[Boundary, ...]:
             )
         chosen.append(min(free, key=lambda boundary: abs(boundary.share - share)))
     if not chosen:
-        raise ArgumentError("at_cost=[] places no exit; give at least one share, such as at_cost=[0.25, 0.5]")
+        raise ArgumentError("at_cost=[] must hold at least one share, such as at_cost=[0.25, 0.5]")
     return tuple(sorted(chosen, key=lambda boundary: boundary.position))
 
 
 def _patterned(anatomy: Anatomy, placement: str) -> tuple[Boundary, ...]:
     """Kubaty et al., placement ablation: on 16 blocks, 1-7 and 11, or 1, 4 and 8-14 (counted from 0)."""
-    if placement not in PLACEMENTS:
-        raise unknown_name("placement", placement, PLACEMENTS)
+    check("placement", placement, Pattern)
     blocks = anatomy.blocks
     count = len(blocks)
     half, quarter = count // 2, max(1, count // 4)

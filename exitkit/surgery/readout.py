@@ -66,7 +66,7 @@ def _attention_mask(captured: Capture) -> int | str | None:
 
 
 def _keeps_tokens(reduction: Node) -> bool:
-    """A reduction over features only (the variance of a hand-written norm) is no read-out."""
+    """A reduction over features only (the variance of a hand-written norm) is not a read-out."""
     if op_name(reduction) == "adaptive_avg_pool1d":
         return False
     dims = reduction.args[1] if len(reduction.args) > 1 else None

@@ -109,6 +109,6 @@ def _tell_config(model: nn.Module, outputs: int) -> None:
 
 def _none_found(model: nn.Module, outputs: int) -> NotCapturableError:
     return NotCapturableError(
-        f"{type(model).__name__} has other outputs than the {outputs} asked for, and no single final linear layer that could "
-        "be replaced was found; build the model with that many outputs, or replace its classifier before attaching"
+        f"{type(model).__name__} has other outputs than the {outputs} asked for, and no single final linear layer to replace; "
+        "build it with that many outputs, or replace its classifier before attaching"
     )

@@ -13,8 +13,8 @@ from exitkit.common.errors import NotCapturableError
 _WRAPPERS = ("DataParallel", "DistributedDataParallel", "FullyShardedDataParallel")
 
 
-def admit(model: nn.Module) -> None:
-    """Refuse what is no eager, unwrapped module with its weights.
+def check_supported(model: nn.Module) -> None:
+    """Refuse anything but an eager, unwrapped module with its weights.
 
     Raises:
         ExitkitError: the first reason found, and what to do about it.

@@ -13,9 +13,9 @@ from torch import Tensor
 from exitkit.common.errors import NotCapturableError
 from exitkit.surgery.boundaries import Boundary
 from exitkit.surgery.capturing import Capture, logits_of, untouched
-from exitkit.surgery.hooks import Tap, on_calls, tensor_leaves
+from exitkit.surgery.hooks import HookPoint, on_calls, tensor_leaves
 from exitkit.surgery.inputs import Example
-from exitkit.surgery.partition import Lowered
+from exitkit.surgery.partition import Partition
 
 _OTHER_BATCH = 3
 _FEWER_TOKENS = 3
@@ -23,7 +23,7 @@ _FEWER_TOKENS = 3
 _TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-8, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 
 
-def verify(captured: Capture, boundaries: Sequence[Boundary], lowered: Lowered) -> tuple[Tap, ...]:
+def verify(captured: Capture, boundaries: Sequence[Boundary], partition: Partition) -> tuple[HookPoint, ...]:
     """Run both views at two batch sizes (for text, also at two lengths) and return where each feature is read.
 
     Raises:
@@ -33,13 +33,13 @@ def verify(captured: Capture, boundaries: Sequence[Boundary], lowered: Lowered) 
     if captured.example.text and _takes_other_lengths(captured) and other.tensors[0].shape[1] > _FEWER_TOKENS + 2:
         other = other.shorter(_FEWER_TOKENS)
     with untouched(captured.backbone), torch.no_grad(), _exact_attention():
-        taps = _compare(captured, boundaries, lowered, captured.example)
-        if _compare(captured, boundaries, lowered, other) != taps:
+        points = _compare(captured, boundaries, partition, captured.example)
+        if _compare(captured, boundaries, partition, other) != points:
             raise NotCapturableError(
                 f"{type(captured.backbone).__name__} returns its features in another order at another batch size; "
                 "exits cannot be attached to it"
             )
-    return taps
+    return points
 
 
 @contextmanager
@@ -60,23 +60,25 @@ def _takes_other_lengths(captured: Capture) -> bool:
     return isinstance(size, torch.SymInt) and not size.node.expr.is_number
 
 
-def _compare(captured: Capture, boundaries: Sequence[Boundary], lowered: Lowered, example: Example) -> tuple[Tap, ...]:
+def _compare(
+    captured: Capture, boundaries: Sequence[Boundary], partition: Partition, example: Example
+) -> tuple[HookPoint, ...]:
     try:
         # Copies, because a stage may write into its input, as the backbone itself may.
-        staged = lowered.run([tensor.clone() for tensor in example.tensors])
+        staged = partition.run([tensor.clone() for tensor in example.tensors])
     except Exception as error:
         raise NotCapturableError(
             f"the stages of {type(captured.backbone).__name__} do not run at batch size {len(example.tensors[0])} "
             f"({type(error).__name__}: {error}), so its forward fixes a size; make that size depend on x.shape"
         ) from error
     outputs, logits = _outputs_at(captured, boundaries, example)
-    taps = tuple(
-        _tap(boundary, leaves, versions, feature)
+    points = tuple(
+        _hook_point(boundary, leaves, versions, feature)
         for boundary, (leaves, versions), feature in zip(boundaries, outputs, staged[:-1], strict=True)
     )
     if not _same(staged[-1], logits):
         _refuse("the result (its logits)", logits, staged[-1])
-    return taps
+    return points
 
 
 def _outputs_at(
@@ -95,26 +97,26 @@ def _outputs_at(
     missing = [boundary.name for boundary in boundaries if boundary.name not in found]
     if missing:
         raise NotCapturableError(
-            f"module {missing[0]!r} was not called when the backbone ran, so no feature can be read there. Where a part of "
-            "the backbone is compiled, attach before compiling"
+            f"module {missing[0]!r} was not called when the backbone ran, so no feature can be read there; if a part of it "
+            "is compiled, attach before compiling"
         )
     reads = [found[boundary.name] for boundary in boundaries]
     return [([copy for _, _, copy in read], [leaf._version != old for leaf, old, _ in read]) for read in reads], logits
 
 
-def _tap(boundary: Boundary, leaves: list[Tensor], written: list[bool], feature: Tensor) -> Tap:
+def _hook_point(boundary: Boundary, leaves: list[Tensor], written: list[bool], feature: Tensor) -> HookPoint:
     for leaf, tensor in enumerate(leaves):
         if _same(tensor, feature):
-            return Tap(boundary.call.path, boundary.rank, leaf, written[leaf])
+            return HookPoint(boundary.call.path, boundary.rank, leaf, written[leaf])
     near = next((tensor for tensor in leaves if tensor.shape == feature.shape), None)
     return _refuse(f"the output of module {boundary.name!r}", near, feature)
 
 
-def _refuse(what: str, eager: Tensor | None, staged: Tensor) -> Tap:
+def _refuse(what: str, eager: Tensor | None, staged: Tensor) -> HookPoint:
     gap = "has another shape" if eager is None else f"differs by up to {(eager - staged).abs().max().item():.2e}"
     raise NotCapturableError(
-        f"surgery refused: {what} {gap} between the captured graph and the model itself, so its exits would be wrong. "
-        "The forward there depends on something the capture cannot see (random numbers in eval mode, Python state)"
+        f"surgery refused: {what} {gap} between the captured graph and the model: its forward there depends on "
+        "something that capture does not see (random numbers in eval mode, Python state)"
     )
 
 

@@ -38,7 +38,7 @@ def stages_of(model: MultiExitModel) -> Stages:
     Raises:
         ArgumentError: the user has frozen every parameter of the backbone.
     """
-    graphs = [stage.module for stage in model.lower().stages]
+    graphs = [stage.module for stage in model.partition().stages]
     names = {parameter: name for name, parameter in model.backbone.named_parameters()}
     readers: dict[nn.Parameter, list[int]] = {}
     for stage, graph in enumerate(graphs):

@@ -45,8 +45,8 @@ class TailBody(nn.Module):
     def forward(self, feature: Tensor, *inputs: Tensor | None) -> Tensor:
         if any(tensor is None for tensor in inputs):
             raise ArgumentError(
-                "head='tail' reads an input of the model (an attention mask, token ids) that this call leaves out; pass every "
-                "input that example_inputs had"
+                "head='tail' reads an input of the model (mask, token ids) that this call leaves out; pass all that "
+                "example_inputs had"
             )
         (vector,) = self.tail(self.adapter(feature), *inputs)
         return vector  # type: ignore[no-any-return]
@@ -65,7 +65,7 @@ def tail_head(
         cascade: whether the head has a cascade link.
 
     Raises:
-        ExitkitError: the feature has another shape than the tail's, and is no map that an adapter can change.
+        ExitkitError: the feature has another shape than the tail's, and is not a map, which an adapter could change.
     """
     own = copy.deepcopy(body)
     head = InternalClassifier(
@@ -82,8 +82,8 @@ def _adapter(feature: Feature, target: Feature) -> nn.Module:
         return nn.Identity()
     if feature.layout != target.layout or feature.layout not in ("channels_first", "channels_last"):
         raise ArgumentError(
-            f"head='tail' reads the backbone's last feature, {target.layout} {target.shape}, and cannot be put on one of "
-            f"{feature.layout} {feature.shape}; use head='auto', or at= with boundaries of the same shape"
+            f"head='tail' is for features like the backbone's last, {target.layout} {target.shape}, not {feature.layout} "
+            f"{feature.shape}; use head='auto', or at= with boundaries of that shape"
         )
     last = feature.layout == "channels_last"
     channels, *size = target.shape if not last else (target.shape[-1], *target.shape[:-1])

@@ -17,7 +17,7 @@ from exitkit.surgery.boundaries import Boundary
 from exitkit.surgery.capturing import Capture, untouched
 from exitkit.surgery.layout import Layout
 from exitkit.surgery.liveness import is_mutable, op_name, written_by
-from exitkit.surgery.partition import Piece, build, lower
+from exitkit.surgery.partition import Piece, build, partition_at
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def _check(captured: Capture, boundary: Boundary, tail: Tail) -> None:
     """Run the tail on the feature at its boundary: it must give the backbone's logits."""
     tensors = [tensor.clone() for tensor in captured.example.tensors]
     with untouched(captured.backbone), torch.no_grad():
-        feature, logits = lower(captured, [boundary]).run(tensors)
+        feature, logits = partition_at(captured, [boundary]).run(tensors)
         given = dict(zip(captured.spec.keys, captured.example.tensors, strict=True))
         (vector,) = tail.body(feature, *(given[key] for key in tail.inputs))
         again = tail.linear(vector)

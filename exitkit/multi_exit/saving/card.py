@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from huggingface_hub import ModelCardData
 from torch import nn
 
 from exitkit.common.errors import ArgumentError
-from exitkit.evaluation.outputs import ExitOutputs
 from exitkit.methods.policy import ExitPolicy
-from exitkit.multi_exit.model import MultiExitModel
 from exitkit.multi_exit.saving.hub import is_name
+
+if TYPE_CHECKING:
+    from exitkit.evaluation.outputs import ExitOutputs
+    from exitkit.multi_exit.model import MultiExitModel
 
 
 def identity(backbone: nn.Module) -> dict[str, str | None]:
@@ -33,7 +34,7 @@ def measured(model: MultiExitModel, outputs: ExitOutputs, policy: ExitPolicy | N
     Raises:
         ExitkitError: outputs without labels, or of another model.
     """
-    if not isinstance(outputs, ExitOutputs):
+    if not hasattr(outputs, "log_probs"):
         raise ArgumentError(f"outputs is {type(outputs).__name__}; give what exitkit.collect(ee, loader) returned")
     costs, classes = [exit_.macs for exit_ in model.exits], outputs.log_probs.shape[2]
     if outputs.macs.tolist() != costs or classes != model.num_classes:
@@ -55,8 +56,10 @@ def measured(model: MultiExitModel, outputs: ExitOutputs, policy: ExitPolicy | N
     }
 
 
-def card(model: MultiExitModel, config: Mapping[str, Any], source: str) -> str:
+def card_of(model: MultiExitModel, config: Mapping[str, Any], source: str) -> str:
     """The card of exits with this configuration, which ``from_pretrained`` finds at ``source``."""
+    from huggingface_hub import ModelCardData
+
     backbone, metrics = config["backbone"], config["metrics"]
     data = ModelCardData(
         library_name="exitkit",

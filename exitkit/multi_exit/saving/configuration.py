@@ -2,25 +2,33 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import math
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from exitkit.common.errors import ExitkitError, FileError
+from exitkit.common.checks import check_fields, is_count
+from exitkit.common.errors import ArgumentError, ExitkitError, FileError
 from exitkit.common.versions import installed_versions
-from exitkit.evaluation.outputs import ExitOutputs
-from exitkit.methods.policy import Threshold
-from exitkit.multi_exit.model import MultiExitModel
+from exitkit.exits.classifiers import HeadSpec
+from exitkit.methods.policy import ExitPolicy, Threshold
+from exitkit.methods.presets import Method
 from exitkit.multi_exit.saving.card import identity, measured
 from exitkit.surgery.default_inputs import example_for
 from exitkit.surgery.fingerprint import block_lines, tensor_lines
 from exitkit.surgery.inputs import Example
+
+if TYPE_CHECKING:
+    from exitkit.evaluation.outputs import ExitOutputs
+    from exitkit.multi_exit.model import MultiExitModel
 
 CONFIG = "config.json"
 WEIGHTS = f"exits-{'[0-9a-f]' * 16}.safetensors"
@@ -29,16 +37,23 @@ WEIGHTS = f"exits-{'[0-9a-f]' * 16}.safetensors"
 _FAMILY = "exitkit-exits-"
 _FORMAT = f"{_FAMILY}4"
 _REMEDY = "Give what save_pretrained or push_to_hub wrote"
+_AGAIN = "Copy or download it again"
+_LARGEST_INPUT = 2**27
+"""Values of one sample; larger inputs are not made up."""
 
 
-def configuration(model: MultiExitModel, threshold: Threshold | None, outputs: ExitOutputs | None) -> dict[str, Any]:
-    """What is saved of ``model`` beside its weights, for JSON; ``"weights"``, the name of their file, comes with them.
+def configuration_of(
+    model: MultiExitModel, threshold: Threshold | None, outputs: ExitOutputs | None
+) -> dict[str, Any]:
+    """What is saved of ``model`` beside its weights, for JSON; :func:`to_text` adds the name of their file.
 
     Raises:
-        ExitkitError: a threshold that is no finite number, outputs without labels or of another model.
+        ExitkitError: a threshold that is not finite, outputs without labels or of another model, exits that are not
+            finite.
     """
-    given = model.threshold if threshold is None else threshold
-    policy = None if given is None else model.policy_for(given)
+    if not all(bool(parameter.isfinite().all()) for parameter in model.added_parameters()):
+        raise ArgumentError("the exits hold NaN or infinity, which from_pretrained refuses; train them again")
+    policy = model.policy if threshold is None else model.policy_for(threshold)
     return {
         "format": _FORMAT,
         "versions": installed_versions(),
@@ -57,34 +72,77 @@ def configuration(model: MultiExitModel, threshold: Threshold | None, outputs: E
     }
 
 
+def to_text(config: Mapping[str, Any], weights: str) -> str:
+    """The configuration as JSON, with the name of its weights file and a hash of all of it."""
+    named = {**config, "weights": weights}
+    return json.dumps({**named, "sha256": _digest(named)}, indent=1, ensure_ascii=False) + "\n"
+
+
 def read_configuration(path: Path) -> dict[str, Any]:
     """A checked configuration.
 
     Raises:
-        ExitkitError: no file, no JSON, a foreign one, one of another format, or a damaged one.
+        FileError: no file, no JSON, a foreign one, one of another format, or a damaged one.
     """
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        config = json.loads(path.read_text("utf-8"), parse_int=_whole, parse_float=_finite, parse_constant=_finite)
+        digest = _digest(config) if isinstance(config, dict) else ""
+    except (OSError, ValueError, RecursionError) as error:
         raise FileError(f"{str(path)!r} cannot be read: {error}. {_REMEDY}") from error
     given = config.get("format") if isinstance(config, dict) else None
     if given != _FORMAT and str(given).startswith(_FAMILY):
         raise FileError(
-            f"{str(path)!r} is of format {given!r}, saved by {saved_by(config)}; exitkit {installed_versions()['exitkit']} reads "
-            f"{_FORMAT!r}. Install the version that saved it, or save the exits again"
+            f"{str(path)!r} is of format {given!r}, saved by {saved_by(config)}; exitkit "
+            f"{installed_versions()['exitkit']} reads {_FORMAT!r}. Load it with the version that saved it, or train and save "
+            "the exits again"
         )
     if given != _FORMAT:
-        raise FileError(f"{str(path)!r} is no configuration of exits. {_REMEDY}")
-    for key, fits in _FIELDS.items():
-        if key not in config or not fits(config[key]):
+        raise FileError(f"{str(path)!r} is not a configuration of exits. {_REMEDY}")
+    if config.get("sha256") != digest:
+        raise FileError(f"{str(path)!r} is damaged: its content does not match its hash. {_AGAIN}")
+    for key in (*_FIELDS, *config):
+        if key not in _FIELDS or key not in config or not _FIELDS[key](config[key]):
             value = repr(config[key])[:100] if key in config else "missing"
-            raise FileError(f"{str(path)!r} is damaged: {key!r} is {value}. {_REMEDY}")
+            raise FileError(f"{str(path)!r} is damaged: {key!r} is {value}. {_AGAIN}")
     checked: dict[str, Any] = config
     return checked
 
 
+def check_sizes(config: Mapping[str, Any], weights: Mapping[str, Tensor], path: Path) -> None:
+    """Refuse widths that no saved tensor has, before anything so wide is built.
+
+    Raises:
+        FileError: the first of them.
+    """
+    found = {size for tensor in weights.values() for size in tensor.shape}
+    hidden = [("head", spec.hidden) for spec in HeadSpec.parse_all(config["head"])]
+    for key, size in (("outputs", config["outputs"]), ("method", config["method"]["width"]), *hidden):
+        if size is not None and size not in found:
+            raise FileError(
+                f"{str(path)!r} is damaged: {key!r} is of width {size}, the saved weights are not. {_AGAIN}"
+            )
+
+
+def _digest(config: Mapping[str, Any]) -> str:
+    """SHA-256 of all but the hash itself, as JSON with sorted keys and without spaces."""
+    rest = {key: value for key, value in config.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def _whole(text: str) -> int:
+    if len(text) > 19:
+        raise ValueError(f"{text[:20]}... is too large a number")
+    return int(text)
+
+
+def _finite(text: str) -> float:
+    if not math.isfinite(number := float(text)):
+        raise ValueError(f"{text[:20]} is not a finite number")
+    return number
+
+
 def without(lines: Mapping[str, str], names: Iterable[str]) -> dict[str, str]:
-    """The lines of a backbone but for those of its replaced last layer, which are no part of what it was."""
+    """The lines of a backbone but for those of its replaced last layer, which was not part of it."""
     return {name: line for name, line in lines.items() if name not in set(names)}
 
 
@@ -110,7 +168,7 @@ def example_inputs(backbone: nn.Module, config: Mapping[str, Any]) -> Any:
 def _described(example: Example) -> Any:
     """The call in JSON: kind and shape of each tensor for one sample. Never values: they may be the user's own data.
 
-    None where an argument is neither a tensor nor fit for JSON.
+    None where an argument is neither a tensor nor fit for JSON, or where a tensor is too large to be made up.
     """
     batch = example.spec.batch(example.tensors)
     described = (
@@ -119,10 +177,10 @@ def _described(example: Example) -> Any:
         else [_described_value(value) for value in batch]
     )
     try:
-        json.dumps(described)
-    except TypeError:
+        json.dumps(described, allow_nan=False)
+    except (TypeError, ValueError):
         return None
-    return described
+    return described if _FIELDS["inputs"](described) else None
 
 
 def _described_value(value: Any) -> Any:
@@ -143,37 +201,72 @@ def _made_up(key: str, value: Any, backbone: nn.Module) -> Any:
     return torch.full(shape, int("mask" in key), dtype=getattr(torch, value["dtype"]))
 
 
-def _texts(values: Iterable[Any]) -> bool:
-    return all(isinstance(value, str) for value in values)
+_DTYPES = ("float32", "float16", "bfloat16", "float64")
+_INPUT_DTYPES = ("float", "bool", "uint8", "int8", "int16", "int32", "int64", "complex64", "complex128")
+_DIGESTS = re.compile(r"[0-9a-z×]+( [0-9a-f]{16}){3}")
+_SHAPE = re.compile(r"[0-9a-z×]+")
 
 
-def _is_dtype(name: Any) -> bool:
-    return isinstance(getattr(torch, str(name), None), torch.dtype)
+def _is_texts(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(item, str) for item in value)
+
+
+def _is_mapping(value: Any, fits: Callable[[Any], Any]) -> bool:
+    return isinstance(value, dict) and all(isinstance(item, str) and fits(item) for item in value.values())
+
+
+def _is_method(value: Any) -> bool:
+    try:
+        check_fields(Method(**value))
+    except (TypeError, ExitkitError):
+        return False
+    return set(value) == set(asdict(Method("")))
+
+
+def _is_policy(value: Any) -> bool:
+    try:
+        return value is None or bool(ExitPolicy.from_dict(value))
+    except ExitkitError:
+        return False
+
+
+def _is_head(value: Any) -> bool:
+    try:
+        HeadSpec.parse_all(value)
+    except ExitkitError:
+        return False
+    return True
 
 
 def _is_input(value: Any) -> bool:
     """A constant, or a tensor's kind and shape."""
     if not isinstance(value, dict):
         return True
-    dtype, shape = value.get("dtype"), value.get("shape")
-    sizes = isinstance(shape, list) and all(isinstance(size, int) and size > 0 for size in shape)
-    return sizes and (dtype == "float" or _is_dtype(dtype))
+    shape = value.get("shape")
+    sizes = isinstance(shape, list) and all(map(is_count, shape)) and math.prod(shape) <= _LARGEST_INPUT
+    return set(value) == {"dtype", "shape"} and sizes and value["dtype"] in _INPUT_DTYPES
 
 
 _FIELDS: dict[str, Callable[[Any], bool]] = {
-    "exits": lambda value: isinstance(value, list) and _texts(value),
-    "method": lambda value: isinstance(value, dict),
-    "head": lambda value: isinstance(value, str) or (isinstance(value, list) and _texts(value)),
-    "dtype": _is_dtype,
-    "policy": lambda value: value is None or isinstance(value, dict),
+    "format": lambda value: value == _FORMAT,
+    "versions": lambda value: _is_mapping(value, bool),
+    "backbone": lambda value: isinstance(value, dict) and set(value) == {"class", "hub_name", "architecture"},
+    "exits": lambda value: _is_texts(value) and len(set(value)) == len(value) > 0,
+    "method": _is_method,
+    "head": _is_head,
+    "dtype": lambda value: value in _DTYPES,
+    "policy": _is_policy,
+    "metrics": lambda value: value is None or isinstance(value, dict),
     "inputs": lambda value: (
         value is None
         or (isinstance(value, list) and all(map(_is_input, value)))
         or (isinstance(value, dict) and all(map(_is_input, value.values())))
     ),
-    "outputs": lambda value: isinstance(value, int) and value > 0,
-    "new_head": lambda value: isinstance(value, list) and _texts(value),
-    "blocks": lambda value: isinstance(value, dict) and _texts(value.values()),
-    "tensors": lambda value: isinstance(value, dict) and _texts(value.values()),
+    "blocks": lambda value: _is_mapping(value, _SHAPE.fullmatch),
+    "outputs": is_count,
+    "new_head": _is_texts,
+    "tensors": lambda value: _is_mapping(value, _DIGESTS.fullmatch),
     "weights": lambda value: isinstance(value, str) and fnmatchcase(value, WEIGHTS),
+    "sha256": lambda value: isinstance(value, str),
 }
+"""What each entry may be. All must be there, and no others."""

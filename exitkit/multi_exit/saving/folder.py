@@ -8,41 +8,47 @@ it, the older save or the new one is there whole.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from exitkit.common.errors import ArgumentError, ExitkitError, FileError
 from exitkit.common.files import replacing
-from exitkit.evaluation.outputs import ExitOutputs
-from exitkit.methods.policy import ExitPolicy, Threshold
+from exitkit.methods.policy import ExitPolicy
 from exitkit.methods.presets import Method
-from exitkit.multi_exit.attaching import attach
-from exitkit.multi_exit.model import MultiExitModel
+from exitkit.multi_exit.assembly import Parts, assemble
 from exitkit.multi_exit.saving import hub
-from exitkit.multi_exit.saving.card import card
+from exitkit.multi_exit.saving.card import card_of
 from exitkit.multi_exit.saving.configuration import (
     CONFIG,
     WEIGHTS,
-    configuration,
+    check_sizes,
+    configuration_of,
     example_inputs,
     read_configuration,
     saved_by,
+    to_text,
     without,
 )
 from exitkit.surgery.fingerprint import block_lines, first_difference, shape_text, tensor_lines
 from exitkit.surgery.replace_classifier import unchanged_on_error
 
+if TYPE_CHECKING:
+    from exitkit.evaluation.outputs import ExitOutputs
+    from exitkit.methods.policy import Threshold
+    from exitkit.multi_exit.model import MultiExitModel
+
 CARD = "README.md"
 Source = str | os.PathLike[str]
+Model = TypeVar("Model", bound="MultiExitModel")
 
 
 def save_exits(
@@ -52,7 +58,7 @@ def save_exits(
     folder = Path(directory)
     if folder.exists() and not folder.is_dir():
         raise ArgumentError(f"directory={str(directory)!r} is a file; name a folder")
-    _write(model, configuration(model, threshold, outputs), folder, "path/to/this/folder")
+    _write(model, configuration_of(model, threshold, outputs), folder, "path/to/this/folder")
 
 
 def push_exits(
@@ -65,7 +71,7 @@ def push_exits(
     token: hub.Token,
 ) -> str:
     """See :meth:`exitkit.MultiExitModel.push_to_hub`."""
-    config = configuration(model, threshold, outputs)  # first: if it refuses, nothing is made on the Hub
+    config = configuration_of(model, threshold, outputs)  # first: if it refuses, nothing is made on the Hub
     name = hub.create(repo_id, private, token)
     with TemporaryDirectory() as folder:
         _write(model, config, Path(folder), name)
@@ -73,63 +79,79 @@ def push_exits(
 
 
 def load_exits(
-    backbone: nn.Module, source: Source, inputs: Any, revision: str | None, token: hub.Token
-) -> MultiExitModel:
-    """See :meth:`exitkit.MultiExitModel.from_pretrained`."""
-    if isinstance(backbone, MultiExitModel) or not isinstance(backbone, nn.Module):
+    build: Callable[[Parts], Model],
+    backbone: nn.Module,
+    source: Source,
+    inputs: Any,
+    revision: str | None,
+    token: hub.Token,
+) -> Model:
+    """See :meth:`exitkit.MultiExitModel.from_pretrained`; ``build`` is the class that it was called on."""
+
+    if not isinstance(backbone, nn.Module):
         raise ArgumentError(
-            f"backbone is {type(backbone).__name__}; give the nn.Module that the exits were trained on "
-            "(exitkit.detach(ee), for a model that has exits)"
+            f"backbone is {type(backbone).__name__}; give the nn.Module that the exits were trained on"
         )
     folder = hub.fetch(source, [CONFIG, WEIGHTS], revision, token)
     config = read_configuration(folder / CONFIG)
     weights = _read_weights(folder / config["weights"])
+    check_sizes(config, weights, folder / CONFIG)
     _compare(config["tensors"], without(tensor_lines(backbone), config["new_head"]), source, backbone)
     with unchanged_on_error(backbone):
-        model = _attached(backbone, inputs, config, source)
+        model = build(_parts(backbone, inputs, config, source))
         _compare(config["blocks"], block_lines(model.anatomy.blocks), source, backbone)
         _fill(model, weights, getattr(torch, config["dtype"]), folder / config["weights"])
-    model.threshold = None if config["policy"] is None else ExitPolicy.from_dict(config["policy"])
+    model.policy = None if config["policy"] is None else ExitPolicy.from_dict(config["policy"])
     return model
 
 
-def _attached(backbone: nn.Module, inputs: Any, config: Mapping[str, Any], source: Source) -> MultiExitModel:
+def _parts(backbone: nn.Module, inputs: Any, config: Mapping[str, Any], source: Source) -> Parts:
     """Fresh exits as configured; a last layer that was replaced is replaced again, or filled where it has the same outputs."""
-    outputs = (
-        {("num_outputs" if config["outputs"] == 1 else "num_classes"): config["outputs"]} if config["new_head"] else {}
-    )
+    outputs = config["outputs"] if config["new_head"] else None
+    where, method = {"at": config["exits"]}, Method(**config["method"])
     try:
-        method = Method(**config["method"])
         inputs = example_inputs(backbone, config) if inputs is None else inputs
-        model = attach(backbone, inputs, at=config["exits"], method=method, head=config["head"], **outputs)
-    except (ExitkitError, TypeError) as error:
+        parts = assemble(backbone, inputs, where, method, config["head"], outputs)
+    except ExitkitError as error:
         raise ArgumentError(
             f"the exits in {str(source)!r}, saved by {saved_by(config)}, cannot be attached to this "
             f"{type(backbone).__name__}: {error}"
         ) from error
-    model.new_head = tuple(config["new_head"])
-    return model
+    return replace(parts, new_head=tuple(config["new_head"]))
 
 
 def _write(model: MultiExitModel, config: Mapping[str, Any], folder: Path, source: str) -> None:
     weights = save(_copies(model, getattr(torch, config["dtype"])))
-    name = f"exits-{hashlib.sha256(weights).hexdigest()[:16]}.safetensors"
+    name = _name_of(weights)
     with replacing(folder / name) as temporary:
         temporary.write_bytes(weights)
     with replacing(folder / CONFIG) as temporary:
-        text = json.dumps({**config, "weights": name}, indent=1, ensure_ascii=False)
-        temporary.write_text(f"{text}\n", encoding="utf-8")
+        temporary.write_text(to_text(config, name), encoding="utf-8")
     with replacing(folder / CARD) as temporary:
-        temporary.write_text(card(model, config, source), encoding="utf-8")
+        temporary.write_text(card_of(model, config, source), encoding="utf-8")
     for older in folder.glob(WEIGHTS):
         if older.name != name:
             older.unlink(missing_ok=True)
 
 
+def _name_of(weights: bytes) -> str:
+    return f"exits-{hashlib.sha256(weights).hexdigest()[:16]}.safetensors"
+
+
 def _read_weights(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file whose content is what its name says.
+
+    Raises:
+        FileError: no file, a damaged one, or one that is not safetensors.
+    """
     try:
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
+        content = path.read_bytes()
+        if _name_of(content) != path.name:
+            raise FileError(
+                f"{str(path)!r} is damaged: its content does not match its name. Copy or download it again"
+            )
+        return load(content)
+    except (OSError, SafetensorError, KeyError) as error:
         raise FileError(f"{str(path)!r} cannot be read as safetensors: {error}. Copy or download it again") from error
 
 
@@ -138,7 +160,7 @@ def _compare(saved: Mapping[str, str], found: Mapping[str, str], source: Source,
     if difference is not None:
         raise ArgumentError(
             f"the exits in {str(source)!r} belong to another backbone: {difference} in this {type(backbone).__name__}. "
-            "Build the backbone, load its weights and give example_inputs as when they were trained"
+            "Load its weights, and give example_inputs as when they were trained"
         )
 
 
@@ -148,8 +170,11 @@ def _fill(model: MultiExitModel, saved: Mapping[str, Tensor], dtype: torch.dtype
         if given.get(name) != wanted.get(name):
             raise FileError(
                 f"{str(path)!r} does not fit its configuration: {name!r} is {given.get(name, 'missing')} in the file, "
-                f"expected {wanted.get(name, 'nothing of that name')}. Copy or download it again, or save the exits again"
+                f"expected {wanted.get(name, 'nothing of that name')}. Copy or download it again"
             )
+    for name, tensor in _added(model).items():
+        if not bool((saved[name].isfinite() | ~tensor.detach().cpu().isfinite()).all()):  # a copied mask may hold -inf
+            raise FileError(f"{str(path)!r} holds NaN or infinity in {name!r}; train the exits again")
     with torch.no_grad():
         for name, tensor in _added(model).items():
             tensor.copy_(saved[name])

@@ -1,4 +1,4 @@
-"""The Hugging Face Hub: folders there, and what went wrong on the way."""
+"""The Hugging Face Hub: folders there, and what went wrong on the way. Its library is imported when it is used."""
 
 from __future__ import annotations
 
@@ -6,10 +6,6 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-
-from huggingface_hub import HfApi, snapshot_download
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # not in its __all__
 
 from exitkit.common.errors import ArgumentError, HubError
 
@@ -33,10 +29,10 @@ def fetch(source: str | os.PathLike[str], patterns: Sequence[str], revision: str
             )
         return folder
     if not isinstance(source, str) or folder.exists() or not is_name(source):
-        raise ArgumentError(
-            f"source={str(source)!r} is no folder, and no name on the Hub, such as 'user/exits'; check the path"
-        )
-    with _reaching(f"source={source!r} is no folder here, and loading it from the Hub failed"):
+        raise ArgumentError(f"source={str(source)!r} is neither a folder nor a name on the Hub, such as 'user/exits'")
+    from huggingface_hub import snapshot_download
+
+    with _hub_errors(f"source={source!r} is not a folder here, and loading it from the Hub failed"):
         return Path(snapshot_download(source, revision=revision, token=token, allow_patterns=[*patterns]))
 
 
@@ -46,7 +42,9 @@ def create(repo_id: str, private: bool | None, token: Token) -> str:
     Raises:
         ExitkitError: the Hub cannot be reached or refuses.
     """
-    with _reaching(f"creating repo_id={repo_id!r} on the Hub failed"):
+    from huggingface_hub import HfApi
+
+    with _hub_errors(f"creating repo_id={repo_id!r} on the Hub failed"):
         return HfApi(token=token).create_repo(repo_id, private=private, exist_ok=True).repo_id
 
 
@@ -56,7 +54,9 @@ def upload(folder: Path, repo_id: str, replaced: Sequence[str], message: str, to
     Raises:
         ExitkitError: the Hub cannot be reached or refuses.
     """
-    with _reaching(f"uploading to repo_id={repo_id!r} on the Hub failed"):
+    from huggingface_hub import HfApi
+
+    with _hub_errors(f"uploading to repo_id={repo_id!r} on the Hub failed"):
         commit = HfApi(token=token).upload_folder(
             repo_id=repo_id, folder_path=folder, commit_message=message, delete_patterns=[*replaced]
         )
@@ -65,6 +65,9 @@ def upload(folder: Path, repo_id: str, replaced: Sequence[str], message: str, to
 
 def is_name(text: str) -> bool:
     """Whether ``text`` can be the name of a repository on the Hub."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # not in its __all__
+
     try:
         validate_repo_id(text)
     except HFValidationError:
@@ -73,12 +76,12 @@ def is_name(text: str) -> bool:
 
 
 @contextmanager
-def _reaching(failure: str) -> Iterator[None]:
+def _hub_errors(failure: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # huggingface_hub lets the errors of its HTTP library through
         reason = " ".join(str(error).split())[:500].rstrip(".")
         raise HubError(
-            f"{failure}: {type(error).__name__}: {reason}. Check the name, the revision and the connection, and for "
-            "what is private or yours the token (token=, or `hf auth login`)"
+            f"{failure}: {type(error).__name__}: {reason}. Check the name, the revision, the connection and the "
+            "token (token=, or `hf auth login`)"
         ) from error
