@@ -341,7 +341,7 @@ class FixedBatch(TinyNet):
 def test_a_forward_that_depends_on_values(function: Callable[..., Any], model: nn.Module) -> None:
     place = rf"test_bad_input\.py:{type(model).forward.__code__.co_firstlineno + 1}, in forward"
     with pytest.raises(
-        ExitkitError, match=rf"{type(model).__name__} cannot be captured by torch\.export.*{place}.*rewrite"
+        ExitkitError, match=rf"{type(model).__name__} cannot be captured by torch\.export.*{place}.*use torch\.where"
     ):
         function(model, X)
 
