@@ -237,7 +237,8 @@ class ExitOutputs:
             ArgumentError: as :meth:`exits_at`, or no labels.
         """
         exits = self.exits_at(threshold, criterion)
-        return BudgetPoint(self.policy(threshold, criterion), self._reached(exits), float(self.costs[exits].mean()))
+        cost = float(self.macs.numpy()[exits].sum() / (len(self) * self.backbone_macs))  # to the bit as the curve's
+        return BudgetPoint(self.policy(threshold, criterion), self._reached(exits), cost)
 
     def _reached(self, exits: NDArray[np.int64]) -> float:
         """What :meth:`at` calls accuracy, where each sample is answered by its exit (N,)."""
