@@ -125,6 +125,31 @@ def test_a_loaded_engine_tells_its_monitor_too(package: Path, outputs: ExitOutpu
         exitkit.load("model.onnx", monitor=monitor)
 
 
+def test_a_monitor_of_other_thresholds_is_refused(
+    ee: exitkit.MultiExitModel, outputs: ExitOutputs, chosen: ChosenThreshold, package: Path
+) -> None:
+    """All answers would look like a shift."""
+    message = r"monitor is for τ = 0.8, but the engine has .*so that all answers would look like a shift"
+    monitor = ShiftMonitor(outputs, 0.8)
+    for use in (
+        lambda: exitkit.compile(ee, 0.5, monitor=monitor),
+        lambda: exitkit.compile(ee, (0.8, 0.8, 0.5), monitor=monitor),
+        lambda: exitkit.compile(ee, 0.8).at(0.5).watched(monitor),
+        lambda: exitkit.compile(ee, chosen, monitor=monitor),
+        lambda: exitkit.load(package, monitor=monitor),
+        lambda: exitkit.load(package, threshold=0.5, monitor=monitor),
+    ):
+        with pytest.raises(ExitkitError, match=message):
+            use()
+    for engine in (
+        exitkit.compile(ee, (0.8,) * 3, monitor=monitor),
+        exitkit.load(package, threshold=0.8, monitor=monitor),
+    ):
+        assert engine.monitor is monitor  # type: ignore[union-attr]
+    promised = ShiftMonitor(outputs, chosen)
+    assert exitkit.compile(ee, chosen, monitor=promised).monitor is promised
+
+
 def test_the_engine_tells_its_monitor(ee: exitkit.MultiExitModel, outputs: ExitOutputs) -> None:
     monitor = ShiftMonitor(outputs, 0.8, window=40)
     engine = exitkit.compile(ee, 0.8, monitor=monitor)
