@@ -19,9 +19,10 @@ from tables import table
 
 from exitkit.cli.bench import machine
 from exitkit.common.console import make_console
-from exitkit.engine.batch_state import Flight
+from exitkit.engine.batch_state import BatchState
 from exitkit.engine.loop import Loop
 from exitkit.engine.program import Inputs, Program, Step
+from exitkit.methods.policy import ExitPolicy
 from exitkit.surgery.inputs import CallSpec
 
 ROWS: dict[str, tuple[int, ...]] = {"answer only": (0,), "197 × 768": (197, 768), "1024 × 14 × 14": (1024, 14, 14)}
@@ -37,11 +38,12 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     program = _program(args)
-    loops = {"torch": Loop(program, (0.5,))}
+    policy = ExitPolicy((0.5,), "confidence")
+    loops = {"torch": Loop(program, policy)}
     if torch.device(args.device).type == "cuda":
         from exitkit.engine.cuda.kernels import gather, split
 
-        loops["Triton"] = Loop(program, (0.5,), split=split, gather=gather)
+        loops["Triton"] = Loop(program, policy, split=split, gather=gather)
     with torch.inference_mode():
         rows = [
             (name, *(f"{_microseconds(loop, shape, args):.0f}" for loop in loops.values()))
@@ -59,19 +61,19 @@ def _program(args: argparse.Namespace) -> Program:
 
     inputs = Inputs(CallSpec((None,), (), (0,)), ("x",), ((None,),), (torch.float32,), torch.device(args.device))
     steps = Step(nothing, 0, True, ("x",), ("x",), ("x",)), Step(nothing, 1, True, ("x",), (), ())
-    return Program(inputs, steps, {"x": 0}, {"x": (0,)}, "confidence", args.classes, "float32")
+    return Program(inputs, steps, {"x": 0}, {"x": (0,)}, args.classes, torch.float32)
 
 
 def _microseconds(loop: Loop, shape: tuple[int, ...], args: argparse.Namespace) -> float:
     generator = torch.Generator().manual_seed(0)
-    score = torch.rand(args.samples, generator=generator).to(args.device)
+    score = torch.rand(args.samples, generator=generator, dtype=torch.float64).to(args.device)
     answer = torch.randn(args.samples, args.classes, generator=generator).to(args.device)
-    entered = loop.enter((torch.randn(args.samples, *shape).to(args.device),))
+    fresh = loop.start((torch.randn(args.samples, *shape).to(args.device),))
     times = []
     for _ in range(args.repeats + 3):
-        flight = Flight(entered.rows, dict(entered.values), entered.fault)
+        batch = BatchState(fresh.rows, dict(fresh.values), fresh.fault)
         started = time.perf_counter()
-        loop.part(flight, 0, answer, score)
+        loop.decide(batch, 0, answer, score)
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         times.append(time.perf_counter() - started)

@@ -51,7 +51,7 @@ from exitkit.cli.sources import load_model
 from exitkit.common.batches import move
 from exitkit.common.console import make_console
 from exitkit.engine.aot import compile_step, load_step
-from exitkit.engine.batch_state import Flight
+from exitkit.engine.batch_state import BatchState
 from exitkit.engine.cuda.buckets import Buckets
 from exitkit.engine.cuda.graphs import Graphed
 from exitkit.engine.memory_format import in_format
@@ -270,11 +270,11 @@ def _steps_alone(engine: exitkit.Engine, chunks: Sequence[Any]) -> Callable[[], 
     """The steps that run on these batches, on what stands before them, without the loop."""
     loop, runs = engine.loop, []
     for chunk in chunks:
-        flight: Flight | None = loop.enter(Example.of(chunk).tensors)
+        batch: BatchState | None = loop.start(Example.of(chunk).tensors)
         for index, step in enumerate(loop.program.steps):
-            if flight is not None:
-                runs.append(partial(step.run, *(flight.values[name] for name in step.inputs)))
-                flight, _ = loop.advance(flight, index)
+            if batch is not None:
+                runs.append(partial(step.run, *(batch.values[name] for name in step.inputs)))
+                batch, _ = loop.run_step(batch, index)
     return partial(_each, lambda run: run(), runs)
 
 

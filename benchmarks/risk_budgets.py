@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from rich.table import Table
-from risk_outputs import measured, splits
+from risk_outputs import splits
 from tables import table
 
 from exitkit import ExitOutputs
@@ -37,15 +37,17 @@ def _at_budget(tune: ExitOutputs, fresh: ExitOutputs, budget: float) -> list[flo
     temperatures = fit_temperatures(tune)
     even, warm = tune.calibrated(temperatures), fresh.calibrated(temperatures)
     each = per_exit_thresholds(tune, budget)
-    accuracy, cost = measured(fresh, each.thresholds)
+    one = fresh.at(each)
+    points = (
+        fresh.at(tune.curve().at_budget(budget)),
+        one,
+        warm.at(even.curve().at_budget(budget)),
+        warm.at(per_exit_thresholds(even, budget)),
+    )
     return [
-        accuracy - fresh.curve().at_budget(cost + 1e-9).accuracy,
+        one.accuracy - fresh.curve().at_budget(one.cost + 1e-9).accuracy,
         float(each.accuracy == each.bound),
-        *measured(fresh, tune.curve().at_budget(budget).threshold),
-        accuracy,
-        cost,
-        *measured(warm, even.curve().at_budget(budget).threshold),
-        *measured(warm, per_exit_thresholds(even, budget).thresholds),
+        *(number for point in points for number in (point.accuracy, point.cost)),
     ]
 
 

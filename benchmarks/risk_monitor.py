@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from risk_outputs import CONFIDENCE, MAX_DROP, measured
+from risk_outputs import CONFIDENCE, MAX_DROP
 
 from exitkit import ExitOutputs, choose_threshold
 from exitkit.evaluation import ShiftMonitor
@@ -21,7 +21,7 @@ def monitor(clean: ExitOutputs, jpeg: ExitOutputs) -> dict[str, Any]:
     for seed in range(STREAMS):
         order = torch.randperm(len(clean), generator=torch.Generator().manual_seed(seed))
         held, fresh, shifted = clean[order[:2_500]], clean[order[2_500:]], jpeg[order[2_500:]]
-        tau = choose_threshold(held, MAX_DROP, CONFIDENCE).threshold
+        tau = choose_threshold(held, MAX_DROP, CONFIDENCE)
         undisturbed, disturbed = ShiftMonitor(held, tau), ShiftMonitor(held, tau)
         undisturbed.update(*_draws(fresh, tau, 10_000, generator))
         quiet += not undisturbed.alarm
@@ -31,7 +31,7 @@ def monitor(clean: ExitOutputs, jpeg: ExitOutputs) -> dict[str, Any]:
             undisturbed.update(*_draws(shifted, tau, 1_000, generator))
             fired = undisturbed.report().fired_at
             later.append(None if fired is None else fired - 10_000)
-        drops.append(float(fresh.accuracy()[-1]) - measured(shifted, tau)[0])
+        drops.append(float(fresh.accuracy()[-1]) - shifted.at(tau).accuracy)
     return {
         "streams": STREAMS,
         "no_alarm_in_10000_undisturbed": quiet,

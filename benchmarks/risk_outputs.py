@@ -6,7 +6,6 @@ import argparse
 import io
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -23,12 +22,6 @@ from exitkit.evaluation import content_hashes
 MAX_DROP, CONFIDENCE = 0.01, 0.95
 JPEG_QUALITY = 75
 Loader = DataLoader[tuple[Tensor, ...]]
-
-
-def measured(outputs: ExitOutputs, threshold: Any) -> tuple[float, float]:
-    exits = outputs.exits_at(threshold)
-    right = outputs.correct.numpy()[np.arange(len(exits)), exits]
-    return float(right.mean()), float(outputs.costs[exits].mean())
 
 
 def splits(outputs: ExitOutputs, count: int, sizes: tuple[int, ...]) -> Iterator[tuple[ExitOutputs, ...]]:

@@ -8,19 +8,20 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from rich.table import Table
-from risk_outputs import CONFIDENCE, MAX_DROP, measured, splits
+from risk_outputs import CONFIDENCE, MAX_DROP, splits
 from tables import table
 from torch import Tensor
 
 from exitkit import ExitOutputs, choose_threshold
 from exitkit.evaluation import threshold_path
+from exitkit.methods.policy import ExitPolicy, Threshold
 
 SPLITS = 200
 
 
 def promises(clean: ExitOutputs, training: Tensor) -> list[dict[str, Any]]:
     """Each way of choosing τ, over many splits: cost and losses on untouched images, and how often they exceed 1%."""
-    ways: dict[str, Callable[[ExitOutputs, ExitOutputs], Any]] = {
+    ways: dict[str, Callable[[ExitOutputs, ExitOutputs], Threshold]] = {
         "as measured (no guarantee)": lambda _, held: _naive(held),
         "ltt": lambda _, held: _chosen(held, training),
         "ltt, thresholds per exit": lambda tune, held: _chosen(held, training, path=threshold_path(tune)),
@@ -32,7 +33,7 @@ def promises(clean: ExitOutputs, training: Tensor) -> list[dict[str, Any]]:
     for tune, held, fresh in splits(clean, SPLITS, (1_000, 2_000, 2_000)):
         for name, choose in ways.items():
             threshold = choose(tune, held)
-            rows[name].append((measured(fresh, threshold)[1], *_losses(fresh, threshold), *_losses(clean, threshold)))
+            rows[name].append((fresh.at(threshold).cost, *_losses(fresh, threshold), *_losses(clean, threshold)))
     return [_promise(name, np.array(values)) for name, values in rows.items()]
 
 
@@ -51,15 +52,15 @@ def _promise(name: str, values: NDArray[np.float64]) -> dict[str, Any]:
     }
 
 
-def _losses(outputs: ExitOutputs, threshold: Any) -> tuple[float, float]:
+def _losses(outputs: ExitOutputs, threshold: Threshold) -> tuple[float, float]:
     """The drop in accuracy, and the share of samples that the full model has right and their exit wrong."""
     exits, right = outputs.exits_at(threshold), outputs.correct.numpy()
     mine, full = right[np.arange(len(exits)), exits], right[:, -1]
     return float(full.mean() - mine.mean()), float((full & ~mine).mean())
 
 
-def _chosen(held: ExitOutputs, training: Tensor, **options: Any) -> Any:
-    return choose_threshold(held, MAX_DROP, CONFIDENCE, exclude=training, **options).threshold
+def _chosen(held: ExitOutputs, training: Tensor, **options: Any) -> ExitPolicy:
+    return choose_threshold(held, MAX_DROP, CONFIDENCE, exclude=training, **options)
 
 
 def _naive(held: ExitOutputs) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,9 @@ BUDGETS = (0.25, 0.5, 0.75, 1.0)
 
 def at(run: ExitOutputs, budget: float) -> float | None:
     """Accuracy in per cent under a share of the backbone's MACs; None where the first exit costs more (by over 0.5%)."""
-    return None if run.costs[0] > budget + 0.005 else 100 * run.curve().at_budget(budget).accuracy
+    curve = run.curve()
+    first = float(curve.cost[0])
+    return None if first > budget + 0.005 else 100 * curve.at_budget(max(budget, math.nextafter(first, 2))).accuracy
 
 
 def cell(values: Sequence[float | None], digits: int = 1) -> str:

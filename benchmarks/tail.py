@@ -50,7 +50,7 @@ def main() -> None:
     rows = {
         name: {
             "exits": outputs[name].accuracy().tolist(),
-            "budgets": {b: curve.at_budget(b)._asdict() for b in BUDGETS},
+            "budgets": {b: point and point.to_dict() for b, point in curve.budget_table().rows.items()},
         }
         for name, curve in curves.items()
     }

@@ -63,15 +63,14 @@ def main(arguments: list[str] | None = None) -> None:
     outputs = exitkit.collect(ee, test)
     show("Trained", outputs)
 
-    tau = exitkit.choose_threshold(exitkit.collect(ee, held_out), max_drop=args.max_drop, confidence=0.9)
-    print(tau.guarantee)
-    exits = outputs.exits_at(tau.threshold)
-    right = outputs.correct.numpy()[range(len(exits)), exits].mean()
+    policy = exitkit.choose_threshold(exitkit.collect(ee, held_out), max_drop=args.max_drop, confidence=0.9)
+    print(policy.guarantee)
+    point = outputs.at(policy)
     print(
-        f"On the test texts: {right:.2%} at {outputs.costs[exits].mean():.1%} of the MACs, against "
+        f"On the test texts: {point.accuracy:.2%} at {point.cost:.1%} of the MACs, against "
         f"{outputs.accuracy()[-1]:.2%} of the whole network"
     )
-    answers = exitkit.compile(ee, tau.threshold)(**inputs_of(next(iter(test))))
+    answers = exitkit.compile(ee, policy)(**inputs_of(next(iter(test))))
     print(f"The engine's first answers left at exits {answers.exit[:10].tolist()}")
     print(f"{time.perf_counter() - started:.0f} s")
 

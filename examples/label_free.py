@@ -43,9 +43,9 @@ def main(arguments: list[str] | None = None) -> None:
     exitkit.Trainer(ee, loss=loss, epochs=args.epochs, seed=args.seed).fit(loader(images, shuffle=True))
 
     outputs = exitkit.collect(ee, loader(calibration))
-    tau = exitkit.choose_threshold(outputs, max_drop=args.max_drop, risk="disagreement")
-    print(tau.guarantee)
-    monitor, engine = ShiftMonitor(outputs, tau.threshold), exitkit.compile(ee, tau.threshold)
+    policy = exitkit.choose_threshold(outputs, max_drop=args.max_drop, risk="disagreement")
+    print(policy.guarantee)
+    monitor, engine = ShiftMonitor(outputs, policy), exitkit.compile(ee, policy)
     answers, exits = [], []
     for prediction in engine.map(loader(test)):
         monitor.update(prediction.exit, prediction.score)

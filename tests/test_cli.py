@@ -139,7 +139,7 @@ def test_a_run_is_calibrated_compared_and_reported(run: Run, refused: Run, image
     assert "sdn – ztw" in run("compare", out, "--budget", 0.8, "--resamples", 5)
     assert "report.html" in run("report", out).replace("\n", "")
     page = (out / "report.html").read_text("utf-8")
-    assert chosen["ztw"]["chosen"]["guarantee"] in page
+    assert chosen["ztw"]["chosen"]["guarantee"]["words"] in page
     assert "blocks.2" in page  # the stage table
     assert "data:image/webp" in page
     assert "max_drop=0.0 must lie between" in refused("calibrate", out, "--max-drop", 0)

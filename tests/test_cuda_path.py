@@ -96,8 +96,11 @@ from exitkit.engine.cuda import kernels
 for seed in range(60):
     generator = torch.Generator().manual_seed(seed)
     size = int(torch.randint(1, 70, (1,), generator=generator))
-    score, fault = torch.rand(2, size, generator=generator)
-    threshold = float(score[0]) if seed % 3 == 0 else 1.2 * float(torch.rand(1, generator=generator)) - 0.1
+    fault = torch.rand(size, generator=generator)
+    score = torch.rand(size, generator=generator, dtype=torch.float64)
+    if seed % 4 == 0:  # all 1 in float32
+        score = 1 - 1e-9 * score
+    threshold = float(score[0]) if seed % 3 == 0 or seed % 4 == 0 else 1.2 * float(torch.rand(1, generator=generator)) - 0.1
     score[torch.rand(size, generator=generator) < 0.1] = float("nan")
     rows = torch.where(torch.rand(size, generator=generator) < 0.2, -1, torch.arange(size))
     got, expected = (module.split(score, rows, fault, threshold) for module in (kernels, decision))
@@ -126,8 +129,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from exitkit.engine.cuda import kernels
 columns = dict.fromkeys(("index", "rows", "rows_out"), "*i64") | dict.fromkeys(("size", "width"), "i32")
-floats = dict.fromkeys(("score", "fault", "score_out", "fault_out", "source", "target"), "*fp32")
-types = columns | floats | {"threshold": "*fp64", "counts": "*i32", "BLOCK": "constexpr"}
+floats = dict.fromkeys(("fault", "fault_out", "source", "target"), "*fp32")
+doubles = dict.fromkeys(("score", "score_out", "threshold"), "*fp64")
+types = columns | floats | doubles | {"counts": "*i32", "BLOCK": "constexpr"}
 for kernel in (kernels._split_kernel, kernels._gather_kernel):
     names = kernel.arg_names  # BLOCK is the last
     source = triton.compiler.ASTSource(kernel, {name: types[name] for name in names}, {(len(names) - 1,): 256})

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import exitkit
-from exitkit import ExitkitError
+from exitkit import ArgumentError, ExitkitError
+from exitkit.methods.policy import ExitPolicy
 from tests.toy import TinyNet, images, noisy
 
 METHODS: dict[str, Any] = {
@@ -173,8 +174,8 @@ def test_inputs_of_another_kind(models: dict[str, exitkit.MultiExitModel], x: Te
     ("arguments", "message"),
     [
         ({"threshold": [0.5, 0.5]}, r"threshold has 2 values.*each of the 3 exits"),
-        ({"threshold": [0.5, "high", 0.5]}, r"threshold holds 'high'.*number"),
-        ({"threshold": float("nan")}, r"threshold holds nan"),
+        ({"threshold": [0.5, "high", 0.5]}, r"threshold=\[0\.5, 'high', 0\.5\] must be a number"),
+        ({"threshold": float("nan")}, r"threshold=nan must be a number"),
         ({"threshold": 0.5, "criterion": "confidense"}, r"criterion='confidense' is unknown.*'confidence'"),
     ],
 )
@@ -344,7 +345,9 @@ def test_regression_leaves_after_small_changes_in_a_row() -> None:
     assert not prediction.non_finite.any()  # the lowest finite score, twice, is finite
     for row, exit_ in enumerate(prediction.exit.tolist()):
         torch.testing.assert_close(prediction.logits[row, 0], outputs.predictions[row, exit_], rtol=1e-5, atol=1e-5)
-    with pytest.raises(ExitkitError, match=r"criterion='margin' is not for this model: 'tolerance' is for regression"):
+    with pytest.raises(
+        ExitkitError, match=r"criterion='margin' is for classes, but the model has 1 output; use 'tolerance'"
+    ):
         exitkit.compile(ee, 0.5, criterion="margin")
 
 
@@ -374,3 +377,184 @@ def test_channels_last() -> None:
     )
     assert torch.equal(got.exit, expected.exit)
     torch.testing.assert_close(got.logits, expected.logits, rtol=1e-4, atol=1e-5)
+
+
+# one by one, however the engine came to be ---------------------------------------------------------------------------
+
+TASKS: dict[str, tuple[Any, list[str]]] = {
+    "classes": ("sdn", ["confidence", "entropy", "nats", "margin", "patience"]),
+    "linked": ("ztw", ["confidence"]),
+    "regression": ("pbee", ["tolerance", "tolerance-2"]),
+}
+WAYS = ["fresh", "at", "timed", "skipping", "pt2", "onnx.zip"]
+CASES = [
+    (way, task, criterion)
+    for way in WAYS
+    for task, (_, criteria) in TASKS.items()
+    for criterion in criteria
+    if way != "skipping" or (task == "classes" and criterion != "patience")  # exits that read one another stay
+]
+DIVISORS = (3.0, 0.5, 2.0, 1.0)
+
+
+class _Layers(nn.Module):
+    """Four layers on eight numbers, quick to export."""
+
+    def __init__(self, outputs: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Sequential(nn.Linear(8, 8), nn.Tanh()) for _ in range(4))
+        self.classify = nn.Linear(8, outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        logits: Tensor = self.classify(x)
+        return logits
+
+
+@pytest.fixture(scope="module")
+def attached() -> dict[str, exitkit.MultiExitModel]:
+    torch.manual_seed(0)
+    nets = {task: _Layers(1 if task == "regression" else 3).eval() for task in TASKS}
+    return {
+        task: noisy(exitkit.attach(nets[task], torch.randn(2, 8), every=1, head="1L", method=method))
+        for task, (method, _) in TASKS.items()
+    }
+
+
+@pytest.fixture(scope="module")
+def engine_of(
+    attached: dict[str, exitkit.MultiExitModel], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str, str, str, ExitPolicy], exitkit.Engine]:
+    """An engine for a policy, made in one of :data:`WAYS`; packages and measurements are made once."""
+    folder, kept = tmp_path_factory.mktemp("ways"), {}
+
+    def made(task: str, criterion: str, way: str, policy: ExitPolicy) -> exitkit.Engine:
+        ee, key = attached[task], (task, way, criterion, policy.temperatures)
+        if way == "fresh":
+            return exitkit.compile(ee, policy)
+        if key not in kept:
+            careful = policy.at(1e9)
+            if way == "at":
+                kept[key] = exitkit.compile(ee, careful)
+            elif way in ("timed", "skipping"):
+                kept[key] = exitkit.compile(
+                    ee, careful, samples=torch.randn(9, 8), skip_unprofitable=way == "skipping"
+                )
+            else:
+                path = folder / f"{len(kept)}.{way}"
+                exitkit.export(ee, path, careful)
+                kept[key] = exitkit.load(path)
+        return kept[key].at(policy)
+
+    return made
+
+
+def _same(one: exitkit.Prediction, other: exitkit.Prediction, rows: Tensor) -> None:
+    assert torch.equal(one.exit[rows], other.exit[rows])
+    assert torch.equal(one.non_finite, other.non_finite)
+    torch.testing.assert_close(one.logits[rows], other.logits[rows], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(one.score[rows], other.score[rows], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("way", "task", "criterion"), CASES)
+def test_batched_equals_one_by_one_and_what_stored_predictions_say(
+    attached: dict[str, exitkit.MultiExitModel],
+    engine_of: Callable[[str, str, str, ExitPolicy], exitkit.Engine],
+    way: str,
+    task: str,
+    criterion: str,
+) -> None:
+    if way == "onnx.zip":
+        pytest.importorskip("onnxruntime")
+    divided = (None,) if task == "regression" else (DIVISORS,) if way in ("pt2", "onnx.zip") else (None, DIVISORS)
+
+    @settings(max_examples=8, deadline=None, derandomize=True, database=None)
+    @given(
+        batch=st.integers(1, 9),
+        quantiles=st.lists(st.floats(0, 1), min_size=3, max_size=3),
+        seed=st.integers(0, 50),
+        temperatures=st.sampled_from(divided),
+    )
+    def check(batch: int, quantiles: list[float], seed: int, temperatures: tuple[float, ...] | None) -> None:
+        x = torch.randn(batch, 8, generator=torch.Generator().manual_seed(seed))
+        outputs = exitkit.collect(attached[task], [x])
+        outputs = outputs if temperatures is None else outputs.calibrated(temperatures)
+        scores = outputs.scores(criterion)[:, :-1]
+        taus = [float(scores[:, m].quantile(q)) + 1e-3 for m, q in enumerate(quantiles)]
+        policy = ExitPolicy(tuple(taus), criterion, temperatures)
+        engine = engine_of(task, criterion, way, policy)
+        skipped = engine.plan().skipped if way == "skipping" else ()
+        limits = torch.tensor(
+            [float("inf") if m in skipped else tau for m, tau in enumerate(taus)], dtype=torch.float64
+        )
+        sure = scores > limits
+        exits = torch.where(sure.any(1), sure.int().argmax(1), 3)
+        clear = (scores - limits).abs().min(1).values > 1e-4  # elsewhere rounding may decide
+        together = engine(x)
+        alone = [engine(row) for row in x.split(1)]
+        assert torch.equal(together.exit[clear], exits[clear])
+        _same(together, exitkit.Prediction(*(torch.cat(part) for part in zip(*alone, strict=True))), clear)
+        mapped = list(engine.map(x.split(2), 3))
+        _same(together, exitkit.Prediction(*(torch.cat(part) for part in zip(*mapped, strict=True))), clear)
+
+    check()
+
+
+# dtypes --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["ztw", "sdn", exitkit.SDN(ensemble="mean", ensemble_final=True)])
+def test_answers_have_one_dtype_whoever_leaves_and_are_the_exits_own(method: Any) -> None:
+    """An ensemble answers in float32, a backbone in bfloat16: its answers fit into float32 as they are."""
+    torch.manual_seed(0)
+    ee = noisy(exitkit.attach(TinyNet().eval(), images(), head="conv", method=method)).bfloat16()
+    x = images(16).bfloat16()
+    wide = torch.bfloat16 if method == "sdn" else torch.float32
+    with torch.no_grad():
+        answers = ee(x).logits
+        single = [ee(row).logits for row in x.split(1)]
+    for exit_, own in enumerate(answers):
+        engine = exitkit.compile(ee, [2.0] * exit_ + [-1.0] * (3 - exit_))
+        for prediction, expected in (
+            (engine(x), own),
+            (next(iter(engine.map([x], 16))), own),
+            (engine(x[:1]), single[0][exit_]),
+        ):
+            assert prediction.logits.dtype == wide
+            assert torch.equal(prediction.logits, expected.to(wide))
+            assert prediction.exit.tolist() == [exit_] * len(expected)
+    taus = exitkit.collect(ee, [x]).scores()[:, :-1].quantile(0.6, dim=0).tolist()
+    mixed = exitkit.compile(ee, taus)
+    assert len(set(mixed(x).exit.tolist())) > 2
+    assert {mixed(part).logits.dtype for part in (x, *x.split(1), x[:0])} == {wide}
+
+
+@pytest.mark.parametrize("convert", [lambda ee: ee.double(), lambda ee: ee.bfloat16(), lambda ee: ee.half()])
+@pytest.mark.parametrize("method", ["sdn", "ztw"])
+def test_a_model_that_was_converted_is_compiled_again(method: str, convert: Callable[[Any], Any]) -> None:
+    torch.manual_seed(0)
+    ee = exitkit.attach(TinyNet().eval(), images(), method=method)
+    engine, x = exitkit.compile(ee, 0.5), images(3)
+    expected = engine(x)
+    timed = exitkit.compile(ee, 0.5, samples=x)
+    convert(ee)
+    message = "converted to another dtype or moved to another device after it was compiled.*compile it again"
+    for use in (engine, timed, engine.at(0.9), lambda x: list(engine.map([x])), lambda x: engine(x[:1])):
+        with pytest.raises(ArgumentError, match=message):
+            use(x)
+    assert exitkit.compile(ee, 0.5)(x.to(next(ee.parameters()).dtype)).exit.shape == (3,)
+    ee.float()  # as it was, but for rounding: what was compiled before fits again
+    torch.testing.assert_close(engine(x).logits, expected.logits, rtol=0.05, atol=0.05)
+
+
+def test_other_errors_of_a_step_stay_what_they_are(models: dict[str, exitkit.MultiExitModel]) -> None:
+    engine = exitkit.compile(models["sdn"], 0.5)
+
+    def fail(*_: Any) -> None:
+        raise RuntimeError("something else")
+
+    handle = engine.loop.program.steps[0].run.register_forward_pre_hook(fail)  # type: ignore[attr-defined]
+    with pytest.raises(RuntimeError, match="something else"):
+        engine(images(2))
+    handle.remove()

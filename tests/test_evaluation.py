@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,7 +22,8 @@ from torch import Tensor, nn
 
 import exitkit
 from exitkit import ExitkitError, ExitOutputs, evaluation
-from exitkit.methods import criteria
+from exitkit.methods.criteria import as_criterion
+from exitkit.methods.policy import ExitPolicy
 from tests.toy import TinyNet
 
 CRITERIA = ["confidence", "entropy", "margin", "nats", "patience"]
@@ -142,7 +144,6 @@ def test_a_score_of_zero_is_above_the_first_threshold() -> None:
 
 
 def test_exits_at_compares_a_threshold_between_two_floats_exactly() -> None:
-    """Scores are float32, thresholds as users write them are not."""
     outputs = confident([[0.55, 0.9]])
     below = math.nextafter(float(outputs.scores()[0, 0]), 0)
     assert outputs.curve().at_threshold(below).cost == 0.25
@@ -174,7 +175,8 @@ def test_above_one_everybody_gets_the_backbones_answer(criterion: str) -> None:
 def test_below_every_score_everybody_leaves_at_the_first_exit() -> None:
     outputs = some_outputs()
     assert outputs.exits_at(-0.1).tolist() == [0] * 50
-    assert outputs.curve().at_threshold(-0.1)[1:] == pytest.approx((outputs.accuracy()[0], 1 / 3.5))
+    point = outputs.curve().at_threshold(-0.1)
+    assert (point.accuracy, point.cost) == pytest.approx((outputs.accuracy()[0], 1 / 3.5))
 
 
 def test_exit_rates_count_exits_nobody_takes() -> None:
@@ -246,9 +248,13 @@ def test_budgets_that_cannot_be_kept_are_refused(budget: float) -> None:
         confident([[0.6, 0.9]]).curve().at_budget(budget)
 
 
-def test_budget_point_is_a_named_tuple() -> None:
-    threshold, accuracy, cost = point = confident([[0.6, 0.9]]).curve().at_budget(0.3)
-    assert (point.threshold, point.accuracy, point.cost) == (threshold, accuracy, cost) == (0, 1, 0.25)
+def test_a_budget_point_holds_its_policy_and_goes_to_json() -> None:
+    point = confident([[0.6, 0.9]]).curve().at_budget(0.3)
+    assert (point.threshold, point.accuracy, point.cost) == (0, 1, 0.25)
+    assert point.policy == ExitPolicy((0.0,), "confidence")
+    assert json.loads(json.dumps(point.to_dict())) == {"threshold": 0, "accuracy": 1, "cost": 0.25}
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        point.cost = 0.5  # type: ignore[misc]
 
 
 def test_budget_table_has_the_papers_rows() -> None:
@@ -281,7 +287,8 @@ def test_best_is_the_cheapest_of_the_most_accurate(outputs: ExitOutputs) -> None
     points = [brute(outputs, scores, threshold) for threshold in candidates(scores)]
     accuracy = max(accuracy for accuracy, _ in points)
     cost = min(cost for point, cost in points if point == accuracy)
-    assert outputs.curve().best()[1:] == pytest.approx((float(accuracy), float(cost)))
+    best = outputs.curve().best()
+    assert (best.accuracy, best.cost) == pytest.approx((float(accuracy), float(cost)))
 
 
 def test_budget_table_prints_a_dash_where_there_is_no_point() -> None:
@@ -316,7 +323,7 @@ def test_hindsight_takes_the_union_of_earlier_exits() -> None:
 def test_the_best_exit_is_the_cheapest_of_the_most_accurate_within_the_budget(
     outputs: ExitOutputs, budget: float
 ) -> None:
-    rated = [(-a, c, m) for m, (a, c) in enumerate(zip(outputs.accuracy(), outputs.costs, strict=True)) if c <= budget]
+    rated = [(-a, c, m) for m, (a, c) in enumerate(zip(outputs.accuracy(), outputs.costs, strict=True)) if c < budget]
     if rated:
         accuracy, cost, exit_ = min(rated)
         assert outputs.best_exit(budget) == (exit_, -accuracy, cost)
@@ -328,7 +335,27 @@ def test_the_best_exit_is_the_cheapest_of_the_most_accurate_within_the_budget(
 def test_the_best_exit_need_not_be_the_last() -> None:
     outputs = outputs_of([[0, 1, 0], [0, 1, 1]])
     assert outputs.best_exit() == (1, 1.0, 0.5)
-    assert outputs.best_exit(0.25) == (0, 0.0, 0.25)
+    assert outputs.best_exit(0.26) == (0, 0.0, 0.25)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True, database=None)
+@given(outputs=drawn_outputs(), budget=st.sampled_from([0.25, 0.375, 0.5, 0.75, 1.0, 2.0]))
+def test_a_budget_is_kept_or_refused_alike_by_a_threshold_and_by_one_exit(outputs: ExitOutputs, budget: float) -> None:
+    """Both must stay under it: a cost equal to the budget is over it."""
+    kept = Fraction(outputs.macs[0].item()) < Fraction(budget) * Fraction(outputs.backbone_macs)
+    for ask in (outputs.best_exit, outputs.curve().at_budget):
+        if kept:
+            assert ask(budget).cost < budget  # type: ignore[attr-defined]
+        else:
+            with pytest.raises(ExitkitError, match=r"budget=.*cannot be kept"):
+                ask(budget)
+
+
+def test_what_costs_exactly_the_budget_is_refused_by_both() -> None:
+    outputs = outputs_of([[0, 1, 0], [0, 1, 1]])
+    for ask in (outputs.best_exit, outputs.curve().at_budget):
+        with pytest.raises(ExitkitError, match=r"budget=0\.25 cannot be kept"):
+            ask(0.25)
 
 
 @pytest.mark.parametrize("budget", [0, -1.0, math.nan])
@@ -342,19 +369,24 @@ def test_a_budget_that_no_exit_keeps(budget: float) -> None:
 P = torch.tensor([[0.7, 0.2, 0.1], [1 / 3, 1 / 3, 1 / 3], [1.0, 0.0, 0.0]])
 
 
+def scored(criterion: str, log_probs: Tensor) -> list[float]:
+    """Scores of answers (B, C) at a first exit."""
+    return as_criterion(criterion).step(log_probs, ())[0].tolist()
+
+
 def test_confidence_is_the_highest_probability() -> None:
-    assert criteria.confidence(P.log()).tolist() == pytest.approx([0.7, 1 / 3, 1])
+    assert scored("confidence", P.log()) == pytest.approx([0.7, 1 / 3, 1])
 
 
 def test_entropy_is_one_minus_normalised_entropy() -> None:
     nats = -(0.7 * math.log(0.7) + 0.2 * math.log(0.2) + 0.1 * math.log(0.1))
-    assert criteria.entropy(P.log()).tolist() == pytest.approx([1 - nats / math.log(3), 0, 1], abs=1e-6)
+    assert scored("entropy", P.log()) == pytest.approx([1 - nats / math.log(3), 0, 1], abs=1e-6)
 
 
 def test_nats_are_minus_the_entropy() -> None:
     nats = [0.5 * math.log(0.5) + 0.5 * math.log(0.25), math.log(1 / 3), 0]
     p = torch.tensor([[0.5, 0.25, 0.25], [1 / 3, 1 / 3, 1 / 3], [1.0, 0.0, 0.0]])
-    assert criteria.nats(p.log()).tolist() == pytest.approx(nats, abs=1e-6)
+    assert scored("nats", p.log()) == pytest.approx(nats, abs=1e-6)
 
 
 @pytest.mark.parametrize("below", [0.05, 0.4, 1.2])
@@ -369,20 +401,25 @@ def test_leaving_below_an_entropy_is_one_threshold_in_either_unit(below: float) 
 
 
 def test_margin_is_first_minus_second() -> None:
-    assert criteria.margin(P.log()).tolist() == pytest.approx([0.5, 0, 1])
+    assert scored("margin", P.log()) == pytest.approx([0.5, 0, 1])
 
 
 def test_patience_counts_equal_answers_in_a_row() -> None:
     answers = torch.tensor([[0, 0, 0, 0], [0, 1, 1, 0], [1, 0, 1, 1], [2, 2, 0, 0]])
     log_probs = nn.functional.one_hot(answers, 3).float().log_softmax(-1)
-    assert criteria.patience(log_probs).tolist() == [[1, 2, 3, 4], [1, 1, 2, 1], [1, 1, 1, 2], [1, 2, 1, 2]]
+    assert as_criterion("patience").score(log_probs).tolist() == [
+        [1, 2, 3, 4],
+        [1, 1, 2, 1],
+        [1, 1, 1, 2],
+        [1, 2, 1, 2],
+    ]
 
 
 @pytest.mark.parametrize("criterion", CRITERIA)
 def test_a_batch_is_scored_as_its_samples(criterion: str) -> None:
     log_probs = torch.randn(7, 4, 5).log_softmax(-1)
-    alone = torch.cat([criteria.scores(log_probs[i : i + 1], criterion) for i in range(7)])
-    assert torch.equal(criteria.scores(log_probs, criterion), alone)
+    alone = torch.cat([as_criterion(criterion).score(log_probs[i : i + 1]) for i in range(7)])
+    assert torch.equal(as_criterion(criterion).score(log_probs), alone)
 
 
 @pytest.mark.parametrize("criterion", CRITERIA[:3])
@@ -391,7 +428,7 @@ def test_scores_lie_between_zero_and_one(criterion: str, classes: int) -> None:
     """Uniform, certain and near-uniform answers: so that τ > 1 is the original model."""
     certain = torch.full((classes,), -torch.inf).index_fill(0, torch.tensor(0), 0.0)
     logits = torch.stack([torch.zeros(classes), certain, 1e-3 * torch.randn(classes)])
-    values = criteria.scores(logits.log_softmax(-1)[:, None], criterion)
+    values = as_criterion(criterion).score(logits.log_softmax(-1)[:, None])
     assert values.min() >= 0
     assert values.max() <= 1
 

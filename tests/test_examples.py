@@ -16,11 +16,11 @@ from safetensors.torch import save_file
 
 import exitkit
 
-EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+ROOT = Path(__file__).resolve().parents[1]
 
 
-def example(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"examples_{name}", EXAMPLES / f"{name}.py")
+def example(name: str, folder: str = "examples") -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"{folder}_{name}", ROOT / folder / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -125,3 +125,17 @@ def test_label_free_never_reads_training_labels(tmp_path: Path, capsys: pytest.C
 def test_label_free_says_what_is_missing(tmp_path: Path) -> None:
     with pytest.raises(exitkit.ExitkitError, match=r"cifar10_train\.npz.*does not exist"):
         example("label_free").main(["--data", str(tmp_path), "--weights", str(tmp_path / "w.safetensors")])
+
+
+@pytest.mark.parametrize(("first", "shown"), [(0.2, 75.0), (0.25, 50.0), (0.2549, 50.0), (0.2551, None), (0.3, None)])
+def test_a_benchmarks_table_takes_exits_that_cost_a_little_more_than_the_budget(
+    first: float, shown: float | None
+) -> None:
+    """By up to half a per cent: 25.3% is what the papers call 25%."""
+    p = torch.tensor([[0.4, 0.9], [0.9, 0.9], [0.7, 0.9], [0.2, 0.9]])
+    log_probs = torch.stack([p, 1 - p], -1).log()
+    outputs = exitkit.ExitOutputs(log_probs, torch.zeros(4).long(), [first * 1e6, 0.3e6], 1e6)
+    tables = example("tables", "benchmarks")
+    assert tables.at(outputs, 0.25) == shown
+    assert tables.at(outputs, 0.5) == 100.0
+    assert tables.over_budgets({"sdn": [outputs]})[0][:2] == ("sdn", "-" if shown is None else f"{shown:.1f}")

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import exitkit
 from exitkit import ExitkitError
@@ -45,7 +45,11 @@ def _threshold(ee: exitkit.MultiExitModel) -> float:
 
 
 def _median(ee: exitkit.MultiExitModel, x: Tensor) -> float:
-    return float(exitkit.collect(ee, [x]).scores()[:, 0].median())
+    """Between two scores, so that rounding decides nothing."""
+    low, high = (
+        exitkit.collect(ee, [x]).scores()[:, 0].sort().values.unique().quantile(torch.tensor([0.49, 0.51]).double())
+    )
+    return float(low + high) / 2
 
 
 @pytest.fixture(scope="module")
@@ -251,6 +255,43 @@ def test_a_single_graph_has_its_thresholds_fixed(models: dict[str, exitkit.Multi
     (tmp_path / "cut.onnx").write_bytes((tmp_path / "model.onnx").read_bytes()[:100])
     with pytest.raises(ExitkitError, match=r"does not run this model"):
         exitkit.load(tmp_path / "cut.onnx")
+
+
+class _Forgets(nn.Module):
+    """A linear model whose exit's head overflows on large inputs, and whose backbone does not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.classify = nn.Linear(1, 1), nn.Linear(1, 1), nn.Linear(1, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.classify(torch.relu(self.second(torch.relu(self.first(x)))))
+        return logits
+
+
+@pytest.mark.parametrize("ending", ["onnx", "onnx.zip", "pt2"])
+def test_a_score_that_is_not_finite_on_the_way_is_reported(ending: str, tmp_path: Path) -> None:
+    """NaN at exit 0, and a finite score at the exit that is taken."""
+    if ending.startswith("onnx"):
+        pytest.importorskip("onnxruntime")
+    torch.manual_seed(0)
+    ee = exitkit.attach(_Forgets().eval(), torch.ones(2, 1), every=1, method="sdn", head="1L").eval()
+    with torch.no_grad():
+        for parameter in [*ee.backbone.parameters(), *ee.classifiers.parameters()]:
+            parameter.zero_()
+        ee.backbone.first.weight.fill_(1.0)  # type: ignore[union-attr]
+        (weight,) = (one for one in ee.classifiers[0].parameters() if one.shape == (2, 1))
+        weight[0] = 1e35
+    x = torch.tensor([[1.0], [1e5], [0.0], [2e4]])
+    assert ee(x).logits[0].log_softmax(-1).isnan().any(1).tolist() == [False, True, False, True]
+    assert ee(x).logits[1].isfinite().all()
+    exitkit.export(ee, tmp_path / f"model.{ending}", 0.9)
+    for answers in (exitkit.compile(ee, 0.9), exitkit.load(tmp_path / f"model.{ending}")):
+        prediction = answers(x)
+        assert prediction.exit.tolist() == [0, 1, 1, 1]
+        assert prediction.non_finite.tolist() == [False, True, False, True]
+        assert prediction.score.isfinite().all()
+        assert [bool(answers(row).non_finite) for row in x.split(1)] == [False, True, False, True]
 
 
 def test_bfloat16_is_not_for_onnx(tmp_path: Path) -> None:

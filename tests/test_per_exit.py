@@ -139,7 +139,7 @@ def test_a_path_goes_from_careful_to_bold_and_can_be_tested() -> None:
     assert chosen.found
     assert cost == pytest.approx(chosen.cost)
     assert cost < 1
-    assert fresh.accuracy()[-1] - accuracy <= chosen.measured <= 0.03
+    assert fresh.accuracy()[-1] - accuracy <= chosen.guarantee.measured <= 0.03
 
 
 @pytest.mark.parametrize("budget", [0.25, 0.0, -1.0, float("nan")])

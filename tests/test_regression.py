@@ -16,7 +16,7 @@ from torch import Tensor
 import exitkit
 from exitkit import ExitkitError
 from exitkit.evaluation import RegressionOutputs
-from exitkit.methods import criteria
+from exitkit.methods.criteria import Tolerance
 from tests.toy import TinyNet, images
 
 X = torch.randn(2, 1, 8, 8)
@@ -46,7 +46,7 @@ def drawn(draw: st.DrawFn) -> RegressionOutputs:
         torch.tensor(labels),
         1 + torch.tensor(steps).cumsum(0),
         4.0,
-        times=draw(st.integers(1, 3)),
+        criterion=Tolerance(draw(st.integers(1, 3))).name,
     )
 
 
@@ -76,16 +76,18 @@ def leaves(predictions: list[float], tolerance: float, times: int) -> int:
 @settings(max_examples=100, deadline=None, derandomize=True, database=None)
 @given(outputs=drawn(), tolerance=st.sampled_from([0.5, 1.0, 1.5, 2.0, 3.0, 7.0]))
 def test_a_sample_leaves_after_small_changes_in_a_row(outputs: RegressionOutputs, tolerance: float) -> None:
-    expected = [leaves(row, tolerance, outputs.times) for row in outputs.predictions.tolist()]
+    times = int(outputs.criterion.partition("-")[2] or 1)
+    expected = [leaves(row, tolerance, times) for row in outputs.predictions.tolist()]
     assert outputs.exits_at(-tolerance).tolist() == expected
 
 
 def test_scores_are_the_largest_of_the_last_changes() -> None:
     lowest = torch.finfo(torch.float32).min
     predictions = torch.tensor([[1.0, 3.0, 3.5, 3.25]])
-    assert criteria.tolerance(predictions).tolist() == [[lowest, -2.0, -0.5, -0.25]]
-    assert criteria.tolerance(predictions, 2).tolist() == [[lowest, lowest, -2.0, -0.5]]
-    assert criteria.tolerance(predictions, 9).tolist() == [[lowest] * 4]
+    predictions = predictions[..., None]
+    assert Tolerance().score(predictions).tolist() == [[lowest, -2.0, -0.5, -0.25]]
+    assert Tolerance(2).score(predictions).tolist() == [[lowest, lowest, -2.0, -0.5]]
+    assert Tolerance(9).score(predictions).tolist() == [[lowest] * 4]
 
 
 # curves --------------------------------------------------------------------------------------------------------------
@@ -167,12 +169,12 @@ def test_times_go_from_the_method_to_the_outputs() -> None:
 
 
 def test_outputs_come_back(tmp_path: Path) -> None:
-    outputs = RegressionOutputs(torch.randn(5, 3), torch.randn(5), [1, 2, 3], 3.5, times=2)
+    outputs = RegressionOutputs(torch.randn(5, 3), torch.randn(5), [1, 2, 3], 3.5, criterion="tolerance-2")
     outputs.save(tmp_path / "o.safetensors")
     again = RegressionOutputs.load(tmp_path / "o.safetensors")
     assert torch.equal(again.predictions, outputs.predictions)
     assert torch.equal(again.labels, outputs.labels)
-    assert (again.times, again.criterion, again.backbone_macs) == (2, "tolerance", 3.5)
+    assert (again.criterion, again.backbone_macs) == ("tolerance-2", 3.5)
     with pytest.raises(ExitkitError, match=r"holds predictions of a regression.*RegressionOutputs\.load"):
         exitkit.ExitOutputs.load(tmp_path / "o.safetensors")
 
@@ -199,10 +201,14 @@ def test_methods_that_need_classes(method: Any) -> None:
 
 
 def test_tolerance_is_not_for_classes() -> None:
-    with pytest.raises(ExitkitError, match="criterion='tolerance' is for regression, but TinyNet has 3 classes"):
+    with pytest.raises(
+        ExitkitError, match="criterion='tolerance' is for regression, but the model has 3 outputs; use 'patience'"
+    ):
         exitkit.attach(TinyNet(), X, method=exitkit.PBEE(criterion="tolerance"))
-    with pytest.raises(ExitkitError, match="criterion='tolerance' is unknown"):
-        criteria.scores(torch.zeros(2, 2, 3), "tolerance")
+    outputs = exitkit.ExitOutputs(torch.zeros(4, 3, 2), torch.zeros(4).long(), [1, 2, 3], 3.0)
+    for ask in (outputs.scores, outputs.curve, lambda criterion: outputs.exits_at(-0.1, criterion)):
+        with pytest.raises(ExitkitError, match="criterion='tolerance' is for regression, but the model has 2 outputs"):
+            ask("tolerance")
 
 
 @pytest.mark.parametrize("times", [0, -1, 1.5, True])
@@ -239,7 +245,7 @@ def test_what_regression_cannot_answer() -> None:
         outputs.hindsight_improvability()
     with pytest.raises(ExitkitError, match="labels are all the same"):
         outputs.curve()
-    with pytest.raises(ExitkitError, match="criterion='confidence' is unknown"):
+    with pytest.raises(ExitkitError, match=r"criterion='confidence' is for classes.*use 'tolerance'"):
         outputs.scores("confidence")
     with pytest.raises(ExitkitError, match="measure='mse' is unknown"):
         outputs.curve(measure="mse")  # type: ignore[arg-type]

@@ -91,9 +91,11 @@ def test_thinned_points_keep_ends_best_budgets_and_the_chosen_threshold() -> Non
     shown = set(zip(points.curve.thresholds, points.curve.accuracy, points.curve.cost, strict=True))
     assert len(curve.cost) > 4_000
     assert len(shown) < 60
-    assert {tuple(point) for point in wanted} <= shown
+    assert {(point.threshold, point.accuracy, point.cost) for point in wanted} <= shown
     start = points.start
-    assert (0.7, points.curve.accuracy[start], points.curve.cost[start]) == curve.at_threshold(0.7)
+    expected = curve.at_threshold(0.7)
+    assert (points.curve.accuracy[start], points.curve.cost[start]) == (expected.accuracy, expected.cost)
+    assert points.curve.thresholds[start] == expected.threshold == 0.7
     assert (np.diff(points.curve.thresholds) > 0).all()
     for place in (start - 1, start, start + 1):
         assert points.exits[place].tolist() == np.bincount(outputs.exits_at(points.curve.thresholds[place])).tolist()
@@ -202,7 +204,7 @@ def test_calibration_is_checked_on_the_other_samples_and_kept(tmp_path: Path) ->
     write_thresholds(tmp_path, {"ztw": one})
     assert {name: result.calibrated for name, result in read_run(tmp_path).results.items()} == {"sdn": one, "ztw": one}
     page = write_report([tmp_path])
-    assert one.chosen.guarantee in page.read_text("utf-8")
+    assert str(one.chosen.guarantee) in page.read_text("utf-8")
     method = data_of(page)["methods"][0]
     assert method["right"][method["start"]] / 3_000 == outputs.curve().at_threshold(one.chosen.threshold).accuracy
 
@@ -211,7 +213,7 @@ def test_all_samples_may_choose_and_other_samples_may_be_given() -> None:
     outputs, other = made(2_000), made(1_000, seed=1)
     assert calibrated(outputs, None, 1, 0, max_drop=0.05).check is None
     one = calibrated(outputs, other, 0.5, 0, max_drop=0.05)
-    assert one.chosen.samples == 1_000
+    assert one.chosen.guarantee.samples == 1_000
     assert one.check is not None
     assert one.check.samples == 2_000
     outputs, other = (replace(one, hashes=torch.arange(len(one))) for one in (outputs, other))

@@ -12,6 +12,7 @@ import torch
 import exitkit
 from exitkit import ExitkitError
 from exitkit.evaluation import ChosenThreshold, ExitOutputs, ShiftMonitor
+from exitkit.methods.policy import ExitPolicy
 from tests.toy import TinyNet, images, noisy
 
 
@@ -46,21 +47,20 @@ def test_a_guarantee_goes_with_the_exits(
     again = exitkit.MultiExitModel.from_pretrained(ee.backbone, tmp_path, images())
     assert again.threshold == chosen
     card = (tmp_path / "README.md").read_text()
-    assert chosen.guarantee in card
+    assert str(chosen.guarantee) in card
     engine = exitkit.compile(again)
     assert set(engine.thresholds) == {chosen.threshold}
     assert engine(images(600)).exit.tolist() == outputs.exits_at(chosen.threshold).tolist()
     exitkit.export(again, tmp_path / "model.pt2")
     loaded = exitkit.load(tmp_path / "model.pt2")
-    assert loaded.description is not None
-    assert loaded.description.guarantee == chosen.guarantee
+    assert loaded.policy == chosen
 
 
 def test_thresholds_per_exit_come_back(ee: exitkit.MultiExitModel, outputs: ExitOutputs, tmp_path: Path) -> None:
     labelled = outputs.against_backbone()
     ee.save_pretrained(tmp_path, threshold=(0.5, 0.9, 0.7), outputs=labelled)
     again = exitkit.MultiExitModel.from_pretrained(ee.backbone, tmp_path, images())
-    assert again.threshold == (0.5, 0.9, 0.7)
+    assert again.threshold == ExitPolicy((0.5, 0.9, 0.7), "confidence")
     exits = labelled.exits_at((0.5, 0.9, 0.7))
     accuracy = labelled.correct[range(600), exits].double().mean()
     assert (
@@ -72,8 +72,8 @@ def test_thresholds_per_exit_come_back(ee: exitkit.MultiExitModel, outputs: Exit
 @pytest.mark.parametrize(
     ("changes", "arguments", "message"),
     [
-        ({}, {"criterion": "margin"}, r"chosen with criterion 'confidence', but the engine uses 'margin'"),
-        ({"dtype": "bfloat16"}, {}, r"chosen with dtype 'bfloat16', but the engine uses 'float32'"),
+        ({}, {"criterion": "margin"}, r"criterion='margin', but the threshold is for 'confidence'"),
+        ({"dtype": "bfloat16"}, {}, r"scores with dtype 'bfloat16', but these have 'float32'"),
     ],
 )
 def test_a_guarantee_for_something_else_is_refused(
@@ -86,8 +86,8 @@ def test_a_guarantee_for_something_else_is_refused(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"criterion": "margin"}, r"chosen with criterion 'margin', but the engine uses 'confidence'"),
-        ({"dtype": "bfloat16"}, r"chosen with dtype 'bfloat16', but the engine uses 'float32'"),
+        ({"criterion": "margin"}, r"threshold is for scores with criterion 'margin', but these have 'confidence'"),
+        ({"dtype": "bfloat16"}, r"threshold is for scores with dtype 'bfloat16', but these have 'float32'"),
     ],
 )
 def test_an_engine_refuses_a_guarantee_for_something_else(
@@ -106,23 +106,48 @@ def test_an_engine_refuses_a_guarantee_for_something_else(
 def test_another_threshold_brings_its_own_promise(package: Path, chosen: ChosenThreshold) -> None:
     engine = exitkit.load(package, threshold=0.5)
     assert isinstance(engine, exitkit.Engine)
-    assert engine.description is not None
-    assert (engine.description.guarantee, engine.description.thresholds) == (None, engine.thresholds)
-    again = engine.at(chosen)
-    assert again.description is not None
-    assert again.description.guarantee == chosen.guarantee
+    assert engine.policy == ExitPolicy((0.5,) * 3, "confidence")
+    assert engine.at(chosen).policy == chosen
+    assert engine.at(chosen.threshold).policy.guarantee is None  # a number alone promises nothing
 
 
 def test_a_loaded_engine_tells_its_monitor_too(package: Path, outputs: ExitOutputs, chosen: ChosenThreshold) -> None:
     monitor = ShiftMonitor(outputs, chosen.threshold)
-    exitkit.load(package, monitor=monitor)(images(600))
+    exitkit.load(package, monitor=monitor)(images(600))  # type: ignore[operator]
     assert monitor.report().samples == 600
-    with pytest.raises(ExitkitError, match="monitor compares scores with criterion 'margin', but the engine's have"):
+    with pytest.raises(
+        ExitkitError, match="monitor is for scores with criterion 'margin', but these have 'confidence'"
+    ):
         exitkit.load(package, monitor=ShiftMonitor(outputs, 0.5, criterion="margin"))
     with pytest.raises(ExitkitError, match=r"monitor is float; give a ShiftMonitor"):
         exitkit.load(package, monitor=0.5)  # type: ignore[arg-type]
     with pytest.raises(ExitkitError, match=r"a single \.onnx .* tells no monitor"):
         exitkit.load("model.onnx", monitor=monitor)
+
+
+def test_a_monitor_of_other_thresholds_is_refused(
+    ee: exitkit.MultiExitModel, outputs: ExitOutputs, chosen: ChosenThreshold, package: Path
+) -> None:
+    """All answers would look like a shift."""
+    message = r"monitor is for τ = 0.8, but the engine has .*so that all answers would look like a shift"
+    monitor = ShiftMonitor(outputs, 0.8)
+    for use in (
+        lambda: exitkit.compile(ee, 0.5, monitor=monitor),
+        lambda: exitkit.compile(ee, (0.8, 0.8, 0.5), monitor=monitor),
+        lambda: exitkit.compile(ee, 0.8).at(0.5).watched(monitor),
+        lambda: exitkit.compile(ee, chosen, monitor=monitor),
+        lambda: exitkit.load(package, monitor=monitor),
+        lambda: exitkit.load(package, threshold=0.5, monitor=monitor),
+    ):
+        with pytest.raises(ExitkitError, match=message):
+            use()
+    for engine in (
+        exitkit.compile(ee, (0.8,) * 3, monitor=monitor),
+        exitkit.load(package, threshold=0.8, monitor=monitor),
+    ):
+        assert engine.monitor is monitor  # type: ignore[union-attr]
+    promised = ShiftMonitor(outputs, chosen)
+    assert exitkit.compile(ee, chosen, monitor=promised).monitor is promised
 
 
 def test_the_engine_tells_its_monitor(ee: exitkit.MultiExitModel, outputs: ExitOutputs) -> None:

@@ -120,7 +120,8 @@ class Engine:
         A batch for which memory does not suffice is answered in parts, with a warning.
 
         Raises:
-            ArgumentError: other tensors than the model was attached with: names, sizes, dtype or device.
+            ArgumentError: other tensors than the model was attached with: names, sizes, dtype or device; or the model was
+                converted or moved after it was compiled.
         """
         tensors = self.inputs.checked(args, kwargs)
         with torch.inference_mode():

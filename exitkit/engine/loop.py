@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from exitkit.common.errors import ArgumentError
 from exitkit.engine.batch_state import BatchState, Gather, gather, select
 from exitkit.engine.decision import Group, Split, split
+from exitkit.engine.lowering import StageWithExit
 from exitkit.engine.plan import Timings
-from exitkit.engine.program import Program
+from exitkit.engine.program import Program, Step
 from exitkit.methods.policy import ExitPolicy
 
 
@@ -44,6 +46,23 @@ class Answers(NamedTuple):
     non_finite: Tensor
 
 
+def run(step: Step, values: Mapping[str, Any]) -> Sequence[Any]:
+    """What a step makes of the values.
+
+    Raises:
+        ArgumentError: the model was converted to another dtype, or moved, after it was compiled.
+    """
+    try:
+        return step.run(*[values[name] for name in step.inputs])
+    except RuntimeError as error:
+        if isinstance(step.run, StageWithExit) and step.run.converted():
+            raise ArgumentError(
+                "the model was converted to another dtype or moved to another device after it was compiled, and the engine "
+                "shares its weights; compile it again"
+            ) from error
+        raise
+
+
 @dataclass(frozen=True)
 class Loop:
     """What the engine does with a batch, step by step. Keeps nothing between calls.
@@ -67,7 +86,7 @@ class Loop:
         values = dict(zip(self.program.inputs.names, tensors, strict=True))
         finite = True
         for step, threshold in zip(self.program.steps, (*self.policy.thresholds, float("-inf")), strict=True):
-            made = step.run(*[values[name] for name in step.inputs])
+            made = run(step, values)
             values.update(zip(step.outputs, made, strict=False))
             values = {name: values[name] for name in step.live}
             if step.decides:
@@ -89,7 +108,7 @@ class Loop:
     def run_step(self, batch: BatchState, index: int) -> tuple[BatchState | None, list[Answers]]:
         """Run one step: the samples that go on (None: there are none), and those that leave."""
         step = self.program.steps[index]
-        made = step.run(*(batch.values[name] for name in step.inputs))
+        made = run(step, batch.values)
         values = batch.values | dict(zip(step.outputs, made, strict=False))
         batch.values = {name: values[name] for name in step.live}
         if not step.decides:

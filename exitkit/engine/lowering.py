@@ -85,6 +85,14 @@ class StageWithExit(nn.Module):
         self.stage_inputs, self.stage_outputs = stage.inputs, stage.outputs
         self.leave = leave
         self.inputs, self.outputs = tuple(inputs), tuple(outputs)
+        self.made_for = self._kinds()
+
+    def converted(self) -> bool:
+        """Whether the model, whose weights are shared, was converted or moved since."""
+        return self.made_for != self._kinds()
+
+    def _kinds(self) -> list[tuple[torch.dtype, torch.device]]:
+        return [(parameter.dtype, parameter.device) for parameter in self.parameters()]
 
     def forward(self, *values: Any) -> tuple[Any, ...]:
         named = dict(zip(self.inputs, values, strict=True))

@@ -99,7 +99,7 @@ class Plan:
     def _verdict(self, exit_: int, batch: int) -> str:
         if exit_ in self.skipped:
             return "skipped: costs more than it saves"
-        return "kept" if self.gain(exit_, batch) > 0 else "kept, though it costs more than it saves"
+        return "kept" if self.gain(exit_, batch) > 0 else "kept: costs more than it saves"
 
     def _leave_from(self, step: int, batch: int) -> str:
         """How many samples must have their answer for the others to go on without them."""

@@ -29,6 +29,7 @@ from exitkit.methods.policy import (
     check_same_scores,
     checked_temperatures,
 )
+from exitkit.methods.presets import check_task
 
 
 class ExitChoice(NamedTuple):
@@ -188,8 +189,13 @@ class ExitOutputs:
         return accuracy
 
     def scores(self, criterion: str | Criterion | None = None) -> Tensor:
-        """(N, M+1) float64: how sure each exit is; a sample leaves at the first exit whose score is strictly above τ."""
+        """(N, M+1) float64: how sure each exit is; a sample leaves at the first exit whose score is strictly above τ.
+
+        Raises:
+            ArgumentError: an unknown criterion, or one for a regression where there are classes, or the other way round.
+        """
         scored = as_criterion(criterion or self.criterion)
+        check_task(scored, self.log_probs.shape[2])
         return torch.cat([scored.score(rows) for rows in self.chunks()])
 
     def policy(self, threshold: Threshold, criterion: str | Criterion | None = None) -> ExitPolicy:

@@ -14,7 +14,7 @@ from exitkit.common.errors import ArgumentError, unknown_name
 from exitkit.evaluation.curve import Curve, sweep
 from exitkit.evaluation.files import REGRESSION
 from exitkit.evaluation.outputs import ExitOutputs
-from exitkit.methods.criteria import Criterion, Tolerance, as_criterion
+from exitkit.methods.criteria import Criterion
 
 Measure = Literal["pearson", "r2"]
 
@@ -66,13 +66,6 @@ class RegressionOutputs(ExitOutputs):
         """(M+1,): mean squared error of each exit."""
         errors: NDArray[np.float64] = self._squared_errors().mean(0)
         return errors
-
-    def scores(self, criterion: str | Criterion | None = None) -> Tensor:
-        """(N, M+1) float64: minus the largest of the last changes."""
-        scored = as_criterion(criterion or self.criterion)
-        if not isinstance(scored, Tolerance):
-            raise unknown_name("criterion", scored.name, ["tolerance"], "The others compare probabilities of classes.")
-        return scored.score(self.log_probs)
 
     def curve(
         self,

@@ -124,13 +124,13 @@ def for_outputs(method: Method, outputs: int, model: str) -> Method:
     if outputs > 1:
         check_task(method.score, outputs)
         return method
-    if method.linked or not isinstance(method.score, Patience | Tolerance):
+    if method.linked or not (method.score.regression or isinstance(method.score, Patience)):
         raise ArgumentError(
             f"{model} has 1 output, which is regression, and method={method.name!r} needs logits of at least two classes. Use "
             "method='pbee', which leaves once predictions stop changing; or give a binary classifier two outputs (logits 0 "
             "and z are the same decision)"
         )
-    return replace(method, criterion=Tolerance(method.times))
+    return method if method.score.regression else replace(method, criterion=Tolerance(method.times))
 
 
 def check_task(criterion: Criterion, outputs: int) -> None:

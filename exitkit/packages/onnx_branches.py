@@ -31,7 +31,9 @@ class Branches(nn.Module):
     def __init__(self, program: Program, thresholds: Sequence[float]) -> None:
         super().__init__()
         self.program = program
-        self.thresholds = tuple(thresholds)
+        limits = torch.tensor([*thresholds], dtype=torch.float64)  # a plain number would become float32 in the graph
+        self.register_buffer("limits", limits, persistent=False)
+        self.limits: Tensor
         self.runs = nn.ModuleList(cast("nn.Module", step.run) for step in program.steps)
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -53,7 +55,7 @@ class Branches(nn.Module):
         def stay(*operands: Tensor) -> tuple[Tensor, ...]:
             return self._from(index + 1, dict(zip(step.live, operands[4:], strict=True)), operands[3])
 
-        sure = (score > self.thresholds[step.exit]).all()
+        sure = (score > self.limits[step.exit]).all()
         operands = (answer, exit_, score, faulty, *(values[name] for name in step.live))
         result: tuple[Tensor, ...] = torch.cond(sure, leave, stay, operands)
         return result
