@@ -142,6 +142,8 @@ def preprocessing_from_json(data: dict[str, Any] | None) -> Preprocessing | None
     source, rest = "the package's preprocessing", {key: value for key, value in data.items() if key != "kind"}
     if data.get("kind") == "text":
         return build(TextPreprocessing, rest, source)
+    if data.get("kind") != "image":
+        raise FileError(f"{source} is of kind {str(data.get('kind'))[:40]!r}; it must be 'image' or 'text'")
     made = build(ImagePreprocessing, rest, source)
     if math.prod(made.size) > MOST_VALUES or not len(made.mean) == len(made.std) == made.size[0]:
         raise FileError(f"{source} is damaged: size {made.size}, {len(made.mean)} means, {len(made.std)} deviations")

@@ -150,7 +150,9 @@ def _run(manifest: Manifest, entry: StepEntry, content: bytes, device: torch.dev
             return load_step(file, entry.channels_last)
     exported = torch.export.load(io.BytesIO(content))
     signature = exported.graph_signature
-    if (len(signature.user_inputs), len(signature.user_outputs)) != (len(entry.inputs), results):
+    made = exported.graph.output_node().args[0]
+    sizes = (len(signature.user_inputs), len(signature.user_outputs))
+    if sizes != (len(entry.inputs), results) or made[-2].meta["val"].shape[-1] != manifest.num_classes:  # type: ignore
         raise FileError(f"step {entry.exit} takes or returns other values than its manifest says; export it again")
     moved = move_to_device_pass(exported, str(device))
     run: Callable[..., Sequence[Any]] = moved.module(check_guards=False)
