@@ -130,9 +130,7 @@ def _in_a_branch(model: Any) -> Any:
 
 def _in_a_function(model: Any) -> Any:
     function = onnx.helper.make_function("own", "F", [], ["y"], [onnx.helper.make_node("Constant", [], ["y"])], [])
-    function.node[0].attribute.append(
-        onnx.helper.make_attribute("value", onnx.helper.make_tensor("c", 1, [1], [0.0]))
-    )
+    function.node[0].attribute.append(onnx.helper.make_attribute("value", onnx.helper.make_tensor("c", 1, [1], [0.0])))
     model.functions.append(function)
     return model.functions[-1].node[0].attribute[0].t
 
@@ -146,7 +144,11 @@ def _sparse(model: Any) -> Any:
 @pytest.mark.parametrize("place", [_initializer, _constant, _in_a_branch, _in_a_function, _sparse])
 @pytest.mark.parametrize("ending", [".onnx", ".onnx.zip"])
 def test_no_other_file_is_read(
-    packages: dict[str, Path], tmp_path: Path, ending: str, place: Callable[[Any], Any], monkeypatch: pytest.MonkeyPatch
+    packages: dict[str, Path],
+    tmp_path: Path,
+    ending: str,
+    place: Callable[[Any], Any],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """onnxruntime reads external data from wherever the graph says, and its bytes come back as logits."""
     monkeypatch.chdir(tmp_path)
@@ -228,7 +230,7 @@ LIES: dict[str, Callable[[dict[str, Any]], Any]] = {
     "standard deviation": lambda m: m["preprocessing"].update(std=[0.0]),
     "means": lambda m: m["preprocessing"].update(mean=[0.5, 0.5]),
     "versions": lambda m: m.update(versions=3),
-    "axes": lambda m: m.update(axes={name: 99 for name in m["axes"]}),
+    "axes": lambda m: m.update(axes=dict.fromkeys(m["axes"], 99)),
     "exits": lambda m: m.update(exits=[["a", "b"], ["c", "d"]]),
     "format": lambda m: m.update(format="exitkit-package-2"),
     "format as list": lambda m: m.update(format=["exitkit-package-3"]),

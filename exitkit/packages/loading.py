@@ -152,7 +152,7 @@ def _run(manifest: Manifest, entry: StepEntry, content: bytes, device: torch.dev
     signature = exported.graph_signature
     made = exported.graph.output_node().args[0]
     sizes = (len(signature.user_inputs), len(signature.user_outputs))
-    if sizes != (len(entry.inputs), results) or made[-2].meta["val"].shape[-1] != manifest.num_classes:  # type: ignore
+    if sizes != (len(entry.inputs), results) or made[-2].meta["val"].shape[-1] != manifest.num_classes:
         raise FileError(f"step {entry.exit} takes or returns other values than its manifest says; export it again")
     moved = move_to_device_pass(exported, str(device))
     run: Callable[..., Sequence[Any]] = moved.module(check_guards=False)
