@@ -111,10 +111,18 @@ def _fits(value: Any, kind: Any) -> bool:
         return any(type(value) is type(one) and value == one for one in get_args(kind))
     if kind in (int, float):
         wanted = Integral if kind is int else Real
-        return isinstance(value, wanted) and not isinstance(value, bool | np.bool_) and not math.isnan(value)
+        return isinstance(value, wanted) and not isinstance(value, bool | np.bool_) and _is_representable(value)
     if kind in (None, NoneType):
         return value is None
     return not isinstance(kind, type) or isinstance(value, kind)
+
+
+def _is_representable(value: Any) -> bool:
+    """Whether it is a number in double precision: not NaN, and not 10**400."""
+    try:
+        return not math.isnan(value)
+    except OverflowError:
+        return False
 
 
 def _words(kind: Any) -> str:

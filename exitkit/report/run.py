@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from exitkit.common.checks import Count, Positive
+from exitkit.common.console import printable
 from exitkit.common.errors import ArgumentError, FileError, unknown_name
 from exitkit.common.files import replacing
 from exitkit.common.schema import build, read_json, to_json
@@ -171,7 +172,7 @@ def _outputs_in(directory: Path) -> dict[str, Path]:
 
 
 def _name(path: Path) -> str:
-    return path.name.removesuffix(_SUFFIX).removeprefix(_OUTPUTS)
+    return printable(path.name.removesuffix(_SUFFIX).removeprefix(_OUTPUTS))
 
 
 def _read_results(path: Path) -> tuple[dict[str, Any], dict[str, tuple[Stage, ...]]]:

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from exitkit.common.errors import ArgumentError, ExitkitError, FileError
-from exitkit.common.files import replacing
+from exitkit.common.files import locked, read_together, replacing
 from exitkit.evaluation.outputs import ExitOutputs
 from exitkit.methods.policy import ExitPolicy, Threshold
 from exitkit.methods.presets import Method
@@ -52,7 +52,9 @@ def save_exits(
     folder = Path(directory)
     if folder.exists() and not folder.is_dir():
         raise ArgumentError(f"directory={str(directory)!r} is a file; name a folder")
-    _write(model, configuration(model, threshold, outputs), folder, "path/to/this/folder")
+    config = configuration(model, threshold, outputs)
+    with locked(folder):
+        _write(model, config, folder, "path/to/this/folder")
 
 
 def push_exits(
@@ -82,8 +84,7 @@ def load_exits(
             "(exitkit.detach(ee), for a model that has exits)"
         )
     folder = hub.fetch(source, [CONFIG, WEIGHTS], revision, token)
-    config = read_configuration(folder / CONFIG)
-    weights = _read_weights(folder / config["weights"])
+    config, weights = read_together(lambda: _read(folder))
     _compare(config["tensors"], without(tensor_lines(backbone), config["new_head"]), source, backbone)
     with unchanged_on_error(backbone):
         model = _attached(backbone, inputs, config, source)
@@ -124,6 +125,11 @@ def _write(model: MultiExitModel, config: Mapping[str, Any], folder: Path, sourc
     for older in folder.glob(WEIGHTS):
         if older.name != name:
             older.unlink(missing_ok=True)
+
+
+def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    config = read_configuration(folder / CONFIG)
+    return config, _read_weights(folder / config["weights"])
 
 
 def _read_weights(path: Path) -> dict[str, Tensor]:
