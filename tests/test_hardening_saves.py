@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ import torch
 import exitkit
 from exitkit.common.errors import FileError
 from exitkit.common.files import replacing
+from exitkit.multi_exit.saving import folder
 from tests.toy import TinyNet, images
 
 SAVER = """
@@ -66,6 +68,46 @@ def test_two_savers_and_a_reader(tmp_path: Path) -> None:
     last = exitkit.MultiExitModel.from_pretrained(net, tmp_path, images())
     assert float(next(last.classifiers.parameters()).detach().flatten()[0]) in (1024.0, 2024.0)
     assert len(list(tmp_path.glob("exits-*.safetensors"))) == 1
+
+
+def test_a_save_inside_another_loses_neither(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second save begins where the first has written its weights, but not yet the configuration that names them."""
+    torch.manual_seed(0)
+    net = TinyNet().eval()
+    first, second = (exitkit.attach(net, images(), every=2, method="sdn") for _ in range(2))
+    others: list[threading.Thread] = []
+
+    def interrupted(path: Path) -> Any:
+        if path.name == "config.json" and not others:
+            others.append(threading.Thread(target=second.save_pretrained, args=(tmp_path,)))
+            others[0].start()
+            others[0].join(1.0)  # it waits for the first, or runs to its end
+        return replacing(path)
+
+    monkeypatch.setattr(folder, "replacing", interrupted)
+    first.save_pretrained(tmp_path)
+    others[0].join()
+    exitkit.MultiExitModel.from_pretrained(net, tmp_path, images())
+
+
+def test_a_read_inside_a_save_begins_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    net = TinyNet().eval()
+    first, second = (exitkit.attach(net, images(), every=2, method="sdn") for _ in range(2))
+    first.save_pretrained(tmp_path)
+    read, reads = folder.read_configuration, []
+
+    def overtaken(path: Path) -> Any:
+        config = read(path)
+        if not reads:
+            second.save_pretrained(tmp_path)
+        reads.append(path)
+        return config
+
+    monkeypatch.setattr(folder, "read_configuration", overtaken)
+    loaded = exitkit.MultiExitModel.from_pretrained(net, tmp_path, images())
+    pairs = zip(loaded.classifiers.parameters(), second.classifiers.parameters(), strict=True)
+    assert all(torch.equal(one, other) for one, other in pairs)
 
 
 def test_the_umask_is_never_touched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
