@@ -8,6 +8,7 @@ thresholds is needed. Early exits in this setting: Jazbec et al. 2024, Fast yet 
 from __future__ import annotations
 
 import math
+import warnings
 from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -29,7 +30,7 @@ from exitkit.calibration.risks import Risk, RiskFunction, RiskName, as_risk
 from exitkit.common.errors import ArgumentError, unknown_name
 from exitkit.evaluation.outputs import ExitOutputs, check_outputs
 from exitkit.methods.criteria import Criterion
-from exitkit.methods.policy import ExitPolicy, Guarantee
+from exitkit.methods.policy import ExitPolicy, FittedTemperatures, Guarantee
 
 Procedure = Literal["ltt", "ucb", "crc"]
 _Passes = Callable[[NDArray[np.float64]], bool]
@@ -71,7 +72,11 @@ def choose_threshold(
     """The cheapest policy whose risk is at most ``max_drop``, with a guarantee for new samples like these.
 
     Args:
-        outputs: of held-out samples, which neither trained anything nor chose ``path`` or temperatures.
+        outputs: of held-out samples, which neither trained anything nor chose ``path`` or temperatures. Where they have
+            content hashes, samples that repeat others are named in a warning, and τ must pass the test with them and
+            without: copies would count as evidence that there is not, and without repeats that are real (short texts) the
+            samples would be others than those to come. Samples that depend on one another in other ways (frames of a video,
+            augmented copies) cannot be noticed; use one of each.
         max_drop: the bound on the risk, in (0, 1).
         confidence: how often, over calibration splits, the promise is to hold.
         risk: ``"accuracy_drop"`` (the full model right and the exit wrong: what exits put right is not credited, so it
@@ -86,8 +91,9 @@ def choose_threshold(
         exclude: the training samples (their outputs, or ``content_hashes(loader)``); sharing one with them is an error.
 
     Raises:
-        ExitkitError: bounds out of range, too few samples (the message says how many would do), missing labels, samples
-            shared with ``exclude`` or ``path``, a path of other exits or another criterion.
+        ArgumentError: bounds out of range, too few samples (the message says how many would do), missing labels, samples
+            shared with ``exclude``, with ``path`` or with those that temperatures were fitted on, a path of other exits or
+            another criterion.
     """
     _check(outputs, max_drop, confidence, method)
     for name, value, kinds in (("path", path, (ThresholdPath,)), ("exclude", exclude, (ExitOutputs, Tensor))):
@@ -97,27 +103,53 @@ def choose_threshold(
             )
     chosen, nobody = as_risk(risk), outputs.policy(float("inf"), criterion)
     refuse_shared(outputs, exclude, "exclude")
+    if isinstance(outputs.temperatures, FittedTemperatures) and outputs.hashes is not None:
+        refuse_shared(outputs, outputs.temperatures.hashes, "temperatures")
     rows = _rows(outputs, nobody, path)
     losses, binary = chosen.losses(outputs)
     passes = _test(method, chosen.limit(max_drop), 1 - confidence, binary)
-    _check_count(len(outputs), passes, chosen, max_drop)
+    distinct = _distinct(outputs)
+    _check_count(len(distinct), passes, chosen, max_drop)
+    if len(distinct) < len(outputs):
+        passes = _with_and_without_repeats(passes, distinct)
     scores = outputs.scores(nobody.criterion)[:, :-1].numpy()
     last, exits = _walk(scores, losses, rows, passes, monotone=method == "crc")
     cost = outputs.costs[exits]
     spread = _NORMAL_95 * float(cost.std()) / math.sqrt(len(cost))
     guarantee = Guarantee(
-        words=_words(chosen, method, max_drop, confidence, len(outputs), last),
+        words=_words(
+            chosen, method, max_drop, confidence, len(distinct), last, bool((exits < losses.shape[1] - 1).any())
+        ),
         found=last > 0,
         risk=chosen.name,
         method=method,
         max_drop=max_drop,
         confidence=None if method == "crc" else confidence,
         measured=chosen.unscaled(float(losses[np.arange(len(losses)), exits].mean())),
-        samples=len(outputs),
+        samples=len(distinct),
         cost=float(cost.mean()),
         cost_interval=(float(cost.mean()) - spread, float(cost.mean()) + spread),
     )
     return replace(nobody.at(*rows[max(last, 0)].tolist()), guarantee=guarantee)
+
+
+def _distinct(outputs: ExitOutputs) -> NDArray[np.int64]:
+    """The first of each sample, by content hash, in order; all where there are no hashes."""
+    if outputs.hashes is None:
+        return np.arange(len(outputs))
+    first = np.sort(np.unique(outputs.hashes.numpy(), return_index=True)[1])
+    if repeated := len(outputs) - len(first):
+        warnings.warn(
+            f"{repeated} of the {len(outputs)} calibration samples repeat others; the promise is that of the {len(first)} "
+            "distinct ones. Leave the repeats out, unless inputs really come that often",
+            stacklevel=3,
+        )
+    return first
+
+
+def _with_and_without_repeats(passes: _Passes, distinct: NDArray[np.int64]) -> _Passes:
+    """Both tests: the one holds where the repeats are copies, the other where inputs really come that often."""
+    return lambda losses: passes(losses[distinct]) and passes(losses)
 
 
 def refuse_shared(outputs: ExitOutputs, other: ExitOutputs | Tensor | None, name: str) -> None:
@@ -228,13 +260,16 @@ def _check_count(samples: int, passes: _Passes, risk: Risk, max_drop: float) -> 
         )
 
 
-def _words(risk: Risk, method: Procedure, max_drop: float, confidence: float, samples: int, last: int) -> str:
+def _words(
+    risk: Risk, method: Procedure, max_drop: float, confidence: float, samples: int, last: int, leaving: bool
+) -> str:
     if last < 0:
         return f"None: not even the full model passed the test that {risk.words} is at most {max_drop:g}."
     if last == 0:
         return "No threshold passed the test. Nobody leaves: the full model answers everything, and nothing is saved."
+    saved = "" if leaving else " No calibration sample leaves early, so that nothing is saved."
     surety = "On average" if method == "crc" else f"With probability {confidence:g}"
     return (
         f"{surety} over the choice of the {samples} calibration samples, {risk.words} is at most {max_drop:g} for new "
-        "samples from the same distribution."
+        f"samples from the same distribution.{saved}"
     )

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import os
+import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,14 +17,15 @@ from exitkit.cli.bench import compare, comparison_table, write_results
 from exitkit.cli.data import load_data, load_tokenizer
 from exitkit.cli.demo import run_demo
 from exitkit.cli.inference import batch_sizes, latency_table, made_up, predict, read_samples
-from exitkit.cli.recipe import parse_override, read_recipe
+from exitkit.cli.recipe import output_within, parse_override, read_recipe
 from exitkit.cli.results import calibrate, report
 from exitkit.cli.results import compare as compare_runs
-from exitkit.cli.sources import load_model
+from exitkit.cli.sources import is_code, load_model
 from exitkit.cli.training import prepared, train_recipe
 from exitkit.common.batches import split_batch
-from exitkit.common.console import make_console
+from exitkit.common.console import make_console, printable
 from exitkit.common.errors import ArgumentError, ExitkitError
+from exitkit.common.schema import to_json
 from exitkit.methods.presets import PRESETS, as_method
 from exitkit.report import Stage
 from exitkit.surgery.default_inputs import example_for
@@ -32,9 +34,12 @@ app = typer.Typer(
     help="Early exits for pretrained classifiers.", no_args_is_help=True, add_completion=False, rich_markup_mode=None
 )
 _console = make_console()
+_NAMED = 20
+"""How many skipped inputs are named one by one."""
 
 Model = Annotated[str, typer.Option(help="torchvision:NAME, timm:NAME, hf:NAME_OR_DIR or package.module:function")]
 Package = Annotated[Path, typer.Argument(help="What exitkit export wrote: .pt2, .onnx or .onnx.zip")]
+Trust = Annotated[bool, typer.Option("--trust", help="You trust the code in a .pt2; without, there is a warning")]
 Weights = Annotated[str | None, typer.Option(help="State-dict file (.safetensors, .pth), or 'pretrained'")]
 Classes = Annotated[int | None, typer.Option(help="Size of the model's classifier, where not its library's default")]
 
@@ -123,12 +128,22 @@ def train(
     epochs: Annotated[int | None, typer.Option(help="Passes over the training samples")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of initialisation, order and subset")] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="KEY=VALUE, such as trainer.lr=1e-4")] = None,
+    trust: Annotated[
+        bool, typer.Option("--trust", help="Call the function that the recipe names as its model")
+    ] = False,
 ) -> None:
-    """Train exits as a recipe says; print accuracy against compute and write the exits and the results."""
+    """Train exits as a recipe says; print accuracy against compute and write the exits and the results.
+
+    All that it writes lies in --out.
+    """
     _check_folder(out)
     flags = {"model": model, "weights": weights, "data": data, "test": test, "limit": limit}
     flags |= {"trainer.epochs": epochs, "trainer.seed": seed} | dict(map(parse_override, set_ or ()))
     chosen = read_recipe(recipe, {key: value for key, value in flags.items() if value is not None})
+    if model is None and not trust:
+        _ask_for(chosen.model)
+    trainer = {**chosen.trainer, **output_within(out, chosen.trainer)}
+    chosen = replace(chosen, trainer=trainer)
     backbone, split = prepared(chosen)
     if chosen.weights is None and not chosen.model.startswith("hf:"):
         _console.print("note: no weights, so the backbone has random weights")
@@ -163,12 +178,20 @@ def run(
     batch_size: Annotated[int, typer.Option(help="Samples answered at once")] = 16,
     threshold: Annotated[float | None, typer.Option(help="Another τ than the package's")] = None,
     device: Annotated[str | None, typer.Option(help="cpu or cuda")] = None,
+    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave out images that cannot be read")] = False,
+    trust: Trust = False,
 ) -> None:
     """Classify with a package; one JSON line for each input: label, exit and score."""
     if batch_size < 1:
         raise ArgumentError(f"--batch-size {batch_size} must be at least 1")
-    for record in predict(exitkit.load(package, threshold=threshold, device=device), inputs, batch_size):
-        typer.echo(json.dumps(record, ensure_ascii=False))
+    loaded = exitkit.load(package, threshold=threshold, device=device, trust=trust)
+    skipped: list[str] | None = [] if skip_bad else None
+    for record in predict(loaded, inputs, batch_size, skipped):
+        typer.echo(to_json(record))
+    for reason in (skipped or [])[:_NAMED]:
+        typer.echo(f"skipped: {printable(reason)}", err=True)
+    if skipped:
+        typer.echo(f"{len(skipped)} images were skipped", err=True)
 
 
 @app.command()
@@ -178,9 +201,10 @@ def bench_latency(
     batches: Annotated[str, typer.Option(help="Comma-separated batch sizes")] = "1,8,64",
     threshold: Annotated[float | None, typer.Option(help="Another τ than the package's")] = None,
     device: Annotated[str | None, typer.Option(help="cpu or cuda")] = None,
+    trust: Trust = False,
 ) -> None:
     """Time a package at several batch sizes, beside a run in which nobody leaves."""
-    loaded = exitkit.load(package, threshold=threshold, device=device)
+    loaded = exitkit.load(package, threshold=threshold, device=device, trust=trust)
     samples = made_up(loaded) if inputs is None else read_samples(inputs)
     _console.print(latency_table(loaded, samples, batch_sizes(batches)))
 
@@ -197,6 +221,15 @@ def demo(
     """Digits, a small network, exits: the whole path in under a minute, without network or GPU."""
     _check_folder(out)
     run_demo(out, _console)
+
+
+def _ask_for(model: str) -> None:
+    """A recipe whose model is a function runs code of this machine: ask once, or be told by --trust."""
+    if not is_code(model):
+        return
+    question = f"The recipe imports and calls {printable(model)}. Run it?"
+    if not sys.stdin.isatty() or not typer.confirm(question):
+        raise ArgumentError(f"the recipe's model is the function {printable(model)!r}; --trust lets it run")
 
 
 def _check_folder(out: Path) -> None:

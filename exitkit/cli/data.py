@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import csv
+import math
+import os
+import warnings
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -18,9 +21,13 @@ from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset, random_
 from exitkit.common.errors import ArgumentError, FileError
 from exitkit.common.torchvision_guard import import_torchvision
 from exitkit.multi_exit.preprocessing import IMAGENET_MEAN, IMAGENET_STD, ImagePreprocessing
+from exitkit.multi_exit.saving.hub import refuse_local_path
 
 _HELD_OUT = 0.2
 MAX_TOKENS = 128
+_LABEL_DIGITS = 9
+_SMALL, _INFLATED = 2**30, 200
+"""Of an .npz: what may be inflated in any case, in bytes, and how many times its size larger ones may become."""
 
 
 @dataclass(frozen=True)
@@ -71,15 +78,15 @@ def load_data(
         ExitkitError: a path that does not exist, an unknown format, or contents that do not fit.
     """
     path = Path(data)
-    if path.is_dir():
+    if os.path.isdir(path):
         return _image_folder(path, model, test)
-    if not path.exists():
+    if not os.path.exists(path):
         if data.isidentifier():
             if test is not None:
                 raise ArgumentError(f"--test {test!r}: {data} brings its own test samples; leave --test out")
             return _torchvision_dataset(data, model)
-        raise ArgumentError(f"--data {data!r} does not exist, and is no name in torchvision.datasets")
-    if test is not None and not Path(test).exists():
+        raise ArgumentError(f"--data {data!r} does not exist, and is not a name in torchvision.datasets")
+    if test is not None and not os.path.exists(test):
         raise ArgumentError(f"--test {test!r} does not exist; leave it out to hold out a fifth of --data")
     if path.suffix == ".npz":
         return _arrays(path, model, test)
@@ -148,12 +155,43 @@ def _arrays(path: Path, model: nn.Module, test: str | None) -> Split:
 
 def _read_npz(path: Path) -> dict[str, Any]:
     if not zipfile.is_zipfile(path):  # numpy would take it for a pickle, and advise to trust it
-        raise FileError(f"{str(path)!r} cannot be read as .npz: it is no zip archive; write it with numpy.savez")
+        raise FileError(f"{str(path)!r} cannot be read as .npz: it is not a zip archive; write it with numpy.savez")
     try:
+        _check_inflation(path)
         with np.load(path, allow_pickle=False) as file:
             return dict(file)
+    except FileError:
+        raise
     except Exception as error:  # numpy and zipfile raise a dozen kinds on a damaged file
         raise FileError(f"{str(path)!r} cannot be read as .npz: {error}") from error
+
+
+def _check_inflation(path: Path) -> None:
+    """Refuse a file that would be far larger in memory than on the disk."""
+    with zipfile.ZipFile(path) as archive:
+        declared = sum(entry.file_size for entry in archive.infolist())
+    if declared > _SMALL and declared > _INFLATED * os.path.getsize(path):
+        raise FileError(
+            f"{str(path)!r} would take {declared / 2**30:.1f} GiB, over {_INFLATED} times its size; write it "
+            "uncompressed, with numpy.savez, if that is right"
+        )
+
+
+def opened_image(path: str) -> Any:
+    """A PIL image in RGB.
+
+    Raises:
+        FileError: not an image, a damaged one, or one of more pixels than ``PIL.Image.MAX_IMAGE_PIXELS``.
+    """
+    from PIL import Image
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path) as image:
+                return image.convert("RGB")
+    except Exception as error:  # Pillow raises a dozen kinds on a damaged file, SyntaxError among them
+        raise FileError(f"{path!r} cannot be read as an image: {str(error)[:200]}") from error
 
 
 def _image_folder(path: Path, model: nn.Module, test: str | None) -> Split:
@@ -162,9 +200,11 @@ def _image_folder(path: Path, model: nn.Module, test: str | None) -> Split:
 
     def folder(at: Path) -> Any:
         try:
-            return datasets.ImageFolder(str(at), preprocessing.transform)
+            return datasets.ImageFolder(str(at), preprocessing.transform, loader=opened_image)
         except (FileNotFoundError, OSError) as error:
-            raise ArgumentError(f"--data {str(at)!r} is no image folder (one subfolder per class): {error}") from error
+            raise ArgumentError(
+                f"--data {str(at)!r} is not an image folder (one subfolder per class): {error}"
+            ) from error
 
     parts = {name: path / name for name in ("train", "val", "test") if (path / name).is_dir()}
     held_out = Path(test) if test is not None else parts.get("test", parts.get("val"))
@@ -228,6 +268,8 @@ def load_tokenizer(name: str) -> Any:
     """
     from transformers import AutoTokenizer
 
+    if not os.path.isdir(name):
+        refuse_local_path(name)
     try:
         return AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
@@ -260,6 +302,10 @@ def cells(file: Iterable[str], path: Path) -> Iterator[list[str]]:
 def _label_indices(labels: set[str]) -> dict[str, int]:
     """Numbers are class indices as they are; words are numbered in alphabetical order."""
     if all(label.strip().isdecimal() for label in labels):
+        if long := next((label for label in labels if len(label.strip()) > _LABEL_DIGITS), None):
+            raise ArgumentError(
+                f"the label {long[:20]}… has {len(long)} digits; labels are class indices from 0, or words"
+            )
         return {label: int(label) for label in labels}
     return {label: index for index, label in enumerate(sorted(labels))}
 
@@ -267,11 +313,14 @@ def _label_indices(labels: set[str]) -> dict[str, int]:
 def _numbers(labels: set[str]) -> dict[str, float]:
     """Labels as the numbers that they are."""
     try:
-        return {label: float(label) for label in labels}
+        numbers = {label: float(label) for label in labels}
     except ValueError as error:
         raise ArgumentError(
-            f"a model with one output predicts numbers, but the last column has another: {error}"
+            f"a model with one output predicts numbers, but the last column has another: {str(error)[:200]}"
         ) from error
+    if wrong := next((label for label, number in numbers.items() if not math.isfinite(number)), None):
+        raise ArgumentError(f"the last column has {wrong[:20]!r}, which is not a finite number")
+    return numbers
 
 
 def _hold_out(samples: Any) -> tuple[Dataset[Any], Dataset[Any]]:

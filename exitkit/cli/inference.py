@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import os
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -14,7 +15,7 @@ import numpy as np
 import torch
 from rich.table import Table
 
-from exitkit.cli.data import cells
+from exitkit.cli.data import cells, opened_image
 from exitkit.common.batches import move
 from exitkit.common.errors import ArgumentError, FileError
 from exitkit.engine import Engine
@@ -27,8 +28,16 @@ _IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff")
 _REPEATS = 30
 
 
-def predict(package: Engine | OnnxBranches, inputs: Sequence[str], batch: int) -> Iterator[dict[str, Any]]:
+def predict(
+    package: Engine | OnnxBranches, inputs: Sequence[str], batch: int, skipped: list[str] | None = None
+) -> Iterator[dict[str, Any]]:
     """One record for each image or text: the input, its label, the exit it left at, and the score there.
+
+    Args:
+        package: a loaded package.
+        inputs: images and folders of them, or texts and files of them.
+        batch: how many are answered at once.
+        skipped: what is wrong with images that cannot be read is added here, and they are left out; without, it is an error.
 
     Raises:
         ExitkitError: a package that does not say how inputs become tensors, a path that does not exist or cannot be read.
@@ -42,18 +51,24 @@ def predict(package: Engine | OnnxBranches, inputs: Sequence[str], batch: int) -
         )
     text = isinstance(preprocessing, TextPreprocessing)
     items = chain.from_iterable(_texts(item) if text else _images(item) for item in inputs)
-    for group in _grouped(items, batch):
-        names, contents = zip(*group, strict=True)
-        made = preprocessing(contents if text else [_opened(name) for name in names])
+    contents = ((item, item) for item in items) if text else _opened(items, skipped)
+    for group in _grouped(contents, batch):
+        names, given = zip(*group, strict=True)
+        made = preprocessing(given)
         answer = call_on(package, move(made, package.inputs.device))
         for name, label, exit_, score in zip(names, answer.logits.argmax(-1), answer.exit, answer.score, strict=True):
             index = int(label)
             shown = index if description.labels is None else description.labels[index]
-            yield {"input": name, "label": shown, "exit": int(exit_), "score": round(float(score), 6)}
+            yield {
+                "input": name,
+                "label": shown,
+                "exit": int(exit_),
+                "score": round(float(score), 6) if score.isfinite() else None,
+            }
 
 
-def _grouped(items: Iterator[tuple[str, str]], size: int) -> Iterator[Sequence[tuple[str, str]]]:
-    group: list[tuple[str, str]] = []
+def _grouped(items: Iterator[tuple[str, Any]], size: int) -> Iterator[Sequence[tuple[str, Any]]]:
+    group: list[tuple[str, Any]] = []
     for item in items:
         group.append(item)
         if len(group) == size:
@@ -63,33 +78,36 @@ def _grouped(items: Iterator[tuple[str, str]], size: int) -> Iterator[Sequence[t
         yield group
 
 
-def _images(given: str) -> list[tuple[str, str]]:
+def _images(given: str) -> list[str]:
     path = Path(given)
-    if path.is_dir():
+    if os.path.isdir(path):
         found = sorted(file for file in path.rglob("*") if file.suffix.lower() in _IMAGES)
         if not found:
             raise ArgumentError(f"{given!r} holds no images ({', '.join(_IMAGES)})")
-        return [(str(file), str(file)) for file in found]
-    if not path.exists():
-        raise ArgumentError(f"{given!r} does not exist; this package takes images or folders of them")
-    return [(given, given)]
+        return [str(file) for file in found]
+    if not os.path.exists(path):
+        raise ArgumentError(f"{given[:200]!r} does not exist; this package takes images or folders of them")
+    return [given]
 
 
-def _opened(path: str) -> Any:
-    from PIL import Image, UnidentifiedImageError
+def _opened(paths: Iterator[str], skipped: list[str] | None) -> Iterator[tuple[str, Any]]:
+    """Every image with its path; where ``skipped`` is given, those that cannot be read are named there instead."""
+    for path in paths:
+        try:
+            image = opened_image(path)
+        except FileError as error:
+            if skipped is None:
+                raise FileError(f"{error}; --skip-bad leaves such images out") from error
+            skipped.append(str(error))
+        else:
+            yield path, image
 
-    try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except (OSError, UnidentifiedImageError) as error:
-        raise FileError(f"{path!r} cannot be read as an image: {error}") from error
 
-
-def _texts(given: str) -> list[tuple[str, str]]:
+def _texts(given: str) -> list[str]:
     """A ``.csv`` or ``.tsv`` (first column, below a header), a ``.txt`` (one text a line), or a text itself."""
     path = Path(given)
     if path.suffix not in (".csv", ".tsv", ".txt"):
-        return [(given, given)]
+        return [given]
     try:
         with path.open(newline="", encoding="utf-8") as file:
             if path.suffix == ".txt":
@@ -98,7 +116,7 @@ def _texts(given: str) -> list[tuple[str, str]]:
                 lines = [row[0] for row in cells(file, path) if row][1:]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise FileError(f"{given!r} cannot be read as UTF-8 text: {error}") from error
-    return [(line, line) for line in lines]
+    return lines
 
 
 def latency_table(package: Engine | OnnxBranches, samples: Any, batches: Sequence[int]) -> Table:
@@ -145,8 +163,10 @@ def batch_sizes(given: str) -> list[int]:
         ExitkitError: something else, or a number below 1.
     """
     parts = [part.strip() for part in given.split(",")]
-    if not all(part.isdecimal() and int(part) > 0 for part in parts):
-        raise ArgumentError(f"--batches {given!r} must be numbers of at least 1, such as 1,8,64")
+    if not all(part.isdecimal() and len(part) < 7 and int(part) > 0 for part in parts):
+        raise ArgumentError(
+            f"--batches {given[:80]!r} must be numbers of at least 1 and below a million, such as 1,8,64"
+        )
     return [int(part) for part in parts]
 
 
@@ -158,8 +178,8 @@ def read_samples(path: str) -> torch.Tensor:
     """
     try:
         return torch.from_numpy(np.load(path, allow_pickle=False))
-    except (OSError, ValueError, TypeError) as error:
-        raise FileError(f"--inputs {path!r} cannot be read as .npy: {error}") from error
+    except Exception as error:  # numpy raises a dozen kinds on a damaged file
+        raise FileError(f"--inputs {path!r} cannot be read as .npy: {str(error)[:200]}") from error
 
 
 def _resized(samples: Any, size: int) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 import tomllib
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, fields
@@ -26,6 +27,7 @@ OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
     "adamw": torch.optim.AdamW,
     "sgd": torch.optim.SGD,
 }
+_MOST_BYTES = 2**20
 _ELSEWHERE = ("model", "loss", "optimizer", "schedule", "show_progress")
 _TRAINER = [f.name for f in fields(Trainer) if f.init and f.name not in _ELSEWHERE]
 _SCHEDULE = ["name", "warmup", "cycles"]
@@ -148,11 +150,7 @@ def read_recipe(path: str | Path, overrides: Mapping[str, Any]) -> Recipe:
     Raises:
         ExitkitError: no such file, no TOML, an unknown or missing key, or a value that cannot be.
     """
-    try:
-        with Path(path).open("rb") as file:
-            values = tomllib.load(file)
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise FileError(f"recipe {str(path)!r} cannot be read as TOML: {error}") from error
+    values = _tables(Path(path))
     for key, value in overrides.items():
         *tables, last = key.split(".")
         inner = values
@@ -173,6 +171,24 @@ def read_recipe(path: str | Path, overrides: Mapping[str, Any]) -> Recipe:
         raise ArgumentError(f"recipe {str(path)!r}: {error}") from error
 
 
+def output_within(out: Path, trainer: Mapping[str, Any]) -> dict[str, Path]:
+    """``trainer.output_dir`` below ``out``, where a recipe has one.
+
+    Raises:
+        ArgumentError: a place outside of ``out``.
+    """
+    given = trainer.get("output_dir")
+    if not isinstance(given, str):
+        return {}
+    whole = out.resolve()
+    target = (whole / given).resolve()
+    if not target.is_relative_to(whole):
+        raise ArgumentError(
+            f"trainer.output_dir = {given!r} is outside of --out {str(out)!r}; name a folder below it, such as 'run'"
+        )
+    return {"output_dir": target}
+
+
 def parse_override(text: str) -> tuple[str, Any]:
     """``trainer.epochs=3`` as key and value; a value that is no TOML is a string.
 
@@ -184,8 +200,18 @@ def parse_override(text: str) -> tuple[str, Any]:
         raise ArgumentError(f"--set {text!r} is no KEY=VALUE; write for instance --set trainer.epochs=3")
     try:
         return key.strip(), tomllib.loads(f"value = {value}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):
         return key.strip(), value.strip()
+
+
+def _tables(path: Path) -> dict[str, Any]:
+    try:
+        if os.path.getsize(path) > _MOST_BYTES:
+            raise ValueError(f"it is larger than {_MOST_BYTES // 2**20} MiB")
+        return tomllib.loads(path.read_text("utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        reason = "it is nested too deep" if isinstance(error, RecursionError) else str(error)[:240]
+        raise FileError(f"recipe {str(path)!r} cannot be read as TOML: {reason}") from error
 
 
 def _check_keys(prefix: str, values: Mapping[str, Any], allowed: Collection[str]) -> None:

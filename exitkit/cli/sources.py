@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,7 @@ from torch import nn
 from exitkit.common.errors import ArgumentError, ExitkitError, FileError, unknown_name
 from exitkit.common.torchvision_guard import import_torchvision
 from exitkit.models.cifar_resnets import load_weights
+from exitkit.multi_exit.saving.hub import refuse_local_path
 
 PRETRAINED = "pretrained"
 
@@ -57,6 +59,12 @@ def load_model(name: str, weights: str | None = None, num_classes: int | None = 
     return model
 
 
+def is_code(name: str) -> bool:
+    """Whether a model is a function that is imported and called, other than one of exitkit's own."""
+    source = name.partition(":")[0]
+    return source not in ("torchvision", "timm", "hf") and not source.startswith("exitkit.")
+
+
 def _torchvision(name: str, pretrained: bool, options: dict[str, Any]) -> nn.Module:
     models = import_torchvision("models", f"--model torchvision:{name}")
     _known(name, models.list_models(module=models), "torchvision")
@@ -73,6 +81,8 @@ def _timm(name: str, pretrained: bool, options: dict[str, Any]) -> nn.Module:
 
 def _hugging_face(name: str, pretrained: bool, options: dict[str, Any]) -> nn.Module:
     """A text or image classifier from a folder or the hub; a folder with a config alone gives random weights."""
+    if not os.path.isdir(name):
+        refuse_local_path(name)
     transformers = _library("transformers", "transformers")
     extra = {"num_labels": options["num_classes"]} if options else {}
     try:
@@ -119,7 +129,7 @@ def _function(module: str, function: str, options: dict[str, Any]) -> nn.Module:
 
 
 def _load_file(model: nn.Module, path: Path) -> None:
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise ArgumentError(f"--weights {str(path)!r} does not exist; give a state-dict file, or 'pretrained'")
     if path.suffix == ".safetensors":
         load_weights(model, path)

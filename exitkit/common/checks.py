@@ -68,12 +68,12 @@ def check(name: str, value: Any, kind: Any, remedy: str = "") -> None:
     Raises:
         ArgumentError: the name, the value, what is allowed, and the remedy.
     """
-    names = [name for one in _members(kind) if get_origin(one) is Literal for name in get_args(one)]
-    if any(_fits(value, one) for one in _members(kind)):
+    names = [name for one in members_of(kind) if get_origin(one) is Literal for name in get_args(one)]
+    if any(_fits(value, one) for one in members_of(kind)):
         return
     if names and all(isinstance(one, str) for one in names) and isinstance(value, str):
         raise unknown_name(name, value, names, remedy)
-    allowed = " or ".join(dict.fromkeys(_words(one) for one in _members(kind)))
+    allowed = " or ".join(dict.fromkeys(_words(one) for one in members_of(kind)))
     raise ArgumentError(f"{name}={value!r} must be {allowed}{f'; {remedy}' if remedy else ''}")
 
 
@@ -83,21 +83,22 @@ def check_fields(owner: Any, prefix: str = "") -> None:
     Raises:
         ArgumentError: as :func:`check`, for the first field that does not fit.
     """
-    hints = _hints(type(owner))  # type: ignore[arg-type]  # mypy: a type is hashable
+    hints = hints_of(type(owner))  # type: ignore[arg-type]  # mypy: a type is hashable
     for field in fields(owner):
         if field.init and field.name in hints:
             check(f"{prefix}{field.name}", getattr(owner, field.name), hints[field.name])
 
 
 @cache
-def _hints(kind: type[Any]) -> dict[str, Any]:
+def hints_of(kind: type[Any]) -> dict[str, Any]:
+    """The annotations of a class, bounds included."""
     return get_type_hints(kind, include_extras=True)
 
 
-def _members(kind: Any) -> tuple[Any, ...]:
+def members_of(kind: Any) -> tuple[Any, ...]:
     """Of a union its members, those of inner unions too; anything else alone."""
     if get_origin(kind) in (Union, UnionType):
-        return tuple(inner for member in get_args(kind) for inner in _members(member))
+        return tuple(inner for member in get_args(kind) for inner in members_of(member))
     return (kind,)
 
 
@@ -110,10 +111,18 @@ def _fits(value: Any, kind: Any) -> bool:
         return any(type(value) is type(one) and value == one for one in get_args(kind))
     if kind in (int, float):
         wanted = Integral if kind is int else Real
-        return isinstance(value, wanted) and not isinstance(value, bool | np.bool_) and not math.isnan(value)
+        return isinstance(value, wanted) and not isinstance(value, bool | np.bool_) and _is_representable(value)
     if kind in (None, NoneType):
         return value is None
     return not isinstance(kind, type) or isinstance(value, kind)
+
+
+def _is_representable(value: Any) -> bool:
+    """Whether it is a number in double precision: not NaN, and not 10**400."""
+    try:
+        return not math.isnan(value)
+    except OverflowError:
+        return False
 
 
 def _words(kind: Any) -> str:

@@ -3,25 +3,103 @@
 from __future__ import annotations
 
 import os
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+import secrets
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TypeVar
+
+from safetensors import SafetensorError
+
+from exitkit.common.errors import FileError
+
+T = TypeVar("T")
+_LONGEST_STEM = 40
+_ATTEMPTS = 20
+
+
+class WriteError(FileError, OSError):
+    """A file that cannot be written; also an ``OSError``, for those who catch that."""
 
 
 @contextmanager
-def replacing(path: str | Path) -> Iterator[Path]:
-    """A temporary path beside ``path``; moved over it when the block succeeds, deleted when it fails."""
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{target.stem}-", suffix=target.suffix, dir=target.parent)
-    os.close(handle)
-    temporary = Path(name)
+def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A temporary path beside ``path``; moved over it when the block succeeds, deleted when it fails.
+
+    What is written is on the disk before it is moved, so that a power cut leaves the old file or the new one. The
+    permissions of an existing file stay, and a symbolic link goes on pointing where it does.
+
+    Raises:
+        WriteError: a full disk, a folder that cannot be written to, or a name that cannot be.
+    """
     try:
-        yield temporary
-        mask = os.umask(0)
-        os.umask(mask)
-        temporary.chmod(0o666 & ~mask)
-        temporary.replace(target)
+        target = Path(os.path.realpath(path))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = _created_beside(target)
+        try:
+            yield temporary
+            _flush(temporary)
+            with suppress(FileNotFoundError):
+                temporary.chmod(target.stat().st_mode & 0o7777)
+            temporary.replace(target)
+        finally:
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
+    except WriteError:
+        raise
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise WriteError(f"{str(path)!r} cannot be written: {reason}; what was there is unchanged") from error
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """One at a time among those, in any process, who change several files of ``folder`` that belong together.
+
+    The lock is on the folder itself, leaves no file, and ends with the process. Where the system has none (Windows, some
+    network drives), there is none.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        yield
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
     finally:
-        temporary.unlink(missing_ok=True)
+        os.close(handle)
+
+
+def read_together(read: Callable[[], T]) -> T:
+    """What ``read`` gives: begun again where a file vanished under it, because a save replaced those that belong together.
+
+    Raises:
+        FileError: what ``read`` raises for any other reason, or again and again.
+    """
+    for attempt in range(_ATTEMPTS):
+        try:
+            return read()
+        except FileError as error:
+            if not isinstance(error.__cause__, FileNotFoundError) or attempt == _ATTEMPTS - 1:
+                raise
+    raise AssertionError("unreachable")
+
+
+def _created_beside(target: Path) -> Path:
+    """An empty file of a new name, with the permissions that a new file gets: the umask is never touched."""
+    name = f".{target.stem[:_LONGEST_STEM]}-{secrets.token_hex(8)}{target.suffix[:_LONGEST_STEM]}"
+    temporary = target.with_name(name)
+    os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
+    return temporary
+
+
+def _flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDWR)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -47,3 +47,31 @@ def _tensors(value: Any) -> Iterator[Tensor]:
     elif isinstance(value, Mapping | tuple | list):
         for item in value.values() if isinstance(value, Mapping) else value:
             yield from _tensors(item)
+
+
+def digest(value: Any) -> str:
+    """SHA-256 of plain values: tensors, mappings, sequences, numbers, texts, bytes and None; dtypes, shapes and order count.
+
+    Files carry it beside their content, so that one that was damaged on the way is noticed. It is no signature: who can change
+    a file can change its digest.
+    """
+    content = hashlib.sha256()
+    _add(content, value)
+    return content.hexdigest()
+
+
+def _add(content: hashlib._Hash, value: Any) -> None:
+    if isinstance(value, Tensor):
+        content.update(f"tensor {value.dtype} {tuple(value.shape)}:".encode())
+        content.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    elif isinstance(value, bytes):
+        content.update(f"bytes {len(value)}:".encode())
+        content.update(value)
+    elif isinstance(value, Mapping | tuple | list):
+        items = value.items() if isinstance(value, Mapping) else value
+        content.update(f"{len(value)}:".encode())
+        for item in items:
+            _add(content, item)
+    else:
+        text = repr(value).encode()
+        content.update(f"{type(value).__name__} {len(text)}:".encode() + text)

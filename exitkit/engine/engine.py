@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
+from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -153,7 +154,7 @@ class Engine:
 
     def map(
         self, batches: Iterable[Any], batch_size: int = 64, max_wait: float = float("inf")
-    ) -> Iterator[Prediction]:
+    ) -> Generator[Prediction, None, None]:
         """Answer many batches with every stage as full as it can be: throughput rather than latency.
 
         Samples of different batches wait together before each stage until there are ``batch_size`` of them.
@@ -161,10 +162,12 @@ class Engine:
         Args:
             batches: a loader or any iterable of inputs, ``(inputs, labels)`` or dicts.
             batch_size: how many samples a stage runs on at once.
-            max_wait: seconds after which an unanswered batch is no longer held back for fuller stages.
+            max_wait: seconds after which an unanswered batch is no longer held back for fuller stages. With it, batches are
+                fetched in a thread, a few ahead, so that a slow iterable delays no answer.
 
         Yields:
-            A :class:`Prediction` for each batch, in order. Memory is bounded by a fixed number of batches under way.
+            A :class:`Prediction` for each batch, in order. Memory is bounded by a fixed number of batches under way. Where
+            ``batches`` raises, everything accepted before is answered first. ``close()`` stops early.
 
         Raises:
             ArgumentError: inputs of another kind, or a stage failed; the message names the batch.
@@ -173,7 +176,12 @@ class Engine:
         if not is_number(max_wait) or max_wait < 0:
             raise ArgumentError(f"max_wait={max_wait!r} must be a number of seconds of at least 0")
         check_iterable(batches, "batches")
-        return map(self._noted, Scheduler(replace(self.loop, timings=None), batch_size, max_wait).run(batches))
+        return self._mapped(Scheduler(replace(self.loop, timings=None), batch_size, max_wait).run(batches))
+
+    def _mapped(self, answers: Generator[Prediction, None, None]) -> Generator[Prediction, None, None]:
+        with closing(answers):
+            for prediction in answers:
+                yield self._noted(prediction)
 
     def _noted(self, prediction: Prediction) -> Prediction:
         if self.monitor is not None:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from exitkit.common.errors import ArgumentError
+from exitkit.common.errors import ArgumentError, FileError
 from exitkit.engine.batch_state import BatchState, Gather, gather, select
 from exitkit.engine.decision import Group, Split, split
 from exitkit.engine.lowering import StageWithExit
@@ -146,7 +146,13 @@ class Loop:
         return BatchState(stay.rows, values, stay.fault)
 
     def in_order(self, answers: Sequence[Answers], count: int, first: int = 0) -> Prediction:
-        """The answers of the samples numbered from ``first``, in order."""
+        """The answers of the samples numbered from ``first``, in order.
+
+        Raises:
+            FileError: a step that answered for more or fewer samples than it was given, as only a damaged package has.
+        """
+        if sum(len(rows) for rows, *_ in answers) != count:
+            raise FileError("a step of this package lost samples, or made some up; export it again")
         device = self.program.inputs.device
         exits = torch.zeros(count, dtype=torch.int64, device=device)
         logits = torch.empty(count, self.program.num_classes, dtype=self.program.dtype, device=device)

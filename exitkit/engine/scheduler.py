@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from exitkit.common.batches import split_batch
 from exitkit.common.errors import ArgumentError, ExitkitError
 from exitkit.engine.batch_state import BatchState
+from exitkit.engine.fetching import NOTHING, fetched
 from exitkit.engine.loop import Answers, Loop, Prediction
 from exitkit.surgery.inputs import as_call
 
@@ -42,21 +44,33 @@ class Scheduler:
         self.max_wait = max_wait
         self.queues: list[dict[Any, deque[BatchState]]] = [{} for _ in loop.program.steps]
         self.items: deque[_Item] = deque()
+        self.accepted = 0
         self.samples = 0
 
-    def run(self, batches: Iterable[Any]) -> Iterator[Prediction]:
-        """Answers in the order of ``batches``."""
-        for index, batch in enumerate(batches):
-            self._accept(index, batch)
-            while (full := self._fullest()) is not None:
-                self._step(*full)
-            if self._late():
-                self._drain()
-            yield from self._finished()
+    def run(self, batches: Iterable[Any]) -> Generator[Prediction, None, None]:
+        """Answers in the order of ``batches``; an error of theirs comes after the answers to what came before it."""
+        failed: list[Exception] = []
+        waits = 0 < self.max_wait < float("inf")  # at 0 nothing ever waits while the next batch is fetched
+        with closing(fetched(batches, self._patience)) if waits else nullcontext(batches) as source:
+            for batch in _until_an_error(source, failed):
+                if batch is not NOTHING:
+                    self._accept(batch)
+                while (full := self._fullest()) is not None:
+                    self._step(*full)
+                if self._late():
+                    self._drain()
+                yield from self._finished()
         self._drain()
         yield from self._finished()
+        if failed:
+            raise failed[0]
 
-    def _accept(self, index: int, batch: Any) -> None:
+    def _patience(self) -> float | None:
+        """Seconds until the oldest unanswered batch has waited long enough; None where there is none."""
+        return self.items[0].arrived + self.max_wait - time.monotonic() if self.items else None
+
+    def _accept(self, batch: Any) -> None:
+        index, self.accepted = self.accepted, self.accepted + 1
         try:
             args, kwargs = as_call(split_batch(batch)[0])
             tensors = self.loop.program.inputs.checked(args, kwargs)
@@ -143,7 +157,7 @@ class Scheduler:
         if not self.items:
             return False
         oldest = self.items[0]
-        return time.monotonic() - oldest.arrived > self.max_wait or self.samples - oldest.first > _AHEAD * self.batch
+        return time.monotonic() - oldest.arrived >= self.max_wait or self.samples - oldest.first > _AHEAD * self.batch
 
     def _drain(self) -> None:
         """Run everything that waits, early stages first, so that later ones fill up."""
@@ -172,6 +186,15 @@ class Scheduler:
         )
         error.finished = finished  # type: ignore[attr-defined]
         return error
+
+
+def _until_an_error(batches: Iterable[Any], failed: list[Exception]) -> Iterator[Any]:
+    """The batches; an error of theirs ends them and is added to ``failed``."""
+    try:
+        for batch in batches:  # noqa: UP028 - "yield from" would close the caller's generator
+            yield batch
+    except Exception as error:
+        failed.append(error)
 
 
 def _said(error: Exception | None) -> str:

@@ -1,45 +1,45 @@
-"""Outputs as safetensors files: tensors, and the settings beside them in the file's metadata."""
+"""Outputs as safetensors files: tensors, and in the file's metadata the settings beside them and a digest of both."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
-from dataclasses import asdict, fields
+import warnings
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 
+from exitkit.common.checks import Positive
 from exitkit.common.errors import ArgumentError, FileError
 from exitkit.common.files import replacing
+from exitkit.common.hashes import digest
+from exitkit.common.schema import build, parse_json, to_json
 from exitkit.evaluation.exit_times import ExitTimes
 from exitkit.methods.criteria import Tolerance
 
 if TYPE_CHECKING:
     from exitkit.evaluation.outputs import ExitOutputs
 
-REGRESSION = "exitkit-regression-1"
-"""The format of files of :class:`exitkit.evaluation.RegressionOutputs`."""
+OUTPUTS, REGRESSION = "exitkit-outputs-2", "exitkit-regression-2"
+"""The formats of files of :class:`exitkit.ExitOutputs` and of :class:`exitkit.evaluation.RegressionOutputs`."""
+
+_OLDER = {"exitkit-outputs-1": OUTPUTS, "exitkit-regression-1": REGRESSION}
+"""Formats without a digest."""
+_TENSORS = {"log_probs", "macs", "labels", "hashes"}
+_TEXTS = ("criterion", "dtype", "weights")
 
 
-def _temperatures(text: str) -> tuple[float, ...]:
-    return tuple(json.loads(text))
+@dataclass(frozen=True)
+class _Settings:
+    """What a file's metadata holds beside its format and digest; each entry is left out where it is None."""
 
-
-def _timings(text: str) -> tuple[ExitTimes, ...]:
-    return tuple(ExitTimes(**one) for one in json.loads(text))
-
-
-_READ: dict[str, Callable[[str], Any]] = {
-    "backbone_macs": float,
-    "criterion": str,
-    "dtype": str,
-    "weights": str,
-    "temperatures": _temperatures,
-    "timings": _timings,
-}
-"""From a setting's text to its value; settings that are None are not written."""
+    backbone_macs: Positive
+    criterion: str | None
+    dtype: str | None
+    weights: str | None
+    temperatures: tuple[Positive, ...] | None
+    timings: tuple[ExitTimes, ...] | None
 
 
 def save_outputs(outputs: ExitOutputs, path: str | Path, form: str, half: bool) -> None:
@@ -48,41 +48,81 @@ def save_outputs(outputs: ExitOutputs, path: str | Path, form: str, half: bool) 
     for name in ("labels", "hashes"):
         if (tensor := getattr(outputs, name)) is not None:
             tensors[name] = tensor.contiguous()
-    settings = {field.name: getattr(outputs, field.name) for field in fields(outputs) if field.name in _READ}
-    settings["timings"] = [asdict(one) for one in outputs.timings] or None
+    timings = tuple(asdict(one) for one in outputs.timings) or None
+    values = {name: getattr(outputs, name) for name in ("backbone_macs", *_TEXTS, "temperatures")}
     texts = {
-        name: json.dumps(value) if isinstance(value, list | tuple) else str(value)
-        for name, value in settings.items()
+        name: value if name in _TEXTS else to_json(value)
+        for name, value in {**values, "timings": timings}.items()
         if value is not None
     }
+    header = {"format": form, **texts}
     with replacing(path) as temporary:
-        save_file(tensors, temporary, metadata={"format": form, **texts})
+        save_file(tensors, temporary, metadata={**header, "sha256": _digest(tensors, header)})
 
 
 def load_fields(path: str | Path, form: str, kind: str) -> dict[str, Any]:
     """The fields of the outputs in a file of format ``form``.
 
     Raises:
-        ExitkitError: no such file, a damaged one, or one that exitkit did not write.
+        FileError: no such file, a damaged one, or one that exitkit did not write.
+        ArgumentError: outputs of the other kind.
     """
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            header: dict[str, str] = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no iterator
-    except (OSError, SafetensorError) as error:
-        raise FileError(f"path={str(path)!r} cannot be read as saved outputs: {error}") from error
-    if header.get("format") == REGRESSION != form:
+    header, tensors = _read(path)
+    found = header.get("format")
+    if _OLDER.get(str(found), found) == REGRESSION != form:
         raise ArgumentError(
             f"path={str(path)!r} holds predictions of a regression, which have no right and wrong answers to report, "
             "calibrate or compare by: read them with exitkit.evaluation.RegressionOutputs.load(path), whose "
             "curve().plot(picture) and curve().budget_table() show the correlation against cost"
         )
-    if header.get("format") != form:
+    if _OLDER.get(str(found), found) != form:
         raise FileError(
-            f"path={str(path)!r} is no file of saved outputs for {kind} (its format is {header.get('format')!r}); write one "
+            f"path={str(path)!r} is not a file of saved outputs for {kind} (its format is {str(found)[:40]!r}); write one "
             "with outputs.save(path)"
         )
-    settings = {name: read(header[name]) for name, read in _READ.items() if name in header}
-    if (times := int(header.get("times", 1))) > 1:  # version 0.1 wrote it beside the criterion
-        settings["criterion"] = Tolerance(times).name
+    expected = header.pop("sha256", None)
+    if expected is None and found in _OLDER:
+        warnings.warn(
+            f"{str(path)!r} was saved before outputs had a digest, so that damage would not be noticed; save it again",
+            stacklevel=4,
+        )
+    elif expected != _digest(tensors, header):
+        raise FileError(f"path={str(path)!r} is damaged: its content is not what was saved; copy or collect it again")
+    times = header.pop("times", "1")  # version 0.1 wrote it beside the criterion
+    settings = _settings(header, str(path))
+    if found in _OLDER and times != "1":
+        settings["criterion"] = Tolerance(int(times) if times.isdecimal() and len(times) < 4 else 1).name
     return {"labels": None, **tensors, **settings}
+
+
+def _read(path: str | Path) -> tuple[dict[str, str], dict[str, Any]]:
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            header: dict[str, str] = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys() if name in _TENSORS}  # noqa: SIM118
+            unknown = set(file.keys()) - _TENSORS
+    except Exception as error:  # a damaged header ends in a dozen kinds, of safetensors and of torch
+        raise FileError(f"path={str(path)!r} cannot be read as saved outputs: {str(error)[:200]}") from error
+    if "format" in header and (unknown or not {"log_probs", "macs"} <= tensors.keys()):
+        raise FileError(
+            f"path={str(path)!r} is damaged: it holds {sorted(tensors | dict.fromkeys(unknown))[:8]}, but outputs are "
+            "'log_probs' and 'macs', 'labels' and 'hashes'; copy or collect it again"
+        )
+    return header, tensors
+
+
+def _settings(header: dict[str, str], path: str) -> dict[str, Any]:
+    """The settings that are there."""
+    try:
+        given = {
+            name: text if name in _TEXTS else parse_json(text) for name, text in header.items() if name != "format"
+        }
+    except ValueError as error:
+        raise FileError(f"path={path!r} is damaged: {str(error)[:200]}; copy or collect it again") from error
+    blank = dict.fromkeys(_Settings.__annotations__)
+    settings = build(_Settings, blank | given, f"path={path!r}")
+    return {name: value for name, value in vars(settings).items() if value is not None}
+
+
+def _digest(tensors: dict[str, Any], header: dict[str, str]) -> str:
+    return digest([sorted(tensors.items()), sorted(header.items())])

@@ -15,10 +15,10 @@ from torch.nn import functional as F
 
 from exitkit.common.batches import check_labels
 from exitkit.common.checks import positive
-from exitkit.common.errors import ArgumentError
+from exitkit.common.errors import ArgumentError, ExitkitError, FileError
 from exitkit.evaluation.curve import BudgetPoint, Curve, sweep
 from exitkit.evaluation.exit_times import ExitTimes, checked_times
-from exitkit.evaluation.files import load_fields, save_outputs
+from exitkit.evaluation.files import OUTPUTS, load_fields, save_outputs
 from exitkit.evaluation.log_probs import CHUNK, by_chunks, normalised
 from exitkit.methods.criteria import Criterion, as_criterion
 from exitkit.methods.policy import (
@@ -75,7 +75,7 @@ class ExitOutputs:
     timings: tuple[ExitTimes, ...] = ()
 
     measure: ClassVar[str] = "accuracy"
-    _format: ClassVar[str] = "exitkit-outputs-1"
+    _format: ClassVar[str] = OUTPUTS
 
     def __post_init__(self) -> None:
         log_probs = self._checked(torch.as_tensor(self.log_probs).detach().cpu())
@@ -344,9 +344,14 @@ class ExitOutputs:
         """Read what :meth:`save` wrote.
 
         Raises:
-            ExitkitError: no such file, a damaged one, or one that exitkit did not write.
+            FileError: no such file, a damaged one, or one that exitkit did not write.
+            ArgumentError: outputs of the other kind.
         """
-        return cls(**load_fields(path, cls._format, cls.__name__))
+        fields = load_fields(path, cls._format, cls.__name__)
+        try:
+            return cls(**fields)
+        except (ExitkitError, RuntimeError, TypeError, IndexError) as error:  # values that fit no outputs
+            raise FileError(f"path={str(path)!r} is damaged: {str(error)[:240]}") from error
 
     @staticmethod
     def _checked(given: Tensor) -> Tensor:

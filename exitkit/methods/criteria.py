@@ -186,7 +186,7 @@ def as_criterion(criterion: str | Criterion) -> Criterion:
     kinds = {kind.kind: kind for kind in Criterion.__subclasses__()}
     if isinstance(criterion, str):
         kind, _, times = criterion.partition("-")
-        if kind == Tolerance.kind and times.isdecimal():
+        if kind == Tolerance.kind and times.isdecimal() and len(times) < 10:
             return Tolerance(int(times))
         if criterion in kinds:
             return kinds[criterion]()

@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
+from torch import Tensor
 
 from exitkit.common.checks import is_number, numbers_in
-from exitkit.common.errors import ArgumentError, FileError
+from exitkit.common.errors import ArgumentError
+from exitkit.common.schema import build
 from exitkit.methods.criteria import Criterion, as_criterion
 
 Temperatures = tuple[float, ...]
+
+
+class FittedTemperatures(Temperatures):
+    """Temperatures that know the content hashes of the samples they were fitted on, or None; any copy may lose them."""
+
+    hashes: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -138,16 +146,7 @@ class ExitPolicy:
         Raises:
             FileError: other fields, or values of another kind.
         """
-        promised = data.get("guarantee") if isinstance(data, Mapping) else None
-        if not _has_fields(data, cls) or not (promised is None or _has_fields(promised, Guarantee)):
-            raise FileError(
-                "this is not an exit policy: fields are missing or unknown; give what policy.to_dict() returned"
-            )
-        try:
-            guarantee = None if promised is None else Guarantee(**_tuples(promised))
-            return cls(**{**_tuples(data), "guarantee": guarantee})
-        except (ArgumentError, TypeError) as error:
-            raise FileError(f"this is not an exit policy: {error}") from error
+        return build(cls, data, "this exit policy")
 
 
 @runtime_checkable
@@ -226,7 +225,7 @@ def checked_temperatures(given: Any, count: int | None = None) -> Temperatures:
             f"temperatures={given!r} must be {wanted}positive numbers, one per exit and the backbone's last, as "
             "exitkit.calibration.fit_temperatures(outputs) returns them"
         )
-    return tuple(values.tolist())
+    return given if isinstance(given, FittedTemperatures) else tuple(values.tolist())
 
 
 def _thresholds(given: Any) -> tuple[float, ...]:
@@ -236,11 +235,3 @@ def _thresholds(given: Any) -> tuple[float, ...]:
             f"threshold={given!r} must be a number, one for each exit, or a policy such as exitkit.choose_threshold returns"
         )
     return tuple(map(float, values))
-
-
-def _has_fields(data: Any, kind: type[Any]) -> bool:
-    return isinstance(data, Mapping) and set(data) == {field.name for field in fields(kind)}
-
-
-def _tuples(data: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in data.items()}

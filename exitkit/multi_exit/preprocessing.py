@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from exitkit.common.errors import ArgumentError, ExitkitError
+from exitkit.common.checks import Count, Index, Positive
+from exitkit.common.errors import ArgumentError, ExitkitError, FileError
+from exitkit.common.schema import build
 from exitkit.common.torchvision_guard import import_torchvision
 from exitkit.surgery.default_inputs import example_for
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _SMALL_SIDE = 64
+MOST_VALUES = 2**27
+"""Of one sample that a file declares: half a GiB in float32."""
+_KEYS = Literal["input_ids", "attention_mask", "token_type_ids"]
 
 
 @dataclass(frozen=True)
@@ -27,9 +33,9 @@ class ImagePreprocessing:
         mean, std: per channel; ImageNet's (or 0.5 for other than three channels) where none are known.
     """
 
-    size: tuple[int, int, int]
+    size: tuple[Count, Count, Count]
     mean: tuple[float, ...]
-    std: tuple[float, ...]
+    std: tuple[Positive, ...]
 
     @classmethod
     def of(cls, model: nn.Module) -> ImagePreprocessing | None:
@@ -76,9 +82,9 @@ class TextPreprocessing:
     """
 
     tokenizer: str
-    pad: tuple[str, int]
-    longest: int
-    keys: tuple[str, ...]
+    pad: tuple[str, Index]
+    longest: Count
+    keys: tuple[_KEYS, ...]
 
     @classmethod
     def of(cls, tokenizer: Any, keys: Sequence[str], longest: int = 128) -> TextPreprocessing:
@@ -93,13 +99,16 @@ class TextPreprocessing:
                 f"tokenizer is a {type(tokenizer).__name__} without a fast backend or a padding token; give "
                 "transformers.AutoTokenizer.from_pretrained(...), its pad_token set"
             )
-        return cls(backend.to_str(), (tokenizer.pad_token, tokenizer.pad_token_id), longest, tuple(keys))
+        return cls(backend.to_str(), (tokenizer.pad_token, tokenizer.pad_token_id), longest, tuple(keys))  # type: ignore[arg-type]
 
     @cached_property
     def _encoder(self) -> Any:
         from tokenizers import Tokenizer
 
-        encoder = Tokenizer.from_str(self.tokenizer)
+        try:
+            encoder = Tokenizer.from_str(self.tokenizer)
+        except Exception as error:  # the library raises plain Exception
+            raise FileError(f"the tokenizer cannot be read: {str(error)[:200]}; export the package again") from error
         encoder.enable_padding(pad_id=self.pad[1], pad_token=self.pad[0])
         encoder.enable_truncation(self.longest)
         return encoder
@@ -123,10 +132,19 @@ def preprocessing_to_json(preprocessing: Preprocessing | None) -> dict[str, Any]
 
 
 def preprocessing_from_json(data: dict[str, Any] | None) -> Preprocessing | None:
-    """The inverse of :func:`preprocessing_to_json`."""
+    """The inverse of :func:`preprocessing_to_json`.
+
+    Raises:
+        FileError: another kind, missing or unknown entries, or values that no preprocessing has.
+    """
     if data is None:
         return None
-    fields: dict[str, Any] = {
-        key: tuple(value) if isinstance(value, list) else value for key, value in data.items() if key != "kind"
-    }
-    return ImagePreprocessing(**fields) if data["kind"] == "image" else TextPreprocessing(**fields)
+    source, rest = "the package's preprocessing", {key: value for key, value in data.items() if key != "kind"}
+    if data.get("kind") == "text":
+        return build(TextPreprocessing, rest, source)
+    if data.get("kind") != "image":
+        raise FileError(f"{source} is of kind {str(data.get('kind'))[:40]!r}; it must be 'image' or 'text'")
+    made = build(ImagePreprocessing, rest, source)
+    if math.prod(made.size) > MOST_VALUES or not len(made.mean) == len(made.std) == made.size[0]:
+        raise FileError(f"{source} is damaged: size {made.size}, {len(made.mean)} means, {len(made.std)} deviations")
+    return made

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from exitkit.methods.policy import Threshold
 from exitkit.multi_exit.model import MultiExitModel
 from exitkit.multi_exit.preprocessing import ImagePreprocessing, Preprocessing, TextPreprocessing
 from exitkit.packages.archive import write_archive
-from exitkit.packages.manifest import Kind, program_of_manifest, to_manifest
+from exitkit.packages.manifest import Kind, Manifest
 from exitkit.packages.onnx_branches import write_branches
 from exitkit.packages.onnx_steps import onnx_run, to_onnx
 
@@ -74,18 +75,16 @@ def export(
         _preprocessing(model, preprocessing, tokenizer),
         tuple((exit_.name, exit_.macs_fraction) for exit_ in model.exits),
     )
-    manifest = to_manifest(program, policy, description, kind or "onnx")
+    manifest = Manifest.of(program, policy, description, kind or "onnx")
     example = example_of(model)
     if kind is None:
         write_branches(target, program, policy.thresholds, example, manifest)
         return
-    steps, runs = [], []
-    for content, run, formats in _converted(kind, program, example):
-        steps.append(content)
-        runs.append(run)
-        manifest["steps"][len(steps) - 1]["channels_last"] = formats
-    _compare(program, program_of_manifest(manifest, runs, program.inputs.device), example)
-    write_archive(target, manifest, steps)
+    contents, runs, formats = zip(*_converted(kind, program, example), strict=True)
+    entries = [replace(one, channels_last=tuple(taken)) for one, taken in zip(manifest.steps, formats, strict=True)]
+    manifest = replace(manifest, steps=tuple(entries))
+    _compare(program, manifest.program(runs, program.inputs.device), example)
+    write_archive(target, manifest, contents)
 
 
 def _kind(path: Path, optimize: bool) -> Kind | None:
@@ -113,7 +112,8 @@ def _converted(
             yield buffer.getvalue(), exported.module(check_guards=False), formats
         elif kind == "onnx":
             content = to_onnx(exported)
-            yield content, onnx_run(content), formats
+            results = len(exported.graph_signature.user_outputs)
+            yield content, onnx_run(content, len(formats), results, program.num_classes), formats
         else:
             yield *_compiled(exported), formats
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import os
 import tempfile
+import warnings
 from collections.abc import Callable, Sequence
 from os import PathLike
 from pathlib import Path
@@ -17,11 +19,16 @@ from exitkit.common.errors import ArgumentError, ExitkitError, FileError
 from exitkit.engine.aot import load_step
 from exitkit.engine.engine import Engine
 from exitkit.engine.loop import Loop
-from exitkit.methods.policy import ExitPolicy, Threshold
+from exitkit.methods.policy import Threshold
 from exitkit.packages.archive import read_archive
-from exitkit.packages.manifest import description_of, program_of_manifest
+from exitkit.packages.manifest import Kind, Manifest, StepEntry
 from exitkit.packages.onnx_branches import OnnxBranches
 from exitkit.packages.onnx_steps import onnx_run
+
+_ENDINGS: dict[str, tuple[Kind, ...]] = {".onnx.zip": ("onnx",), ".pt2": ("torch", "compiled"), ".onnx": ("onnx",)}
+"""What a file may hold follows from its ending, whatever its manifest says."""
+_MOST_ONNX = 2**31
+_warned = False
 
 
 def load(
@@ -30,28 +37,36 @@ def load(
     threshold: Threshold | None = None,
     device: str | torch.device | None = None,
     monitor: ShiftMonitor | None = None,
+    trust: bool = False,
 ) -> Engine | OnnxBranches:
     """What :func:`export` wrote, ready to be called as the model; needs neither its code nor transformers or timm.
 
-    A ``.pt2`` holds code. Load only what you made or trust.
+    A ``.pt2`` holds code, which loading it may run: load only what you made or trust. ``.onnx`` and ``.onnx.zip`` hold
+    none, and run in onnxruntime alone.
 
     Args:
-        path: the file.
+        path: the file; its ending says what it may hold.
         threshold: another τ, or one for each exit, than the file's, as for :meth:`exitkit.Engine.at`; a single ``.onnx``
             has its own fixed.
         device: where ``.pt2`` stages run; by default on CPU, and compiled ones where they were compiled for.
         monitor: is told of every answer, as for :func:`exitkit.compile`; not for a single ``.onnx``.
+        trust: say that you trust a ``.pt2``; without, the first one in a process is loaded with a warning.
 
     Returns:
         For ``.pt2`` and ``.onnx.zip`` an :class:`~exitkit.Engine`; for ``.onnx`` an object that is called alike and answers
         one sample after another.
 
     Raises:
-        ExitkitError: no such file, a damaged one, a package for another device or version of torch, a missing library, a
-            threshold or monitor for other scores than the package's.
+        ArgumentError: no such file or another ending, a package for another device, a threshold or monitor for other scores
+            than the package's.
+        FileError: a damaged file, code where the ending allows none, ONNX that refers to other files, or another version.
+        ExitkitError: a missing library.
     """
     source = Path(path)
-    if source.name.endswith(".onnx"):
+    ending = next((ending for ending in _ENDINGS if source.name.endswith(ending)), None)
+    if ending is None:
+        raise ArgumentError(f"path={str(path)!r} must end in .pt2, .onnx or .onnx.zip, which says what it may hold")
+    if ending == ".onnx":
         if (threshold, device, monitor) != (None, None, None):
             raise ArgumentError(
                 "a single .onnx has its thresholds in the graph, runs on CPU, and tells no monitor (call monitor.update on "
@@ -59,51 +74,64 @@ def load(
             )
         return OnnxBranches(_bytes(source), str(source))
     manifest, contents = read_archive(source)
-    description = description_of(manifest)
+    if manifest.kind not in _ENDINGS[ending]:
+        raise FileError(
+            f"{str(path)!r} ends in {ending}, but says that it holds {manifest.kind!r} code; do not use it"
+        )
     target = _device(manifest, device, str(source))
+    if ending == ".pt2" and not trust:
+        _warn()
     try:
-        runs = [
-            _run(manifest["kind"], content, step["channels_last"], target)
-            for content, step in zip(contents, manifest["steps"], strict=True)
-        ]
+        runs = [_run(manifest, *each, target) for each in zip(manifest.steps, contents, strict=True)]
     except ExitkitError:
         raise
     except Exception as error:  # torch raises dozens of types on what it does not understand
-        made = manifest["versions"]["torch"]
         raise FileError(
-            f"{str(source)!r} was written by torch {made} and cannot be read by torch {torch.__version__} "
-            f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}); export it again"
+            f"{str(source)!r} was written by torch {manifest.versions.get('torch')} and cannot be read by torch "
+            f"{torch.__version__} ({type(error).__name__}: {str(error)[:200].partition(chr(10))[0]}); export it again"
         ) from error
-    policy = ExitPolicy.from_dict(manifest["policy"])
-    engine = Engine(Loop(program_of_manifest(manifest, runs, target), policy), description)
+    engine = Engine(Loop(manifest.program(runs, target), manifest.policy), manifest.description)
     engine = engine if threshold is None else engine.at(threshold)
     return engine if monitor is None else engine.watched(monitor)
 
 
+def _warn() -> None:
+    global _warned
+    if not _warned:
+        _warned = True
+        warnings.warn(
+            "a .pt2 holds code, which loading it may run: load only files that you made or trust.\n"
+            "If you do, say so: exitkit.load(path, trust=True). Files of others: .onnx and .onnx.zip hold no code.",
+            stacklevel=3,
+        )
+
+
 def _bytes(path: Path) -> bytes:
     try:
+        if os.path.getsize(path) > _MOST_ONNX:
+            raise FileError(f"{str(path)!r} is larger than 2 GiB, which no .onnx is; export it again")
         return path.read_bytes()
     except OSError as error:
         raise FileError(f"{str(path)!r} cannot be read: {error.strerror}; write it with exitkit.export") from error
 
 
-def _device(manifest: dict[str, Any], device: str | torch.device | None, path: str) -> torch.device:
+def _device(manifest: Manifest, device: str | torch.device | None, path: str) -> torch.device:
     """Where the steps run; refused where a package was made for another device or version."""
-    kind, made = manifest["kind"], manifest["device"]
+    kind, made, by = manifest.kind, manifest.device, manifest.versions.get("torch")
     given = device if device is not None else made if kind == "compiled" else "cpu"
     try:
         chosen = torch.device(given)
     except (RuntimeError, TypeError) as error:  # what torch says of a name it does not know, and of what is no name
-        raise ArgumentError(f"device={given!r} is no device of torch; give 'cpu', 'cuda' or 'cuda:1'") from error
+        raise ArgumentError(f"device={given!r} is not a device of torch; give 'cpu', 'cuda' or 'cuda:1'") from error
     if kind == "onnx" and chosen.type != "cpu":
         raise ArgumentError(
             f"device={str(chosen)!r}: {path!r} runs in onnxruntime on CPU; export a .pt2 for other devices"
         )
     if kind == "compiled" and chosen.type != made:
         raise ArgumentError(f"device={str(chosen)!r}: {path!r} was compiled for {made}; export it on that device")
-    if kind == "compiled" and manifest["versions"]["torch"] != torch.__version__:
+    if kind == "compiled" and by != torch.__version__:
         raise FileError(
-            f"{path!r} was compiled by torch {manifest['versions']['torch']}; this is torch {torch.__version__}: export it "
+            f"{path!r} was compiled by torch {by}; this is torch {torch.__version__}: export it "
             "again, or without optimize=True, which other versions read"
         )
     if chosen.type == "cuda" and not torch.cuda.is_available():
@@ -111,17 +139,21 @@ def _device(manifest: dict[str, Any], device: str | torch.device | None, path: s
     return chosen
 
 
-def _run(
-    kind: str, content: bytes, channels_last: Sequence[bool], device: torch.device
-) -> Callable[..., Sequence[Any]]:
-    if kind == "onnx":
-        return onnx_run(content)
-    if kind == "compiled":
+def _run(manifest: Manifest, entry: StepEntry, content: bytes, device: torch.device) -> Callable[..., Sequence[Any]]:
+    results = len(entry.outputs) + 2
+    if manifest.kind == "onnx":
+        return onnx_run(content, len(entry.inputs), results, manifest.num_classes)
+    if manifest.kind == "compiled":
         with tempfile.TemporaryDirectory(prefix="exitkit-") as directory:
             file = Path(directory) / "step.pt2"
             file.write_bytes(content)
-            return load_step(file, channels_last)
+            return load_step(file, entry.channels_last)
     exported = torch.export.load(io.BytesIO(content))
+    signature = exported.graph_signature
+    made = exported.graph.output_node().args[0]
+    sizes = (len(signature.user_inputs), len(signature.user_outputs))
+    if sizes != (len(entry.inputs), results) or made[-2].meta["val"].shape[-1] != manifest.num_classes:
+        raise FileError(f"step {entry.exit} takes or returns other values than its manifest says; export it again")
     moved = move_to_device_pass(exported, str(device))
     run: Callable[..., Sequence[Any]] = moved.module(check_guards=False)
     return run

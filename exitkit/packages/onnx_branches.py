@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -11,15 +11,15 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim
 
-from exitkit.common.errors import NotCapturableError
+from exitkit.common.errors import FileError, NotCapturableError
 from exitkit.common.files import replacing
 from exitkit.engine.loop import Prediction
 from exitkit.engine.program import Description, Inputs, Program
 from exitkit.methods.policy import ExitPolicy
-from exitkit.packages.manifest import check_format, description_of, inputs_of
+from exitkit.packages.manifest import Manifest, read_manifest, to_text
 from exitkit.packages.onnx_steps import plain_attention, session, to_onnx
 
-_METADATA = "exitkit"
+_METADATA, _DIGEST = "exitkit", "exitkit_sha256"
 
 
 class Branches(nn.Module):
@@ -62,7 +62,7 @@ class Branches(nn.Module):
 
 
 def write_branches(
-    path: Path, program: Program, thresholds: Sequence[float], example: Sequence[Tensor], manifest: dict[str, Any]
+    path: Path, program: Program, thresholds: Sequence[float], example: Sequence[Tensor], manifest: Manifest
 ) -> None:
     """Write the graph, with the manifest in its metadata, once it answers the example as the program does.
 
@@ -79,7 +79,7 @@ def write_branches(
         raise NotCapturableError(
             f"the exits cannot be written as branches: {type(error).__name__}: {str(error).splitlines()[0]}; export a .pt2"
         ) from error
-    content = _with_metadata(to_onnx(exported), manifest)
+    content = signed(_with_metadata(to_onnx(exported), manifest))
     written = OnnxBranches(content, str(path))
     for row in range(len(example[0])):
         sample = tuple(tensor[row : row + 1].contiguous() for tensor in example)
@@ -108,12 +108,20 @@ class OnnxBranches:
     def __init__(self, content: bytes, source: str) -> None:
         self.session = session(content)
         metadata = self.session.get_modelmeta().custom_metadata_map.get(_METADATA)
-        manifest: Any = None if metadata is None else json.loads(metadata)
-        check_format(manifest, source)
-        self.inputs: Inputs = inputs_of(manifest, torch.device("cpu"))
-        self.policy = ExitPolicy.from_dict(manifest["policy"])
-        self.description: Description = description_of(manifest)
-        self._classes: int = manifest["num_classes"]
+        manifest = read_manifest("null" if metadata is None else metadata, source)
+        if content != signed(content[: -len(_tail(""))]):
+            raise FileError(
+                f"{source!r} was damaged or changed after its export, so that its thresholds may not be those it names; "
+                "export it again"
+            )
+        names = [entry.name for entry in self.session.get_inputs()]
+        made = self.session.get_outputs()
+        if len(names) != len(manifest.inputs) or len(made) != len(Prediction._fields):
+            raise FileError(f"{source!r} takes or returns other values than its manifest says; export it again")
+        self.inputs: Inputs = manifest.taken(torch.device("cpu"))
+        self.policy: ExitPolicy = manifest.policy
+        self.description: Description = manifest.description
+        self._classes, self._names = manifest.num_classes, names
 
     def __call__(self, *args: Any, **kwargs: Any) -> Prediction:
         """Takes what the model takes, and any number of samples.
@@ -129,15 +137,29 @@ class OnnxBranches:
         return Prediction(*(torch.cat(column) for column in zip(*answers, strict=True)))
 
     def _one(self, tensors: Sequence[Tensor]) -> Prediction:
-        names = [entry.name for entry in self.session.get_inputs()]
-        feeds = {name: tensor.contiguous().cpu().numpy() for name, tensor in zip(names, tensors, strict=True)}
+        feeds = {name: tensor.contiguous().cpu().numpy() for name, tensor in zip(self._names, tensors, strict=True)}
         return Prediction(*(torch.from_numpy(array) for array in self.session.run(None, feeds)))
 
 
-def _with_metadata(content: bytes, manifest: dict[str, Any]) -> bytes:
+def signed(content: bytes) -> bytes:
+    """An ONNX model with the digest of its bytes behind them, as one more entry of its metadata.
+
+    In protobuf, messages one after another are one message, so that every reader takes the whole for a model.
+    """
+    return content + _tail(hashlib.sha256(content).hexdigest())
+
+
+def _tail(digest: str) -> bytes:
+    """``metadata_props`` (field 14) with one entry: a key (field 1) and a value (field 2) of 64 characters."""
+    key, value = _DIGEST.encode(), digest.ljust(64).encode()
+    entry = b"\x0a" + bytes([len(key)]) + key + b"\x12" + bytes([len(value)]) + value
+    return b"\x72" + bytes([len(entry)]) + entry
+
+
+def _with_metadata(content: bytes, manifest: Manifest) -> bytes:
     import onnx
 
     model = onnx.load_from_string(content)
-    onnx.helper.set_model_props(model, {_METADATA: json.dumps(manifest)})
+    onnx.helper.set_model_props(model, {_METADATA: to_text(manifest)})
     written: bytes = model.SerializeToString()
     return written

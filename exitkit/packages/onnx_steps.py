@@ -6,7 +6,7 @@ import contextlib
 import io
 import logging
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.export import ExportedProgram
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from exitkit.common.errors import ArgumentError, ExitkitError, NotCapturableError
+from exitkit.common.errors import ArgumentError, ExitkitError, FileError, NotCapturableError
 
 
 def to_onnx(exported: ExportedProgram) -> bytes:
@@ -73,30 +73,77 @@ def _max_of_windows(maps: Tensor, size: Sequence[int]) -> tuple[Tensor, Tensor]:
 
 
 def session(content: bytes) -> Any:
-    """An onnxruntime session on CPU.
+    """An onnxruntime session on CPU, of a graph that holds all of its weights.
 
     Raises:
-        ExitkitError: onnxruntime is missing, or refuses the model.
+        ExitkitError: onnx or onnxruntime is missing.
+        FileError: no ONNX, one that refers to other files, or one that onnxruntime refuses.
     """
     try:
         import onnxruntime
+
+        refuse_external_data(content)
     except ImportError as error:
-        raise ExitkitError(f"running ONNX needs onnxruntime: pip install 'exitkit[onnx]' ({error})") from error
+        raise ExitkitError(
+            f"running ONNX needs onnx and onnxruntime: pip install 'exitkit[onnx]' ({error})"
+        ) from error
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = torch.get_num_threads()
+    options.add_session_config_entry("session.load_model_format", "ONNX")
     try:
         return onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime's exceptions have no common base
-        raise ArgumentError(
-            f"onnxruntime {onnxruntime.__version__} does not run this model: {str(error).splitlines()[0]}"
+        raise FileError(
+            f"onnxruntime {onnxruntime.__version__} does not run this model: {str(error)[:300].partition(chr(10))[0]}"
         ) from error
 
 
-def onnx_run(content: bytes) -> Callable[..., Sequence[Tensor]]:
-    """An ONNX step as a function of tensors."""
+def refuse_external_data(content: bytes) -> None:
+    """Refuse a graph whose tensors lie in other files, which onnxruntime would read from wherever the graph says.
+
+    Every tensor is looked at: initializers, constants, sparse ones, those of subgraphs and of functions.
+
+    Raises:
+        FileError: such a tensor, or no ONNX.
+    """
+    import onnx
+
+    try:
+        model = onnx.load_from_string(content)
+    except Exception as error:  # protobuf's own kind
+        raise FileError(f"this is not an ONNX graph: {str(error)[:200]}") from error
+    for tensor in _tensors(model, onnx.TensorProto):
+        if tensor.external_data or tensor.data_location == onnx.TensorProto.EXTERNAL:
+            places = {entry.key: entry.value for entry in tensor.external_data}
+            raise FileError(
+                f"tensor {tensor.name[:80]!r} of this ONNX graph lies in another file, "
+                f"{places.get('location', '')[:80]!r}, which is not read; use a file that exitkit.export wrote"
+            )
+
+
+def _tensors(message: Any, kind: type[Any]) -> Iterator[Any]:
+    """All messages of a kind inside a protobuf message, at any depth."""
+    for field, value in message.ListFields():
+        if field.message_type is not None:
+            for one in [value] if hasattr(value, "ListFields") else value:
+                if isinstance(one, kind):
+                    yield one
+                else:
+                    yield from _tensors(one, kind)
+
+
+def onnx_run(content: bytes, inputs: int, results: int, num_classes: int) -> Callable[..., Sequence[Tensor]]:
+    """An ONNX step as a function of tensors.
+
+    Raises:
+        FileError: a graph that takes or returns another number of values, or answers for other classes.
+    """
     runner = session(content)
     names = [entry.name for entry in runner.get_inputs()]
+    made = runner.get_outputs()
+    if (len(names), len(made)) != (inputs, results) or made[-2].shape[-1:] != [num_classes]:
+        raise FileError("an ONNX step takes or returns other values than its manifest says; export it again")
 
     def run(*tensors: Tensor) -> list[Tensor]:
         feeds = {name: np.ascontiguousarray(tensor.cpu().numpy()) for name, tensor in zip(names, tensors, strict=True)}

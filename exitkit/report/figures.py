@@ -161,11 +161,15 @@ def still_confusion(points: Points, classes: Sequence[str], beside: Path, name: 
 
 
 def _write_csv(path: Path, heading: Sequence[str], rows: Iterable[Iterable[Any]]) -> None:
-    """A table as a file, whole or not at all."""
+    """A table as a file, whole or not at all; no text in it is a formula to a spreadsheet."""
     with replacing(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
-        writer.writerow(heading)
-        writer.writerows(rows)
+        writer.writerows([_as_text(cell) for cell in row] for row in (heading, *rows))
+
+
+def _as_text(cell: Any) -> Any:
+    """Behind an apostrophe, by which spreadsheets know text, where it would be taken for a formula."""
+    return f"'{cell}" if isinstance(cell, str) and cell.startswith(("=", "+", "-", "@", "\t", "\r")) else cell
 
 
 def exit_name(exit_: int, exits: int) -> str:

@@ -11,21 +11,23 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from exitkit.common.checks import Count, Positive
+from exitkit.common.console import printable
 from exitkit.common.errors import ArgumentError, FileError, unknown_name
 from exitkit.common.files import replacing
+from exitkit.common.schema import build, read_json, to_json
 from exitkit.evaluation import ExitOutputs
 from exitkit.evaluation.paired import check_comparable
 from exitkit.methods.policy import ExitPolicy
 from exitkit.report.samples import Sample, read_samples
 from exitkit.report.stages import Stage
 
+T = TypeVar("T")
 _OUTPUTS, _CALIBRATION, _SUFFIX = "outputs-", "calibration-", ".safetensors"
 _RESULTS, THRESHOLDS = "results.json", "thresholds.json"
 
@@ -42,9 +44,9 @@ class Check:
         backbone_accuracy: or None without labels.
     """
 
-    samples: int
+    samples: Count
     risk: float
-    cost: float
+    cost: Positive
     accuracy: float | None
     backbone_accuracy: float | None
 
@@ -59,12 +61,6 @@ class Calibrated:
     def to_dict(self) -> dict[str, Any]:
         """Values that JSON holds."""
         return {"chosen": self.chosen.to_dict(), "check": None if self.check is None else asdict(self.check)}
-
-    @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> Calibrated:
-        """From what :meth:`to_dict` gave."""
-        check = data["check"]
-        return cls(ExitPolicy.from_dict(data["chosen"]), None if check is None else Check(**check))
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,21 +92,19 @@ def read_run(directory: str | Path) -> Run:
     directory = Path(directory)
     paths = _outputs_in(directory)
     samples, classes = read_samples(directory)
-    with _reading(directory / _RESULTS):
-        document = _json(directory / _RESULTS)
-        about, methods = dict(document.get("about", {})), dict(document.get("methods", {}))
-        stages = {name: tuple(Stage(**row) for row in methods.get(name, {}).get("stages", [])) for name in paths}
+    about, stages = _read_results(directory / _RESULTS)
     thresholds = _read_thresholds(directory)
     results = {}
     for name, path in paths.items():
         outputs = ExitOutputs.load(path)
         fitting = tuple(sample for sample in samples if 0 <= sample.row < len(outputs))
-        if stages[name] and len(stages[name]) != len(outputs.macs):
+        measured = stages.get(name, ())
+        if measured and len(measured) != len(outputs.macs):
             raise FileError(
-                f"{str(directory / _RESULTS)!r} has {len(stages[name])} stages for {name!r}, whose outputs have "
+                f"{str(directory / _RESULTS)!r} has {len(measured)} stages for {name!r}, whose outputs have "
                 f"{len(outputs.macs)}; they are of different runs"
             )
-        results[name] = Result(outputs, stages[name], thresholds.get(name), fitting)
+        results[name] = Result(outputs, measured, thresholds.get(name), fitting)
     return Run(directory, about, results, classes)
 
 
@@ -146,7 +140,7 @@ def write_thresholds(directory: str | Path, chosen: dict[str, Calibrated]) -> Pa
     merged = _read_thresholds(path.parent) | chosen
     document = {name: one.to_dict() for name, one in merged.items()}
     with replacing(path) as temporary:
-        temporary.write_text(json.dumps(document, indent=2, ensure_ascii=False), encoding="utf-8")
+        temporary.write_text(to_json(document, indent=2), encoding="utf-8")
     return path
 
 
@@ -166,7 +160,7 @@ def named(results: dict[str, Result], names: str | None) -> dict[str, Result]:
 def _outputs_in(directory: Path) -> dict[str, Path]:
     if not directory.is_dir():
         raise ArgumentError(
-            f"RUN_DIR {str(directory)!r} is no directory; give one that exitkit bench or exitkit demo wrote"
+            f"RUN_DIR {str(directory)!r} is not a directory; give one that exitkit bench or exitkit demo wrote"
         )
     paths = {_name(path): path for path in sorted(directory.glob(f"{_OUTPUTS}*{_SUFFIX}"))}
     if not paths:
@@ -178,22 +172,27 @@ def _outputs_in(directory: Path) -> dict[str, Path]:
 
 
 def _name(path: Path) -> str:
-    return path.name.removesuffix(_SUFFIX).removeprefix(_OUTPUTS)
+    return printable(path.name.removesuffix(_SUFFIX).removeprefix(_OUTPUTS))
+
+
+def _read_results(path: Path) -> tuple[dict[str, Any], dict[str, tuple[Stage, ...]]]:
+    """What a run says about itself, and the stages of each method."""
+    document = _content(path, dict[str, Any])
+    about = build(dict[str, Any], document.get("about", {}), repr(str(path)))
+    methods = build(dict[str, dict[str, Any]], document.get("methods", {}), repr(str(path)))
+    stages = {name: one.get("stages", []) for name, one in methods.items()}
+    return about, build(dict[str, tuple[Stage, ...]], stages, repr(str(path)))
 
 
 def _read_thresholds(directory: Path) -> dict[str, Calibrated]:
-    with _reading(directory / THRESHOLDS):
-        return {name: Calibrated.from_dict(one) for name, one in _json(directory / THRESHOLDS).items()}
+    return _content(directory / THRESHOLDS, dict[str, Calibrated])
 
 
-def _json(path: Path) -> dict[str, Any]:
-    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
+def _content(path: Path, kind: type[T]) -> T:
+    """What a file of the run holds, as it is declared; nothing where there is none.
 
-
-@contextmanager
-def _reading(path: Path) -> Iterator[None]:
-    """What json, a constructor or a missing key raise, as one line that names the file."""
-    try:
-        yield
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise FileError(f"{str(path)!r} cannot be read: {error}; delete it, or run its command again") from error
+    Raises:
+        FileError: a damaged file.
+    """
+    data = read_json(path, "delete it, or run its command again") if path.exists() else {}
+    return build(kind, data, repr(str(path)))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
-import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,8 +15,10 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from exitkit.common.errors import ArgumentError, FileError
+from exitkit.common.checks import Index
+from exitkit.common.errors import ArgumentError
 from exitkit.common.files import replacing
+from exitkit.common.schema import build, read_json, to_json
 from exitkit.evaluation import ExitOutputs
 
 FILE = "samples.json"
@@ -26,6 +28,7 @@ _BUDGETS = (0.5, 0.75, 1.0)
 _SIDE = 96
 _CHARACTERS = 300
 _IMAGE = "data:image/webp;base64,"
+_ADDRESS = re.compile(re.escape(_IMAGE) + "[A-Za-z0-9+/]*={0,2}")
 
 
 @dataclass(frozen=True)
@@ -38,9 +41,21 @@ class Sample:
         text: its text, or None.
     """
 
-    row: int
+    row: Index
     image: str | None = None
     text: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.image is not None and not _ADDRESS.fullmatch(self.image):
+            raise ArgumentError("an image is not a data: address of base64, as exitkit writes it")
+
+
+@dataclass(frozen=True)
+class _Document:
+    """What ``samples.json`` holds."""
+
+    classes: tuple[str, ...] | None
+    samples: tuple[Sample, ...]
 
 
 def write_samples(directory: str | Path, dataset: Any, outputs: Mapping[str, ExitOutputs]) -> None:
@@ -74,7 +89,7 @@ def write_samples(directory: str | Path, dataset: Any, outputs: Mapping[str, Exi
     else:
         document = {"classes": names, "samples": [asdict(sample) for sample in samples]}
         with replacing(Path(directory) / FILE) as temporary:
-            temporary.write_text(json.dumps(document, ensure_ascii=False), encoding="utf-8")
+            temporary.write_text(to_json(document), encoding="utf-8")
 
 
 def read_samples(directory: Path) -> tuple[tuple[Sample, ...], tuple[str, ...] | None]:
@@ -86,16 +101,8 @@ def read_samples(directory: Path) -> tuple[tuple[Sample, ...], tuple[str, ...] |
     path = directory / FILE
     if not path.exists():
         return (), None
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-        samples = tuple(Sample(**sample) for sample in document["samples"])
-        names = document["classes"]
-        sound = all(type(s.row) is int and (s.image or _IMAGE).startswith(_IMAGE) for s in samples)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise FileError(f"{str(path)!r} cannot be read as samples: {error}; delete it to go without") from error
-    if not sound:
-        raise FileError(f"{str(path)!r} holds samples that exitkit did not write; delete it to go without")
-    return samples, None if names is None else tuple(map(str, names))
+    document = build(_Document, read_json(path, "delete it to go without"), repr(str(path)))
+    return document.samples, document.classes
 
 
 def _rows_worth_looking_at(outputs: Mapping[str, ExitOutputs]) -> list[int]:

@@ -9,6 +9,7 @@ from typing import Any
 
 import exitkit
 from exitkit.calibration.pruning import head_macs
+from exitkit.common.checks import Count, NonNegative
 from exitkit.multi_exit.model import MultiExitModel
 
 
@@ -26,11 +27,11 @@ class Stage:
     """
 
     exit: str
-    macs: float
-    head_macs: float
-    milliseconds: float | None = None
-    head_milliseconds: float | None = None
-    batch: int | None = None
+    macs: NonNegative
+    head_macs: NonNegative
+    milliseconds: NonNegative | None = None
+    head_milliseconds: NonNegative | None = None
+    batch: Count | None = None
 
 
 def stages_of(model: MultiExitModel, samples: Any = None) -> tuple[Stage, ...]:

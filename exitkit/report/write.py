@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import re
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -14,6 +16,7 @@ import jinja2
 import matplotlib
 from markupsafe import Markup
 
+from exitkit.common.console import printable
 from exitkit.common.errors import ArgumentError
 from exitkit.common.files import replacing
 from exitkit.common.versions import installed_versions
@@ -71,7 +74,7 @@ def _together(runs: Sequence[Run]) -> dict[str, Result]:
     """All results by name, with their run's name before them where there are several."""
     if len(runs) == 1:
         return runs[0].results
-    names = [run.directory.resolve().name for run in runs]
+    names = [printable(run.directory.resolve().name) for run in runs]
     if len(set(names)) < len(names):
         raise ArgumentError(f"RUN_DIR: {names} holds a name twice; give each run once, under a name of its own")
     return {
@@ -104,7 +107,7 @@ def _page(runs: Sequence[Run], results: dict[str, Result], points: dict[str, Poi
         "pictures": [asdict(sample) for sample in kept.values()],
     }
     return _render(
-        title="Early exits: " + ", ".join(run.directory.resolve().name for run in runs),
+        title="Early exits: " + ", ".join(printable(run.directory.resolve().name) for run in runs),
         about=[(name, runs[0].about[name]) for name in _FACTS if runs[0].about.get(name) is not None],
         data=data,
         others=[name for name, one in outputs.items() if same_backbone(first, one) is False],
@@ -122,9 +125,10 @@ def _page(runs: Sequence[Run], results: dict[str, Result], points: dict[str, Poi
 def _render(**values: Any) -> str:
     source = files("exitkit.report") / "page"
     page, css, js = ((source / f"report.{kind}").read_text(encoding="utf-8") for kind in ("html", "css", "js"))
+    script = base64.b64encode(hashlib.sha256(js.encode()).digest()).decode()
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     return environment.from_string(page).render(
-        **values, css=Markup(css), js=Markup(js), version=installed_versions()["exitkit"]
+        **values, css=Markup(css), js=Markup(js), script=script, version=installed_versions()["exitkit"]
     )
 
 

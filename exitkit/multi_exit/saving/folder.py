@@ -21,7 +21,7 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from exitkit.common.errors import ArgumentError, ExitkitError, FileError
-from exitkit.common.files import replacing
+from exitkit.common.files import locked, read_together, replacing
 from exitkit.methods.policy import ExitPolicy
 from exitkit.methods.presets import Method
 from exitkit.multi_exit.assembly import Parts, assemble
@@ -58,7 +58,9 @@ def save_exits(
     folder = Path(directory)
     if folder.exists() and not folder.is_dir():
         raise ArgumentError(f"directory={str(directory)!r} is a file; name a folder")
-    _write(model, configuration_of(model, threshold, outputs), folder, "path/to/this/folder")
+    config = configuration_of(model, threshold, outputs)
+    with locked(folder):
+        _write(model, config, folder, "path/to/this/folder")
 
 
 def push_exits(
@@ -93,8 +95,7 @@ def load_exits(
             f"backbone is {type(backbone).__name__}; give the nn.Module that the exits were trained on"
         )
     folder = hub.fetch(source, [CONFIG, WEIGHTS], revision, token)
-    config = read_configuration(folder / CONFIG)
-    weights = _read_weights(folder / config["weights"])
+    config, weights = read_together(lambda: _read(folder))
     check_sizes(config, weights, folder / CONFIG)
     _compare(config["tensors"], without(tensor_lines(backbone), config["new_head"]), source, backbone)
     with unchanged_on_error(backbone):
@@ -136,6 +137,11 @@ def _write(model: MultiExitModel, config: Mapping[str, Any], folder: Path, sourc
 
 def _name_of(weights: bytes) -> str:
     return f"exits-{hashlib.sha256(weights).hexdigest()[:16]}.safetensors"
+
+
+def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    config = read_configuration(folder / CONFIG)
+    return config, _read_weights(folder / config["weights"])
 
 
 def _read_weights(path: Path) -> dict[str, Tensor]:

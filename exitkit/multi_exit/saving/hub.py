@@ -21,14 +21,16 @@ def fetch(source: str | os.PathLike[str], patterns: Sequence[str], revision: str
     if not isinstance(source, str | os.PathLike):
         raise ArgumentError(f"source={source!r} must be a folder or a name on the Hub, such as 'user/exits'")
     folder = Path(source)
-    if folder.is_dir():
+    if os.path.isdir(folder):
         if revision is not None:
             raise ArgumentError(
                 f"revision={revision!r} is for names on the Hub, but source={str(source)!r} is a folder here; leave "
                 "revision out"
             )
         return folder
-    if not isinstance(source, str) or folder.exists() or not is_name(source):
+    if revision is None:
+        refuse_local_path(source)
+    if not isinstance(source, str) or os.path.exists(folder) or not is_name(source):
         raise ArgumentError(f"source={str(source)!r} is neither a folder nor a name on the Hub, such as 'user/exits'")
     from huggingface_hub import snapshot_download
 
@@ -61,6 +63,24 @@ def upload(folder: Path, repo_id: str, replaced: Sequence[str], message: str, to
             repo_id=repo_id, folder_path=folder, commit_message=message, delete_patterns=[*replaced]
         )
         return commit.commit_url
+
+
+def refuse_local_path(source: str | os.PathLike[str]) -> None:
+    """Refuse what looks like a path of this machine, so that a mistyped one is never asked for on the Hub.
+
+    That is a path that begins with ``.``, ``/`` or ``~``, has other than one separator in it, or whose first folder is here.
+
+    Raises:
+        ArgumentError: such a path.
+    """
+    text = os.fspath(source)
+    first, separator, rest = text.replace(os.sep, "/").partition("/")
+    begun = text.startswith((".", "/", "~", os.sep)) or "/" in rest or bool(separator and not rest)
+    if begun or (separator and os.path.exists(first)):
+        raise ArgumentError(
+            f"source={text[:200]!r} looks like a path, and there is no such folder; check it. If you mean a name on the Hub, "
+            "give its revision='main', or ask from another folder"
+        )
 
 
 def is_name(text: str) -> bool:
