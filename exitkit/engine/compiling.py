@@ -22,9 +22,6 @@ from exitkit.methods.policy import ExitPolicy, Threshold
 from exitkit.multi_exit.model import MultiExitModel
 from exitkit.surgery.inputs import as_call
 
-_LARGEST_RECORDED = 256
-"""Batches above run without CUDA graphs."""
-
 
 def compile(
     model: MultiExitModel,
@@ -80,14 +77,17 @@ def compile(
 
 
 def _optimized(model: MultiExitModel, program: Program, policy: ExitPolicy) -> Loop:
-    """Compiled steps; on CUDA also recorded, with the kernels of the decision."""
-    compiled = optimized(program, example_of(model))
-    if program.inputs.device.type != "cuda":
-        return Loop(compiled, policy)
-    from exitkit.engine.cuda.graphs import graphed
-    from exitkit.engine.cuda.kernels import gather, split
+    """Compiled steps; on CUDA also recorded."""
+    return fastest(optimized(program, example_of(model)), policy)
 
-    return Loop(graphed(compiled, _LARGEST_RECORDED), policy, split=split, gather=gather)
+
+def fastest(program: Program, policy: ExitPolicy) -> Loop:
+    """The loop for compiled steps on their device."""
+    if program.inputs.device.type != "cuda":
+        return Loop(program, policy)
+    from exitkit.engine.cuda.graphs import graph_loop
+
+    return graph_loop(program, policy)
 
 
 def _measured(engine: Engine, eager: Program, samples: Any) -> Engine:

@@ -15,8 +15,7 @@ from exitkit.common.batches import check_iterable
 from exitkit.common.checks import Count, check, is_number
 from exitkit.common.console import make_console
 from exitkit.common.errors import ArgumentError
-from exitkit.engine.batch_state import BatchState
-from exitkit.engine.loop import Answers, Loop, Prediction
+from exitkit.engine.loop import Loop, Prediction
 from exitkit.engine.plan import Measurement, Plan
 from exitkit.engine.program import Description, Inputs, Program
 from exitkit.engine.scheduler import Scheduler
@@ -128,27 +127,15 @@ class Engine:
 
     def _answer(self, tensors: tuple[Tensor, ...]) -> Prediction:
         count = len(tensors[0])
-        if count == 1:
-            return self.loop.single(tensors)
         try:
-            answers = self._run(tensors) if count else []
+            return self.loop.answer(tensors)
         except torch.OutOfMemoryError:
-            pass
-        else:
-            return self.loop.in_order(answers, count)
+            if count < 2:
+                raise
         half = count // 2  # outside of the except, whose traceback keeps the failed batch's tensors
         warnings.warn(f"out of memory on {count} samples; they are answered {half} at a time", stacklevel=3)
         parts = [self._answer(tuple(tensor[part] for tensor in tensors)) for part in (slice(half), slice(half, None))]
         return Prediction(*(torch.cat(columns) for columns in zip(*parts, strict=True)))
-
-    def _run(self, tensors: tuple[Tensor, ...]) -> list[Answers]:
-        batch: BatchState | None = self.loop.start(tensors)
-        answers: list[Answers] = []
-        for index in range(len(self.loop.program.steps)):
-            if batch is not None:
-                batch, left = self.loop.run_step(batch, index)
-                answers += left
-        return answers
 
     def map(
         self, batches: Iterable[Any], batch_size: int = 64, max_wait: float = float("inf")

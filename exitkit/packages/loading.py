@@ -15,6 +15,7 @@ from torch.export.passes import move_to_device_pass
 from exitkit.calibration.monitor import ShiftMonitor
 from exitkit.common.errors import ArgumentError, ExitkitError, FileError
 from exitkit.engine.aot import load_step
+from exitkit.engine.compiling import fastest
 from exitkit.engine.engine import Engine
 from exitkit.engine.loop import Loop
 from exitkit.methods.policy import ExitPolicy, Threshold
@@ -75,7 +76,8 @@ def load(
             f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}); export it again"
         ) from error
     policy = ExitPolicy.from_dict(manifest["policy"])
-    engine = Engine(Loop(program_of_manifest(manifest, runs, target), policy), description)
+    program = program_of_manifest(manifest, runs, target)
+    engine = Engine(fastest(program, policy) if manifest["kind"] == "compiled" else Loop(program, policy), description)
     engine = engine if threshold is None else engine.at(threshold)
     return engine if monitor is None else engine.watched(monitor)
 
@@ -106,9 +108,22 @@ def _device(manifest: dict[str, Any], device: str | torch.device | None, path: s
             f"{path!r} was compiled by torch {manifest['versions']['torch']}; this is torch {torch.__version__}: export it "
             "again, or without optimize=True, which other versions read"
         )
-    if chosen.type == "cuda" and not torch.cuda.is_available():
-        raise ArgumentError(f"device={str(chosen)!r}, but torch sees no CUDA device; use device='cpu'")
+    if chosen.type == "cuda":
+        return _gpu(chosen)
     return chosen
+
+
+def _gpu(device: torch.device) -> torch.device:
+    """The GPU by its number, the current one where none was named."""
+    if not torch.cuda.is_available():
+        raise ArgumentError(f"device={str(device)!r}, but torch sees no CUDA device; use device='cpu'")
+    if device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    if device.index >= torch.cuda.device_count():
+        raise ArgumentError(
+            f"device={str(device)!r} does not exist; there are {torch.cuda.device_count()}, from cuda:0 on"
+        )
+    return device
 
 
 def _run(
@@ -120,7 +135,7 @@ def _run(
         with tempfile.TemporaryDirectory(prefix="exitkit-") as directory:
             file = Path(directory) / "step.pt2"
             file.write_bytes(content)
-            return load_step(file, channels_last)
+            return load_step(file, channels_last, device)
     exported = torch.export.load(io.BytesIO(content))
     moved = move_to_device_pass(exported, str(device))
     run: Callable[..., Sequence[Any]] = moved.module(check_guards=False)
