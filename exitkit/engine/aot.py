@@ -12,10 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.export import ExportedProgram
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from exitkit.engine.exported import export_steps
 from exitkit.engine.memory_format import in_format, is_channels_last
 from exitkit.engine.program import Program, Run
+
+PORTABLE_ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+"""cuDNN's would be fixed in the compiled step, and takes masks of certain sizes only."""
 
 
 def optimized(program: Program, example: Sequence[Tensor]) -> Program:
@@ -46,7 +50,8 @@ def compile_step(exported: ExportedProgram, path: Path) -> list[bool]:
 
         prepare()
         configs["force_layout_optimization"] = True
-    torch._inductor.aoti_compile_and_package(exported, package_path=str(path), inductor_configs=configs)
+    with sdpa_kernel(PORTABLE_ATTENTION):
+        torch._inductor.aoti_compile_and_package(exported, package_path=str(path), inductor_configs=configs)
     return [is_channels_last(tensor) for tensor in exported.example_inputs[0]]
 
 

@@ -11,7 +11,7 @@ from exitkit.calibration.monitor import ShiftMonitor
 from exitkit.common.batches import split_batch
 from exitkit.common.errors import ArgumentError
 from exitkit.engine.aot import optimized
-from exitkit.engine.engine import Engine, with_exits_that_pay
+from exitkit.engine.engine import Engine, planned
 from exitkit.engine.exported import example_of
 from exitkit.engine.loop import Loop
 from exitkit.engine.lowering import program_of
@@ -71,8 +71,7 @@ def compile(
     engine = Engine(loop)
     if samples is not None:
         engine = _measured(engine, eager, samples)
-    if skip_unprofitable:
-        engine = with_exits_that_pay(replace(engine, whole=engine.loop.program))
+    engine = planned(replace(engine, whole=engine.loop.program if skip_unprofitable else None))
     return engine if monitor is None else engine.watched(monitor)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from exitkit.calibration.monitor import ShiftMonitor
-from exitkit.common.batches import check_iterable
+from exitkit.common.batches import check_iterable, split_batch
 from exitkit.common.checks import Count, check, is_number
 from exitkit.common.console import make_console
 from exitkit.common.errors import ArgumentError
@@ -20,6 +20,7 @@ from exitkit.engine.plan import Measurement, Plan
 from exitkit.engine.program import Description, Inputs, Program
 from exitkit.engine.scheduler import Scheduler
 from exitkit.methods.policy import ExitPolicy, Threshold, as_policy, check_same_scores
+from exitkit.surgery.inputs import as_call
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ class Engine:
         policy = as_policy(threshold, self.policy)
         check_same_scores(policy, self.policy)
         loop = replace(self.loop, policy=policy)
-        return with_exits_that_pay(replace(self, loop=loop, monitor=None))
+        return planned(replace(self, loop=loop, monitor=None))
 
     def watched(self, monitor: ShiftMonitor) -> Engine:
         """The same engine, which tells ``monitor`` of every answer.
@@ -112,6 +113,23 @@ class Engine:
         plan = self.measured.plan(self.policy, skipping=self.whole is not None)
         make_console().print(plan.table())
         return plan
+
+    def warm(self, samples: Any, sizes: Sequence[int] | None = None) -> None:
+        """Record the steps on a GPU now instead of at the first batch of each size.
+
+        Args:
+            samples: inputs as they come in use, at least one, on the engine's device.
+            sizes: batch sizes that will come; by default all that are recorded, up to 256.
+
+        Raises:
+            ArgumentError: an engine on CPU or not optimized, which records nothing; inputs that do not fit; a size below 1.
+        """
+        args, kwargs = as_call(split_batch(samples)[0])
+        tensors = self.inputs.checked(args, kwargs)
+        for size in sizes or ():
+            check("sizes", size, Count)
+        with torch.inference_mode():
+            self.loop.warm(tensors, sizes)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Prediction:
         """Answer a batch. Takes what the model takes, of the sizes it was attached with, and any number of samples.
@@ -168,12 +186,15 @@ class Engine:
         return prediction
 
 
-def with_exits_that_pay(engine: Engine) -> Engine:
-    """The engine without the exits that its policy and the measured times leave out; as it is where none may be."""
-    if engine.whole is None or engine.measured is None:
+def planned(engine: Engine) -> Engine:
+    """The engine as its measured times ask for with its policy: where it waits, and which exits it leaves out."""
+    if engine.measured is None:
         return engine
-    skipped = engine.measured.plan(engine.policy, skipping=True).skipped
-    return replace(engine, loop=replace(engine.loop, program=engine.whole.without(skipped)))
+    plan = engine.measured.plan(engine.policy, skipping=engine.whole is not None)
+    loop = engine.loop.waiting(plan.waits())
+    if engine.whole is not None:
+        loop = replace(loop, program=engine.whole.without(plan.skipped))
+    return replace(engine, loop=loop)
 
 
 def with_every_exit(engine: Engine) -> Engine:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from exitkit.common.errors import ArgumentError
 from exitkit.engine.batch_state import BatchState, Places, on_device
 from exitkit.engine.plan import Timings
 from exitkit.engine.program import Program
@@ -73,6 +75,25 @@ class Loop:
                 batch, left = self.run_step(batch, index)
                 answers += left
         return self.in_order(answers, count)
+
+    def warm(self, tensors: Sequence[Tensor], sizes: Sequence[int] | None) -> None:
+        """Nothing is prepared at first use here.
+
+        Raises:
+            ArgumentError: always.
+        """
+        raise ArgumentError(
+            f"engine.warm is for engines with optimize=True on a GPU; this one runs on {self.program.inputs.device} as it is"
+        )
+
+    def waiting(self, waits: tuple[bool, ...]) -> Loop:
+        """The loop that waits for these exits' decisions alone; this one decides on the host, and waits for each."""
+        return self
+
+    def step_runner(self, index: int, batch: BatchState) -> Callable[[], Any]:
+        """A step on a batch as the loop runs it, without the decision: to be timed."""
+        step = self.program.steps[index]
+        return partial(step.run, *[batch.values[name] for name in step.inputs])
 
     def single(self, tensors: Sequence[Tensor]) -> Prediction:
         """The answer of one sample: decisions on plain numbers, which take less time than arrays."""

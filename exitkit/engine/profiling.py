@@ -48,13 +48,14 @@ def all_stay(loop: Loop) -> Loop:
 def _times(loop: Loop, eager: Program, tensors: Sequence[Tensor]) -> tuple[list[float], list[float], list[float]]:
     """Seconds of every step, exit and compaction, when all samples come to all of them."""
     staying, axes = all_stay(loop), loop.program.axes
+    staying.answer(tensors)  # where steps are recorded, at this size
     batch = staying.start(tensors)
     half = np.arange((len(batch) + 1) // 2)
     seconds, heads, gathers = [], [], []
     for index, step in enumerate(loop.program.steps):
         values = [batch.values[name] for name in step.inputs]
         gathers.append(_seconds(partial(batch.select, half, axes)))
-        seconds.append(_seconds(partial(step.run, *values)))
+        seconds.append(_seconds(staying.step_runner(index, batch)))
         heads.append(_exit_seconds(eager, index, values))
         batch = staying.run_step(batch, index)[0] or batch
     return seconds, heads, gathers

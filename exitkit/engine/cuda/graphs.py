@@ -10,12 +10,13 @@ from __future__ import annotations
 import threading
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from exitkit.engine.batch_state import BatchState
 from exitkit.engine.cuda.buckets import SIZES, bucket_of, buckets_up_to
 from exitkit.engine.cuda.buffers import Boundary, Memory, Results, dense, flat
 from exitkit.engine.cuda.recording import Record, Run
@@ -173,6 +174,14 @@ class Graphs:
                 self.done = stream.record_event()
             return made
 
+    def runner(self, index: int, program: Program, count: int) -> Run | None:
+        """A recorded step for so many samples, to be timed; None where none of this size was recorded."""
+        for recordings in self.recordings.values():
+            if recordings is not None and count <= self.sizes[-1]:
+                bucket = bucket_of(self.sizes, count)
+                return recordings.steps.get((index, program.steps[index].decides, bucket))
+        return None
+
     def _run(
         self, recordings: Recordings, tensors: Sequence[Tensor], program: Program, waits: Sequence[bool], stream: Any
     ) -> None:
@@ -230,9 +239,29 @@ class GraphLoop(Loop):
     graphs: Graphs | None = None
     waits: tuple[bool, ...] = ()
 
+    def warm(self, tensors: Sequence[Tensor], sizes: Sequence[int] | None) -> None:
+        """Record every step at these sizes' buckets, the largest first; by default at all."""
+        graphs = self._graphs
+        staying = replace(self, policy=self.policy.at(float("inf")), waits=(False,) * len(self.policy.thresholds))
+        for size in sorted(
+            {bucket_of(graphs.sizes, min(n, graphs.sizes[-1])) for n in sizes or graphs.sizes}, reverse=True
+        ):
+            rows = torch.arange(size, device=tensors[0].device) % len(tensors[0])
+            staying.answer([tensor[rows] for tensor in tensors])
+
+    def waiting(self, waits: tuple[bool, ...]) -> GraphLoop:
+        return replace(self, waits=waits)
+
+    def step_runner(self, index: int, batch: BatchState) -> Callable[[], Any]:
+        return self._graphs.runner(index, self.program, len(batch)) or super().step_runner(index, batch)
+
+    @property
+    def _graphs(self) -> Graphs:
+        assert self.graphs is not None
+        return self.graphs
+
     def answer(self, tensors: Sequence[Tensor]) -> Prediction:
-        count, graphs = len(tensors[0]), self.graphs
-        assert graphs is not None
+        count, graphs = len(tensors[0]), self._graphs
         if not count:
             return super().answer(tensors)
         waits = self.waits or (True,) * len(self.policy.thresholds)
