@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ def record(run: Run, pool: Any, device: torch.device) -> Run:
         torch.OutOfMemoryError: memory does not suffice.
     """
     graph = torch.cuda.CUDAGraph()
-    current, side = torch.cuda.current_stream(device), torch.cuda.Stream(device)
+    current, side = torch.cuda.current_stream(device), _recording_stream(device)
     with _ONE_AT_A_TIME:
         side.wait_stream(current)
         with torch.cuda.stream(side), out_of_memory_named(device):
@@ -39,6 +40,12 @@ def record(run: Run, pool: Any, device: torch.device) -> Run:
             graph.capture_end()
         current.wait_stream(side)
     return graph.replay
+
+
+@cache
+def _recording_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all recordings: matrix products keep a workspace of tens of megabytes for every stream that they meet."""
+    return torch.cuda.Stream(device)
 
 
 def _abandon(graph: torch.cuda.CUDAGraph, pool: Any, device: torch.device) -> None:
