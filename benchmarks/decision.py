@@ -4,7 +4,8 @@
 
 Half of the samples leave. Times are microseconds, medians, until the host can go on; the score is in the compiled step and
 not counted. Rows are what travels to the next stage: nothing but the answer, a token sequence of ViT-B/16, a map of ResNet-50.
-On CUDA Triton's kernels stand beside plain torch, which is also what a CPU runs.
+On CUDA the kernels of recorded steps stand beside the plain loop, which is also what a CPU runs; they are launched one by one
+here, and are part of the step's graph in the engine.
 """
 
 from __future__ import annotations
@@ -12,18 +13,25 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from tables import table
+from torch import Tensor
 
 from exitkit.cli.bench import machine
 from exitkit.common.console import make_console
-from exitkit.engine.batch_state import BatchState
+from exitkit.engine.cuda.buffers import Boundary, Results, flat
 from exitkit.engine.loop import Loop
 from exitkit.engine.program import Inputs, Program, Step
 from exitkit.methods.policy import ExitPolicy
 from exitkit.surgery.inputs import CallSpec
+
+Way = Callable[[Tensor, Tensor, Tensor], Callable[[], Any]]
+"""From a value, answers and scores to what is timed."""
 
 ROWS: dict[str, tuple[int, ...]] = {"answer only": (0,), "197 × 768": (197, 768), "1024 × 14 × 14": (1024, 14, 14)}
 
@@ -38,19 +46,16 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     program = _program(args)
-    policy = ExitPolicy((0.5,), "confidence")
-    loops = {"torch": Loop(program, policy)}
+    ways: dict[str, Way] = {"plain loop": partial(_plain, Loop(program, ExitPolicy((0.5,), "confidence")))}
     if torch.device(args.device).type == "cuda":
-        from exitkit.engine.cuda.kernels import gather, split
-
-        loops["Triton"] = Loop(program, policy, split=split, gather=gather)
+        ways["kernels"] = partial(_kernels, program, args.samples)
     with torch.inference_mode():
         rows = [
-            (name, *(f"{_microseconds(loop, shape, args):.0f}" for loop in loops.values()))
+            (name, *(f"{_microseconds(way, shape, args):.0f}" for way in ways.values()))
             for name, shape in ROWS.items()
         ]
     title = f"decision and compaction of {args.samples} samples × {args.classes} classes, µs"
-    make_console().print(table(("a row", *loops), rows, title), machine()["device"])
+    make_console().print(table(("a row", *ways), rows, title), machine()["device"])
 
 
 def _program(args: argparse.Namespace) -> Program:
@@ -64,18 +69,41 @@ def _program(args: argparse.Namespace) -> Program:
     return Program(inputs, steps, {"x": 0}, {"x": (0,)}, args.classes, torch.float32)
 
 
-def _microseconds(loop: Loop, shape: tuple[int, ...], args: argparse.Namespace) -> float:
+def _plain(loop: Loop, value: Tensor, answer: Tensor, score: Tensor) -> Callable[[], Any]:
+    fresh = loop.start((value,))
+    return lambda: loop.decide(replace(fresh), 0, answer, score)
+
+
+def _kernels(program: Program, samples: int, value: Tensor, answer: Tensor, score: Tensor) -> Callable[[], Any]:
+    """The kernels of a recorded step, and the wait for the count."""
+    from exitkit.engine.cuda import kernels
+
+    here, there = (Boundary.empty(samples, value.device) for _ in range(2))
+    here.count.fill_(samples)
+    results, target = Results.empty(program, samples), torch.empty_like(flat(value))
+    threshold = torch.full((1,), 0.5, dtype=torch.float64, device=value.device)
+
+    def run() -> None:
+        kernels.decide(score, answer, threshold, 0, here, there, results, False)
+        if value.numel():
+            kernels.compact(flat(value), target, samples, there)
+        there.on_host.copy_(there.count, non_blocking=True)
+        torch.cuda.current_stream().record_event().synchronize()
+
+    return run
+
+
+def _microseconds(way: Way, shape: tuple[int, ...], args: argparse.Namespace) -> float:
     generator = torch.Generator().manual_seed(0)
     score = torch.rand(args.samples, generator=generator, dtype=torch.float64).to(args.device)
     answer = torch.randn(args.samples, args.classes, generator=generator).to(args.device)
-    fresh = loop.start((torch.randn(args.samples, *shape).to(args.device),))
+    run = way(torch.randn(args.samples, *shape).to(args.device), answer, score)
     times = []
     for _ in range(args.repeats + 3):
-        batch = BatchState(fresh.rows, dict(fresh.values), fresh.fault)
-        started = time.perf_counter()
-        loop.decide(batch, 0, answer, score)
         if torch.cuda.is_available():
             torch.cuda.synchronize()
+        started = time.perf_counter()
+        run()
         times.append(time.perf_counter() - started)
     return 1e6 * statistics.median(times[3:])
 

@@ -52,8 +52,6 @@ from exitkit.common.batches import move
 from exitkit.common.console import make_console
 from exitkit.engine.aot import compile_step, load_step
 from exitkit.engine.batch_state import BatchState
-from exitkit.engine.cuda.buckets import Buckets
-from exitkit.engine.cuda.graphs import Graphed
 from exitkit.engine.memory_format import in_format
 from exitkit.engine.profiling import decision_seconds
 from exitkit.models import cifar_resnet
@@ -166,11 +164,10 @@ def aot_compiled(ee: exitkit.MultiExitModel, cuts: Sequence[Boundary] = ()) -> R
         with tempfile.TemporaryDirectory() as directory, torch.no_grad():
             path = Path(directory) / "stage.pt2"
             exported = torch.export.export(stage.module, given, dynamic_shapes=dims, strict=False)
-            runs.append(load_step(path, compile_step(exported, path)))
+            runs.append(load_step(path, compile_step(exported, path), given[0].device))
             values.update(zip(stage.outputs, stage.module(*given), strict=True))
         if given[0].is_cuda:
-            taken, made = (tuple(map(partition.axes.get, names)) for names in (stage.inputs, stage.outputs))
-            runs[-1] = Graphed(runs[-1], taken, made, Buckets.up_to(256))
+            runs[-1] = _graphed(runs[-1])
 
     def run(batch: Any) -> Any:
         values = dict(zip(partition.inputs, ee.example.spec.tensors(batch), strict=True))
@@ -180,6 +177,27 @@ def aot_compiled(ee: exitkit.MultiExitModel, cuts: Sequence[Boundary] = ()) -> R
         return made
 
     return run
+
+
+def _graphed(run: Callable[..., Any]) -> Callable[..., Any]:
+    """A compiled stage that is replayed from a CUDA graph, one for each batch size, as the engine's steps are."""
+    from exitkit.engine.cuda.recording import record
+
+    recorded: dict[Any, tuple[list[Tensor], list[Tensor], Callable[[], None]]] = {}
+
+    def replayed(*tensors: Tensor) -> list[Tensor]:
+        key = tuple(tensor.shape for tensor in tensors)
+        if key not in recorded:
+            held, made = [tensor.clone() for tensor in tensors], list(run(*tensors))
+            again = record(lambda: made.__setitem__(slice(None), run(*held)), None, tensors[0].device)
+            recorded[key] = held, made, again
+        held, made, again = recorded[key]
+        for buffer, tensor in zip(held, tensors, strict=True):
+            buffer.copy_(tensor)
+        again()
+        return [tensor.clone() for tensor in made]
+
+    return replayed
 
 
 def _earlyon(ee: exitkit.MultiExitModel, thresholds: Sequence[float]) -> Run | None:
@@ -268,14 +286,16 @@ def _each(run: Run, chunks: Sequence[Any]) -> None:
 
 def _steps_alone(engine: exitkit.Engine, chunks: Sequence[Any]) -> Callable[[], None]:
     """The steps that run on these batches, on what stands before them, without the loop."""
-    loop, runs = engine.loop, []
+    loop, steps = engine.loop, []
     for chunk in chunks:
         batch: BatchState | None = loop.start(Example.of(chunk).tensors)
-        for index, step in enumerate(loop.program.steps):
+        runs: list[Callable[[], Any]] = []
+        for index in range(len(loop.program.steps)):
             if batch is not None:
-                runs.append(partial(step.run, *(batch.values[name] for name in step.inputs)))
+                runs.append(loop.step_runner(index, batch))
                 batch, _ = loop.run_step(batch, index)
-    return partial(_each, lambda run: run(), runs)
+        steps.append(runs)
+    return partial(_each, lambda runs: [run() for run in runs], steps)
 
 
 def _interleaved(runs: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:

@@ -123,7 +123,9 @@ def checked(loader: Iterable[Any], name: str) -> Iterable[Any]:
 def move(value: Any, device: torch.device) -> Any:
     """Every tensor in ``value`` (a tensor, or tuples, lists and dicts of them) on ``device``."""
     if isinstance(value, Tensor):
-        return value.to(device, non_blocking=True)
+        return value.to(
+            device, non_blocking=device.type == "cuda"
+        )  # on the way back the values would not be there yet
     if isinstance(value, Mapping):
         return {key: move(item, device) for key, item in value.items()}
     if isinstance(value, tuple | list):

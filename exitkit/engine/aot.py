@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import tempfile
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.export import ExportedProgram
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from exitkit.engine.exported import export_steps
 from exitkit.engine.memory_format import in_format, is_channels_last
 from exitkit.engine.program import Program, Run
+
+PORTABLE_ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+"""cuDNN's would be fixed in the compiled step, and takes masks of certain sizes only."""
 
 
 def optimized(program: Program, example: Sequence[Tensor]) -> Program:
@@ -29,25 +35,41 @@ def _compiled(program: Program, example: Sequence[Tensor]) -> Iterator[Run]:
     for exported in export_steps(program, example, channels_last=True):
         with tempfile.TemporaryDirectory(prefix="exitkit-") as directory:
             path = Path(directory) / "step.pt2"
-            yield load_step(path, compile_step(exported, path))
+            yield load_step(path, compile_step(exported, path), program.inputs.device)
 
 
 def compile_step(exported: ExportedProgram, path: Path) -> list[bool]:
     """Write the compiled step; returns which of its inputs it takes in the memory format channels_last.
 
-    Frozen on CPU: BatchNorm is folded into convolutions, and weights are packed.
+    Frozen: BatchNorm is folded into convolutions, and weights are laid out as kernels want them.
     """
-    on_cpu = all(tensor.device.type == "cpu" for tensor in exported.state_dict.values())
-    torch._inductor.aoti_compile_and_package(
-        exported, package_path=str(path), inductor_configs={"freezing": True} if on_cpu else {}
-    )
+    device = next(tensor.device for tensor in exported.state_dict.values())
+    configs: dict[str, Any] = {"freezing": True}
+    if device.type == "cuda":
+        from exitkit.engine.cuda.toolchain import prepare
+
+        prepare()
+        configs["force_layout_optimization"] = True
+    with sdpa_kernel(PORTABLE_ATTENTION):
+        torch._inductor.aoti_compile_and_package(exported, package_path=str(path), inductor_configs=configs)
     return [is_channels_last(tensor) for tensor in exported.example_inputs[0]]
 
 
-def load_step(path: Path, formats: Sequence[bool]) -> Run:
+def load_step(path: Path, formats: Sequence[bool], device: torch.device) -> Run:
     """The compiled step as a function; it was compiled for these memory formats and does not check them itself.
 
     Inputs and results are flat, so torch's wrapper is left out, which parses two descriptions of them at every call.
     """
-    run = torch._inductor.aoti_load_package(str(path)).loader.run
-    return lambda *tensors: run(list(map(in_format, tensors, formats)))
+    if device.type != "cuda":
+        run = torch._inductor.aoti_load_package(str(path)).loader.run
+        return lambda *tensors: run(list(map(in_format, tensors, formats)))
+    # the runner for several threads asks the device whether it is done, which a recording forbids
+    loaded = torch._inductor.aoti_load_package(str(path), run_single_threaded=True, device_index=device.index or 0)
+    single, one_at_a_time = loaded.loader.run, threading.Lock()
+
+    def run_alone(*tensors: Any) -> Sequence[Any]:
+        with one_at_a_time:
+            made: Sequence[Any] = single(list(map(in_format, tensors, formats)))
+            return made
+
+    return run_alone

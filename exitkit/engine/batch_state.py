@@ -2,49 +2,50 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from exitkit.engine.memory_format import is_channels_last
 
-Gather = Callable[[Tensor, Tensor], Tensor]
-"""From a value (B, …) and places (K,) int64 to the value's rows there (K, …)."""
-
-
-def gather(value: Tensor, index: Tensor) -> Tensor:
-    """A :data:`Gather` in plain torch."""
-    return value.index_select(0, index)
+Places = NDArray[np.int64]
+"""Places of samples in a batch, ascending; on the host, where decisions are made."""
 
 
 @dataclass
 class BatchState:
-    """A batch of samples between two steps.
+    """A batch of samples between two steps. What is known of samples is on the host, what steps read on the device.
 
     Attributes:
         rows: (B,) int64, the callers' numbers of the samples; −1 for one that has its answer and is carried along.
         values: what later steps read, by name.
-        fault: (B,) float32, 0 as long as every score was finite, NaN since one was not.
+        faulty: (B,) whether a sample had a score that was not finite.
     """
 
-    rows: Tensor
+    rows: Places
     values: dict[str, Any]
-    fault: Tensor
+    faulty: NDArray[np.bool_]
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def select(self, keep: Tensor, axes: Mapping[str, int]) -> BatchState:
-        """The samples at the places ``keep`` (int64): every batch-major value is gathered, and those only."""
-        values = {name: select(value, keep, axes.get(name), len(self)) for name, value in self.values.items()}
-        return BatchState(gather(self.rows, keep), values, gather(self.fault, keep))
+    def select(self, keep: Places, axes: Mapping[str, int]) -> BatchState:
+        """The samples at the places ``keep``: every value that has samples is gathered, and those only."""
+        device = next(
+            (value.device for value in self.values.values() if isinstance(value, Tensor)), torch.device("cpu")
+        )
+        index = on_device(keep, device)
+        values = {name: select(value, index, axes.get(name), len(self)) for name, value in self.values.items()}
+        return BatchState(self.rows[keep], values, self.faulty[keep])
 
     @staticmethod
     def merge(batches: Sequence[BatchState], axes: Mapping[str, int]) -> BatchState:
-        """Batches that stand before the same step as one; values without a batch axis are alike in all of them."""
+        """Batches before the same step as one; values without a batch axis are alike in all of them."""
         if len(batches) == 1:
             return batches[0]
 
@@ -54,19 +55,25 @@ class BatchState:
             return parts[0] if axis is None else torch.cat(parts, axis)
 
         return BatchState(
-            torch.cat([one.rows for one in batches]),
+            np.concatenate([one.rows for one in batches]),
             {name: joined(name) for name in batches[0].values},
-            torch.cat([one.fault for one in batches]),
+            np.concatenate([one.faulty for one in batches]),
         )
 
 
-def select(value: Any, keep: Tensor, axis: int | None, batch: int, gather: Gather = gather) -> Any:
+def select(value: Any, keep: Tensor, axis: int | None, batch: int) -> Any:
     """The samples ``keep`` of ``batch``; a value without a batch axis (a rotary table, a size) stays as it is."""
     if axis is None:
         return value
     if value.shape[axis] == batch:
         if axis == 0 and is_channels_last(value):  # gathered as it lies, it keeps its memory format
-            return gather(value.permute(0, 2, 3, 1), keep).permute(0, 3, 1, 2)
-        return gather(value, keep) if axis == 0 else value.index_select(axis, keep)
+            return value.permute(0, 2, 3, 1).index_select(0, keep).permute(0, 3, 1, 2)
+        return value.index_select(axis, keep)
     samples = value.unflatten(axis, (batch, -1))
     return samples.index_select(axis, keep).flatten(axis, axis + 1)
+
+
+def on_device(array: NDArray[Any], device: torch.device) -> Tensor:
+    """A host array as a tensor on a device, for which the host does not wait."""
+    tensor = torch.from_numpy(np.ascontiguousarray(array))
+    return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)

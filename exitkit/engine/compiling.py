@@ -11,7 +11,7 @@ from exitkit.calibration.monitor import ShiftMonitor
 from exitkit.common.batches import split_batch
 from exitkit.common.errors import ArgumentError
 from exitkit.engine.aot import optimized
-from exitkit.engine.engine import Engine, with_exits_that_pay
+from exitkit.engine.engine import Engine, planned
 from exitkit.engine.exported import example_of
 from exitkit.engine.loop import Loop
 from exitkit.engine.lowering import program_of
@@ -21,9 +21,6 @@ from exitkit.methods.criteria import Criterion
 from exitkit.methods.policy import ExitPolicy, Threshold
 from exitkit.multi_exit.model import MultiExitModel
 from exitkit.surgery.inputs import as_call
-
-_LARGEST_RECORDED = 256
-"""Batches above run without CUDA graphs."""
 
 
 def compile(
@@ -74,20 +71,22 @@ def compile(
     engine = Engine(loop)
     if samples is not None:
         engine = _measured(engine, eager, samples)
-    if skip_unprofitable:
-        engine = with_exits_that_pay(replace(engine, whole=engine.loop.program))
+    engine = planned(replace(engine, whole=engine.loop.program if skip_unprofitable else None))
     return engine if monitor is None else engine.watched(monitor)
 
 
 def _optimized(model: MultiExitModel, program: Program, policy: ExitPolicy) -> Loop:
-    """Compiled steps; on CUDA also recorded, with the kernels of the decision."""
-    compiled = optimized(program, example_of(model))
-    if program.inputs.device.type != "cuda":
-        return Loop(compiled, policy)
-    from exitkit.engine.cuda.graphs import graphed
-    from exitkit.engine.cuda.kernels import gather, split
+    """Compiled steps; on CUDA also recorded."""
+    return fastest(optimized(program, example_of(model)), policy)
 
-    return Loop(graphed(compiled, _LARGEST_RECORDED), policy, split=split, gather=gather)
+
+def fastest(program: Program, policy: ExitPolicy) -> Loop:
+    """The loop for compiled steps on their device."""
+    if program.inputs.device.type != "cuda":
+        return Loop(program, policy)
+    from exitkit.engine.cuda.graphs import graph_loop
+
+    return graph_loop(program, policy)
 
 
 def _measured(engine: Engine, eager: Program, samples: Any) -> Engine:

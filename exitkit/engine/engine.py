@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Generator, Iterable
+from collections.abc import Generator, Iterable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,16 +12,16 @@ import torch
 from torch import Tensor
 
 from exitkit.calibration.monitor import ShiftMonitor
-from exitkit.common.batches import check_iterable
+from exitkit.common.batches import check_iterable, split_batch
 from exitkit.common.checks import Count, check, is_number
 from exitkit.common.console import make_console
 from exitkit.common.errors import ArgumentError
-from exitkit.engine.batch_state import BatchState
-from exitkit.engine.loop import Answers, Loop, Prediction
+from exitkit.engine.loop import Loop, Prediction
 from exitkit.engine.plan import Measurement, Plan
 from exitkit.engine.program import Description, Inputs, Program
 from exitkit.engine.scheduler import Scheduler
 from exitkit.methods.policy import ExitPolicy, Threshold, as_policy, check_same_scores
+from exitkit.surgery.inputs import as_call
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class Engine:
         policy = as_policy(threshold, self.policy)
         check_same_scores(policy, self.policy)
         loop = replace(self.loop, policy=policy)
-        return with_exits_that_pay(replace(self, loop=loop, monitor=None))
+        return planned(replace(self, loop=loop, monitor=None))
 
     def watched(self, monitor: ShiftMonitor) -> Engine:
         """The same engine, which tells ``monitor`` of every answer.
@@ -115,6 +115,23 @@ class Engine:
         make_console().print(plan.table())
         return plan
 
+    def warm(self, samples: Any, sizes: Sequence[int] | None = None) -> None:
+        """Record the steps on a GPU now instead of at the first batch of each size.
+
+        Args:
+            samples: inputs as they come in use, at least one, on the engine's device.
+            sizes: batch sizes that will come; by default all that are recorded, up to 256.
+
+        Raises:
+            ArgumentError: an engine on CPU or not optimized, which records nothing; inputs that do not fit; a size below 1.
+        """
+        args, kwargs = as_call(split_batch(samples)[0])
+        tensors = self.inputs.checked(args, kwargs)
+        for size in sizes or ():
+            check("sizes", size, Count)
+        with torch.inference_mode():
+            self.loop.warm(tensors, sizes)
+
     def __call__(self, *args: Any, **kwargs: Any) -> Prediction:
         """Answer a batch. Takes what the model takes, of the sizes it was attached with, and any number of samples.
 
@@ -130,27 +147,15 @@ class Engine:
 
     def _answer(self, tensors: tuple[Tensor, ...]) -> Prediction:
         count = len(tensors[0])
-        if count == 1:
-            return self.loop.single(tensors)
         try:
-            answers = self._run(tensors) if count else []
+            return self.loop.answer(tensors)
         except torch.OutOfMemoryError:
-            pass
-        else:
-            return self.loop.in_order(answers, count)
+            if count < 2:
+                raise
         half = count // 2  # outside of the except, whose traceback keeps the failed batch's tensors
         warnings.warn(f"out of memory on {count} samples; they are answered {half} at a time", stacklevel=3)
         parts = [self._answer(tuple(tensor[part] for tensor in tensors)) for part in (slice(half), slice(half, None))]
         return Prediction(*(torch.cat(columns) for columns in zip(*parts, strict=True)))
-
-    def _run(self, tensors: tuple[Tensor, ...]) -> list[Answers]:
-        batch: BatchState | None = self.loop.start(tensors)
-        answers: list[Answers] = []
-        for index in range(len(self.loop.program.steps)):
-            if batch is not None:
-                batch, left = self.loop.run_step(batch, index)
-                answers += left
-        return answers
 
     def map(
         self, batches: Iterable[Any], batch_size: int = 64, max_wait: float = float("inf")
@@ -190,12 +195,15 @@ class Engine:
         return prediction
 
 
-def with_exits_that_pay(engine: Engine) -> Engine:
-    """The engine without the exits that its policy and the measured times leave out; as it is where none may be."""
-    if engine.whole is None or engine.measured is None:
+def planned(engine: Engine) -> Engine:
+    """The engine as its measured times ask for with its policy: where it waits, and which exits it leaves out."""
+    if engine.measured is None:
         return engine
-    skipped = engine.measured.plan(engine.policy, skipping=True).skipped
-    return replace(engine, loop=replace(engine.loop, program=engine.whole.without(skipped)))
+    plan = engine.measured.plan(engine.policy, skipping=engine.whole is not None)
+    loop = engine.loop.waiting(plan.waits())
+    if engine.whole is not None:
+        loop = replace(loop, program=engine.whole.without(plan.skipped))
+    return replace(engine, loop=loop)
 
 
 def with_every_exit(engine: Engine) -> Engine:

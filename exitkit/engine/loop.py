@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from exitkit.common.errors import ArgumentError, FileError
-from exitkit.engine.batch_state import BatchState, Gather, gather, select
-from exitkit.engine.decision import Group, Split, split
+from exitkit.engine.batch_state import BatchState, Places, on_device
 from exitkit.engine.lowering import StageWithExit
 from exitkit.engine.plan import Timings
 from exitkit.engine.program import Program, Step
@@ -37,13 +39,13 @@ class Prediction(NamedTuple):
 
 
 class Answers(NamedTuple):
-    """Samples that have just been answered at exit ``exit``; ``rows`` are the callers' numbers."""
+    """Samples that have just been answered at exit ``exit``; ``rows`` are the callers' numbers. Logits are on the device."""
 
-    rows: Tensor
+    rows: Places
     exit: int
     logits: Tensor
-    score: Tensor
-    non_finite: Tensor
+    score: NDArray[np.float64]
+    non_finite: NDArray[np.bool_]
 
 
 def run(step: Step, values: Mapping[str, Any]) -> Sequence[Any]:
@@ -65,24 +67,54 @@ def run(step: Step, values: Mapping[str, Any]) -> Sequence[Any]:
 
 @dataclass(frozen=True)
 class Loop:
-    """What the engine does with a batch, step by step. Keeps nothing between calls.
+    """What the engine does with a batch, step by step: plain torch, for every device. Keeps nothing between calls.
+
+    The host waits for the device once for each decision: for the scores, on which it decides.
 
     Attributes:
         program: what runs.
         policy: when a sample leaves.
         timings: where samples that have their answer are taken out of the batch; everywhere, without them.
-        split: the decision.
-        gather: how rows are taken out of a batch.
     """
 
     program: Program
     policy: ExitPolicy
     timings: Timings | None = None
-    split: Split = split
-    gather: Gather = gather
+
+    def answer(self, tensors: Sequence[Tensor]) -> Prediction:
+        """Answer a batch."""
+        count = len(tensors[0])
+        if count == 1:
+            return self.single(tensors)
+        batch: BatchState | None = self.start(tensors) if count else None
+        answers: list[Answers] = []
+        for index in range(len(self.program.steps)):
+            if batch is not None:
+                batch, left = self.run_step(batch, index)
+                answers += left
+        return self.in_order(answers, count)
+
+    def warm(self, tensors: Sequence[Tensor], sizes: Sequence[int] | None) -> None:
+        """Nothing is prepared at first use here.
+
+        Raises:
+            ArgumentError: always.
+        """
+        raise ArgumentError(
+            f"engine.warm is for engines with optimize=True on a GPU; this one runs on {self.program.inputs.device} as it is"
+        )
+
+    def waiting(self, waits: tuple[bool, ...]) -> Loop:
+        """The loop that waits for these exits' decisions alone; this one decides on the host, and waits for each."""
+        return self
+
+    def step_runner(self, index: int, batch: BatchState) -> Callable[[], Any]:
+        """A step on a batch as the loop runs it, without the decision: to be timed."""
+        step = self.program.steps[index]
+        return partial(step.run, *[batch.values[name] for name in step.inputs])
 
     def single(self, tensors: Sequence[Tensor]) -> Prediction:
-        """The answer of one sample: decisions on plain numbers, which take less time than tensors."""
+        """The answer of one sample: decisions on plain numbers, which take less time than arrays."""
         values = dict(zip(self.program.inputs.names, tensors, strict=True))
         finite = True
         for step, threshold in zip(self.program.steps, (*self.policy.thresholds, float("-inf")), strict=True):
@@ -101,9 +133,8 @@ class Loop:
 
     def start(self, tensors: Sequence[Tensor], first: int = 0) -> BatchState:
         """A batch of new samples before step 0, numbered from ``first``."""
-        rows = torch.arange(first, first + len(tensors[0]), device=tensors[0].device)
-        values = dict(zip(self.program.inputs.names, tensors, strict=True))
-        return BatchState(rows, values, torch.zeros(len(rows), device=rows.device))
+        rows = np.arange(first, first + len(tensors[0]))
+        return BatchState(rows, dict(zip(self.program.inputs.names, tensors, strict=True)), np.zeros(len(rows), bool))
 
     def run_step(self, batch: BatchState, index: int) -> tuple[BatchState | None, list[Answers]]:
         """Run one step: the samples that go on (None: there are none), and those that leave."""
@@ -118,48 +149,49 @@ class Loop:
     def decide(
         self, batch: BatchState, index: int, answer: Tensor, score: Tensor
     ) -> tuple[BatchState | None, list[Answers]]:
-        """The decision after a step that gave this answer (B, C) and score (B,): as :meth:`run_step` returns it."""
-        step = self.program.steps[index]
-        batch.fault = fault = batch.fault + 0 * score.float()
-        if index == len(self.program.steps) - 1:
-            present = torch.nonzero(batch.rows >= 0).squeeze(1)
-            leave, stay = (Group.of(places, batch.rows, score, fault) for places in (present, present[:0]))
-        else:
-            leave, stay = self.split(score, batch.rows, fault, self.policy.thresholds[step.exit])
-        if len(leave) == 0:
-            return batch, []
-        logits = answer if len(leave) == len(batch) else self.gather(answer, leave.places)
-        answers = Answers(leave.rows, step.exit, logits, leave.score, leave.fault.isnan())
-        return self._continue(batch, stay, index), [answers]
-
-    def _continue(self, batch: BatchState, stay: Group, index: int) -> BatchState | None:
-        """The samples that stay; the others are carried along where taking them out does not pay."""
-        if len(stay) == 0:
-            return None
-        if self.timings is not None and not self.timings.compacts(index + 1, len(batch), len(stay)):
-            batch.rows = torch.full_like(batch.rows, -1).index_copy(0, stay.places, stay.rows)
-            return batch
-        values = {
-            name: select(value, stay.places, self.program.axes.get(name), len(batch), self.gather)
-            for name, value in batch.values.items()
-        }
-        return BatchState(stay.rows, values, stay.fault)
-
-    def in_order(self, answers: Sequence[Answers], count: int, first: int = 0) -> Prediction:
-        """The answers of the samples numbered from ``first``, in order.
+        """The decision after a step that gave this answer (B, C) and score (B,): as :meth:`run_step` returns it.
 
         Raises:
             FileError: a step that answered for more or fewer samples than it was given, as only a damaged package has.
         """
-        if sum(len(rows) for rows, *_ in answers) != count:
+        exit_, last = self.program.steps[index].exit, index == len(self.program.steps) - 1
+        sure = score.cpu().numpy()
+        if len(sure) != len(batch):
             raise FileError("a step of this package lost samples, or made some up; export it again")
-        device = self.program.inputs.device
-        exits = torch.zeros(count, dtype=torch.int64, device=device)
-        logits = torch.empty(count, self.program.num_classes, dtype=self.program.dtype, device=device)
-        result = Prediction(logits, exits, torch.zeros(count, dtype=torch.float64, device=device), exits.bool())
-        for rows, exit_, answer, score, non_finite in answers:
-            result.logits[rows - first] = answer.to(logits.dtype)
-            result.exit[rows - first] = exit_
-            result.score[rows - first] = score
-            result.non_finite[rows - first] = non_finite
-        return result
+        batch.faulty = batch.faulty | ~np.isfinite(sure)
+        present = batch.rows >= 0
+        leaves = present if last else present & (sure > self.policy.thresholds[exit_])
+        places = np.flatnonzero(leaves)
+        if not len(places):
+            return batch, []
+        logits = answer if len(places) == len(batch) else answer.index_select(0, on_device(places, answer.device))
+        answers = Answers(batch.rows[places], exit_, logits, sure[places], batch.faulty[places])
+        return self._continue(batch, np.flatnonzero(present & ~leaves), index), [answers]
+
+    def _continue(self, batch: BatchState, stay: Places, index: int) -> BatchState | None:
+        """The samples that stay; the others are carried along where taking them out does not pay."""
+        if not len(stay):
+            return None
+        if self.timings is None or self.timings.compacts(index + 1, len(batch), len(stay)):
+            return batch.select(stay, self.program.axes)
+        rows = np.full_like(batch.rows, -1)
+        rows[stay] = batch.rows[stay]
+        batch.rows = rows
+        return batch
+
+    def in_order(self, answers: Sequence[Answers], count: int, first: int = 0) -> Prediction:
+        """The answers of the samples numbered from ``first``, in order."""
+        device, dtype = self.program.inputs.device, self.program.dtype
+        if not count:
+            logits = torch.empty(0, self.program.num_classes, dtype=dtype, device=device)
+            return Prediction(
+                logits, *(logits.new_empty(0, dtype=kind) for kind in (torch.int64, torch.float64, torch.bool))
+            )
+        rows = np.concatenate([one.rows for one in answers]) - first
+        order = np.argsort(rows)
+        exits = np.concatenate([np.full(len(one.rows), one.exit) for one in answers])
+        columns = exits, *(np.concatenate([one[field] for one in answers]) for field in (3, 4))
+        logits = torch.cat([one.logits.to(dtype) for one in answers])
+        if len(answers) > 1 or not np.array_equal(rows, order):
+            logits = logits.index_select(0, on_device(order, device))
+        return Prediction(logits, *(on_device(column[order], device) for column in columns))

@@ -73,12 +73,23 @@ class Plan:
     skipped: tuple[int, ...] = ()
 
     def gain(self, exit_: int, batch: int) -> float:
-        """Seconds that the exit saves on a batch of that size on average, its own time taken off."""
+        """Seconds that the exit saves on a batch of that size on average, its head's and its decision's taken off."""
         times = self.timings
         leave = self.reached[exit_] - self.reached[exit_ + 1]
         come = max(1, round(batch * self.reached[exit_]))
         rest = sum(_at(times.sizes, seconds, come) for seconds in times.seconds[exit_ + 1 :])
-        return rest * leave / max(self.reached[exit_], 1e-9) - _at(times.sizes, times.heads[exit_], come)
+        own = _at(times.sizes, times.heads[exit_], come) + times.decisions[exit_]
+        return rest * leave / max(self.reached[exit_], 1e-9) - own
+
+    def waits(self) -> tuple[bool, ...]:
+        """For each exit, whether waiting for its decision pays: whether the next step gets faster by more than that takes."""
+        times, batch = self.timings, self.timings.sizes[-1]
+        come = [batch * share for share in self.reached]
+        return tuple(
+            _at(times.sizes, times.seconds[m + 1], come[m]) - _at(times.sizes, times.seconds[m + 1], come[m + 1])
+            > seconds
+            for m, seconds in enumerate(times.decisions)
+        )
 
     def table(self) -> Table:
         """The numbers behind the decisions, in milliseconds at the largest batch size; an exit's decision in microseconds."""
@@ -107,8 +118,10 @@ class Plan:
         return "never" if count is None else f"{count} of {batch}"
 
 
-def _at(sizes: tuple[int, ...], values: tuple[float, ...], batch: int) -> float:
-    """Between measured sizes on a straight line; beyond the largest in proportion."""
+def _at(sizes: tuple[int, ...], values: tuple[float, ...], batch: float) -> float:
+    """Between measured sizes on a straight line; beyond the largest, and below one sample, in proportion."""
     if batch > sizes[-1]:
         return values[-1] * batch / sizes[-1]
+    if batch < 1:
+        return values[0] * batch
     return float(np.interp(batch, sizes, values))

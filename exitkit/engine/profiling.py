@@ -9,6 +9,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -47,13 +48,14 @@ def all_stay(loop: Loop) -> Loop:
 def _times(loop: Loop, eager: Program, tensors: Sequence[Tensor]) -> tuple[list[float], list[float], list[float]]:
     """Seconds of every step, exit and compaction, when all samples come to all of them."""
     staying, axes = all_stay(loop), loop.program.axes
+    staying.answer(tensors)  # where steps are recorded, at this size
     batch = staying.start(tensors)
-    half = torch.arange((len(batch) + 1) // 2, device=batch.rows.device)
+    half = np.arange((len(batch) + 1) // 2)
     seconds, heads, gathers = [], [], []
     for index, step in enumerate(loop.program.steps):
         values = [batch.values[name] for name in step.inputs]
         gathers.append(_seconds(partial(batch.select, half, axes)))
-        seconds.append(_seconds(partial(step.run, *values)))
+        seconds.append(_seconds(staying.step_runner(index, batch)))
         heads.append(_exit_seconds(eager, index, values))
         batch = staying.run_step(batch, index)[0] or batch
     return seconds, heads, gathers
@@ -78,7 +80,7 @@ def decision_seconds(loop: Loop, tensors: Sequence[Tensor]) -> list[float]:
     """
     staying, halved = all_stay(loop), replace(loop, policy=loop.policy.at(0.5), timings=None)
     batch = staying.start(tensors)
-    score = (torch.arange(len(batch), device=batch.rows.device) % 2 == 0).double()
+    score = (torch.arange(len(batch), device=loop.program.inputs.device) % 2 == 0).double()
     answer = score.new_zeros(len(batch), loop.program.num_classes, dtype=loop.program.dtype)
     seconds = []
     for index, step in enumerate(loop.program.steps[:-1]):
@@ -113,7 +115,7 @@ def _seconds(run: Callable[[], Any], repeats: int = _REPEATS) -> float:
     for _ in range(repeats + 1):
         started = time.perf_counter()
         run()
-        if torch.cuda.is_available():
+        if torch.cuda.is_initialized():
             torch.cuda.synchronize()
         times.append(time.perf_counter() - started)
     return statistics.median(times[1:])

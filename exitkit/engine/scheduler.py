@@ -9,11 +9,12 @@ from contextlib import closing, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 
 from exitkit.common.batches import split_batch
 from exitkit.common.errors import ArgumentError, ExitkitError
-from exitkit.engine.batch_state import BatchState
+from exitkit.engine.batch_state import BatchState, on_device
 from exitkit.engine.fetching import NOTHING, fetched
 from exitkit.engine.loop import Answers, Loop, Prediction
 from exitkit.surgery.inputs import as_call
@@ -112,7 +113,7 @@ class Scheduler:
         spare = sum(map(len, taken)) - self.batch
         if spare > 0:
             last = taken.pop()
-            places = torch.arange(len(last), device=last.rows.device)
+            places = np.arange(len(last))
             taken.append(last.select(places[:-spare], axes))
             self.queues[stage].setdefault(key, deque()).appendleft(last.select(places[-spare:], axes))
         if len(taken) > 1:
@@ -146,11 +147,12 @@ class Scheduler:
     def _keep(self, answers: Answers) -> None:
         rows = answers.rows
         for item in self.items:
-            mine = torch.nonzero((rows >= item.first) & (rows < item.first + item.count)).squeeze(1)
+            mine = np.flatnonzero((rows >= item.first) & (rows < item.first + item.count))
             if len(mine):
                 item.answered += len(mine)
-                own, logits, score, non_finite = (part[mine] for part in (rows, *answers[2:]))
-                item.answers.append(Answers(own, answers.exit, logits, score, non_finite))
+                logits = answers.logits.index_select(0, on_device(mine, answers.logits.device))
+                score, non_finite = answers.score[mine], answers.non_finite[mine]
+                item.answers.append(Answers(rows[mine], answers.exit, logits, score, non_finite))
 
     def _late(self) -> bool:
         """Whether the oldest unanswered item has waited too long, or too much has piled up behind it."""

@@ -31,7 +31,9 @@ from exitkit.packages.onnx_steps import onnx_run, to_onnx
 
 _TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}
 _COARSE = 5e-2
-"""Largest difference from the model's own values, as a share of the largest of them; coarse for half precision."""
+_TENSOR_CORES = 1e-2
+"""Largest difference from the model's own values, as a share of the largest of them; coarse for half precision, and for what
+tensor cores round to TF32."""
 
 
 def export(
@@ -115,25 +117,29 @@ def _converted(
             results = len(exported.graph_signature.user_outputs)
             yield content, onnx_run(content, len(formats), results, program.num_classes), formats
         else:
-            yield *_compiled(exported), formats
+            yield *_compiled(exported, program.inputs.device), formats
 
 
-def _compiled(exported: ExportedProgram) -> tuple[bytes, Callable[..., Sequence[Any]]]:
+def _compiled(exported: ExportedProgram, device: torch.device) -> tuple[bytes, Callable[..., Sequence[Any]]]:
     with tempfile.TemporaryDirectory(prefix="exitkit-") as directory:
         path = Path(directory) / "step.pt2"
         formats = compile_step(exported, path)
-        return path.read_bytes(), load_step(path, formats)
+        return path.read_bytes(), load_step(path, formats, device)
 
 
 def _compare(program: Program, written: Program, example: Sequence[Tensor]) -> None:
     """Refuse a package whose steps give other values than the model's, at a batch size it was not exported with."""
     values = {name: tensor[:2].contiguous() for name, tensor in zip(program.inputs.names, example, strict=True)}
+    kinds = {tensor.dtype for tensor in example if tensor.is_floating_point()} | {program.dtype}
+    tolerance = max(_TOLERANCE.get(kind, _COARSE) for kind in kinds)
+    if program.inputs.device.type == "cuda":
+        tolerance = max(tolerance, _TENSOR_CORES)
     for ours, theirs in zip(program.steps, written.steps, strict=True):
         taken = [values[name] for name in ours.inputs]
         with torch.no_grad():
             expected, got = ours.run(*taken), theirs.run(*taken)
         for one, other in zip(expected, got, strict=True):
-            allowed = _TOLERANCE.get(one.dtype, _COARSE) * max(1.0, float(one.float().abs().max()))
+            allowed = tolerance * max(1.0, float(one.float().abs().max()))
             gap = float((one.float() - other.to(one.device).float()).abs().max())
             if not gap <= allowed:
                 raise NotCapturableError(

@@ -17,6 +17,7 @@ from torch.export.passes import move_to_device_pass
 from exitkit.calibration.monitor import ShiftMonitor
 from exitkit.common.errors import ArgumentError, ExitkitError, FileError
 from exitkit.engine.aot import load_step
+from exitkit.engine.compiling import fastest
 from exitkit.engine.engine import Engine
 from exitkit.engine.loop import Loop
 from exitkit.methods.policy import Threshold
@@ -90,7 +91,9 @@ def load(
             f"{str(source)!r} was written by torch {manifest.versions.get('torch')} and cannot be read by torch "
             f"{torch.__version__} ({type(error).__name__}: {str(error)[:200].partition(chr(10))[0]}); export it again"
         ) from error
-    engine = Engine(Loop(manifest.program(runs, target), manifest.policy), manifest.description)
+    program = manifest.program(runs, target)
+    loop = fastest(program, manifest.policy) if manifest.kind == "compiled" else Loop(program, manifest.policy)
+    engine = Engine(loop, manifest.description)
     engine = engine if threshold is None else engine.at(threshold)
     return engine if monitor is None else engine.watched(monitor)
 
@@ -134,9 +137,22 @@ def _device(manifest: Manifest, device: str | torch.device | None, path: str) ->
             f"{path!r} was compiled by torch {by}; this is torch {torch.__version__}: export it "
             "again, or without optimize=True, which other versions read"
         )
-    if chosen.type == "cuda" and not torch.cuda.is_available():
-        raise ArgumentError(f"device={str(chosen)!r}, but torch sees no CUDA device; use device='cpu'")
+    if chosen.type == "cuda":
+        return _gpu(chosen)
     return chosen
+
+
+def _gpu(device: torch.device) -> torch.device:
+    """The GPU by its number, the current one where none was named."""
+    if not torch.cuda.is_available():
+        raise ArgumentError(f"device={str(device)!r}, but torch sees no CUDA device; use device='cpu'")
+    if device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    if device.index >= torch.cuda.device_count():
+        raise ArgumentError(
+            f"device={str(device)!r} does not exist; there are {torch.cuda.device_count()}, from cuda:0 on"
+        )
+    return device
 
 
 def _run(manifest: Manifest, entry: StepEntry, content: bytes, device: torch.device) -> Callable[..., Sequence[Any]]:
@@ -147,7 +163,7 @@ def _run(manifest: Manifest, entry: StepEntry, content: bytes, device: torch.dev
         with tempfile.TemporaryDirectory(prefix="exitkit-") as directory:
             file = Path(directory) / "step.pt2"
             file.write_bytes(content)
-            return load_step(file, entry.channels_last)
+            return load_step(file, entry.channels_last, device)
     exported = torch.export.load(io.BytesIO(content))
     signature = exported.graph_signature
     made = exported.graph.output_node().args[0]

@@ -23,6 +23,10 @@ BACKBONE = "backbone"
 """Path of the user's model inside the captured module; stripped from every name that users see."""
 
 
+_MOST = 65_535
+"""Samples: up to here cuDNN normalises a batch in eval mode, which a capture on a GPU asks about."""
+
+
 class _DataDependentError(Exception):
     """The backbone's path depends on the values of a tensor; the cause says where."""
 
@@ -181,7 +185,7 @@ def _check_logits(logits: Tensor, batch: int, model: nn.Module) -> None:
 
 
 def _export(wrapped: LogitsOf, example: Example, model: nn.Module) -> torch.export.ExportedProgram:
-    batch = Dim("batch")
+    batch = Dim("batch", max=_MOST)
     dims = {0: batch, 1: Dim.AUTO} if example.text else {0: batch}
     try:
         with _quiet_torch():

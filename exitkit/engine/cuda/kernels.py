@@ -1,7 +1,7 @@
-"""The decision and the compaction as Triton kernels: scores against τ, both groups compacted, and their rows gathered.
+"""What a recorded step does behind its exit, as Triton kernels: the decision, and the compaction of what later steps read.
 
-A decision is one launch, whatever is known of each sample included, and one wait of the host, for the two counts that it needs
-for the shapes. Every tensor that is then gathered is one launch more.
+Nothing here is known to the host: how many samples there are is read on the device, so that a recording holds for any number
+of them up to its bucket. Both kernels are compiled once for each kind of element, whatever the sizes.
 """
 
 from __future__ import annotations
@@ -11,91 +11,118 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from exitkit.engine.decision import Group
+from exitkit.engine.cuda.buffers import Boundary, Results
 
-_GATHERED = 1024
-"""Elements that a block of the gather copies."""
+_SAMPLES = 256
+"""Most samples of a recorded batch: a program looks at the scores of all of them at once."""
+_ELEMENTS = 1024
+_WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""Elements are moved as integers of their size."""
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def _split_kernel(  # type: ignore[no-untyped-def]
+@triton.jit(do_not_specialize=["classes", "exit_", "last"])  # type: ignore[untyped-decorator]
+def _decide_kernel(  # type: ignore[no-untyped-def]
     score,
-    rows,
-    fault,
+    answer,
     threshold,
-    index,
-    rows_out,
+    rows,
+    faulty,
+    count,
+    next_rows,
+    next_faulty,
+    next_count,
+    keep,
+    logits_out,
+    exit_out,
     score_out,
-    fault_out,
-    counts,
-    size,
-    BLOCK: tl.constexpr,  # noqa: N803
+    faulty_out,
+    classes,
+    exit_,
+    last,
+    SAMPLES: tl.constexpr,  # noqa: N803
+    CLASSES: tl.constexpr,  # noqa: N803
 ):
-    """Outputs are (2, size): row 0 for those that leave, row 1 for those that go on."""
-    places = tl.arange(0, BLOCK)
-    inside = places < size
-    row = tl.load(rows + places, mask=inside, other=-1)
-    own = tl.load(score + places, mask=inside, other=0.0)
-    faulty = tl.load(fault + places, mask=inside, other=0.0)
-    present = row >= 0
-    sure = own.to(tl.float64) > tl.load(threshold)
-    for side in tl.static_range(2):
-        member = (present & (sure if side == 0 else (sure == 0))).to(tl.int32)
-        # each sample's place in its group is the number of members before it
-        target = side * size + tl.cumsum(member, 0) - 1
-        tl.store(index + target, places.to(tl.int64), mask=member == 1)
-        tl.store(rows_out + target, row, mask=member == 1)
-        tl.store(score_out + target, own, mask=member == 1)
-        tl.store(fault_out + target, faulty, mask=member == 1)
-        tl.store(counts + side, tl.sum(member, 0))
+    """One program a sample: its place among those that go on, or its answer into the results' row."""
+    own = tl.program_id(0)
+    places = tl.arange(0, SAMPLES)
+    samples = tl.load(count)
+    inside = places < samples
+    scores = tl.load(score + places, mask=inside, other=float("inf"))
+    stays = inside & ((scores > tl.load(threshold)) == 0) & (last == 0)
+    before = tl.sum((stays & (places < own)).to(tl.int32), 0)
+    if own == 0:
+        tl.store(next_count, tl.sum(stays.to(tl.int32), 0))
+    if own < samples:
+        sure = tl.load(score + own)
+        row = tl.load(rows + own)
+        finite = (sure == sure) & (tl.abs(sure) != float("inf"))
+        fault = tl.load(faulty + own) | (finite == 0).to(tl.int8)
+        goes_on = ((sure > tl.load(threshold)) == 0) & (last == 0)
+        if goes_on:
+            tl.store(keep + before, own)
+            tl.store(next_rows + before, row)
+            tl.store(next_faulty + before, fault)
+        else:
+            tl.store(exit_out + row, exit_.to(tl.int64))
+            tl.store(score_out + row, sure)
+            tl.store(faulty_out + row, fault)
+            for start in range(0, classes, CLASSES):
+                columns = start + tl.arange(0, CLASSES)
+                held = columns < classes
+                values = tl.load(answer + own * classes + columns, mask=held)
+                tl.store(logits_out + row * classes + columns, values.to(logits_out.dtype.element_ty), mask=held)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def _gather_kernel(source, index, target, width, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def] # noqa: N803
-    """Row ``program_id(0)`` of the target, ``BLOCK`` elements of it."""
+@triton.jit(do_not_specialize=["width"])  # type: ignore[untyped-decorator]
+def _compact_kernel(source, target, keep, count, width, ELEMENTS: tl.constexpr):  # type: ignore[no-untyped-def] # noqa: N803
+    """Row ``program_id(0)`` of the target, ``ELEMENTS`` elements of it; nothing for a row that no sample has."""
     row = tl.program_id(0).to(tl.int64)
-    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = columns < width
-    taken = tl.load(index + row)
-    tl.store(target + row * width + columns, tl.load(source + taken * width + columns, mask=inside), mask=inside)
+    if row < tl.load(count):
+        columns = tl.program_id(1) * ELEMENTS + tl.arange(0, ELEMENTS)
+        inside = columns < width
+        taken = tl.load(keep + row).to(tl.int64)
+        tl.store(target + row * width + columns, tl.load(source + taken * width + columns, mask=inside), mask=inside)
 
 
-def split(score: Tensor, rows: Tensor, fault: Tensor, threshold: float) -> tuple[Group, Group]:
-    """A :data:`exitkit.engine.decision.Split` in one launch.
-
-    The two counts come back through pinned memory; the host waits for them alone.
-    """
-    size, device = len(rows), rows.device
-    index, rows_out = torch.empty(2, 2, size, dtype=torch.int64, device=device).unbind()
-    score_out = torch.empty(2, size, dtype=score.dtype, device=device)
-    fault_out = torch.empty(2, size, dtype=fault.dtype, device=device)
-    counts = torch.empty(2, dtype=torch.int32, device=device)
-    limit = torch.tensor([threshold], dtype=torch.float64, device=device)
-    columns = score.contiguous(), rows.contiguous(), fault.contiguous()
-    outputs = index, rows_out, score_out, fault_out
-    _split_kernel[(1,)](*columns, limit, *outputs, counts, size, BLOCK=triton.next_power_of_2(size), num_warps=4)
-    leaving, staying = (
-        Group(*(output[side, :count] for output in outputs)) for side, count in enumerate(_on_host(counts))
+def decide(
+    score: Tensor,
+    answer: Tensor,
+    threshold: Tensor,
+    exit_: int,
+    here: Boundary,
+    there: Boundary,
+    results: Results,
+    last: bool,
+) -> None:
+    """See :func:`exitkit.engine.cuda.reference.decide`, in one launch."""
+    _decide_kernel[(len(score),)](
+        score.contiguous(),
+        answer.contiguous(),
+        threshold,
+        here.rows,
+        here.faulty,
+        here.count,
+        there.rows,
+        there.faulty,
+        there.count,
+        there.keep,
+        results.logits,
+        results.exit,
+        results.score,
+        results.faulty,
+        answer.shape[1],
+        exit_,
+        int(last),
+        SAMPLES=_SAMPLES,
+        CLASSES=_ELEMENTS,
+        num_warps=4,
     )
-    return leaving, staying
 
 
-def gather(value: Tensor, index: Tensor) -> Tensor:
-    """``value.index_select(0, index)`` for a contiguous value (B, …) in one launch."""
-    made = value.new_empty(len(index), *value.shape[1:])
-    width = made[0].numel() if len(index) else 0
-    if width:
-        grid = (len(index), triton.cdiv(width, _GATHERED))
-        _gather_kernel[grid](value.contiguous(), index, made, width, BLOCK=_GATHERED, num_warps=4)
-    return made
-
-
-def _on_host(counts: Tensor) -> list[int]:
-    if counts.device.type != "cuda":
-        return counts.tolist()
-    pinned = torch.empty(2, dtype=torch.int32, pin_memory=True)
-    pinned.copy_(counts, non_blocking=True)
-    arrived = torch.cuda.Event()
-    arrived.record()
-    arrived.synchronize()
-    return pinned.tolist()
+def compact(source: Tensor, target: Tensor, samples: int, there: Boundary) -> None:
+    """See :func:`exitkit.engine.cuda.reference.compact`, in one launch."""
+    word = _WORDS[source.element_size()]
+    width = source.numel() // samples
+    grid = (samples, triton.cdiv(width, _ELEMENTS))
+    moved = source.view(word), target.view(word)
+    _compact_kernel[grid](*moved, there.keep, there.count, width, ELEMENTS=_ELEMENTS, num_warps=4)

@@ -1,0 +1,284 @@
+"""Recorded steps as far as a CPU shows them: kernels in Triton's interpreter, recordings that are run again by hand."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+import warnings
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import exitkit
+from exitkit.engine.cuda import reference
+from exitkit.engine.cuda.buckets import SIZES, bucket_of, buckets_up_to
+from exitkit.engine.cuda.buffers import Memory
+from exitkit.engine.cuda.graphs import GraphLoop, Graphs
+from exitkit.engine.cuda.recording import Run
+from tests.toy import TinyNet, images, noisy
+
+
+@given(largest=st.integers(1, 300), data=st.data())
+def test_a_bucket_holds_its_batch(largest: int, data: st.DataObject) -> None:
+    sizes = buckets_up_to(largest)
+    batch = data.draw(st.integers(1, largest))
+    size = bucket_of(sizes, batch)
+    assert list(sizes) == sorted(set(sizes))
+    assert sizes[-1] == largest
+    assert batch <= size
+    assert all(other < batch for other in sizes if other < size)
+    assert len(sizes) <= len(SIZES) + 1
+
+
+class Recorder:
+    """Runs a function again when it is replayed, and counts recordings; fails from a size on, as small memory does."""
+
+    def __init__(self) -> None:
+        self.recorded = 0
+        self.failing = False
+
+    def __call__(self, run: Run, pool: Any, device: torch.device) -> Run:
+        if self.failing:
+            self.failing = False
+            raise torch.OutOfMemoryError("made up")
+        self.recorded += 1
+        return run
+
+
+def recorded(
+    engine: exitkit.Engine, largest: int = 32, waits: tuple[bool, ...] = ()
+) -> tuple[exitkit.Engine, Recorder]:
+    recorder, exits = Recorder(), len(engine.thresholds)
+    graphs = Graphs(largest, exits, torch.device("cpu"), reference, recorder, None)
+    return replace(engine, loop=GraphLoop(engine.loop.program, engine.policy, graphs=graphs, waits=waits)), recorder
+
+
+def agree(got: exitkit.Prediction, expected: exitkit.Prediction) -> None:
+    assert got.exit.tolist() == expected.exit.tolist()
+    assert got.non_finite.tolist() == expected.non_finite.tolist()
+    torch.testing.assert_close(got.logits, expected.logits, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(got.score, expected.score, rtol=1e-5, atol=1e-5)
+
+
+def compiled(method: str) -> exitkit.Engine:
+    torch.manual_seed(0)
+    ee = noisy(exitkit.attach(TinyNet().eval(), images(), head="conv", method=method))
+    taus = exitkit.collect(ee, [images(64)]).scores()[:, :-1].quantile(0.6, dim=0).tolist()
+    return exitkit.compile(ee, taus)
+
+
+@pytest.mark.parametrize("waits", [(), (False, False, False), (True, False, True)])
+@pytest.mark.parametrize("method", ["sdn", "ztw", "pbee", "gpf"])
+def test_recorded_steps_answer_as_the_loop_does(method: str, waits: tuple[bool, ...]) -> None:
+    engine = compiled(method)
+    fast, _ = recorded(engine, waits=waits)
+    x = images(64)
+    assert len(set(engine(x).exit.tolist())) > 2
+    for size in (1, 3, 11, 32, 64, 11, 1, 0, 5):  # 64 is above the largest bucket
+        agree(fast(x[:size]), engine(x[:size]))
+
+
+def test_samples_of_several_rows_and_texts_of_several_lengths() -> None:
+    transformers = pytest.importorskip("transformers")
+    timm = pytest.importorskip("timm")
+    torch.manual_seed(0)
+    tnt = timm.create_model("tnt_s_patch16_224", num_classes=4, img_size=32, depth=3).eval()
+    config = transformers.BertConfig(
+        vocab_size=99, hidden_size=16, num_hidden_layers=3, num_attention_heads=2, intermediate_size=16
+    )
+    bert = transformers.BertForSequenceClassification(config).eval()
+
+    def text(samples: int, length: int) -> dict[str, torch.Tensor]:
+        ids = torch.randint(1, 90, (samples, length))
+        mask = torch.ones_like(ids)
+        mask[: samples // 2, length // 2 :] = 0
+        return {"input_ids": ids, "attention_mask": mask}
+
+    cases: list[tuple[Any, list[Any]]] = [
+        (tnt, [torch.randn(n, 3, 32, 32) for n in (7, 2, 1)]),
+        (bert, [text(5, 12), text(3, 9), text(1, 12)]),
+    ]
+    for model, batches in cases:
+        ee = noisy(exitkit.attach(model, batches[0], every=1, head="1L", method="sdn"))
+        taus = exitkit.collect(ee, batches[:1]).scores()[:, :-1].quantile(0.5, dim=0).tolist()
+        engine = exitkit.compile(ee, taus)
+        fast, _ = recorded(engine)
+        for batch in batches * 2:
+            call = batch if isinstance(batch, dict) else {"": batch}
+            got, expected = (e(**call) if "" not in call else e(batch) for e in (fast, engine))
+            agree(got, expected)
+
+
+def test_answers_outlive_the_next_call_and_another_threshold_records_nothing() -> None:
+    fast, recorder = recorded(compiled("ztw"))
+    first = fast(images(8))
+    kept = [part.clone() for part in first]
+    fast(images(8) * 5)
+    before = recorder.recorded
+    assert all(torch.equal(now, then) for now, then in zip(first, kept, strict=True))
+    everybody = fast.at(-1.0)(images(8))
+    assert everybody.exit.tolist() == [0] * 8
+    assert recorder.recorded == before
+
+
+def test_one_recording_for_a_step_and_a_bucket() -> None:
+    engine = compiled("sdn").at(float("inf"))
+    fast, recorder = recorded(engine, largest=64)
+    for size in (9, 10, 11, 12, 16, 9, 33, 48, 64):
+        fast(images(size))
+    assert recorder.recorded == 3 * len(engine.loop.program.steps)  # buckets of 16, 48 and 64
+    fast.warm(images(2), [1, 64])
+    assert recorder.recorded == 4 * len(engine.loop.program.steps)
+
+
+def test_memory_that_does_not_suffice_shrinks_the_buckets_once() -> None:
+    engine = compiled("sdn")
+    fast, recorder = recorded(engine)
+    recorder.failing = True
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        agree(fast(images(32)), engine(images(32)))
+        agree(fast(images(30)), engine(images(30)))
+    assert sum("out of GPU memory" in str(warning.message) for warning in found) == 1
+    assert fast.loop.graphs.sizes[-1] == 16  # type: ignore[attr-defined]
+
+
+def test_a_sample_that_is_faulty_on_the_way_is_marked() -> None:
+    engine = compiled("sdn").at(float("inf"))
+    fast, _ = recorded(engine)
+    x = images(5)
+    x[2] = float("nan")
+    assert fast(x).non_finite.tolist() == [False, False, True, False, False]
+
+
+def test_threads_take_turns() -> None:
+    engine = compiled("ztw")
+    fast, _ = recorded(engine)
+    batches = [images(n) for n in (1, 4, 9, 17, 31)]
+    expected = [engine(x) for x in batches]
+    errors: list[BaseException] = []
+
+    def serve() -> None:
+        try:
+            for _ in range(10):
+                for x, answer in zip(batches, expected, strict=True):
+                    agree(fast(x), answer)
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=serve) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors
+
+
+def test_memory_is_that_of_the_two_largest_boundaries_that_follow_each_other() -> None:
+    memory = Memory(largest=4)
+    sizes = [100, 50, 20, 10]  # floats of one sample at each boundary
+    for boundary, size in enumerate(sizes):
+        memory.slots(boundary, {"x": (torch.zeros(2, size), 2)})
+    held = sum(len(part) for part in memory.parts if part is not None)
+    assert held <= 4 * 4 * (100 + 50) + 2 * 512
+
+
+def test_only_engines_that_record_can_be_warmed() -> None:
+    with pytest.raises(exitkit.ArgumentError, match="on a GPU"):
+        compiled("sdn").warm(images(2))
+
+
+_CASES = """
+import torch
+from exitkit.engine.cuda import kernels, reference
+from exitkit.engine.cuda.buffers import Boundary, Results, flat
+LARGEST = 80
+for seed in range(40):
+    generator = torch.Generator().manual_seed(seed)
+    draw = lambda low, high: int(torch.randint(low, high, (1,), generator=generator))
+    bucket, classes = draw(1, 70), draw(1, 1500)
+    samples = draw(0, bucket + 1)
+    score = torch.rand(bucket, generator=generator, dtype=torch.float64)
+    score[torch.rand(bucket, generator=generator) < 0.1] = float("nan")
+    score[torch.rand(bucket, generator=generator) < 0.05] = float("inf")
+    tie = seed % 3 == 0 and not score[0].isnan()
+    tau = score[:1].clone() if tie else 1.2 * torch.rand(1, generator=generator, dtype=torch.float64) - 0.1
+    tau = {9: torch.full_like(tau, float("inf")), 8: torch.full_like(tau, float("-inf"))}.get(seed % 10, tau)
+    answer = torch.randn(bucket, classes, generator=generator).to([torch.float16, torch.float32][seed % 2])
+    value = torch.randn(bucket, 3, 5, generator=generator)
+    value = value.to([torch.float32, torch.bfloat16, torch.float64, torch.bool][seed % 4])
+    found = []
+    for module in (kernels, reference):
+        here, there = Boundary.empty(LARGEST, score.device), Boundary.empty(LARGEST, score.device)
+        here.rows.copy_(torch.randperm(LARGEST, generator=torch.Generator().manual_seed(seed)))
+        here.faulty[::7] = 1
+        here.count.fill_(samples)
+        there.rows.fill_(-5)
+        results = Results(
+            torch.zeros(LARGEST, classes),
+            torch.zeros(LARGEST, dtype=torch.int64),
+            torch.zeros(LARGEST, dtype=torch.float64),
+            torch.zeros(LARGEST, dtype=torch.int8),
+        )
+        module.decide(score, answer, tau, 3, here, there, results, seed % 7 == 6)
+        target = torch.zeros(LARGEST * 15, dtype=value.dtype)
+        module.compact(flat(value), target, bucket, there)
+        columns = (there.count, there.rows, there.faulty, there.keep, target, *vars(results).values())
+        found.append([column.double().nan_to_num(9, 8, 7) for column in columns])
+    for place, (one, other) in enumerate(zip(*found, strict=True)):
+        assert torch.equal(one, other), (seed, place, one, other)
+print("alike")
+"""
+
+
+def test_the_kernels_do_what_plain_torch_does() -> None:
+    """In a process of its own: Triton reads the switch to its interpreter when it is imported."""
+    pytest.importorskip("triton")
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    done = subprocess.run([sys.executable, "-c", _CASES], env=environment, capture_output=True, text=True)
+    assert done.stdout.strip() == "alike", done.stderr
+
+
+_COMPILED = """
+import triton
+from triton.backends.compiler import GPUTarget
+from exitkit.engine.cuda import kernels
+pointers = {"*fp64": "score threshold score_out", "*fp32": "answer logits_out", "*i64": "rows next_rows exit_out"}
+pointers |= {"*i8": "faulty next_faulty faulty_out", "*i32": "count next_count keep source target"}
+types = {name: kind for kind, names in pointers.items() for name in names.split()}
+types |= dict.fromkeys(("classes", "exit_", "last", "width"), "i32")
+for kernel in (kernels._decide_kernel, kernels._compact_kernel):
+    names = kernel.arg_names
+    constants = {(place,): 256 for place, name in enumerate(names) if name not in types}
+    signature = {name: types.get(name, "constexpr") for name in names}
+    source = triton.compiler.ASTSource(kernel, signature, constants)
+    assert "cubin" in triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm
+print("compiled")
+"""
+
+
+def test_the_kernels_compile_for_a_gpu_that_is_not_there() -> None:
+    pytest.importorskip("triton")
+    done = subprocess.run([sys.executable, "-c", _COMPILED], capture_output=True, text=True)
+    assert done.stdout.strip() == "compiled", done.stderr
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("optimize", [False, True])
+def test_on_cuda_the_engine_answers_as_on_cpu(optimize: bool) -> None:
+    torch.manual_seed(0)
+    ee = noisy(exitkit.attach(TinyNet().eval(), images(), head="conv", method="ztw"))
+    x = images(64)
+    thresholds = exitkit.collect(ee, [x]).scores()[:, :-1].quantile(0.6, dim=0).tolist()
+    expected = exitkit.compile(ee, thresholds)(x)
+    got = exitkit.compile(ee.cuda(), thresholds, optimize=optimize)(x.cuda())
+    same = got.exit.cpu() == expected.exit
+    assert same.float().mean() > 0.95  # rounding decides near a threshold
+    torch.testing.assert_close(got.logits.cpu()[same], expected.logits[same], rtol=1e-2, atol=1e-2)
