@@ -73,7 +73,7 @@ class ShiftMonitor:
         false_alarm: probability of an alarm without a shift, over the whole life of the monitor.
 
     Raises:
-        ExitkitError: a window below 20, ``false_alarm`` outside (0, 1), thresholds that do not fit the outputs.
+        ArgumentError: a window below 20, ``false_alarm`` outside (0, 1), thresholds that do not fit the outputs.
     """
 
     def __init__(
@@ -119,7 +119,7 @@ class ShiftMonitor:
             score: (B,) or one number: the score with which it did.
 
         Raises:
-            ExitkitError: exits that there are not, scores that are not finite, or another number of them. Nothing of the
+            ArgumentError: exits that do not exist, scores that are not finite, or another number of them. Nothing of the
                 batch is counted then.
         """
         exits, scores = self._checked(exit, score)

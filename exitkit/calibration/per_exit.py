@@ -70,7 +70,7 @@ def per_exit_thresholds(
         criterion: the score; by default that of ``outputs``.
 
     Raises:
-        ExitkitError: a budget that even leaving at exit 0 does not stay under, or a table of another length.
+        ArgumentError: a budget that even leaving at exit 0 does not stay under, or a table of another length.
     """
     check_outputs(outputs)
     labelled = outputs if outputs.labels is not None else outputs.against_backbone()
@@ -85,7 +85,7 @@ def per_exit_thresholds(
     best, bound = search.branch(best, budget)
     right, cost = search.value(best)
     return PerExitThresholds(
-        curve.nobody.at(*search.thresholds(best)), right / len(outputs), cost, bound / len(outputs)
+        curve.no_exit.at(*search.thresholds(best)), right / len(outputs), cost, bound / len(outputs)
     )
 
 
@@ -113,7 +113,7 @@ class _Search:
     """Thresholds as level numbers: a sample leaves at exit m when ``levels[m]`` is below its rank there.
 
     Attributes:
-        taus: per exit, the ascending thresholds that are tried; at the last one nobody leaves.
+        taus: per exit, the ascending thresholds that are tried; at the last one no sample leaves.
         ranks: (N, M) how many of them are below each score.
         right: (N, M+1) which exits are right.
         costs: (M+1,)
@@ -141,7 +141,7 @@ class _Search:
 
     @cached_property
     def careful(self) -> _Levels:
-        """Nobody leaves."""
+        """No sample leaves."""
         return tuple(len(taus) - 1 for taus in self.taus)
 
     def at(self, threshold: float) -> _Levels:
@@ -189,7 +189,7 @@ class _Search:
                 (_changed(lower, widest, middle + 1), upper),
             ):
                 boldest = self.rank(low, budget)
-                if not boldest[0]:  # the boldest thresholds of the box are too dear, so all of them are
+                if not boldest[0]:  # the boldest thresholds of the box cost too much, so all of them do
                     continue
                 for corner, value in ((low, boldest), (high, self.rank(high, budget))):
                     if value > found:
@@ -237,9 +237,9 @@ class _Search:
 
 def _levels(scores: NDArray[np.float64], never: float, extra: float | None) -> NDArray[np.float64]:
     quantiles = np.quantile(scores, np.linspace(0, 1, _LEVELS), method="lower")
-    everybody = np.nextafter(scores.min(), -np.inf)
+    all_leave = np.nextafter(scores.min(), -np.inf)
     some = [] if extra is None else [extra]
-    levels: NDArray[np.float64] = np.unique([everybody, *quantiles, *some, never])
+    levels: NDArray[np.float64] = np.unique([all_leave, *quantiles, *some, never])
     return levels[levels <= never]
 
 

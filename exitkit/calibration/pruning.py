@@ -34,7 +34,7 @@ def exits_that_do_not_pay(
         budgets: shares of the backbone's MACs; one that cannot be kept without an exit makes that exit pay.
 
     Raises:
-        ExitkitError: another number of heads than exits, heads that cost more than their exits, or no labels.
+        ArgumentError: another number of heads than exits, heads that cost more than their exits, or no labels.
     """
     check_outputs(outputs)
     exits = len(outputs.macs) - 1

@@ -1,6 +1,6 @@
 """``choose_threshold``: the cheapest threshold that keeps a promise, from held-out samples.
 
-Thresholds are tried in a fixed order, from "nobody leaves" on, and the last one before the first that fails is taken:
+Thresholds are tried in a fixed order, from "no sample leaves" on, and the last one before the first that fails is taken:
 fixed-sequence testing (Angelopoulos et al. 2021, Learn then Test, section 3.2), for which no correction for the number of
 thresholds is needed. Early exits in this setting: Jazbec et al. 2024, Fast yet Safe.
 """
@@ -101,18 +101,18 @@ def choose_threshold(
             raise ArgumentError(
                 f"{name} is {type(value).__name__}; give {' or '.join(kind.__name__ for kind in kinds)}"
             )
-    chosen, nobody = as_risk(risk), outputs.policy(float("inf"), criterion)
+    chosen, no_exit = as_risk(risk), outputs.policy(float("inf"), criterion)
     refuse_shared(outputs, exclude, "exclude")
     if isinstance(outputs.temperatures, FittedTemperatures) and outputs.hashes is not None:
         refuse_shared(outputs, outputs.temperatures.hashes, "temperatures")
-    rows = _rows(outputs, nobody, path)
+    rows = _rows(outputs, no_exit, path)
     losses, binary = chosen.losses(outputs)
     passes = _test(method, chosen.limit(max_drop), 1 - confidence, binary)
     distinct = _distinct(outputs)
     _check_count(len(distinct), passes, chosen, max_drop)
     if len(distinct) < len(outputs):
         passes = _with_and_without_repeats(passes, distinct)
-    scores = outputs.scores(nobody.criterion)[:, :-1].numpy()
+    scores = outputs.scores(no_exit.criterion)[:, :-1].numpy()
     last, exits = _walk(scores, losses, rows, passes, monotone=method == "crc")
     cost = outputs.costs[exits]
     spread = _NORMAL_95 * float(cost.std()) / math.sqrt(len(cost))
@@ -130,7 +130,7 @@ def choose_threshold(
         cost=float(cost.mean()),
         cost_interval=(float(cost.mean()) - spread, float(cost.mean()) + spread),
     )
-    return replace(nobody.at(*rows[max(last, 0)].tolist()), guarantee=guarantee)
+    return replace(no_exit.at(*rows[max(last, 0)].tolist()), guarantee=guarantee)
 
 
 def _distinct(outputs: ExitOutputs) -> NDArray[np.int64]:
@@ -156,7 +156,7 @@ def refuse_shared(outputs: ExitOutputs, other: ExitOutputs | Tensor | None, name
     """Refuse samples that are in ``other`` (outputs, or hashes of them) too.
 
     Raises:
-        ExitkitError: shared samples, or no hashes to tell by.
+        ArgumentError: shared samples, or no hashes to tell by.
     """
     if other is None:
         return
@@ -200,17 +200,17 @@ def _walk(
     return len(rows) - 1, exits
 
 
-def _rows(outputs: ExitOutputs, nobody: ExitPolicy, path: ThresholdPath | None) -> NDArray[np.float64]:
-    """(T, M) thresholds in the order they are tried; nobody leaves at the first."""
-    exits, criterion = len(nobody.thresholds), nobody.score
+def _rows(outputs: ExitOutputs, no_exit: ExitPolicy, path: ThresholdPath | None) -> NDArray[np.float64]:
+    """(T, M) thresholds in the order they are tried; at the first no sample leaves."""
+    exits, criterion = len(no_exit.thresholds), no_exit.score
     careful = np.full((1, exits), criterion.highest(exits))
     if path is None:
         grid = criterion.grid(exits, outputs.log_probs.shape[2])
         return np.vstack([careful, np.repeat(grid[:, None], exits, axis=1)])
-    if path.thresholds.ndim != 2 or path.thresholds.shape[1] != exits or path.criterion != nobody.criterion:
+    if path.thresholds.ndim != 2 or path.thresholds.shape[1] != exits or path.criterion != no_exit.criterion:
         raise ArgumentError(
             f"path holds thresholds of shape {path.thresholds.shape} for {path.criterion!r}, but outputs have {exits} exits "
-            f"and criterion {nobody.criterion!r}; make the path from other samples of the same model"
+            f"and criterion {no_exit.criterion!r}; make the path from other samples of the same model"
         )
     if path.hashes is not None and outputs.hashes is not None:
         refuse_shared(outputs, path.hashes, "path")

@@ -39,7 +39,7 @@ class Risk:
         """(N, M+1) losses, scaled from [lowest, 1] to [0, 1], and whether they can be 0 and 1 only (a bool tensor).
 
         Raises:
-            ExitkitError: no labels where they are needed; another shape, NaN or values out of range.
+            ArgumentError: no labels where they are needed; another shape, NaN or values out of range.
         """
         given = self.loss(outputs)
         if not isinstance(given, Tensor):
@@ -68,7 +68,7 @@ def as_risk(risk: RiskName | RiskFunction) -> Risk:
     """A risk by name, or a function from outputs to losses (N, M+1) in [0, 1].
 
     Raises:
-        ExitkitError: an unknown name.
+        ArgumentError: an unknown name.
     """
     if callable(risk):
         name = getattr(risk, "__name__", type(risk).__name__)

@@ -19,7 +19,7 @@ def fit_temperatures(outputs: ExitOutputs) -> tuple[float, ...]:
     same ones, as far as hashes tell. Between 0.05 and 20.
 
     Raises:
-        ExitkitError: no labels.
+        ArgumentError: no labels.
     """
     check_outputs(outputs)
     if outputs.labels is None:

@@ -203,7 +203,7 @@ def bench_latency(
     device: Annotated[str | None, typer.Option(help="cpu or cuda")] = None,
     trust: Trust = False,
 ) -> None:
-    """Time a package at several batch sizes, beside a run in which nobody leaves."""
+    """Time a package at several batch sizes, beside a run in which no sample leaves."""
     loaded = exitkit.load(package, threshold=threshold, device=device, trust=trust)
     samples = made_up(loaded) if inputs is None else read_samples(inputs)
     _console.print(latency_table(loaded, samples, batch_sizes(batches)))

@@ -58,7 +58,7 @@ def augmented(
     ``black`` is a black pixel after normalisation, per channel.
 
     Raises:
-        ExitkitError: samples that are no (image, label).
+        ArgumentError: samples that are no (image, label).
     """
     if not names:
         return samples, collate

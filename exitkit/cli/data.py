@@ -75,7 +75,7 @@ def load_data(
         max_tokens: for text: longer ones are cut off.
 
     Raises:
-        ExitkitError: a path that does not exist, an unknown format, or contents that do not fit.
+        ArgumentError: a path that does not exist, an unknown format, or contents that do not fit.
     """
     path = Path(data)
     if os.path.isdir(path):
@@ -264,7 +264,7 @@ def load_tokenizer(name: str) -> Any:
     """A Hugging Face tokenizer by name or folder.
 
     Raises:
-        ExitkitError: there is none.
+        ArgumentError: there is none.
     """
     from transformers import AutoTokenizer
 

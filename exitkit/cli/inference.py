@@ -40,7 +40,7 @@ def predict(
         skipped: what is wrong with images that cannot be read is added here, and they are left out; without, it is an error.
 
     Raises:
-        ExitkitError: a package that does not say how inputs become tensors, a path that does not exist or cannot be read.
+        ArgumentError: a package that does not say how inputs become tensors, a path that does not exist or cannot be read.
     """
     description = package.description
     preprocessing = None if description is None else description.preprocessing
@@ -120,7 +120,7 @@ def _texts(given: str) -> list[str]:
 
 
 def latency_table(package: Engine | OnnxBranches, samples: Any, batches: Sequence[int]) -> Table:
-    """Median and 95th percentile of the time of a batch, beside that of a run in which nobody leaves.
+    """Median and 95th percentile of the time of a batch, beside that of a run in which no sample leaves.
 
     The last column is what an exit adds to its stage and head: the decision and the compaction, half of the batch leaving, in
     microseconds, mean over the exits.
@@ -131,7 +131,7 @@ def latency_table(package: Engine | OnnxBranches, samples: Any, batches: Sequenc
         batches: batch sizes; samples are repeated in turn.
     """
     table = Table(title=f"milliseconds per batch, {torch.get_num_threads()} threads")
-    for heading in ("batch", "median", "95%", "nobody leaves", "speedup", "average exit", "exit µs"):
+    for heading in ("batch", "median", "95%", "no exits", "speedup", "average exit", "exit µs"):
         table.add_column(heading, justify="right")
     for size in batches:
         taken = _resized(samples, size)
@@ -160,7 +160,7 @@ def batch_sizes(given: str) -> list[int]:
     """``"1,8,64"`` as numbers.
 
     Raises:
-        ExitkitError: something else, or a number below 1.
+        ArgumentError: something else, or a number below 1.
     """
     parts = [part.strip() for part in given.split(",")]
     if not all(part.isdecimal() and len(part) < 7 and int(part) > 0 for part in parts):
@@ -174,7 +174,7 @@ def read_samples(path: str) -> torch.Tensor:
     """The samples in an ``.npy`` file.
 
     Raises:
-        ExitkitError: a missing or damaged file.
+        ArgumentError: a missing or damaged file.
     """
     try:
         return torch.from_numpy(np.load(path, allow_pickle=False))

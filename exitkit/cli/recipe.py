@@ -148,7 +148,7 @@ def read_recipe(path: str | Path, overrides: Mapping[str, Any]) -> Recipe:
     """The recipe in a TOML file, with ``overrides`` by dotted key (``"trainer.epochs"``) in place of its own values.
 
     Raises:
-        ExitkitError: no such file, no TOML, an unknown or missing key, or a value that cannot be.
+        ArgumentError: no such file, no TOML, an unknown or missing key, or a value that cannot be.
     """
     values = _tables(Path(path))
     for key, value in overrides.items():
@@ -193,7 +193,7 @@ def parse_override(text: str) -> tuple[str, Any]:
     """``trainer.epochs=3`` as key and value; a value that is no TOML is a string.
 
     Raises:
-        ExitkitError: no ``=``.
+        ArgumentError: no ``=``.
     """
     key, equals, value = text.partition("=")
     if not equals or not key.strip():

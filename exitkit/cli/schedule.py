@@ -32,7 +32,7 @@ def by_name(
         cycles: of ``"restarts"``.
 
     Raises:
-        ExitkitError: an unknown name, or a value out of range.
+        ArgumentError: an unknown name, or a value out of range.
     """
     if name not in SCHEDULES:
         raise unknown_name("schedule.name", name, SCHEDULES)

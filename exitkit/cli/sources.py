@@ -31,7 +31,7 @@ def load_model(name: str, weights: str | None = None, num_classes: int | None = 
         num_classes: size of the classifier, where it is not the library's default.
 
     Raises:
-        ExitkitError: an unknown source or name, a missing library, or weights that do not fit.
+        ArgumentError: an unknown source or name, a missing library, or weights that do not fit.
     """
     source, colon, rest = name.partition(":")
     if not colon or not rest:

@@ -42,7 +42,7 @@ def train_recipe(
     """Attach, train and evaluate; write the exits, a backbone that learned, the outputs and a summary to ``out``.
 
     Raises:
-        ExitkitError: values that do not fit the model or the data.
+        ArgumentError: values that do not fit the model or the data.
     """
     seed = recipe.trainer.get("seed", 0)
     torch.manual_seed(seed if isinstance(seed, int) and seed >= 0 else 0)  # Trainer complains of others

@@ -37,7 +37,7 @@ def export_steps(
         example: input tensors of at least two samples.
 
     Raises:
-        ExitkitError: a step that fixes the batch size, or that needs a size the feature does not show.
+        ArgumentError: a step that fixes the batch size, or that needs a size the feature does not show.
     """
     start = [in_format(tensor, channels_last and tensor.dim() == 4) for tensor in example]
     values = dict(zip(program.inputs.names, start, strict=True))
@@ -46,7 +46,7 @@ def export_steps(
         sized = [name for name, value in zip(step.inputs, taken, strict=True) if not isinstance(value, Tensor)]
         if sized:
             raise NotCapturableError(
-                f"stage {step.exit} reads the sizes {sized}, which are no tensors: it cannot be exported"
+                f"stage {step.exit} reads the sizes {sized}, which are not tensors: it cannot be exported"
             )
         with torch.no_grad():
             exported = _export(

@@ -60,7 +60,7 @@ def fetched(batches: Iterable[Any], patience: Callable[[], float | None]) -> Gen
 
 
 def _put(ready: queue.Queue[Any], item: Any, closed: threading.Event) -> bool:
-    """Whether there is anybody to take the item."""
+    """Whether anything takes the item."""
     while not closed.is_set():
         try:
             ready.put(item, timeout=0.1)

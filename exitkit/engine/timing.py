@@ -35,7 +35,7 @@ def time_exits(engine: Engine, samples: Any, batches: Sequence[int] = (1, 64)) -
         time of that one.
 
     Raises:
-        ExitkitError: not an engine, inputs that it does not take, or a batch below 1.
+        ArgumentError: not an engine, inputs that it does not take, or a batch below 1.
     """
     if not isinstance(engine, Engine):
         raise ArgumentError(f"engine is {type(engine).__name__}; give what exitkit.compile or exitkit.load returned")

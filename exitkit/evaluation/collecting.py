@@ -33,7 +33,7 @@ def collect(model: MultiExitModel, loader: Iterable[Any], path: str | Path | Non
             reads from it. float16 moves scores by up to 5e-4. By default everything is kept in memory, in float32.
 
     Raises:
-        ExitkitError: an empty loader, labels out of range, labels in some batches only, or NaN in the outputs.
+        ArgumentError: an empty loader, labels out of range, labels in some batches only, or NaN in the outputs.
 
     Returns:
         For a model with one output :class:`RegressionOutputs`, whose labels are numbers.

@@ -51,10 +51,10 @@ class Curve:
     For regression, ``accuracy`` holds another measure, higher is better, that ``measure`` names.
 
     Attributes:
-        thresholds: (T,) values of τ. At the first everybody leaves at exit 0; at the last (and above) nobody leaves.
+        thresholds: (T,) values of τ. At the first all samples leave at exit 0; at the last (and above) none does.
         accuracy: (T,) accuracy over all samples at each τ.
         cost: (T,) average MACs per sample at each τ, as a share of the unmodified backbone; never falls with τ.
-        nobody: the policy at which nobody leaves; those of the points differ from it in their thresholds.
+        no_exit: the policy at which no sample leaves; those of the points differ from it in their thresholds.
         measure: what ``accuracy`` is.
         milliseconds: where costs are measured times instead of MACs, the time that a cost of 1 stands for; else None.
         timings: (K,) measured times of some devices and batches (:class:`~exitkit.evaluation.ExitTimes`).
@@ -64,7 +64,7 @@ class Curve:
     thresholds: Array
     accuracy: Array
     cost: Array
-    nobody: ExitPolicy
+    no_exit: ExitPolicy
     measure: str = "accuracy"
     milliseconds: float | None = None
     timings: tuple[ExitTimes, ...] = ()
@@ -78,7 +78,7 @@ class Curve:
             batch: how many samples are answered together; likewise.
 
         Raises:
-            ExitkitError: nothing was measured for them, or several; the message says what was.
+            ArgumentError: nothing was measured for them, or several; the message says what was.
         """
         place = selected(self.timings, device, batch)
         assert self.times is not None
@@ -103,7 +103,7 @@ class Curve:
             batch: for ``ms``, as for :meth:`timed`.
 
         Raises:
-            ExitkitError: a budget that is no positive number, or that even leaving at exit 0 does not stay under; a device
+            ArgumentError: a budget that is not a positive number, or that even leaving at exit 0 does not stay under; a device
                 or batch that was not measured.
         """
         if (budget is None) == (ms is None):
@@ -125,8 +125,8 @@ class Curve:
         Raises:
             ArgumentError: not a number, several thresholds (``outputs.at`` takes these), or a policy for other scores.
         """
-        policy = as_policy(threshold, self.nobody)
-        check_same_scores(policy, self.nobody)
+        policy = as_policy(threshold, self.no_exit)
+        check_same_scores(policy, self.no_exit)
         if len(set(policy.thresholds)) > 1:
             raise ArgumentError(
                 f"threshold={policy.shown()} is one for each exit, a curve has one for all; use outputs.at"
@@ -139,7 +139,7 @@ class Curve:
         return self._point(int(self.accuracy.argmax()))
 
     def no_limit(self) -> BudgetPoint:
-        """Nobody leaves: what any τ above every score gives."""
+        """No sample leaves: what any τ above every score gives."""
         return self._point(len(self.thresholds) - 1)
 
     def auc(self, low: float | None = None, high: float = 1.0) -> float:
@@ -148,7 +148,7 @@ class Curve:
         At each budget it is the accuracy of the highest τ whose cost stays under it, as in :meth:`at_budget`.
 
         Raises:
-            ExitkitError: budgets that end before they begin, or begin below the cheapest point.
+            ArgumentError: budgets that end before they begin, or begin below the cheapest point.
         """
         low = float(self.cost[0]) if low is None else low
         numbers = is_number(low) and is_number(high)
@@ -182,7 +182,7 @@ class Curve:
         return self._point(below)
 
     def _point(self, index: int) -> BudgetPoint:
-        policy = self.nobody.at(float(self.thresholds[index]))
+        policy = self.no_exit.at(float(self.thresholds[index]))
         return BudgetPoint(policy, float(self.accuracy[index]), float(self.cost[index]))
 
 

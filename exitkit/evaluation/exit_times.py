@@ -24,7 +24,7 @@ class ExitTimes:
         milliseconds: (M+1,) until a batch has its answers when all of it leaves at this exit; never falls.
 
     Raises:
-        ExitkitError: times that are not positive or fall, a batch below 1, or names that are no text.
+        ArgumentError: times that are not positive or fall, a batch below 1, or names that are not texts.
     """
 
     device: str
@@ -52,7 +52,7 @@ def checked_times(given: Any, exits: int | None = None) -> NDArray[np.float64]:
     """(M+1,) times to answer at each exit, in milliseconds.
 
     Raises:
-        ExitkitError: no numbers, times that are not positive and finite or that fall, or another number of them.
+        ArgumentError: no numbers, times that are not positive and finite or that fall, or another number of them.
     """
     times = numbers_in(given)
     wrong = exits is not None and len(times) != exits
@@ -68,7 +68,7 @@ def selected(timings: Sequence[ExitTimes], device: str | None, batch: int | None
     """The place among ``timings`` of the one for this device (its kind or its name) and batch, where it is the only one.
 
     Raises:
-        ExitkitError: none or several of them; the message says which were measured.
+        ArgumentError: none or several of them; the message says which were measured.
     """
     found = [
         place

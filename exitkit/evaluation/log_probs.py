@@ -19,7 +19,7 @@ def normalised(given: Tensor) -> Tensor:
     """Checked log-probabilities: float16 as it is, else normalised float32; rows that are normalised keep every bit.
 
     Raises:
-        ExitkitError: another shape or dtype, NaN, infinite or all-impossible rows.
+        ArgumentError: another shape or dtype, NaN, infinite or all-impossible rows.
     """
     if given.dim() != 3 or not given.is_floating_point() or 0 in given.shape or given.shape[2] < 2:
         raise ArgumentError(

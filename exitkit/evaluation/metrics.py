@@ -52,7 +52,7 @@ def reliability(outputs: ExitOutputs, bins: int = 15) -> Reliability:
     """Confidence and accuracy of every exit in equal bins of confidence: the reliability diagram (Guo et al. 2017).
 
     Raises:
-        ExitkitError: no labels, or no positive number of bins.
+        ArgumentError: no labels, or no positive number of bins.
     """
     from scipy import stats
 
@@ -74,7 +74,7 @@ def calibration_error(outputs: ExitOutputs, bins: int = 15) -> Array:
     """(M+1,): expected calibration error of every exit (Guo et al. 2017, equation 3): mean |accuracy − confidence|.
 
     Raises:
-        ExitkitError: no labels, or no positive number of bins.
+        ArgumentError: no labels, or no positive number of bins.
     """
     confidence, accuracy, share = reliability(outputs, bins)
     error: Array = np.nansum(share * np.abs(accuracy - confidence), axis=1)
@@ -85,7 +85,7 @@ def overthinking(outputs: ExitOutputs) -> Overthinking:
     """What the layers after each exit spoil and mend.
 
     Raises:
-        ExitkitError: no labels.
+        ArgumentError: no labels.
     """
     check_outputs(outputs)
     right = outputs.correct.numpy()
@@ -103,7 +103,7 @@ def exit_rates_by_class(outputs: ExitOutputs, threshold: Threshold) -> Array:
     """(C, M+1): of each class's samples, the share that leaves at each exit; NaN for classes without samples.
 
     Raises:
-        ExitkitError: no labels.
+        ArgumentError: no labels.
     """
     check_outputs(outputs)
     if outputs.labels is None:
@@ -129,7 +129,7 @@ def bootstrap(
     Such as ``bootstrap(outputs, lambda o: o.curve().at_budget(0.5).accuracy)``.
 
     Raises:
-        ExitkitError: fewer than two samples, no resamples, or a confidence outside (0, 1).
+        ArgumentError: fewer than two samples, no resamples, or a confidence outside (0, 1).
     """
     from scipy import stats
 

@@ -60,7 +60,7 @@ class ExitOutputs:
         timings: what answering takes on some devices (:meth:`timed`), for budgets in milliseconds.
 
     Raises:
-        ExitkitError: shapes that do not fit together, NaN, labels out of range, or costs that fall.
+        ArgumentError: shapes that do not fit together, NaN, labels out of range, or costs that fall.
     """
 
     log_probs: Tensor
@@ -113,7 +113,7 @@ class ExitOutputs:
         """Some of the samples: ``outputs[:2000]``, a mask or indices; this is how one collection becomes several splits.
 
         Raises:
-            ExitkitError: no sample is left.
+            ArgumentError: no sample is left.
         """
         return replace(
             self,
@@ -159,7 +159,7 @@ class ExitOutputs:
         whatever takes it (:func:`exitkit.compile`, ``export``, ``save_pretrained``) applies them.
 
         Raises:
-            ExitkitError: another number than one per exit and one for the backbone, one that is not positive, outputs that
+            ArgumentError: another number than one per exit and one for the backbone, one that is not positive, outputs that
                 have temperatures already.
         """
         given = checked_temperatures(temperatures, len(self.macs))
@@ -178,7 +178,7 @@ class ExitOutputs:
         ``outputs.curve().at_budget(ms=3.0, device="cuda", batch=64)`` then finds a threshold for a time; they are saved too.
 
         Raises:
-            ExitkitError: times of another number of exits.
+            ArgumentError: times of another number of exits.
         """
         merged = {one.place: one for one in (*self.timings, *times)}
         return replace(self, timings=tuple(merged.values()))
@@ -264,12 +264,12 @@ class ExitOutputs:
                 backbone's MACs, and ``at_budget(ms=3.0)`` is available.
 
         Raises:
-            ExitkitError: no labels, no exits before the backbone, or times that fall or are of another number.
+            ArgumentError: no labels, no exits before the backbone, or times that fall or are of another number.
         """
-        nobody = self.policy(float("inf"), criterion)
+        no_exit = self.policy(float("inf"), criterion)
         scores, correct = self.scores(criterion)[:, :-1].numpy(), self.correct.numpy().astype(np.int64)
         thresholds, right, spent = sweep(scores, correct, self._prices(milliseconds))
-        return self._curve(thresholds, right / len(self), spent, nobody, milliseconds)
+        return self._curve(thresholds, right / len(self), spent, no_exit, milliseconds)
 
     def _prices(self, milliseconds: Sequence[float] | None) -> NDArray[np.float64]:
         """(1 + K, M+1) prices of the exits: MACs, then the measured times; or the times that are given alone."""
@@ -282,13 +282,13 @@ class ExitOutputs:
         thresholds: NDArray[np.float64],
         reached: NDArray[np.float64],
         spent: NDArray[np.float64],
-        nobody: ExitPolicy,
+        no_exit: ExitPolicy,
         milliseconds: Sequence[float] | None,
     ) -> Curve:
         """The curve from what all samples spend (1 + K, T) in the prices of :meth:`_prices`."""
         whole = self.backbone_macs if milliseconds is None else float(milliseconds[-1])
         cost = spent[0] / (len(self) * whole)
-        made = Curve(thresholds, reached, cost, nobody)
+        made = Curve(thresholds, reached, cost, no_exit)
         if milliseconds is not None:
             return replace(made, milliseconds=whole)
         return replace(made, timings=self.timings, times=spent[1:] / len(self))
@@ -303,7 +303,7 @@ class ExitOutputs:
                 equally accurate exits the cheapest.
 
         Raises:
-            ExitkitError: a budget that is no positive number, no exit costs so little, or no labels.
+            ArgumentError: a budget that is not a positive number, no exit costs so little, or no labels.
         """
         budget = positive("budget", budget, "a share of the backbone's cost, such as 0.5")
         within = self.costs < budget
@@ -359,10 +359,10 @@ class ExitOutputs:
 
 
 def check_outputs(outputs: object, name: str = "outputs") -> None:
-    """Refuse what are no outputs.
+    """Refuse what is not outputs.
 
     Raises:
-        ExitkitError: anything else than :class:`ExitOutputs`.
+        ArgumentError: anything else than :class:`ExitOutputs`.
     """
     if not isinstance(outputs, ExitOutputs):
         raise ArgumentError(f"{name} is {type(outputs).__name__}; give what exitkit.collect(ee, loader) returned")

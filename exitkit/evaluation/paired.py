@@ -78,7 +78,7 @@ def paired_tests(
         seed: of the bootstrap.
 
     Raises:
-        ExitkitError: other samples, another backbone, no labels, or a budget that one of them cannot keep.
+        ArgumentError: other samples, another backbone, no labels, or a budget that one of them cannot keep.
     """
     if not isinstance(outputs, Mapping) or len(outputs) < 2:
         given = list(outputs) if isinstance(outputs, Mapping) else type(outputs).__name__
@@ -149,7 +149,7 @@ def check_comparable(outputs: Mapping[str, ExitOutputs]) -> None:
     """Refuse outputs that cannot be set side by side.
 
     Raises:
-        ExitkitError: other samples, another backbone, or no labels.
+        ArgumentError: other samples, another backbone, or no labels.
     """
     for name, one in outputs.items():
         check_outputs(one, f"outputs[{name!r}]")

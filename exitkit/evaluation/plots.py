@@ -32,7 +32,7 @@ class Points(Protocol):
 def plot_curves(curves: Mapping[str, Points], path: str | Path, measure: str = "accuracy") -> None:
     """Accuracy against average cost for each method; the unmodified backbone is the dashed line.
 
-    ``measure`` is what is drawn instead of accuracy. The backbone's is read where nobody leaves, so methods that combine
+    ``measure`` is what is drawn instead of accuracy. The backbone's is read where no sample leaves, so methods that combine
     its answer show their own.
     """
     write_figure(curves_figure(curves, measure), path)

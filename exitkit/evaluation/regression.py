@@ -30,7 +30,7 @@ class RegressionOutputs(ExitOutputs):
             changes in a row as it says (``"tolerance-2"``) were smaller than a.
 
     Raises:
-        ExitkitError: shapes that do not fit together, numbers that are not finite, or costs that fall.
+        ArgumentError: shapes that do not fit together, numbers that are not finite, or costs that fall.
     """
 
     criterion: str = "tolerance"
@@ -89,14 +89,14 @@ class RegressionOutputs(ExitOutputs):
         thresholds, sums, spent = sweep(scores, values, self._prices(milliseconds))
         spread = ((targets - targets.mean()) ** 2).sum()
         reached = _correlation(sums, targets) if measure == "pearson" else 1 - sums / spread
-        nobody = self.policy(float("inf"), criterion)
-        return replace(self._curve(thresholds, reached, spent, nobody, milliseconds), measure=measure)
+        no_exit = self.policy(float("inf"), criterion)
+        return replace(self._curve(thresholds, reached, spent, no_exit, milliseconds), measure=measure)
 
     def calibrated(self, temperatures: Sequence[float]) -> NoReturn:
         """Predictions have no temperature.
 
         Raises:
-            ExitkitError: always.
+            ArgumentError: always.
         """
         raise ArgumentError(
             "regression has no temperatures: its score is the change between predictions, which needs no calibration"

@@ -28,7 +28,7 @@ def calibrated(
         choice: for :func:`exitkit.choose_threshold`.
 
     Raises:
-        ExitkitError: a share out of range, or what :func:`exitkit.choose_threshold` raises.
+        ArgumentError: a share out of range, or what :func:`exitkit.choose_threshold` raises.
     """
     if held_out is not None:
         chosen = choose_threshold(held_out, exclude=outputs if _hashed(outputs, held_out) else None, **choice)

@@ -47,11 +47,11 @@ def points_of(outputs: ExitOutputs, chosen: float | None = None, most: int = POI
     Kept in any case: the first and last, the most accurate, those of the papers' budgets and that of ``chosen``, a τ.
 
     Raises:
-        ExitkitError: no labels.
+        ArgumentError: no labels.
     """
     whole = outputs.curve()
     kept = _kept(whole, chosen, most)
-    curve = Curve(whole.thresholds[kept], whole.accuracy[kept], whole.cost[kept], whole.nobody)
+    curve = Curve(whole.thresholds[kept], whole.accuracy[kept], whole.cost[kept], whole.no_exit)
     highest = np.maximum.accumulate(outputs.scores()[:, :-1].numpy(), axis=1)
     passes = np.searchsorted(curve.thresholds, highest, side="left")
     exits = np.stack([(passes <= place).sum(1) for place in range(len(kept))])

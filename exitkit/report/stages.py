@@ -38,7 +38,7 @@ def stages_of(model: MultiExitModel, samples: Any = None) -> tuple[Stage, ...]:
     """M+1 stages of ``model``, timed on ``samples`` (a batch of inputs) where they are given.
 
     Raises:
-        ExitkitError: samples that do not fit the model.
+        ArgumentError: samples that do not fit the model.
     """
     spent = [0, *(boundary.macs for boundary in model.boundaries), model.anatomy.macs]
     macs = [after - before for before, after in pairwise(spent)]

@@ -41,7 +41,7 @@ def write_report(runs: Sequence[str | Path], path: str | Path | None = None) -> 
         ``path``. Beside it lie ``NAME-FIGURE.png`` and ``NAME-FIGURE.csv`` for each figure, NAME being the file's own.
 
     Raises:
-        ExitkitError: no results, no labels, other samples or backbones, a damaged file, or a path that is not ``.html``.
+        ArgumentError: no results, no labels, other samples or backbones, a damaged file, or a path that is not ``.html``.
     """
     if not runs:
         raise ArgumentError("runs=[] is empty; give at least one run's directory")

@@ -21,7 +21,7 @@ def prepare() -> None:
     """Find both where torch does not, once a process.
 
     Raises:
-        ExitkitError: there are no headers of CUDA.
+        ArgumentError: there are no headers of CUDA.
     """
     home = next((folder for folder in _toolkits() if (folder / "include" / "cuda.h").is_file()), None)
     if home is None:
