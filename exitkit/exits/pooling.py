@@ -32,7 +32,33 @@ class SDNPool(nn.Module):
 def two_pools(maps: Tensor) -> tuple[Tensor, Tensor]:
     """Average and maximum (B, C, 4, 4) of maps, which :class:`SDNPool` mixes; neither has a parameter."""
     size = pooled_size(maps.shape[-2], maps.shape[-1])
+    if _in_even_windows(maps, size):
+        return _over_windows(maps, size, "mean"), _over_windows(maps, size, "amax")
     return F.adaptive_avg_pool2d(maps, size), F.adaptive_max_pool2d(maps, size)
+
+
+def _in_even_windows(maps: Tensor, size: tuple[int, int]) -> bool:
+    """Whether reducing rows, then columns, gives the same: a third of the time of torch's kernels.
+
+    Not with a gradient, which places of equal value would share here.
+    """
+    eager = not (torch.compiler.is_compiling() or torch.compiler.is_exporting())
+    gradient = torch.is_grad_enabled() and maps.requires_grad
+    return (
+        eager
+        and not gradient
+        and maps.is_contiguous()
+        and all(n % m == 0 for n, m in zip(maps.shape[-2:], size, strict=True))
+    )
+
+
+def _over_windows(maps: Tensor, size: tuple[int, int], reduction: str) -> Tensor:
+    batch, channels, height, width = maps.shape
+    rows = maps.view(batch, channels, size[0], height // size[0], width)
+    by_row: Tensor = getattr(torch, reduction)(rows, dim=3)
+    cells = by_row.view(batch, channels, size[0], size[1], width // size[1])
+    reduced: Tensor = getattr(torch, reduction)(cells, dim=4)
+    return reduced
 
 
 def pooled_size(height: int, width: int) -> tuple[int, int]:
