@@ -14,6 +14,7 @@ from torch import Tensor
 
 import exitkit
 from exitkit import ExitkitError, ExitOutputs, choose_threshold
+from exitkit.cli.recipe import Recipe
 from exitkit.evaluation import RegressionOutputs, ShiftMonitor, per_exit_thresholds, threshold_path
 from exitkit.methods.criteria import Criterion, Memory
 from tests.toy import TinyNet, images, noisy
@@ -144,6 +145,8 @@ def test_saved_exits_and_recipes_take_a_criterion_of_ones_own(
     ee: exitkit.MultiExitModel, outputs: ExitOutputs, tau: float, tmp_path: Path
 ) -> None:
     assert exitkit.Method("mine", criterion="product") == exitkit.Method("mine", criterion=Product())
+    recipe = Recipe("tests.toy:net", "data.npz", exits={"method": {"name": "sdn", "criterion": "product"}})
+    assert recipe.make_method() == ee.method
     ee.save_pretrained(tmp_path, threshold=tau, outputs=outputs)
     again = exitkit.MultiExitModel.from_pretrained(ee.backbone, tmp_path, images())
     assert (again.method, again.method.score.kind) == (ee.method, "product")

@@ -142,9 +142,7 @@ def test_the_samples_that_were_timed_decide_nothing_about_others(
         assert engine(images(600)[row : row + 1]).exit == exits[row]
 
 
-def test_a_promise_is_kept_to_the_letter(
-    ee: exitkit.MultiExitModel, outputs: ExitOutputs, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_promise_is_kept_to_the_letter(ee: exitkit.MultiExitModel, outputs: ExitOutputs) -> None:
     policy = exitkit.choose_threshold(outputs, max_drop=0.4, risk="disagreement")
     exits = torch.from_numpy(outputs.exits_at(policy))
     assert len(exits.unique()) == 4
