@@ -171,7 +171,7 @@ def read_recipe(path: str | Path, overrides: Mapping[str, Any]) -> Recipe:
         raise ArgumentError(f"recipe {str(path)!r}: {error}") from error
 
 
-def output_within(out: Path, trainer: Mapping[str, Any]) -> dict[str, Path]:
+def output_within(out: Path, trainer: Mapping[str, Any]) -> dict[str, str]:
     """``trainer.output_dir`` below ``out``, where a recipe has one.
 
     Raises:
@@ -186,7 +186,7 @@ def output_within(out: Path, trainer: Mapping[str, Any]) -> dict[str, Path]:
         raise ArgumentError(
             f"trainer.output_dir = {given!r} is outside of --out {str(out)!r}; name a folder below it, such as 'run'"
         )
-    return {"output_dir": target}
+    return {"output_dir": str(out / given)}
 
 
 def parse_override(text: str) -> tuple[str, Any]:
