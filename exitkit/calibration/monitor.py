@@ -19,7 +19,7 @@ from exitkit.evaluation.outputs import ExitOutputs
 from exitkit.methods.criteria import Criterion
 from exitkit.methods.policy import Threshold
 
-_EVERY = 50
+_EVERY = 100
 """Samples from test to test."""
 
 
@@ -111,7 +111,7 @@ class ShiftMonitor:
         self._places = Positions(self._exits, self._scores, self._last_exit)
         gaps = len(outputs) + 1
         self._gamblers = {
-            "exits": Gamblers([np.unique(self._places.ends[:-1])], gaps),
+            "exits": Gamblers([self._places.exit_cuts()], gaps),
             "scores": Gamblers(equal_cuts(gaps), gaps),
         }
         self._false_alarm = false_alarm
@@ -140,8 +140,10 @@ class ShiftMonitor:
         """
         exits, scores = self._checked(exit, score)
         with self._lock:
-            for sample in zip(exits.tolist(), scores.tolist(), strict=True):
-                self._see(*sample)
+            while len(exits):
+                count = min(_EVERY - self._samples % _EVERY, self._step - self._samples % self._step)
+                self._see(exits[:count], scores[:count])
+                exits, scores = exits[count:], scores[count:]
 
     def report(self) -> ShiftReport:
         """What was seen so far."""
@@ -158,14 +160,14 @@ class ShiftMonitor:
                 float(scores.mean()) if len(scores) else float("nan"),
             )
 
-    def _see(self, exit_: int, score: float) -> None:
-        place = self._places.of(exit_, score)
+    def _see(self, exits: NDArray[np.int64], scores: NDArray[np.float64]) -> None:
+        places = self._places.of(exits, scores)
         for gamblers in self._gamblers.values():
             if self._samples % self._step == 0:
                 gamblers.begin()
-            gamblers.see(place)
-        self._recent.append((exit_, score))
-        self._samples += 1
+            gamblers.see(places)
+        self._recent.extend(zip(exits.tolist(), scores.tolist(), strict=True))
+        self._samples += len(exits)
         if self._samples % _EVERY == 0:
             self._test()
 

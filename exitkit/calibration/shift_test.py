@@ -20,15 +20,15 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-_WIDTHS = (2, 4, 8, 16, 32, 64, 128)
-_STRENGTHS = (1.0, 16.0, 256.0, 4096.0)
+_WIDTHS = (2, 4, 8, 16, 32, 64)
+_STRENGTHS = (2.0, 64.0, 2048.0)
 """Per cell: how many samples' worth of belief a gambler has in the urn's own probabilities; more finds smaller shifts."""
-_GAMBLERS = 64
+_GAMBLERS = 24
 """At most so many at a time; the money of an older one is lost, but for the first."""
 
 
 class Positions:
-    """Places of samples among the calibration samples, from 0 to N."""
+    """Places of samples among N calibration samples, from 0 to N."""
 
     def __init__(self, exits: NDArray[np.int64], scores: NDArray[np.float64], last: int) -> None:
         self._random = np.random.default_rng(0)
@@ -38,13 +38,27 @@ class Positions:
         self.ends = np.cumsum(np.bincount(exits, minlength=last + 1))
         """(M+1,) how many calibration samples left at each exit or before it."""
 
-    def of(self, exit_: int, score: float) -> int:
-        """The place of one sample."""
-        first, last = (int(self.ends[exit_ - 1]) if exit_ else 0), int(self.ends[exit_])
-        low, high = (first + int(self._scores[first:last].searchsorted(score, side)) for side in ("left", "right"))
-        if low == high:
-            return low
-        return low + int(self._tickets[low:high].searchsorted(self._random.random()))
+    def of(self, exits: NDArray[np.int64], scores: NDArray[np.float64]) -> NDArray[np.int64]:
+        """(B,): the place of each sample."""
+        places = np.empty(len(exits), np.int64)
+        tickets = self._random.random(len(exits))
+        for exit_ in np.unique(exits):
+            rows = np.flatnonzero(exits == exit_)
+            first, last = (self.ends[exit_ - 1] if exit_ else 0), self.ends[exit_]
+            low, high = (
+                first + self._scores[first:last].searchsorted(scores[rows], side) for side in ("left", "right")
+            )
+            places[rows] = low
+            for tied in np.flatnonzero(low < high):
+                among = self._tickets[low[tied] : high[tied]]
+                places[rows[tied]] += among.searchsorted(tickets[rows[tied]])
+        return places
+
+    def exit_cuts(self) -> NDArray[np.int64]:
+        """Cells of one exit each; the gap between two exits, where those of an unknown one fall, is a cell of its own."""
+        cuts = np.unique(np.concatenate([self.ends[:-1], self.ends[:-1] + 1]))
+        inside: NDArray[np.int64] = cuts[(cuts > 0) & (cuts <= self.ends[-1])]
+        return inside
 
 
 class Gamblers:
@@ -59,7 +73,7 @@ class Gamblers:
         edges = [np.concatenate([[0], cut, [gaps]]) for cut in cuts]
         self._cuts = cuts
         self._starts = np.cumsum([0, *(len(edge) - 1 for edge in edges)])[:-1]
-        self._cells = [len(edge) - 1 for edge in edges]
+        self._cells = np.array([len(edge) - 1 for edge in edges])
         self._urn = np.concatenate([np.diff(edge) for edge in edges]).astype(np.float64)
         self._seen = np.zeros_like(self._urn)
         self._begun: deque[tuple[float, NDArray[np.float64]]] = deque()
@@ -72,10 +86,12 @@ class Gamblers:
             del self._begun[1]
         self._begun.append((1 / (self._count * (self._count + 1)), self._seen.copy()))
 
-    def see(self, place: int) -> None:
-        """One sample more."""
-        for start, cut in zip(self._starts, self._cuts, strict=True):
-            self._seen[start + cut.searchsorted(place, side="right")] += 1
+    def see(self, places: NDArray[np.int64]) -> None:
+        """More samples (B,)."""
+        cells = [
+            start + cut.searchsorted(places, "right") for start, cut in zip(self._starts, self._cuts, strict=True)
+        ]
+        self._seen += np.bincount(np.concatenate(cells), minlength=len(self._seen))
 
     def log_wealth(self) -> float:
         """The logarithm of what all of them own; what those own who have not begun is part of it."""
@@ -84,18 +100,18 @@ class Gamblers:
         shares = np.array([share for share, _ in self._begun])
         before = self._urn + np.stack([seen for _, seen in self._begun])  # (gamblers, cells of all partitions)
         counts = self._urn + self._seen - before
-        null = self._by_partition(gammaln(before + counts) - gammaln(before)) - _rising(
-            self._by_partition(before), self._by_partition(counts)
-        )
-        logs = []
-        for strength in _STRENGTHS:
-            totals = self._by_partition(before)
-            prior = before / np.repeat(totals / (strength * np.array(self._cells)), self._cells, axis=1)
-            bet = self._by_partition(gammaln(prior + counts) - gammaln(prior)) - _rising(
-                self._by_partition(prior), self._by_partition(counts)
-            )
-            logs.append(bet - null)
-        each = np.stack(logs, -1)  # (gamblers, partitions, strengths)
+        totals = self._by_partition(before)
+
+        def likelihood(prior: NDArray[np.float64]) -> NDArray[np.float64]:
+            """(gamblers, partitions): of the counts, in the urn that begins with ``prior``."""
+            cells = self._by_partition(gammaln(prior + counts) - gammaln(prior))
+            whole = self._by_partition(prior)
+            urn: NDArray[np.float64] = cells - gammaln(whole + self._by_partition(counts)) + gammaln(whole)
+            return urn
+
+        null = likelihood(before)
+        bets = (before / np.repeat(totals / (belief * self._cells), self._cells, axis=1) for belief in _STRENGTHS)
+        each = np.stack([likelihood(bet) - null for bet in bets], -1)  # (gamblers, partitions, strengths)
         owned = logsumexp(each, axis=(1, 2)) - np.log(each[0].size) + np.log(shares)
         waiting = np.log(1 / (self._count + 1))  # 1 less the shares of those that began
         return float(logsumexp([*owned, waiting]))
@@ -108,10 +124,3 @@ class Gamblers:
 def equal_cuts(gaps: int) -> list[NDArray[np.int64]]:
     """Cells of equal numbers of gaps, of every width."""
     return [np.linspace(0, gaps, width + 1).round().astype(np.int64)[1:-1] for width in _WIDTHS if 2 * width <= gaps]
-
-
-def _rising(start: NDArray[np.float64], count: NDArray[np.float64]) -> NDArray[np.float64]:
-    from scipy.special import gammaln
-
-    product: NDArray[np.float64] = gammaln(start + count) - gammaln(start)
-    return product

@@ -89,7 +89,7 @@ class Recipe:
                 f"validation = {self.validation} must be a share of the training samples, between 0 and 1"
             )
         for name in self.augment:
-            if name not in AUGMENTATIONS:
+            if not isinstance(name, str) or name not in AUGMENTATIONS:
                 raise unknown_name("augment", name, AUGMENTATIONS)
         tables = (("exits", _EXITS), ("trainer", _TRAINER), ("schedule", _SCHEDULE), ("loss", _LOSS))
         for table, allowed in tables:
@@ -127,7 +127,7 @@ class Recipe:
         """A function from parameter groups to the optimiser."""
         options = dict(self.optimizer)
         name = options.pop("name", "adam")
-        if name not in OPTIMIZERS:
+        if not isinstance(name, str) or name not in OPTIMIZERS:
             raise unknown_name("optimizer.name", name, OPTIMIZERS)
         own = [
             key
