@@ -119,6 +119,9 @@ def test_the_umask_is_never_touched(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     mask = os.umask(0)
     os.umask(mask)
     assert stat.S_IMODE((tmp_path / "new.txt").stat().st_mode) == 0o666 & ~mask
+    log_probs = torch.zeros(4, 2, 3)
+    exitkit.ExitOutputs(log_probs, None, torch.tensor([1.0, 2.0]), 2.0).save(tmp_path / "outputs.safetensors")
+    assert stat.S_IMODE((tmp_path / "outputs.safetensors").stat().st_mode) == 0o666 & ~mask
 
 
 @pytest.mark.parametrize("mode", [0o600, 0o444, 0o664])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections import deque
 from dataclasses import dataclass
@@ -11,11 +12,15 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from exitkit.calibration.shift_test import Gamblers, Positions, equal_cuts
 from exitkit.common.checks import is_number
 from exitkit.common.errors import ArgumentError
 from exitkit.evaluation.outputs import ExitOutputs
 from exitkit.methods.criteria import Criterion
 from exitkit.methods.policy import Threshold
+
+_EVERY = 100
+"""Samples from test to test."""
 
 
 @dataclass(frozen=True)
@@ -25,8 +30,9 @@ class ShiftReport:
     Attributes:
         samples: how many samples it was given.
         fired_at: after how many of them it raised the alarm; None where it did not.
-        p_values: of the latest tests: ``"exits"`` and ``"scores"``; empty before the first.
-        level: what one of them had to fall below in that test.
+        p_values: of ``"exits"`` and ``"scores"`` at the latest test: one over what betting against "no shift" has made of 1;
+            empty before the first.
+        level: what one of them must fall below, at whatever time.
         expected_rates: (M+1,) share of the calibration samples that left at each exit.
         observed_rates: (M+1,) share of the latest window.
         expected_score: mean score with which calibration samples left.
@@ -59,17 +65,21 @@ class ShiftReport:
 class ShiftMonitor:
     """Compares the exits that samples take in production, and their scores, with the calibration split.
 
-    Twice per window the latest ``window`` samples are compared with the calibration split by two Kolmogorov-Smirnov tests, of
-    the exits taken and of the scores on leaving (ties make them conservative). The k-th comparison may use up
-    ``false_alarm / (k (k + 1))``, half for each test; these add up to ``false_alarm``, so that the probability of *ever*
-    raising an alarm is at most that while samples come independently from the calibration split's distribution. No labels
-    are needed. A change of labels alone (other classes, same looks) cannot be seen.
+    Two gamblers bet against "no shift", one on the exits, one on the place of each score among the calibration samples of
+    its exit (:mod:`exitkit.calibration.shift_test`); an alarm is raised where one of them has made 2 / ``false_alarm`` of 1.
+    The probability of *ever* raising one is at most ``false_alarm`` while samples come independently from the calibration
+    split's distribution, whatever its size. Evidence adds up, so that small shifts are seen late rather than never. No labels
+    are needed.
+
+    What it cannot see: a change of labels alone (other classes, same looks), and shifts smaller than what the calibration
+    split itself leaves open: REACH
 
     Args:
         outputs: the calibration split; its own randomness is part of the tests.
         threshold: the policy that is deployed, or its τ, or one per exit.
         criterion: the score; by default that of ``outputs``.
-        window: how many samples are compared at once: more see smaller shifts, fewer see them sooner.
+        window: twice in so many samples a new comparison begins, so that a shift is seen that begins late; the report's
+            observed rates are those of the latest ``window``.
         false_alarm: probability of an alarm without a shift, over the whole life of the monitor.
 
     Raises:
@@ -98,6 +108,12 @@ class ShiftMonitor:
         scores = outputs.under(self.policy).scores(self.policy.criterion).numpy()
         self._scores = scores[np.arange(len(outputs)), self._exits]
         self._last_exit = len(outputs.macs) - 1
+        self._places = Positions(self._exits, self._scores, self._last_exit)
+        gaps = len(outputs) + 1
+        self._gamblers = {
+            "exits": Gamblers([self._places.exit_cuts()], gaps),
+            "scores": Gamblers(equal_cuts(gaps), gaps),
+        }
         self._false_alarm = false_alarm
         self._step = window // 2
         self._recent: deque[tuple[int, float]] = deque(maxlen=2 * self._step)
@@ -124,11 +140,10 @@ class ShiftMonitor:
         """
         exits, scores = self._checked(exit, score)
         with self._lock:
-            for sample in zip(exits.tolist(), scores.tolist(), strict=True):
-                self._recent.append(sample)
-                self._samples += 1
-                if self._samples % self._step == 0:
-                    self._test()
+            while len(exits):
+                count = min(_EVERY - self._samples % _EVERY, self._step - self._samples % self._step)
+                self._see(exits[:count], scores[:count])
+                exits, scores = exits[count:], scores[count:]
 
     def report(self) -> ShiftReport:
         """What was seen so far."""
@@ -145,20 +160,24 @@ class ShiftMonitor:
                 float(scores.mean()) if len(scores) else float("nan"),
             )
 
-    def _test(self) -> None:
-        from scipy.stats import ks_2samp
+    def _see(self, exits: NDArray[np.int64], scores: NDArray[np.float64]) -> None:
+        places = self._places.of(exits, scores)
+        for gamblers in self._gamblers.values():
+            if self._samples % self._step == 0:
+                gamblers.begin()
+            gamblers.see(places)
+        self._recent.extend(zip(exits.tolist(), scores.tolist(), strict=True))
+        self._samples += len(exits)
+        if self._samples % _EVERY == 0:
+            self._test()
 
-        exits, scores = self._window()
-        self._p_values = {
-            "exits": float(ks_2samp(self._exits, exits, method="asymp").pvalue),
-            "scores": float(ks_2samp(self._scores, scores, method="asymp").pvalue),
-        }
+    def _test(self) -> None:
+        self._p_values = {name: math.exp(-max(one.log_wealth(), 0.0)) for name, one in self._gamblers.items()}
         if self._fired_at is None and min(self._p_values.values()) < self._level():
             self._fired_at = self._samples
 
     def _level(self) -> float:
-        tests = max(self._samples // self._step, 1)
-        return self._false_alarm / (2 * tests * (tests + 1))
+        return self._false_alarm / len(self._gamblers)
 
     def _window(self) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
         exits, scores = zip(*self._recent, strict=True) if self._recent else ((), ())

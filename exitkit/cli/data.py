@@ -126,7 +126,7 @@ def _arrays(path: Path, model: nn.Module, test: str | None) -> Split:
     def samples(source: dict[str, Any], prefix: str, origin: Path) -> TensorDataset:
         names = f"{prefix}images", f"{prefix}labels"
         if any(name not in source for name in names):
-            raise ArgumentError(f"{str(origin)!r} holds {sorted(source)}, but needs 'images' and 'labels'")
+            raise ArgumentError(f"{str(origin)!r} holds {str(sorted(source))[:200]}, but needs 'images' and 'labels'")
         images, labels = source[names[0]], np.asarray(source[names[1]]).reshape(-1)
         if images.dtype != np.uint8 or images.ndim not in (3, 4) or len(images) != len(labels) or not len(images):
             raise ArgumentError(
@@ -163,7 +163,7 @@ def _read_npz(path: Path) -> dict[str, Any]:
     except FileError:
         raise
     except Exception as error:  # numpy and zipfile raise a dozen kinds on a damaged file
-        raise FileError(f"{str(path)!r} cannot be read as .npz: {error}") from error
+        raise FileError(f"{str(path)!r} cannot be read as .npz: {str(error)[:200]}") from error
 
 
 def _check_inflation(path: Path) -> None:
@@ -287,7 +287,7 @@ def _read_text(path: Path, pairs: bool) -> list[tuple[Any, str]]:
         raise ArgumentError(f"{str(path)!r} has no rows of text and label below a header")
     if pairs and (short := next((row for row in rows if len(row) < 3), None)):
         raise ArgumentError(
-            f"{str(path)!r} has a row of {len(short)} columns, but pairs are two texts and a label: {short}"
+            f"{str(path)!r} has a row of {len(short)} columns, but pairs are two texts and a label: {str(short)[:200]}"
         )
     return [((row[0], row[1]) if pairs else row[0], row[-1]) for row in rows]
 

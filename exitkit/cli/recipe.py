@@ -89,7 +89,7 @@ class Recipe:
                 f"validation = {self.validation} must be a share of the training samples, between 0 and 1"
             )
         for name in self.augment:
-            if name not in AUGMENTATIONS:
+            if not isinstance(name, str) or name not in AUGMENTATIONS:
                 raise unknown_name("augment", name, AUGMENTATIONS)
         tables = (("exits", _EXITS), ("trainer", _TRAINER), ("schedule", _SCHEDULE), ("loss", _LOSS))
         for table, allowed in tables:
@@ -127,7 +127,7 @@ class Recipe:
         """A function from parameter groups to the optimiser."""
         options = dict(self.optimizer)
         name = options.pop("name", "adam")
-        if name not in OPTIMIZERS:
+        if not isinstance(name, str) or name not in OPTIMIZERS:
             raise unknown_name("optimizer.name", name, OPTIMIZERS)
         own = [
             key
@@ -171,7 +171,7 @@ def read_recipe(path: str | Path, overrides: Mapping[str, Any]) -> Recipe:
         raise ArgumentError(f"recipe {str(path)!r}: {error}") from error
 
 
-def output_within(out: Path, trainer: Mapping[str, Any]) -> dict[str, Path]:
+def output_within(out: Path, trainer: Mapping[str, Any]) -> dict[str, str]:
     """``trainer.output_dir`` below ``out``, where a recipe has one.
 
     Raises:
@@ -186,7 +186,7 @@ def output_within(out: Path, trainer: Mapping[str, Any]) -> dict[str, Path]:
         raise ArgumentError(
             f"trainer.output_dir = {given!r} is outside of --out {str(out)!r}; name a folder below it, such as 'run'"
         )
-    return {"output_dir": target}
+    return {"output_dir": str(out / given)}
 
 
 def parse_override(text: str) -> tuple[str, Any]:

@@ -37,10 +37,10 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = _created_beside(target)
         try:
+            mode = (target if target.exists() else temporary).stat().st_mode & 0o7777
             yield temporary
             _flush(temporary)
-            with suppress(FileNotFoundError):
-                temporary.chmod(target.stat().st_mode & 0o7777)
+            temporary.chmod(mode)  # some writers put a file of their own there
             temporary.replace(target)
         finally:
             with suppress(OSError):

@@ -172,6 +172,10 @@ def _rules(manifest: Manifest) -> Iterator[tuple[str, bool]]:
     yield "inputs is empty", bool(manifest.inputs)
     keys = [entry.key for entry in manifest.inputs]
     positions = [key for key in keys if isinstance(key, int)]
+    yield (
+        "inputs have names of more than 200 characters",
+        all(len(f"{one.key}{one.name}") <= 200 for one in manifest.inputs),
+    )
     yield f"inputs have the keys {keys[:20]}", len(set(keys)) == len(keys) and positions == list(range(len(positions)))
     for entry in manifest.inputs:
         values = math.prod(size or 1 for size in entry.sizes[1:])

@@ -17,7 +17,7 @@ from exitkit.engine.loop import Prediction
 from exitkit.engine.program import Description, Inputs, Program
 from exitkit.methods.policy import ExitPolicy
 from exitkit.packages.manifest import Manifest, read_manifest, to_text
-from exitkit.packages.onnx_steps import plain_attention, session, to_onnx
+from exitkit.packages.onnx_steps import parsed, plain_attention, session, to_onnx
 
 _METADATA, _DIGEST = "exitkit", "exitkit_sha256"
 
@@ -106,14 +106,14 @@ class OnnxBranches:
     """
 
     def __init__(self, content: bytes, source: str) -> None:
-        self.session = session(content)
-        metadata = self.session.get_modelmeta().custom_metadata_map.get(_METADATA)
-        manifest = read_manifest("null" if metadata is None else metadata, source)
+        written = {entry.key: entry.value for entry in parsed(content).metadata_props}
+        manifest = read_manifest(written.get(_METADATA, "null"), source)
         if content != signed(content[: -len(_tail(""))]):
             raise FileError(
                 f"{source!r} was damaged or changed after its export, so that its thresholds may not be those it names; "
                 "export it again"
             )
+        self.session = session(content)
         names = [entry.name for entry in self.session.get_inputs()]
         made = self.session.get_outputs()
         if len(names) != len(manifest.inputs) or len(made) != len(Prediction._fields):

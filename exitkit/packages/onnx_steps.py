@@ -79,14 +79,9 @@ def session(content: bytes) -> Any:
         ExitkitError: onnx or onnxruntime is missing.
         FileError: no ONNX, one that refers to other files, or one that onnxruntime refuses.
     """
-    try:
-        import onnxruntime
+    parsed(content)
+    import onnxruntime
 
-        refuse_external_data(content)
-    except ImportError as error:
-        raise ExitkitError(
-            f"running ONNX needs onnx and onnxruntime: pip install 'exitkit[onnx]' ({error})"
-        ) from error
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = torch.get_num_threads()
@@ -99,16 +94,22 @@ def session(content: bytes) -> Any:
         ) from error
 
 
-def refuse_external_data(content: bytes) -> None:
-    """Refuse a graph whose tensors lie in other files, which onnxruntime would read from wherever the graph says.
+def parsed(content: bytes) -> Any:
+    """An ONNX model whose tensors are all in it; onnxruntime would read others from wherever the graph says.
 
     Every tensor is looked at: initializers, constants, sparse ones, those of subgraphs and of functions.
 
     Raises:
-        FileError: such a tensor, or no ONNX.
+        ExitkitError: onnx or onnxruntime is missing.
+        FileError: no ONNX, or a tensor in another file.
     """
-    import onnx
-
+    try:
+        import onnx
+        import onnxruntime  # noqa: F401
+    except ImportError as error:
+        raise ExitkitError(
+            f"running ONNX needs onnx and onnxruntime: pip install 'exitkit[onnx]' ({error})"
+        ) from error
     try:
         model = onnx.load_from_string(content)
     except Exception as error:  # protobuf's own kind
@@ -120,6 +121,7 @@ def refuse_external_data(content: bytes) -> None:
                 f"tensor {tensor.name[:80]!r} of this ONNX graph lies in another file, "
                 f"{places.get('location', '')[:80]!r}, which is not read; use a file that exitkit.export wrote"
             )
+    return model
 
 
 def _tensors(message: Any, kind: type[Any]) -> Iterator[Any]:

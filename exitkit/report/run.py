@@ -20,6 +20,7 @@ from exitkit.common.checks import Count, Positive
 from exitkit.common.console import printable
 from exitkit.common.errors import ArgumentError, FileError, unknown_name
 from exitkit.common.files import replacing
+from exitkit.common.hashes import digest
 from exitkit.common.schema import build, read_json, to_json
 from exitkit.evaluation import ExitOutputs
 from exitkit.evaluation.paired import check_comparable
@@ -58,9 +59,26 @@ class Calibrated:
     chosen: ExitPolicy
     check: Check | None
 
-    def to_dict(self) -> dict[str, Any]:
-        """Values that JSON holds."""
-        return {"chosen": self.chosen.to_dict(), "check": None if self.check is None else asdict(self.check)}
+
+@dataclass(frozen=True)
+class _Signed:
+    """As it stands in the file: with a digest, so that a damaged threshold is noticed."""
+
+    chosen: ExitPolicy
+    check: Check | None
+    sha256: str
+
+    @classmethod
+    def of(cls, one: Calibrated) -> _Signed:
+        return cls(one.chosen, one.check, _digest(one))
+
+    def calibrated(self) -> Calibrated:
+        return Calibrated(self.chosen, self.check)
+
+
+def _digest(one: Calibrated) -> str:
+    """Of what JSON keeps."""
+    return digest(to_json({"chosen": one.chosen.to_dict(), "check": one.check and asdict(one.check)}))
 
 
 @dataclass(frozen=True, eq=False)
@@ -138,7 +156,7 @@ def write_thresholds(directory: str | Path, chosen: dict[str, Calibrated]) -> Pa
     """Put thresholds into a run's ``thresholds.json``; those of other methods stay."""
     path = Path(directory) / THRESHOLDS
     merged = _read_thresholds(path.parent) | chosen
-    document = {name: one.to_dict() for name, one in merged.items()}
+    document = {name: asdict(_Signed.of(one)) for name, one in merged.items()}
     with replacing(path) as temporary:
         temporary.write_text(to_json(document, indent=2), encoding="utf-8")
     return path
@@ -185,7 +203,15 @@ def _read_results(path: Path) -> tuple[dict[str, Any], dict[str, tuple[Stage, ..
 
 
 def _read_thresholds(directory: Path) -> dict[str, Calibrated]:
-    return _content(directory / THRESHOLDS, dict[str, Calibrated])
+    path = directory / THRESHOLDS
+    signed = _content(path, dict[str, _Signed])
+    read = {name: one.calibrated() for name, one in signed.items()}
+    for name, one in read.items():
+        if _digest(one) != signed[name].sha256:
+            raise FileError(
+                f"{str(path)!r} is damaged: the threshold of {name!r} is not what was chosen; calibrate again"
+            )
+    return read
 
 
 def _content(path: Path, kind: type[T]) -> T:
