@@ -85,6 +85,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("results/latency.json"))
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    exitkit.keep_memory()  # for references and engine alike
     console = make_console()
     rows: list[dict[str, Any]] = []
     for name in args.models:

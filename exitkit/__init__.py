@@ -6,6 +6,7 @@ _make_torchvision_importable()
 
 from exitkit import calibration, evaluation, models, training  # noqa: E402
 from exitkit.calibration.risk_control import choose_threshold  # noqa: E402
+from exitkit.common.allocator import keep_memory  # noqa: E402
 from exitkit.common.errors import (  # noqa: E402
     ArgumentError,
     DivergedError,
@@ -58,6 +59,7 @@ __all__ = [
     "evaluation",
     "export",
     "inspect",
+    "keep_memory",
     "load",
     "models",
     "time_exits",

@@ -192,6 +192,32 @@ def test_bench_on_an_image_folder_with_weights(run: Run, tmp_path: Path) -> None
     assert (out / "outputs-sdn.safetensors").exists()
 
 
+@pytest.mark.parametrize(
+    ("flags", "said"), [((), "1 thread: the backbone costs"), (("--threads", 2), "2 threads: as")]
+)
+def test_bench_says_how_many_threads_it_computes_with(
+    run: Run, images: Path, tmp_path: Path, flags: tuple[object, ...], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    monkeypatch.setattr("exitkit.cli.app.compare", lambda *_, **__: seen.append(torch.get_num_threads()) or {})
+    monkeypatch.setattr("exitkit.cli.app.write_results", lambda *_: None)
+    monkeypatch.setattr("exitkit.cli.app.comparison_table", lambda *_: "")
+    try:
+        printed = run("bench", "--model", TOY, "--data", images, "--out", tmp_path / "out", *flags)
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+    assert said in printed
+    assert seen == [int(said[0])]
+
+
+def test_bench_refuses_no_threads(refused: Run, images: Path, tmp_path: Path) -> None:
+    error = refused("bench", "--model", TOY, "--data", images, "--out", tmp_path, "--threads", 0)
+    assert "--threads 0 must be at least 1" in error
+
+
 def test_demo_shows_a_table_and_writes_the_plot(run: Run, tmp_path: Path) -> None:
     pytest.importorskip("sklearn")
     printed = run("demo", "--out", tmp_path / "demo")

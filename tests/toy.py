@@ -40,7 +40,8 @@ class TinyBlock(nn.Module):
         self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.conv2(torch.relu(self.norm(self.conv1(x))))
+        added: Tensor = x + self.conv2(torch.relu(self.norm(self.conv1(x))))
+        return added
 
 
 def net() -> TinyNet:

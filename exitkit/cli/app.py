@@ -21,7 +21,9 @@ from exitkit.cli.recipe import output_within, parse_override, read_recipe
 from exitkit.cli.results import calibrate, report
 from exitkit.cli.results import compare as compare_runs
 from exitkit.cli.sources import is_code, load_model
+from exitkit.cli.threads import computing_with, threads_for
 from exitkit.cli.training import prepared, train_recipe
+from exitkit.common.allocator import keep_memory
 from exitkit.common.batches import split_batch
 from exitkit.common.console import make_console, printable
 from exitkit.common.errors import ArgumentError, ExitkitError
@@ -41,6 +43,7 @@ Model = Annotated[str, typer.Option(help="torchvision:NAME, timm:NAME, hf:NAME_O
 Package = Annotated[Path, typer.Argument(help="What exitkit export wrote: .pt2, .onnx or .onnx.zip")]
 Trust = Annotated[bool, typer.Option("--trust", help="You trust the code in a .pt2; without, there is a warning")]
 Weights = Annotated[str | None, typer.Option(help="State-dict file (.safetensors, .pth), or 'pretrained'")]
+Threads = Annotated[int | None, typer.Option(help="CPU threads; by default one for a backbone below 100 MMACs")]
 Classes = Annotated[int | None, typer.Option(help="Size of the model's classifier, where not its library's default")]
 
 
@@ -80,6 +83,7 @@ def bench(
     batch_size: Annotated[int, typer.Option(help="Training batch size")] = 64,
     limit: Annotated[int | None, typer.Option(help="Use at most so many training samples")] = None,
     seed: Annotated[int, typer.Option(help="Seed of initialisation, order and subset")] = 0,
+    threads: Threads = None,
 ) -> None:
     """Train exits by several methods on a frozen backbone; print and write accuracy against compute."""
     chosen = [as_method(name.strip()) for name in methods.split(",")]
@@ -96,17 +100,19 @@ def bench(
     train_loader, test_loader = split.loaders(batch_size, limit, seed)
     example = _data_example(backbone, train_loader)
     stages: dict[str, tuple[Stage, ...]] = {}
-    results = compare(
-        backbone,
-        chosen,
-        train_loader,
-        test_loader,
-        placement={"every": every, "head": head},
-        training={"epochs": epochs, "lr": lr, "seed": seed},
-        example_inputs=example,
-        report=_console.print,
-        stages=stages,
-    )
+    keep_memory()
+    with computing_with(threads_for(backbone, example, threads, _console.print)):
+        results = compare(
+            backbone,
+            chosen,
+            train_loader,
+            test_loader,
+            placement={"every": every, "head": head},
+            training={"epochs": epochs, "lr": lr, "seed": seed},
+            example_inputs=example,
+            report=_console.print,
+            stages=stages,
+        )
     about = {"model": model, "weights": weights, "data": data, "epochs": epochs, "every": every}
     write_results(results, out, about, stages, split.test)
     _console.print(comparison_table(results, f"{model} on {data}"))
@@ -131,6 +137,7 @@ def train(
     trust: Annotated[
         bool, typer.Option("--trust", help="Call the function that the recipe names as its model")
     ] = False,
+    threads: Threads = None,
 ) -> None:
     """Train exits as a recipe says; print accuracy against compute and write the exits and the results.
 
@@ -148,7 +155,9 @@ def train(
     if chosen.weights is None and not chosen.model.startswith("hf:"):
         _console.print("note: no weights, so the backbone has random weights")
     example = _data_example(backbone, split.loaders(1, None, 0)[1])
-    train_recipe(chosen, backbone, split, example, out, _console.print)
+    keep_memory()
+    with computing_with(threads_for(backbone, example, threads, _console.print)):
+        train_recipe(chosen, backbone, split, example, out, _console.print)
     _console.print(f"Written to {out}/")
 
 
@@ -184,6 +193,7 @@ def run(
     """Classify with a package; one JSON line for each input: label, exit and score."""
     if batch_size < 1:
         raise ArgumentError(f"--batch-size {batch_size} must be at least 1")
+    keep_memory()
     loaded = exitkit.load(package, threshold=threshold, device=device, trust=trust)
     skipped: list[str] | None = [] if skip_bad else None
     for record in predict(loaded, inputs, batch_size, skipped):
@@ -204,6 +214,7 @@ def bench_latency(
     trust: Trust = False,
 ) -> None:
     """Time a package at several batch sizes, beside a run in which no sample leaves."""
+    keep_memory()
     loaded = exitkit.load(package, threshold=threshold, device=device, trust=trust)
     samples = made_up(loaded) if inputs is None else read_samples(inputs)
     _console.print(latency_table(loaded, samples, batch_sizes(batches)))
@@ -220,7 +231,9 @@ def demo(
 ) -> None:
     """Digits, a small network, exits: the whole path in under a minute, without network or GPU."""
     _check_folder(out)
-    run_demo(out, _console)
+    keep_memory()
+    with computing_with(1):
+        run_demo(out, _console)
 
 
 def _ask_for(model: str) -> None:

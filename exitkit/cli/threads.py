@@ -1,0 +1,52 @@
+"""How many threads a command computes with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from exitkit.common.errors import ArgumentError
+from exitkit.surgery.default_inputs import example_for
+from exitkit.surgery.inputs import call_on
+from exitkit.surgery.macs import count_macs
+
+_SMALL = 100e6
+"""MACs of a sample up to which one thread trains about as fast as several."""
+
+
+@contextmanager
+def computing_with(threads: int) -> Iterator[None]:
+    """So many threads inside; as many as before, after."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def threads_for(backbone: nn.Module, example_inputs: Any, threads: int | None, report: Callable[[str], None]) -> int:
+    """``threads``, or as many as suit the backbone; said to the user.
+
+    Threads of small operations wait for each other in a spin: with two of them beside one busy process the demo takes
+    twenty times as long as with one.
+
+    Raises:
+        ArgumentError: fewer than one thread.
+    """
+    if threads is not None and threads < 1:
+        raise ArgumentError(f"--threads {threads} must be at least 1")
+    chosen, why = torch.get_num_threads(), "torch's choice"
+    if threads is not None:
+        chosen, why = threads, "as asked for"
+    elif chosen > 1 and next(backbone.parameters()).device.type == "cpu":
+        example = example_for(backbone, example_inputs).with_batch(1)
+        macs = count_macs(lambda *tensors: call_on(backbone, example.spec.batch(tensors)), *example.tensors)
+        if macs < _SMALL:
+            chosen, why = 1, f"the backbone costs {macs / 1e6:.0f} MMACs, which more would not make faster"
+    report(f"{chosen} thread{'s' * (chosen > 1)}: {why}; --threads sets another number")
+    return chosen
