@@ -149,7 +149,7 @@ def _time_table(times: dict[str, dict[int, float]]) -> Table:
 
 def _table(rows: dict[str, list[ExitOutputs]], args: argparse.Namespace, images: int) -> Table:
     return table(
-        ("exits", "each alone", *(f"{budget:.0%}" for budget in BUDGETS), "nobody leaves"),
+        ("exits", "each alone", *(f"{budget:.0%}" for budget in BUDGETS), "no sample leaves"),
         [_row(name, runs) for name, runs in rows.items()],
         "CIFAR-10, frozen ResNet-56 with exits: accuracy (%) by share of its MACs",
         f"{images:,} training and {args.test_images:,} test images, {args.epochs} epochs, {len(args.exits or [0])} seeds; "

@@ -4,8 +4,8 @@
                                  [--batches 1 8 64 256] [--optimize] [--device cuda]
 
 Only time is asked, so weights are random and exits are not trained: thresholds are set so that the same share of the samples
-leaves at every exit, chosen so that the average cost is 25, 50 or 75% of the backbone's MACs (100%: nobody leaves). Inputs are
-random, or CIFAR images with ``--images``. Large models need seconds a batch on a CPU: ``--samples`` and ``--rounds`` say how
+leaves at every exit, chosen so that the average cost is 25, 50 or 75% of the backbone's MACs (100%: no sample leaves). Inputs
+are random, or CIFAR images with ``--images``. Large models need seconds a batch on a CPU: ``--samples`` and ``--rounds`` say how
 many are measured, and how often.
 
 References, in the same run, are the backbone eager and, with ``--optimize``, compiled by AOTInductor as the engine's stages

@@ -134,7 +134,7 @@ def _table(args: argparse.Namespace, runs: dict[str, list[ExitOutputs]]) -> Tabl
     if args.backbone in DEPTHS:
         rows.append(("(a network of that cost)", *(_static(DEPTHS[args.backbone], budget) for budget in BUDGETS), ""))
     return table(
-        ("regime", *(f"{budget:.0%}" for budget in BUDGETS), "nobody leaves"),
+        ("regime", *(f"{budget:.0%}" for budget in BUDGETS), "no sample leaves"),
         rows,
         f"CIFAR-10, {args.backbone}, {len(first.macs) - 1} exits: accuracy (%) by share of its MACs",
         f"{args.images:,} training and {args.test_images:,} test images, {before} epochs, {args.seeds} seeds",

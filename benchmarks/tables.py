@@ -37,7 +37,7 @@ def cell(values: Sequence[float | None], digits: int = 1) -> str:
 
 
 def over_budgets(runs: dict[str, list[ExitOutputs]]) -> list[tuple[str, ...]]:
-    """A row of each name: accuracy at :data:`BUDGETS`, and where nobody leaves; mean ± standard deviation over its runs."""
+    """A row of each name: accuracy at :data:`BUDGETS`, and where no sample leaves; mean ± standard deviation over its runs."""
     return [
         (
             name,

@@ -89,7 +89,7 @@ def _inputs(rows: list[tuple[Tensor, Tensor]], labelled: bool = False) -> dict[s
 
 def _table(runs: dict[str, list[ExitOutputs]], args: argparse.Namespace) -> Table:
     return table(
-        ("method", *(f"{budget:.0%}" for budget in BUDGETS), "nobody leaves"),
+        ("method", *(f"{budget:.0%}" for budget in BUDGETS), "no sample leaves"),
         over_budgets(runs),
         f"AG News, frozen six-layer BERT, 5 exits ({args.head}): accuracy (%) by share of its MACs",
         (f"exits trained on {args.unseen:,} texts that the backbone does not know, " if args.unseen else "")

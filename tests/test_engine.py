@@ -1,4 +1,4 @@
-"""The engine: equal to one sample at a time, to the training view, and to the backbone when nobody leaves."""
+"""The engine: equal to one sample at a time, to the training view, and to the backbone when no sample leaves."""
 
 from __future__ import annotations
 

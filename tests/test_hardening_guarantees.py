@@ -111,7 +111,7 @@ def test_too_few_distinct_samples() -> None:
 
 
 def test_found_where_nobody_leaves_says_so() -> None:
-    """No confidence comes near the most careful thresholds of the grid, so that these pass and nobody leaves."""
+    """No confidence comes near the strictest thresholds of the grid, so that these pass and no sample leaves."""
     outputs = drawn(300, 0)
     log_probs = outputs.log_probs.clone()
     log_probs[:, 0] = torch.tensor([0.4, 0.6]).log()  # exit 0 is always wrong, at 0.6

@@ -246,7 +246,7 @@ def test_nothing_passes_where_the_exit_is_sure_and_wrong() -> None:
     outputs = ExitOutputs(torch.stack([p, 1 - p], -1).log(), torch.zeros(1_000).long(), [1, 2], 2.0)
     chosen = choose_threshold(outputs)
     assert not chosen.found
-    assert str(chosen.guarantee).startswith("No threshold passed the test. Nobody leaves")
+    assert str(chosen.guarantee).startswith("No threshold passed the test. No sample leaves")
     assert (chosen.cost, chosen.guarantee.measured) == (1.0, 0.0)
     assert outputs.exit_rates(chosen.threshold).tolist() == [0, 1]
 

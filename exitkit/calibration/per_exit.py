@@ -90,14 +90,14 @@ def per_exit_thresholds(
 
 
 def threshold_path(outputs: ExitOutputs, *, criterion: str | Criterion | None = None) -> ThresholdPath:
-    """Per-exit thresholds from careful to bold, for :func:`exitkit.choose_threshold` to test on *other* samples.
+    """Per-exit thresholds from strict to loose, for :func:`exitkit.choose_threshold` to test on *other* samples.
 
     The rows maximise accuracy minus λ · cost on these samples for rising prices λ, with steps between them.
     """
     check_outputs(outputs)
     labelled = outputs if outputs.labels is not None else outputs.against_backbone()
     search = _Search.of(labelled, None, criterion)
-    corners = [search.careful]
+    corners = [search.strictest]
     for price in _PRICES:
         corners.append(search.ascend(corners[-1], price))
     rows = [np.linspace(a, b, _LEVELS // 2).round().astype(int) for a, b in pairwise(corners) if a != b]
@@ -140,7 +140,7 @@ class _Search:
         return cls(taus, ranks, outputs.correct.numpy(), costs)
 
     @cached_property
-    def careful(self) -> _Levels:
+    def strictest(self) -> _Levels:
         """No sample leaves."""
         return tuple(len(taus) - 1 for taus in self.taus)
 
@@ -176,7 +176,7 @@ class _Search:
     def branch(self, best: _Levels, budget: float) -> tuple[_Levels, float]:
         """Branch and bound from an incumbent: better levels where there are, and what none can exceed (samples right)."""
         found = self.rank(best, budget)
-        box = ((0,) * len(best), self.careful)
+        box = ((0,) * len(best), self.strictest)
         boxes = [(-self._bound(*box, budget), *box)]
         for _ in range(_BOXES):
             if not boxes or -boxes[0][0] < found[1] + 1:
@@ -188,10 +188,10 @@ class _Search:
                 (lower, _changed(upper, widest, middle)),
                 (_changed(lower, widest, middle + 1), upper),
             ):
-                boldest = self.rank(low, budget)
-                if not boldest[0]:  # the boldest thresholds of the box cost too much, so all of them do
+                loosest = self.rank(low, budget)
+                if not loosest[0]:  # the loosest thresholds of the box cost too much, so all of them do
                     continue
-                for corner, value in ((low, boldest), (high, self.rank(high, budget))):
+                for corner, value in ((low, loosest), (high, self.rank(high, budget))):
                     if value > found:
                         best, found = corner, value
                 bound = self._bound(low, high, budget)
@@ -205,9 +205,9 @@ class _Search:
         return exits
 
     def _best_level(self, worth: NDArray[np.float64], levels: list[int], exit_: int) -> int:
-        """The best level of one exit, the others as they are; of equals the most careful."""
-        reached = self._exits([*levels[:exit_], *self.careful[exit_:]]) >= exit_
-        later = self._exits([*self.careful[: exit_ + 1], *levels[exit_ + 1 :]])
+        """The best level of one exit, the others as they are; of equals the strictest."""
+        reached = self._exits([*levels[:exit_], *self.strictest[exit_:]]) >= exit_
+        later = self._exits([*self.strictest[: exit_ + 1], *levels[exit_ + 1 :]])
         gain = np.where(reached, worth[:, exit_] - worth[np.arange(len(worth)), later], 0.0)
         by_rank = np.bincount(self.ranks[:, exit_], weights=gain, minlength=len(self.taus[exit_]) + 1)
         gains = by_rank[::-1].cumsum()[::-1][1:]  # at level t those of a rank above t leave

@@ -44,7 +44,7 @@ class ThresholdPath:
     """An order in which thresholds are tried, fixed without the calibration split.
 
     Attributes:
-        thresholds: (T, M), one τ per exit in each row, the most careful row first.
+        thresholds: (T, M), one τ per exit in each row, the strictest row first.
         criterion: the score they are compared with.
         hashes: content hashes of the samples the path was made from, or None; calibrating on these is refused.
     """
@@ -203,10 +203,10 @@ def _walk(
 def _rows(outputs: ExitOutputs, no_exit: ExitPolicy, path: ThresholdPath | None) -> NDArray[np.float64]:
     """(T, M) thresholds in the order they are tried; at the first no sample leaves."""
     exits, criterion = len(no_exit.thresholds), no_exit.score
-    careful = np.full((1, exits), criterion.highest(exits))
+    strictest = np.full((1, exits), criterion.highest(exits))
     if path is None:
         grid = criterion.grid(exits, outputs.log_probs.shape[2])
-        return np.vstack([careful, np.repeat(grid[:, None], exits, axis=1)])
+        return np.vstack([strictest, np.repeat(grid[:, None], exits, axis=1)])
     if path.thresholds.ndim != 2 or path.thresholds.shape[1] != exits or path.criterion != no_exit.criterion:
         raise ArgumentError(
             f"path holds thresholds of shape {path.thresholds.shape} for {path.criterion!r}, but outputs have {exits} exits "
@@ -214,7 +214,7 @@ def _rows(outputs: ExitOutputs, no_exit: ExitPolicy, path: ThresholdPath | None)
         )
     if path.hashes is not None and outputs.hashes is not None:
         refuse_shared(outputs, path.hashes, "path")
-    return np.vstack([careful, path.thresholds])
+    return np.vstack([strictest, path.thresholds])
 
 
 def _test(method: Procedure, limit: float, level: float, binary: bool) -> _Passes:
@@ -266,7 +266,9 @@ def _words(
     if last < 0:
         return f"None: not even the full model passed the test that {risk.words} is at most {max_drop:g}."
     if last == 0:
-        return "No threshold passed the test. Nobody leaves: the full model answers everything, and nothing is saved."
+        return (
+            "No threshold passed the test. No sample leaves: the full model answers everything, and nothing is saved."
+        )
     saved = "" if leaving else " No calibration sample leaves early, so that nothing is saved."
     surety = "On average" if method == "crc" else f"With probability {confidence:g}"
     return (

@@ -1,4 +1,4 @@
-"""Metrics of exits beside accuracy: calibration, overthinking, who leaves where, and how sure the numbers are."""
+"""Metrics of exits beside accuracy: calibration, overthinking, where samples leave, and how sure the numbers are."""
 
 from __future__ import annotations
 

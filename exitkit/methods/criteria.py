@@ -20,7 +20,7 @@ from exitkit.common.errors import unknown_name
 
 Memory = tuple[Tensor, ...]
 _STEPS = np.linspace(-36, 7, 1_600)
-"""Log-odds of the searched thresholds, from careful to bold: 1 − 2e-16 is where double precision ends."""
+"""Log-odds of the searched thresholds, from strict to loose: 1 − 2e-16 is where double precision ends."""
 
 
 class Criterion:
@@ -67,7 +67,7 @@ class Criterion:
         return 1.0
 
     def grid(self, exits: int, classes: int) -> NDArray[np.float64]:
-        """Thresholds from careful to bold over the range of the scores, chosen without looking at any."""
+        """Thresholds from strict to loose over the range of the scores, chosen without looking at any."""
         grid: NDArray[np.float64] = 1 - _logistic(_STEPS)
         return grid
 

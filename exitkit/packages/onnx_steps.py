@@ -63,7 +63,7 @@ def plain_attention() -> contextlib.AbstractContextManager[None]:
 def _max_of_windows(maps: Tensor, size: Sequence[int]) -> tuple[Tensor, Tensor]:
     """``adaptive_max_pool2d`` by its definition, row by row and column by column: torch 2.11 does not write the operation.
 
-    Nobody reads the second result, which holds the places of the maxima.
+    Nothing reads the second result, which holds the places of the maxima.
     """
     for dim, cells in zip((-2, -1), size, strict=True):
         length = maps.shape[dim]

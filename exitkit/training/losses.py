@@ -1,4 +1,4 @@
-"""Losses as data: what each exit is asked for, how the exits are weighed, and who teaches whom."""
+"""Losses as data: what each exit is asked for, how the exits are weighed, and which exit teaches which."""
 
 from __future__ import annotations
 
