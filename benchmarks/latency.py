@@ -5,8 +5,8 @@
 
 Only time is asked, so weights are random and exits are not trained: thresholds are set so that the same share of the samples
 leaves at every exit, chosen so that the average cost is 25, 50 or 75% of the backbone's MACs (100%: no sample leaves). Inputs
-are random, or CIFAR images with ``--images``. Large models need seconds a batch on a CPU: ``--samples`` and ``--rounds`` say how
-many are measured, and how often.
+are random, or CIFAR images with ``--images``. Large models need seconds a batch on a CPU: ``--samples`` and ``--rounds`` say
+how many are measured, and how often.
 
 References, in the same run, are the backbone eager and, with ``--optimize``, compiled by AOTInductor as the engine's stages
 are (*AOTI*; on CUDA replayed from CUDA graphs too), the same cut into stages without exits, which shows what cuts cost, and by
