@@ -4,14 +4,25 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test docs lint types clean
+.PHONY: demo test slow check docs lint types clean
 
 demo: $(READY)
 	$(BIN)/exitkit demo
 
 # One process per core, one thread each: the tests are many small models.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadscope
+
+# Everything but what takes minutes.
 test: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadscope
+	$(PYTEST) -m "not slow"
+
+# What takes minutes: CI runs it after the rest, and prints what took longest.
+slow: $(READY)
+	$(PYTEST) -m slow --durations=25
+
+# The daily loop, in a minute and a half: lint, types, and the tests of small models in eager mode.
+check: lint types
+	$(PYTEST) -m "not slow and not seconds"
 
 # The site, in site/.
 docs: $(READY)
