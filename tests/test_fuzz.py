@@ -76,16 +76,15 @@ def spans(content: bytes, chance: random.Random) -> bytes:
     span = content[start:stop]
     rest = content[:start], content[stop:]
     place = chance.randrange(len(content))
-    return chance.choice(
-        [
-            lambda: rest[0] + rest[1],
-            lambda: rest[0] + span + span + rest[1],
-            lambda: rest[0] + bytes(len(span)) + rest[1],
-            lambda: rest[0] + chance.randbytes(len(span)) + rest[1],
-            lambda: content[:place] + span + content[place:],
-            lambda: content[:start],
-        ]
-    )()
+    damaged = [
+        rest[0] + rest[1],
+        rest[0] + span + span + rest[1],
+        rest[0] + bytes(len(span)) + rest[1],
+        rest[0] + chance.randbytes(len(span)) + rest[1],
+        content[:place] + span + content[place:],
+        content[:start],
+    ]
+    return chance.choice(damaged)
 
 
 NASTY: list[Any] = [
