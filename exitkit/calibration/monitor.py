@@ -73,8 +73,8 @@ class ShiftMonitor:
 
     What it cannot see: a change of labels alone (other classes, same looks), and shifts smaller than the calibration split's
     own randomness. Measured on a CIFAR-10 ResNet-20 with three exits (``benchmarks/risk_monitor.py``), 2,500 calibration
-    samples, ``false_alarm=1e-4``: 20% copies of one sample and scores lower by 0.02 are seen within 200 samples; logits
-    divided by 1.15 after 1,500 (median of 20 streams, 3,800 at most), a tenth of the samples from the hardest decile after
+    samples, ``false_alarm=1e-4``: 20% copies of one sample are seen after 150 (median of 20 streams; 400 at most) and scores
+    lower by 0.02 after 100; logits divided by 1.15 after 1,400 (4,600), a tenth of the samples from the hardest decile after
     1,850 (4,100). Out of reach: logits divided by 1.05 (0 of 10 in 40,000 samples; with 5,000 calibration samples 4 of 10)
     and 3% from the hardest decile. With 500 calibration samples the mild ones are out of reach too.
 
