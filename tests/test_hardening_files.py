@@ -278,7 +278,7 @@ def test_a_bad_image_is_named_and_skipped_on_request(grey: Path, tmp_path: Path)
 
 def test_a_folder_with_a_bad_image_is_refused_in_words(tmp_path: Path) -> None:
     pytest.importorskip("torchvision")
-    from exitkit.cli.data import opened_image
+    from exitkit.cli.unpacking import opened_image
 
     (tmp_path / "x.png").write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(100))
     with pytest.raises(FileError, match=r"x\.png' cannot be read as an image"):

@@ -71,8 +71,13 @@ class ShiftMonitor:
     split's distribution, whatever its size. Evidence adds up, so that small shifts are seen late rather than never. No labels
     are needed.
 
-    What it cannot see: a change of labels alone (other classes, same looks), and shifts smaller than what the calibration
-    split itself leaves open: REACH
+    What it cannot see: a change of labels alone (other classes, same looks), and shifts smaller than the calibration split's
+    own randomness. Measured on a CIFAR-10 ResNet-20 with three exits (``benchmarks/risk_monitor.py``), 2,500 calibration
+    samples, ``false_alarm=1e-4``: 20% copies of one sample are seen after 150 (median of 20 streams; 400 at most) and scores
+    lower by 0.02 after 100; logits divided by 1.15 after 1,400 (4,600), a tenth of the samples from the hardest decile after
+    1,850 (4,100). Out of reach: logits divided by 1.05 (0 of 10 in 40,000 samples; with 5,000 calibration samples 4 of 10)
+    and 3% from the hardest decile. With 500 calibration samples, logits divided by 1.15 are
+    seen in 5 of 20 streams, and a tenth of harder samples in none.
 
     Args:
         outputs: the calibration split; its own randomness is part of the tests.

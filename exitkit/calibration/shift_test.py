@@ -33,14 +33,15 @@ class Positions:
     def __init__(self, exits: NDArray[np.int64], scores: NDArray[np.float64], last: int) -> None:
         self._random = np.random.default_rng(0)
         tickets = self._random.random(len(exits))
-        order = np.lexsort((tickets, scores, exits))
-        self._scores, self._tickets = scores[order], tickets[order]
+        rounded = _rounded(scores)
+        order = np.lexsort((tickets, rounded, exits))
+        self._scores, self._tickets = rounded[order], tickets[order]
         self.ends = np.cumsum(np.bincount(exits, minlength=last + 1))
         """(M+1,) how many calibration samples left at each exit or before it."""
 
     def of(self, exits: NDArray[np.int64], scores: NDArray[np.float64]) -> NDArray[np.int64]:
         """(B,): the place of each sample."""
-        places = np.empty(len(exits), np.int64)
+        places, scores = np.empty(len(exits), np.int64), _rounded(scores)
         tickets = self._random.random(len(exits))
         for exit_ in np.unique(exits):
             rows = np.flatnonzero(exits == exit_)
@@ -59,6 +60,13 @@ class Positions:
         cuts = np.unique(np.concatenate([self.ends[:-1], self.ends[:-1] + 1]))
         inside: NDArray[np.int64] = cuts[(cuts > 0) & (cuts <= self.ends[-1])]
         return inside
+
+
+def _rounded(scores: NDArray[np.float64]) -> NDArray[np.float64]:
+    """To 16 bits: what a compiled engine computes differs in the last ones, and 0.9999999 must tie with 1."""
+    mantissa, exponent = np.frexp(scores)
+    rounded: NDArray[np.float64] = np.ldexp((mantissa * 65536).round() / 65536, exponent)
+    return rounded
 
 
 class Gamblers:

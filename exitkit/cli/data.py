@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import math
 import os
-import warnings
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset, random_split
 
+from exitkit.cli.unpacking import check_inflation, opened_image
 from exitkit.common.errors import ArgumentError, FileError
 from exitkit.common.torchvision_guard import import_torchvision
 from exitkit.multi_exit.preprocessing import IMAGENET_MEAN, IMAGENET_STD, ImagePreprocessing
@@ -26,8 +26,6 @@ from exitkit.multi_exit.saving.hub import refuse_local_path
 _HELD_OUT = 0.2
 MAX_TOKENS = 128
 _LABEL_DIGITS = 9
-_SMALL, _INFLATED = 2**30, 200
-"""Of an .npz: what may be inflated in any case, in bytes, and how many times its size larger ones may become."""
 
 
 @dataclass(frozen=True)
@@ -157,41 +155,13 @@ def _read_npz(path: Path) -> dict[str, Any]:
     if not zipfile.is_zipfile(path):  # numpy would take it for a pickle, and advise to trust it
         raise FileError(f"{str(path)!r} cannot be read as .npz: it is not a zip archive; write it with numpy.savez")
     try:
-        _check_inflation(path)
+        check_inflation(path)
         with np.load(path, allow_pickle=False) as file:
             return dict(file)
     except FileError:
         raise
     except Exception as error:  # numpy and zipfile raise a dozen kinds on a damaged file
         raise FileError(f"{str(path)!r} cannot be read as .npz: {str(error)[:200]}") from error
-
-
-def _check_inflation(path: Path) -> None:
-    """Refuse a file that would be far larger in memory than on the disk."""
-    with zipfile.ZipFile(path) as archive:
-        declared = sum(entry.file_size for entry in archive.infolist())
-    if declared > _SMALL and declared > _INFLATED * os.path.getsize(path):
-        raise FileError(
-            f"{str(path)!r} would take {declared / 2**30:.1f} GiB, over {_INFLATED} times its size; write it "
-            "uncompressed, with numpy.savez, if that is right"
-        )
-
-
-def opened_image(path: str) -> Any:
-    """A PIL image in RGB.
-
-    Raises:
-        FileError: not an image, a damaged one, or one of more pixels than ``PIL.Image.MAX_IMAGE_PIXELS``.
-    """
-    from PIL import Image
-
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as image:
-                return image.convert("RGB")
-    except Exception as error:  # Pillow raises a dozen kinds on a damaged file, SyntaxError among them
-        raise FileError(f"{path!r} cannot be read as an image: {str(error)[:200]}") from error
 
 
 def _image_folder(path: Path, model: nn.Module, test: str | None) -> Split:

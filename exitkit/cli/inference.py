@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from rich.table import Table
 
-from exitkit.cli.data import cells, opened_image
+from exitkit.cli.data import cells
+from exitkit.cli.unpacking import opened_image
 from exitkit.common.batches import move
 from exitkit.common.errors import ArgumentError, FileError
 from exitkit.engine import Engine

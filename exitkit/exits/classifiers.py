@@ -50,7 +50,7 @@ class HeadSpec:
         """
         if isinstance(head, str) and head in ("auto", "tail", *get_args(Convolution)):
             return cls(head, head)
-        match = re.fullmatch(r"1L|2L-([1-9]\d*)|branch-([1-9]\d*)", head) if isinstance(head, str) else None
+        match = re.fullmatch(r"1L|2L-([1-9]\d{0,5})|branch-([1-9]\d{0,5})", head) if isinstance(head, str) else None
         if match is None:
             raise ArgumentError(f"head={head!r} is unknown; allowed are {_HEADS}, or a list with one for each exit")
         if match[2]:
