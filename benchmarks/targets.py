@@ -1,6 +1,6 @@
 """Does a target really stop? Milliseconds of one sample by the exit it leaves at, as shares of a run to the end.
 
-    python benchmarks/targets.py [--depth 56] [--targets pte,onnx,openvino,openvino-stages]
+    python benchmarks/targets.py [--depth 20] [--targets pte,onnx,openvino,openvino-stages]
 
 A CIFAR ResNet with four exits (untrained, as only time is asked) is exported. Each target answers the same sample with
 thresholds that make it leave at exit 0, 1, … and at the end, in turn. Times are shares of the run to the end in the same
@@ -14,11 +14,11 @@ import statistics
 import time
 import zipfile
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import numpy as np
 import torch
 from tables import table, write
 from torch import Tensor
@@ -34,7 +34,7 @@ Run = Callable[[Tensor], int]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--depth", type=int, default=56)
+    parser.add_argument("--depth", type=int, default=20)
     parser.add_argument("--targets", default=",".join(TARGETS))
     parser.add_argument("--rounds", type=int, default=40)
     parser.add_argument("--out", type=Path, default=Path("results/targets.json"))
@@ -43,12 +43,14 @@ def main() -> None:
     torch.manual_seed(0)
     ee = exitkit.attach(cifar_resnet(args.depth).eval(), at_cost=[0.2, 0.4, 0.6, 0.8], method="sdn", head="1L").eval()
     rows = []
-    for target in args.targets.split(","):
-        with TemporaryDirectory() as folder:
+    with TemporaryDirectory() as folder:
+        for target in args.targets.split(","):
             rows += measure(ee, target, Path(folder), args.rounds)
     headings = ("target", "exit", "MACs", "ms", "share of the run to the end")
     cells = [(r["target"], str(r["exit"]), f"{r['macs']:.0%}", f"{r['ms']:.2f}", f"{r['share']:.0%}") for r in rows]
-    make_console().print(table(headings, cells, f"ResNet-{args.depth}, one sample, one thread, by the exit it leaves at"))
+    make_console().print(
+        table(headings, cells, f"ResNet-{args.depth}, one sample, one thread, by the exit it leaves at")
+    )
     write(args.out, args, rows=rows)
 
 
@@ -77,18 +79,26 @@ def made(ee: exitkit.MultiExitModel, target: str, folder: Path, thresholds: Sequ
     if target == "pte":
         exitkit.export(ee, folder / "model.pte", thresholds[0])
         engines = [exitkit.load(folder / "model.pte", threshold=one, trust=True) for one in thresholds]
-        return [lambda sample, engine=engine: int(engine(sample).exit) for engine in engines]  # type: ignore[misc]
+        return [partial(_in_exitkit, engine) for engine in engines]
     if target == "openvino-stages":
         exitkit.export(ee, folder / "model.onnx.zip", thresholds[0])
         stages = openvino_stages(folder / "model.onnx.zip", folder)
-        return [lambda sample, one=one: in_stages(stages, sample, one) for one in thresholds]  # type: ignore[misc]
+        return [partial(in_stages, stages, one) for one in thresholds]
     paths = [folder / f"{m}.onnx" for m in range(len(thresholds))]
     for path, one in zip(paths, thresholds, strict=True):
-        exitkit.export(ee, path, one)
+        if not path.exists():
+            exitkit.export(ee, path, one)
     if target == "onnx":
-        return [lambda sample, graph=exitkit.load(path): int(graph(sample).exit) for path in paths]  # type: ignore[misc]
-    graphs = [compiled(path) for path in paths]
-    return [lambda sample, graph=graph: int(graph(sample.numpy())[1]) for graph in graphs]  # type: ignore[misc]
+        return [partial(_in_exitkit, exitkit.load(path)) for path in paths]
+    return [partial(_in_openvino, compiled(path)) for path in paths]
+
+
+def _in_exitkit(package: Any, sample: Tensor) -> int:
+    return int(package(sample).exit)
+
+
+def _in_openvino(graph: Any, sample: Tensor) -> int:
+    return int(graph(sample.numpy())[1].item())
 
 
 def compiled(path: Path) -> Any:
@@ -102,21 +112,24 @@ def compiled(path: Path) -> Any:
 def openvino_stages(package: Path, folder: Path) -> list[Any]:
     """The stages of an ``.onnx.zip``, each compiled by itself."""
     with zipfile.ZipFile(package) as archive:
-        names = sorted((name for name in archive.namelist() if name.startswith("steps/")), key=lambda name: int(name[6:]))
+        names = sorted(
+            (name for name in archive.namelist() if name.startswith("steps/")), key=lambda name: int(name[6:])
+        )
         for name in names:
             (folder / f"{name[6:]}.stage.onnx").write_bytes(archive.read(name))
     return [compiled(folder / f"{index}.stage.onnx") for index in range(len(names))]
 
 
-def in_stages(stages: Sequence[Any], sample: Tensor, thresholds: Sequence[float]) -> int:
+def in_stages(stages: Sequence[Any], thresholds: Sequence[float], sample: Tensor) -> int:
     """The loop outside: the exit that the sample left at. A method without links hands one feature on."""
     values: Any = sample.numpy()
-    for m, (stage, threshold) in enumerate(zip(stages, [*thresholds, -np.inf], strict=True)):
+    for m, (stage, threshold) in enumerate(zip(stages[:-1], thresholds, strict=True)):
         results = stage(values)
         if results[len(results) - 1].item() > threshold:
-            break
+            return m
         values = results[0]
-    return m
+    stages[-1](values)
+    return len(thresholds)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,6 @@ from tests.toy import TinyNet, images, noisy
 pytest.importorskip("executorch.runtime", reason="needs executorch, of the release for this torch")
 
 
-
 def tiny(method: Any, every: int = 2, head: str = "1L") -> exitkit.MultiExitModel:
     torch.manual_seed(0)
     return noisy(exitkit.attach(TinyNet().eval(), images(), head=head, every=every, method=method))

@@ -156,7 +156,9 @@ def train(
 def export(
     model: Model,
     exits: Annotated[str, typer.Option(help="Folder of save_pretrained, or a name on the Hugging Face Hub")],
-    out: Annotated[Path, typer.Option(help="model.pt2, model.onnx or model.pte (one sample), model.onnx.zip (batches)")],
+    out: Annotated[
+        Path, typer.Option(help="model.pt2, model.onnx or model.pte (one sample), model.onnx.zip (batches)")
+    ],
     threshold: Annotated[float | None, typer.Option(help="τ; by default the one saved with the exits")] = None,
     optimize: Annotated[bool, typer.Option(help="Compile the stages for this device (.pt2; takes minutes)")] = False,
     weights: Weights = None,

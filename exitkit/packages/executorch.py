@@ -39,7 +39,8 @@ def _log_softmax(values: Tensor, dim: int, dtype: torch.dtype | None = None) -> 
     """``log_softmax``, whose kernel in ExecuTorch's own builds takes single precision alone."""
     values = values if dtype is None else values.to(dtype)
     if values.dtype != torch.float64:
-        return torch.ops.aten._log_softmax(values, dim, False)
+        single: Tensor = torch.ops.aten._log_softmax(values, dim, False)
+        return single
     shifted = values - values.amax(dim, True)
     return shifted - shifted.exp().sum(dim, True).log()
 
@@ -134,21 +135,26 @@ def read_executorch(content: bytes, source: str) -> tuple[Manifest, list[Callabl
         raise FileError(
             f"{source!r} does not run in this executorch ({type(error).__name__}: {str(error)[:200]}); export it again"
         ) from error
-    taken = [tuple(entry.name for entry in manifest.inputs), *(entry.live for entry in manifest.steps)]
-    if any((one.inputs, one.outputs) != (before, one.live) for one, before in zip(manifest.steps, taken, strict=False)):
-        raise FileError(f"{source!r} has steps that do not follow one another; export it again")
-    for method, entry in zip(methods, manifest.steps, strict=True):
-        facts = method.metadata
-        if (facts.num_inputs(), facts.num_outputs()) != (len(entry.inputs), len(entry.outputs) + 2):
-            raise FileError(f"step {entry.exit} of {source!r} takes or returns other values than its manifest says")
+    _check_steps(manifest, methods, source)
+    axes = manifest.axes.get
     runs = [
-        _run(program, entry.exit, [manifest.axes.get(name) for name in entry.inputs], [*map(manifest.axes.get, entry.outputs), 0, 0])
+        _run(program, entry.exit, [*map(axes, entry.inputs)], [*map(axes, entry.outputs), 0, 0])
         for entry in manifest.steps
     ]
     return manifest, runs
 
 
-def _run(program: Any, step: int, taken: list[int | None], made: list[int | None]) -> Callable[..., list[Tensor]]:
+def _check_steps(manifest: Manifest, methods: Sequence[Any], source: str) -> None:
+    taken = [tuple(entry.name for entry in manifest.inputs), *(entry.live for entry in manifest.steps)]
+    for entry, before, method in zip(manifest.steps, taken, methods, strict=False):
+        sizes = (method.metadata.num_inputs(), method.metadata.num_outputs())
+        if (entry.inputs, entry.outputs, sizes) != (before, entry.live, (len(before), len(entry.live) + 2)):
+            raise FileError(
+                f"step {entry.exit} of {source!r} takes or returns other values than its manifest says; export it again"
+            )
+
+
+def _run(program: Any, step: int, taken: list[int | None], made: list[int | None]) -> Callable[..., Sequence[Tensor]]:
     """A method as a function of batches. It writes into memory of its own, so that calls take turns.
 
     Args:
@@ -167,7 +173,10 @@ def _run(program: Any, step: int, taken: list[int | None], made: list[int | None
     def run(*tensors: Tensor) -> list[Tensor]:
         count = next((tensor.shape[axis] for tensor, axis in zip(tensors, taken, strict=True) if axis is not None), 1)
         samples = (
-            [tensor if axis is None else tensor.narrow(axis, row, 1) for tensor, axis in zip(tensors, taken, strict=True)]
+            [
+                tensor if axis is None else tensor.narrow(axis, row, 1)
+                for tensor, axis in zip(tensors, taken, strict=True)
+            ]
             for row in range(count)
         )
         try:
@@ -204,7 +213,9 @@ def _runtime() -> Any:
 
 
 def _missing(error: ImportError) -> ExitkitError:
-    return ExitkitError(f".pte needs executorch, of the release for this torch: pip install 'exitkit[executorch]' ({error})")
+    return ExitkitError(
+        f".pte needs executorch, of the release for this torch: pip install 'exitkit[executorch]' ({error})"
+    )
 
 
 @contextlib.contextmanager

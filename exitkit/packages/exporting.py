@@ -105,7 +105,9 @@ def _kind(path: Path, optimize: bool) -> Kind | None:
     endings: dict[str, Kind | None] = {".pt2": "torch", ".onnx.zip": "onnx", ".onnx": None, ".pte": "executorch"}
     ending = next((ending for ending in endings if path.name.endswith(ending)), None)
     if ending is None:
-        raise ArgumentError(f"path={str(path)!r} must end in .pt2, .onnx, .onnx.zip or .pte, which says what is written")
+        raise ArgumentError(
+            f"path={str(path)!r} must end in .pt2, .onnx, .onnx.zip or .pte, which says what is written"
+        )
     if optimize and ending != ".pt2":
         raise ArgumentError(
             f"optimize=True compiles .pt2 packages; {ending} is optimised by the runtime that reads it"

@@ -77,7 +77,9 @@ def load(
     source = Path(path)
     ending = next((ending for ending in _ENDINGS if source.name.endswith(ending)), None)
     if ending is None:
-        raise ArgumentError(f"path={str(path)!r} must end in .pt2, .onnx, .onnx.zip or .pte, which says what it may hold")
+        raise ArgumentError(
+            f"path={str(path)!r} must end in .pt2, .onnx, .onnx.zip or .pte, which says what it may hold"
+        )
     if ending == ".onnx":
         if (threshold, device, monitor) != (None, None, None):
             raise ArgumentError(
@@ -135,7 +137,9 @@ def _warn(ending: str) -> None:
 def _bytes(path: Path) -> bytes:
     try:
         if os.path.getsize(path) > _LARGEST:
-            raise FileError(f"{str(path)!r} is larger than 2 GiB, which no {path.suffix} of exitkit is; export it again")
+            raise FileError(
+                f"{str(path)!r} is larger than 2 GiB, which no {path.suffix} of exitkit is; export it again"
+            )
         return path.read_bytes()
     except OSError as error:
         raise FileError(f"{str(path)!r} cannot be read: {error.strerror}; write it with exitkit.export") from error
