@@ -51,6 +51,27 @@ def test_the_graph_with_branches_answers_as_the_engine_does(method: str, tmp_pat
     torch.testing.assert_close(logits, expected.logits, rtol=1e-4, atol=1e-5)
 
 
+def test_texts_of_any_length(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    onnx = pytest.importorskip("onnx")
+    torch.manual_seed(0)
+    config = transformers.BertConfig(
+        vocab_size=99, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=40,
+        initializer_range=0.3,
+    )  # fmt: skip
+    ee = noisy(exitkit.attach(transformers.BertForSequenceClassification(config).eval(), every=1, method="sdn"))
+    exitkit.export(ee, tmp_path / "model.onnx", 0.7)
+    engine, graph = exitkit.compile(ee, 0.7), compiled(tmp_path / "model.onnx")
+    metadata = {entry.key: entry.value for entry in onnx.load(tmp_path / "model.onnx").metadata_props}
+    keys = {entry["name"]: entry["key"] for entry in json.loads(metadata["exitkit"])["inputs"]}
+    for length in (5, 12, 31):
+        ids = torch.randint(1, 99, (1, length), generator=torch.Generator().manual_seed(length))
+        texts = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        answer, expected = graph({name: texts[key].numpy() for name, key in keys.items()}), engine(**texts)
+        assert int(answer[1].item()) == int(expected.exit)
+        torch.testing.assert_close(torch.from_numpy(answer[0]), expected.logits, rtol=1e-4, atol=1e-5)
+
+
 def test_stages_with_the_loop_outside_take_batches(tmp_path: Path) -> None:
     """The loop of the guide: those who are sure leave, the others go on."""
     torch.manual_seed(0)
