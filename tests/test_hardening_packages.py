@@ -82,7 +82,7 @@ def test_an_onnx_zip_never_runs_torch_or_native_code(
 
 def test_a_file_of_another_ending_is_not_opened(packages: dict[str, Path], tmp_path: Path) -> None:
     (tmp_path / "model.zip").write_bytes(packages[".pt2"].read_bytes())
-    with pytest.raises(ArgumentError, match=r"must end in \.pt2, \.onnx or \.onnx\.zip"):
+    with pytest.raises(ArgumentError, match=r"must end in \.pt2, \.onnx, \.onnx\.zip or \.pte"):
         exitkit.load(tmp_path / "model.zip")
 
 

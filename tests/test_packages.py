@@ -229,7 +229,7 @@ def test_a_package_of_another_kind(package: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("path", "arguments", "message"),
     [
-        ("model.bin", {}, r"must end in \.pt2, \.onnx or \.onnx\.zip"),
+        ("model.bin", {}, r"must end in \.pt2, \.onnx, \.onnx\.zip or \.pte"),
         ("model.onnx", {"optimize": True}, r"optimize=True compiles \.pt2"),
         ("model.pt2", {"labels": ["a", "b"]}, r"labels has 2 names; the model has 3 classes"),
         ("model.pt2", {"labels": 3}, r"labels=3 must be a list of names"),
@@ -255,6 +255,16 @@ def test_a_single_graph_has_its_thresholds_fixed(models: dict[str, exitkit.Multi
     (tmp_path / "cut.onnx").write_bytes((tmp_path / "model.onnx").read_bytes()[:100])
     with pytest.raises(ExitkitError, match=r"does not run this model"):
         exitkit.load(tmp_path / "cut.onnx")
+
+
+def test_executorch_is_asked_for(
+    models: dict[str, exitkit.MultiExitModel], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in ("executorch", "executorch.exir", "executorch.runtime"):
+        monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(ExitkitError, match=r"needs executorch.*pip install 'exitkit\[executorch\]'"):
+        exitkit.export(models["sdn"], tmp_path / "model.pte", 0.5)
+    assert not (tmp_path / "model.pte").exists()
 
 
 class _Forgets(nn.Module):

@@ -40,7 +40,7 @@ _NAMED = 20
 """How many skipped inputs are named one by one."""
 
 Model = Annotated[str, typer.Option(help="torchvision:NAME, timm:NAME, hf:NAME_OR_DIR or package.module:function")]
-Package = Annotated[Path, typer.Argument(help="What exitkit export wrote: .pt2, .onnx or .onnx.zip")]
+Package = Annotated[Path, typer.Argument(help="What exitkit export wrote: .pt2, .onnx, .onnx.zip or .pte")]
 Trust = Annotated[bool, typer.Option("--trust", help="You trust the code in a .pt2; without, there is a warning")]
 Weights = Annotated[str | None, typer.Option(help="State-dict file (.safetensors, .pth), or 'pretrained'")]
 Threads = Annotated[int | None, typer.Option(help="CPU threads; by default one for a backbone below 100 MMACs")]
@@ -165,7 +165,9 @@ def train(
 def export(
     model: Model,
     exits: Annotated[str, typer.Option(help="Folder of save_pretrained, or a name on the Hugging Face Hub")],
-    out: Annotated[Path, typer.Option(help="model.pt2, model.onnx (one sample) or model.onnx.zip (batches)")],
+    out: Annotated[
+        Path, typer.Option(help="model.pt2, model.onnx or model.pte (one sample), model.onnx.zip (batches)")
+    ],
     threshold: Annotated[float | None, typer.Option(help="τ; by default the one saved with the exits")] = None,
     optimize: Annotated[bool, typer.Option(help="Compile the stages for this device (.pt2; takes minutes)")] = False,
     weights: Weights = None,

@@ -1,4 +1,4 @@
-"""Writing packages: ``.pt2`` for torch, ``.onnx`` with real branches, ``.onnx.zip`` for batches in onnxruntime."""
+"""Writing packages: ``.pt2`` for torch, ``.onnx`` with real branches, ``.onnx.zip`` for batches, ``.pte`` for ExecuTorch."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.export import ExportedProgram
 
 from exitkit.common.errors import ArgumentError, NotCapturableError
+from exitkit.common.files import replacing
 from exitkit.engine.aot import compile_step, load_step
 from exitkit.engine.exported import example_of, export_steps
 from exitkit.engine.lowering import program_of
@@ -25,6 +26,7 @@ from exitkit.methods.policy import Threshold
 from exitkit.multi_exit.model import MultiExitModel
 from exitkit.multi_exit.preprocessing import ImagePreprocessing, Preprocessing, TextPreprocessing
 from exitkit.packages.archive import write_archive
+from exitkit.packages.executorch import chained, read_executorch, to_executorch
 from exitkit.packages.manifest import Kind, Manifest
 from exitkit.packages.onnx_branches import write_branches
 from exitkit.packages.onnx_steps import onnx_run, to_onnx
@@ -53,7 +55,8 @@ def export(
         model: what :func:`exitkit.attach` returned.
         path: its ending says what is written. ``.pt2``: the stages as torch programs, for batches of any size on any
             device. ``.onnx``: one graph for one sample at a time, whose exits are ``If`` branches. ``.onnx.zip``: one ONNX
-            graph for each stage, for batches. An older file there is replaced when the new one is complete.
+            graph for each stage, for batches. ``.pte``: an ExecuTorch program with a method for each stage, for one sample
+            at a time. An older file there is replaced when the new one is complete.
         threshold: as for :func:`exitkit.compile`; the policy becomes part of the package, with its guarantee.
         criterion: by default the method's.
         optimize: ``.pt2`` only: stages compiled for the device the model is on, which takes minutes, and for this version
@@ -77,10 +80,18 @@ def export(
         _preprocessing(model, preprocessing, tokenizer),
         tuple((exit_.name, exit_.macs_fraction) for exit_ in model.exits),
     )
-    manifest = Manifest.of(program, policy, description, kind or "onnx")
     example = example_of(model)
+    if kind == "executorch":
+        program = chained(program, example)
+    manifest = Manifest.of(program, policy, description, kind or "onnx")
     if kind is None:
         write_branches(target, program, policy.thresholds, example, manifest)
+        return
+    if kind == "executorch":
+        content = to_executorch(program, manifest, example)
+        _compare(program, manifest.program(read_executorch(content, str(target))[1], program.inputs.device), example)
+        with replacing(target) as temporary:
+            temporary.write_bytes(content)
         return
     contents, runs, formats = zip(*_converted(kind, program, example), strict=True)
     entries = [replace(one, channels_last=tuple(taken)) for one, taken in zip(manifest.steps, formats, strict=True)]
@@ -91,10 +102,12 @@ def export(
 
 def _kind(path: Path, optimize: bool) -> Kind | None:
     """What the file's ending asks for; None for a single ONNX graph."""
-    endings: dict[str, Kind | None] = {".pt2": "torch", ".onnx.zip": "onnx", ".onnx": None}
+    endings: dict[str, Kind | None] = {".pt2": "torch", ".onnx.zip": "onnx", ".onnx": None, ".pte": "executorch"}
     ending = next((ending for ending in endings if path.name.endswith(ending)), None)
     if ending is None:
-        raise ArgumentError(f"path={str(path)!r} must end in .pt2, .onnx or .onnx.zip, which says what is written")
+        raise ArgumentError(
+            f"path={str(path)!r} must end in .pt2, .onnx, .onnx.zip or .pte, which says what is written"
+        )
     if optimize and ending != ".pt2":
         raise ArgumentError(
             f"optimize=True compiles .pt2 packages; {ending} is optimised by the runtime that reads it"

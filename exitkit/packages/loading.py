@@ -22,14 +22,25 @@ from exitkit.engine.engine import Engine
 from exitkit.engine.loop import Loop
 from exitkit.methods.policy import Threshold
 from exitkit.packages.archive import read_archive
+from exitkit.packages.executorch import read_executorch
 from exitkit.packages.manifest import Kind, Manifest, StepEntry
 from exitkit.packages.onnx_branches import OnnxBranches
 from exitkit.packages.onnx_steps import onnx_run
 
-_ENDINGS: dict[str, tuple[Kind, ...]] = {".onnx.zip": ("onnx",), ".pt2": ("torch", "compiled"), ".onnx": ("onnx",)}
+_ENDINGS: dict[str, tuple[Kind, ...]] = {
+    ".onnx.zip": ("onnx",),
+    ".pt2": ("torch", "compiled"),
+    ".onnx": ("onnx",),
+    ".pte": ("executorch",),
+}
 """What a file may hold follows from its ending, whatever its manifest says."""
-_MOST_ONNX = 2**31
-_warned = False
+_LARGEST = 2**31
+_RUNTIMES = {"onnx": "onnxruntime", "executorch": "ExecuTorch"}
+_UNTRUSTED = {
+    ".pt2": "a .pt2 holds code, which loading it may run",
+    ".pte": "ExecuTorch does not check a .pte in full, and a forged one may run code",
+}
+_warned: set[str] = set()
 
 
 def load(
@@ -42,8 +53,8 @@ def load(
 ) -> Engine | OnnxBranches:
     """What :func:`export` wrote, ready to be called as the model; needs neither its code nor transformers or timm.
 
-    A ``.pt2`` holds code, which loading it may run: load only what you made or trust. ``.onnx`` and ``.onnx.zip`` hold
-    none, and run in onnxruntime alone.
+    A ``.pt2`` holds code, which loading it may run, and ExecuTorch does not check a ``.pte`` in full: load only what you
+    made or trust. ``.onnx`` and ``.onnx.zip`` hold no code, and run in onnxruntime alone.
 
     Args:
         path: the file; its ending says what it may hold.
@@ -51,11 +62,11 @@ def load(
             has its own fixed.
         device: where ``.pt2`` stages run; by default on CPU, and compiled ones where they were compiled for.
         monitor: is told of every answer, as for :func:`exitkit.compile`; not for a single ``.onnx``.
-        trust: say that you trust a ``.pt2``; without, the first one in a process is loaded with a warning.
+        trust: say that you trust a ``.pt2`` or ``.pte``; without, the first one in a process is loaded with a warning.
 
     Returns:
-        For ``.pt2`` and ``.onnx.zip`` an :class:`~exitkit.Engine`; for ``.onnx`` an object that is called alike and answers
-        one sample after another.
+        For ``.pt2``, ``.onnx.zip`` and ``.pte`` an :class:`~exitkit.Engine`; for ``.onnx`` an object that is called alike
+        and answers one sample after another.
 
     Raises:
         ArgumentError: no such file or another ending, a package for another device, a threshold or monitor for other scores
@@ -66,7 +77,9 @@ def load(
     source = Path(path)
     ending = next((ending for ending in _ENDINGS if source.name.endswith(ending)), None)
     if ending is None:
-        raise ArgumentError(f"path={str(path)!r} must end in .pt2, .onnx or .onnx.zip, which says what it may hold")
+        raise ArgumentError(
+            f"path={str(path)!r} must end in .pt2, .onnx, .onnx.zip or .pte, which says what it may hold"
+        )
     if ending == ".onnx":
         if (threshold, device, monitor) != (None, None, None):
             raise ArgumentError(
@@ -74,14 +87,17 @@ def load(
                 "its predictions); export a .pt2 for others"
             )
         return OnnxBranches(_bytes(source), str(source))
+    if ending in _UNTRUSTED and not trust:
+        _warn(ending)
+    if ending == ".pte":
+        manifest, runs = read_executorch(_bytes(source), str(source))
+        return _engine(manifest, runs, _device(manifest, device, str(source)), threshold, monitor)
     manifest, contents = read_archive(source)
     if manifest.kind not in _ENDINGS[ending]:
         raise FileError(
             f"{str(path)!r} ends in {ending}, but says that it holds {manifest.kind!r} code; do not use it"
         )
     target = _device(manifest, device, str(source))
-    if ending == ".pt2" and not trust:
-        _warn()
     try:
         runs = [_run(manifest, *each, target) for each in zip(manifest.steps, contents, strict=True)]
     except ExitkitError:
@@ -91,19 +107,28 @@ def load(
             f"{str(source)!r} was written by torch {manifest.versions.get('torch')} and cannot be read by torch "
             f"{torch.__version__} ({type(error).__name__}: {str(error)[:200].partition(chr(10))[0]}); export it again"
         ) from error
-    program = manifest.program(runs, target)
+    return _engine(manifest, runs, target, threshold, monitor)
+
+
+def _engine(
+    manifest: Manifest,
+    runs: Sequence[Callable[..., Sequence[Any]]],
+    device: torch.device,
+    threshold: Threshold | None,
+    monitor: ShiftMonitor | None,
+) -> Engine:
+    program = manifest.program(runs, device)
     loop = fastest(program, manifest.policy) if manifest.kind == "compiled" else Loop(program, manifest.policy)
     engine = Engine(loop, manifest.description)
     engine = engine if threshold is None else engine.at(threshold)
     return engine if monitor is None else engine.watched(monitor)
 
 
-def _warn() -> None:
-    global _warned
-    if not _warned:
-        _warned = True
+def _warn(ending: str) -> None:
+    if ending not in _warned:
+        _warned.add(ending)
         warnings.warn(
-            "a .pt2 holds code, which loading it may run: load only files that you made or trust.\n"
+            f"{_UNTRUSTED[ending]}: load only files that you made or trust.\n"
             "If you do, say so: exitkit.load(path, trust=True). Files of others: .onnx and .onnx.zip hold no code.",
             stacklevel=3,
         )
@@ -111,8 +136,10 @@ def _warn() -> None:
 
 def _bytes(path: Path) -> bytes:
     try:
-        if os.path.getsize(path) > _MOST_ONNX:
-            raise FileError(f"{str(path)!r} is larger than 2 GiB, which no .onnx is; export it again")
+        if os.path.getsize(path) > _LARGEST:
+            raise FileError(
+                f"{str(path)!r} is larger than 2 GiB, which no {path.suffix} of exitkit is; export it again"
+            )
         return path.read_bytes()
     except OSError as error:
         raise FileError(f"{str(path)!r} cannot be read: {error.strerror}; write it with exitkit.export") from error
@@ -126,9 +153,9 @@ def _device(manifest: Manifest, device: str | torch.device | None, path: str) ->
         chosen = torch.device(given)
     except (RuntimeError, TypeError) as error:  # what torch says of a name it does not know, and of what is no name
         raise ArgumentError(f"device={given!r} is not a device of torch; give 'cpu', 'cuda' or 'cuda:1'") from error
-    if kind == "onnx" and chosen.type != "cpu":
+    if kind in _RUNTIMES and chosen.type != "cpu":
         raise ArgumentError(
-            f"device={str(chosen)!r}: {path!r} runs in onnxruntime on CPU; export a .pt2 for other devices"
+            f"device={str(chosen)!r}: {path!r} runs in {_RUNTIMES[kind]} on CPU; export a .pt2 for other devices"
         )
     if kind == "compiled" and chosen.type != made:
         raise ArgumentError(f"device={str(chosen)!r}: {path!r} was compiled for {made}; export it on that device")

@@ -20,7 +20,7 @@ from exitkit.surgery.inputs import CallSpec
 
 FORMAT = "exitkit-package-3"
 _FAMILY = "exitkit-package-"
-Kind = Literal["torch", "compiled", "onnx"]
+Kind = Literal["torch", "compiled", "onnx", "executorch"]
 Float = Literal["float32", "float16", "bfloat16", "float64"]
 DType = Literal[Float, "int64", "int32", "int16", "int8", "uint8", "bool"]
 
@@ -50,7 +50,7 @@ class StepEntry:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What ``manifest.json`` and the metadata of an ``.onnx`` hold, and nothing else.
+    """What ``manifest.json``, the metadata of an ``.onnx`` and the manifest of a ``.pte`` hold, and nothing else.
 
     Attributes:
         axes: the batch's dimension of every value that has one.

@@ -38,7 +38,7 @@ def to_onnx(exported: ExportedProgram) -> bytes:
     try:
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), plain_attention():
             warnings.simplefilter("ignore")
-            written = exported.run_decompositions({torch.ops.aten.adaptive_max_pool2d.default: _max_of_windows})
+            written = exported.run_decompositions({torch.ops.aten.adaptive_max_pool2d.default: max_of_windows})
             converted = torch.onnx.export(written, dynamo=True, verbose=False)
             model: Any = converted.model_proto  # type: ignore[union-attr]
     except Exception as error:  # the exporter raises dozens of types, most of them private
@@ -60,7 +60,7 @@ def plain_attention() -> contextlib.AbstractContextManager[None]:
     return sdpa_kernel(SDPBackend.MATH)
 
 
-def _max_of_windows(maps: Tensor, size: Sequence[int]) -> tuple[Tensor, Tensor]:
+def max_of_windows(maps: Tensor, size: Sequence[int]) -> tuple[Tensor, Tensor]:
     """``adaptive_max_pool2d`` by its definition, row by row and column by column: torch 2.11 does not write the operation.
 
     Nothing reads the second result, which holds the places of the maxima.
