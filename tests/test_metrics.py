@@ -263,7 +263,7 @@ def test_other_bad_arguments_are_refused() -> None:
         exit_rates_by_class(random_outputs(labels=None), 0.5)
     with pytest.raises(ExitkitError, match="bins=0 must be"):
         reliability(random_outputs(), 0)
-    with pytest.raises(ExitkitError, match="confidence=2 between 0 and 1"):
+    with pytest.raises(ExitkitError, match="confidence=2 must be a number between 0 and 1"):
         bootstrap(random_outputs(), lambda o: 0.0, confidence=2)
 
 

@@ -183,13 +183,13 @@ def test_stages_carry_every_scale(paper: exitkit.MultiExitModel, net: MSDNet) ->
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"num_classes": 0}, "num_classes=0 is not a positive integer"),
-        ({"layers": 24.0}, r"layers=24\.0 is not"),
-        ({"layers": True}, "layers=True is not"),
-        ({"growth": -6}, "growth=-6 is not"),
-        ({"channels": "16"}, "channels='16' is not"),
-        ({"growth_factors": (1, 0, 4)}, r"growth_factors\[1\]=0 is not"),
-        ({"bottleneck_factors": (1, 2, 0.5)}, r"bottleneck_factors\[2\]=0\.5 is not"),
+        ({"num_classes": 0}, "num_classes=0 must be a whole number at least 1"),
+        ({"layers": 24.0}, r"layers=24\.0 must be a whole number"),
+        ({"layers": True}, "layers=True must be a whole number"),
+        ({"growth": -6}, "growth=-6 must be a whole number"),
+        ({"channels": "16"}, "channels='16' must be a whole number"),
+        ({"growth_factors": (1, 0, 4)}, r"growth_factors\[1\]=0 must be a whole number"),
+        ({"bottleneck_factors": (1, 2, 0.5)}, r"bottleneck_factors\[2\]=0\.5 must be a whole number"),
         (
             {"growth_factors": (1, 2)},
             r"growth_factors=\(1, 2\) and bottleneck_factors=\(1, 2, 4\).*one number per scale",

@@ -71,10 +71,10 @@ def test_compaction_pays_where_the_next_step_gets_faster_by_more_than_it_takes()
 
 
 def test_an_exit_gains_what_the_leavers_would_have_cost() -> None:
-    # A tenth of 20 leaves at exit 0: of the 4 + 20 seconds behind it 2.4 are saved, and its own 0.5 are paid.
-    assert PLAN.gain(0, 20) == pytest.approx(2.4 - 0.5)
+    # A tenth of 20 leaves at exit 0: of the 4 + 20 seconds behind it 2.4 are saved; its head and its decision are paid.
+    assert PLAN.gain(0, 20) == pytest.approx(2.4 - 0.5 - 2e-5)
     # Of the 18 that come to exit 1, 10 leave: 18 seconds behind it, and its head takes 1.8.
-    assert PLAN.gain(1, 20) == pytest.approx(18 * 5 / 9 - 1.8)
+    assert PLAN.gain(1, 20) == pytest.approx(18 * 5 / 9 - 1.8 - 3e-5)
 
 
 class _Never(Timings):
@@ -176,26 +176,29 @@ def between(sizes: Sequence[int], values: Sequence[float], batch: int) -> float:
 
 
 def skipped_by_hand(timings: Timings, scores: list[list[float]], taus: Sequence[float]) -> tuple[int, ...]:
-    """Exits whose heads take at least as long as those that leave there would take further on."""
+    """Exits whose heads and decisions take at least as long as those that leave there would take further on."""
     left = [next((m for m, tau in enumerate(taus) if row[m] > tau), len(taus)) for row in scores]
     skipped = []
     for exit_ in range(len(taus)):
         come, leave = sum(m >= exit_ for m in left), left.count(exit_)
         size = max(come, 1)
         behind = sum(between(timings.sizes, seconds, size) for seconds in timings.seconds[exit_ + 1 :])
-        if behind * leave / size <= between(timings.sizes, timings.heads[exit_], size):
+        if behind * leave / size <= between(timings.sizes, timings.heads[exit_], size) + timings.decisions[exit_]:
             skipped.append(exit_)
     return tuple(skipped)
 
 
-def timed(engine: exitkit.Engine, seconds: Sequence[float], heads: Sequence[float]) -> exitkit.Engine:
-    """The engine as if its steps and heads had taken these times, at any batch size alike."""
+def timed(
+    engine: exitkit.Engine, seconds: Sequence[float], heads: Sequence[float], growth: Sequence[float] = (1.0, 1.0, 1.0)
+) -> exitkit.Engine:
+    """The engine as if its steps and heads had taken these times at 1, 16 and 64 samples, each times its growth."""
     assert engine.measured is not None
-    count = len(engine.measured.timings.sizes)
-    timings = replace(
-        engine.measured.timings,
-        seconds=tuple((one,) * count for one in seconds),
-        heads=tuple((one,) * count for one in (*heads, 0.0)),
+    timings = Timings(
+        sizes=(1, 16, 64),
+        seconds=tuple(tuple(one * factor for factor in growth) for one in seconds),
+        heads=tuple(tuple(one * factor**2 for factor in growth) for one in (*heads, 0.0)),
+        gathers=((1e-3,) * 3,) * len(seconds),
+        decisions=(1e-3,) * len(heads),
     )
     return replace(engine, measured=replace(engine.measured, timings=timings))
 
@@ -210,7 +213,7 @@ def test_what_is_left_out_follows_from_times_and_scores_at_every_threshold(
 ) -> None:
     scores = outputs.scores()[:64, :-1].tolist()
     for engine in (
-        skipping,
+        timed(skipping, (1.0, 0.5, 0.5, 1.0), (0.2, 0.1, 0.3), growth=(1.0, 1.2, 2.0)),
         timed(skipping, (4.0, 3.0, 2.0, 1.0), (0.5, 1.2, 0.01)),
         timed(skipping, (1.0, 1.0, 1.0, 1.0), (0.9, 0.5, 0.2)),
     ):

@@ -6,13 +6,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 import exitkit
-from exitkit import ExitkitError
+from exitkit import ExitkitError, FileError
 from exitkit.evaluation import ChosenThreshold, ExitOutputs, ShiftMonitor
 from exitkit.methods.policy import ExitPolicy
+from tests.saved_exits import edit
 from tests.toy import TinyNet, images, noisy
 
 
@@ -60,7 +62,8 @@ def test_thresholds_per_exit_come_back(ee: exitkit.MultiExitModel, outputs: Exit
     labelled = outputs.against_backbone()
     ee.save_pretrained(tmp_path, threshold=(0.5, 0.9, 0.7), outputs=labelled)
     again = exitkit.MultiExitModel.from_pretrained(ee.backbone, tmp_path, images())
-    assert again.threshold == ExitPolicy((0.5, 0.9, 0.7), "confidence")
+    assert again.threshold == (0.5, 0.9, 0.7)
+    assert again.policy == ExitPolicy((0.5, 0.9, 0.7), "confidence")
     exits = labelled.exits_at((0.5, 0.9, 0.7))
     accuracy = labelled.correct[range(600), exits].double().mean()
     assert (
@@ -175,11 +178,13 @@ def test_without_an_exit_the_others_stay_as_they_are(ee: exitkit.MultiExitModel)
         ee.exits[0].macs, ee.exits[2].macs - head, ee.exits[3].macs - head
     ]  # fmt: skip
     assert len(exitkit.compile(pruned, 0.5)(images(4)).exit) == 4
+    counted = ee.prune_exits(np.array([1]))
+    assert [exit_.name for exit_ in counted.exits] == [exit_.name for exit_ in pruned.exits]
 
 
-@pytest.mark.parametrize("exits", [[0, 1, 2], [3], [-1], ["blocks.0"]])
+@pytest.mark.parametrize("exits", [[0, 1, 2], [3], [-1], ["blocks.0"], 1, "1", [True]])
 def test_exits_that_cannot_be_taken_out(ee: exitkit.MultiExitModel, exits: Any) -> None:
-    with pytest.raises(ExitkitError, match=r"must be some, not all, of the exits 0 to 2"):
+    with pytest.raises(ExitkitError, match=r"exits=.*some, not all, of the exits 0 to 2"):
         ee.prune_exits(exits)
 
 
@@ -187,3 +192,136 @@ def test_exits_that_read_one_another_stay() -> None:
     ee = exitkit.attach(TinyNet().eval(), images(), method="ztw")
     with pytest.raises(ExitkitError, match=r"read one another.*at= naming the others"):
         ee.prune_exits([1])
+
+
+# one policy per model ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def own() -> exitkit.MultiExitModel:
+    """A model that a test may change."""
+    torch.manual_seed(0)
+    return noisy(exitkit.attach(TinyNet().eval(), images(), head="conv", method="sdn"))
+
+
+def test_a_threshold_is_read_as_it_is_written_shortest(own: exitkit.MultiExitModel, chosen: ChosenThreshold) -> None:
+    margin = ExitPolicy((0.5,) * 3, "margin")
+    divided = ExitPolicy((0.5,) * 3, "confidence", (1.0, 2.0, 1.0, 1.0))
+    for given, read in (
+        (0.5, 0.5),
+        ((0.5,) * 3, 0.5),
+        ((0.5, 0.9, 0.7), (0.5, 0.9, 0.7)),
+        (ExitPolicy((0.5,) * 3, "confidence"), 0.5),
+        (margin, margin),
+        (divided, divided),
+        (chosen, chosen),
+        (None, None),
+    ):
+        own.threshold = given
+        policy = own.policy
+        assert own.threshold == read
+        own.threshold = own.threshold  # nothing is lost on the way
+        assert own.policy == policy
+    own.threshold = 0.5
+    assert own.bfloat16().threshold == 0.5
+
+
+@pytest.mark.parametrize(
+    ("policy", "message"),
+    [
+        (ExitPolicy((0.5,), "confidence"), "policy for 1 exits; here are 3"),
+        (ExitPolicy((-0.5,) * 3, "tolerance"), "tolerance"),
+        ("high", "threshold='high' must be a number"),
+    ],
+)
+def test_a_policy_for_other_exits_never_becomes_the_models(
+    own: exitkit.MultiExitModel, policy: Any, message: str, tmp_path: Path
+) -> None:
+    own.threshold = 0.5
+    for name in ("policy", "threshold"):
+        with pytest.raises(ExitkitError, match=message):
+            setattr(own, name, policy)
+    own.save_pretrained(tmp_path)
+    assert exitkit.MultiExitModel.from_pretrained(own.backbone, tmp_path, images()).policy == own.policy
+    assert own.threshold == 0.5
+
+
+def test_a_saved_policy_for_other_exits_is_a_damaged_file(own: exitkit.MultiExitModel, tmp_path: Path) -> None:
+    own.save_pretrained(tmp_path, threshold=0.5)
+    edit(tmp_path, policy=ExitPolicy((0.5,), "confidence").to_dict())
+    with pytest.raises(FileError, match="policy for 1 exits; here are 3"):
+        exitkit.MultiExitModel.from_pretrained(own.backbone, tmp_path, images())
+
+
+def test_a_guarantee_is_neither_saved_nor_loaded_in_another_precision(
+    own: exitkit.MultiExitModel, chosen: ChosenThreshold, tmp_path: Path
+) -> None:
+    own.save_pretrained(tmp_path / "float32", threshold=chosen)
+    own.policy = chosen
+    own.bfloat16()
+    with pytest.raises(ExitkitError, match="with dtype 'float32', but these have 'bfloat16'"):
+        own.save_pretrained(tmp_path / "bfloat16")
+    torch.manual_seed(0)
+    other = TinyNet().eval().double()
+    with pytest.warns(UserWarning, match="guaranteed in float32, and this backbone is in float64"):
+        again = exitkit.MultiExitModel.from_pretrained(other, tmp_path / "float32", images().double())
+    assert again.policy is None
+
+
+# precision -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"dtype": 5}, "dtype=5 must be"),
+        ({"dtype": "bananas"}, "dtype='bananas' is unknown"),
+        ({"guarantee": 5}, "guarantee=5 must be"),
+    ],
+)
+def test_a_policy_without_sense_is_refused(chosen: ChosenThreshold, changes: Any, message: str) -> None:
+    with pytest.raises(ExitkitError, match=message):
+        replace(chosen, **changes)
+
+
+def test_outputs_in_no_precision_are_refused(outputs: ExitOutputs) -> None:
+    with pytest.raises(ExitkitError, match="dtype='bananas' is unknown"):
+        replace(outputs, dtype="bananas")
+
+
+def test_other_thresholds_are_as_many_as_there_are_exits() -> None:
+    policy = ExitPolicy((0.5, 0.6), "margin", (1.0, 2.0, 3.0))
+    assert policy.at(0.1, 0.2) == ExitPolicy((0.1, 0.2), "margin", (1.0, 2.0, 3.0))
+    for values in ((0.1, 0.2, 0.3), (), ("high",), (policy,)):
+        with pytest.raises(ExitkitError, match=r"threshold.*(has 3 values|must be a number)"):
+            policy.at(*values)
+
+
+def test_an_engine_stays_in_its_precision(ee: exitkit.MultiExitModel) -> None:
+    """A threshold without a guarantee is taken from any precision, as by compile; the engine computes in its own."""
+    engine = exitkit.compile(ee, 0.5).at(ExitPolicy((0.8,) * 3, "confidence", dtype="float64"))
+    assert engine.policy == ExitPolicy((0.8,) * 3, "confidence", dtype="float32")
+
+
+def test_a_monitor_of_outputs_in_another_precision_is_refused(
+    own: exitkit.MultiExitModel, outputs: ExitOutputs, chosen: ChosenThreshold
+) -> None:
+    half = own.bfloat16()
+    collected = exitkit.collect(half, [images(600).bfloat16()])
+    for policy in (0.8, ExitPolicy((0.8,) * 3, "confidence", dtype="bfloat16")):
+        monitor = ShiftMonitor(outputs, policy)  # of float32 outputs, whatever the policy says
+        for use in (lambda m: exitkit.compile(half, 0.8, monitor=m), exitkit.compile(half, 0.8).watched):
+            with pytest.raises(ExitkitError, match=r"monitor is for scores with dtype 'float32', but .*'bfloat16'"):
+                use(monitor)
+    assert exitkit.compile(half, 0.8, monitor=ShiftMonitor(collected, 0.8)).monitor is not None
+
+
+def test_outputs_in_another_precision_do_not_show_what_was_guaranteed(
+    outputs: ExitOutputs, chosen: ChosenThreshold
+) -> None:
+    """As a curve, compile and export refuse it; its numbers alone may be tried on any outputs."""
+    other = replace(outputs.against_backbone(), dtype="bfloat16")
+    for use in (other.at, other.exits_at, other.exit_rates, lambda threshold: ShiftMonitor(other, threshold)):
+        with pytest.raises(ExitkitError, match="with dtype 'float32', but these have 'bfloat16'"):
+            use(chosen)
+    assert other.at(chosen.threshold).cost == pytest.approx(chosen.cost)

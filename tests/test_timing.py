@@ -142,7 +142,7 @@ def test_only_engines_and_whole_batches_are_timed() -> None:
     for given, batches, message in (
         (None, [1], "engine is NoneType"),
         (engine, [0], r"batches=\[0\] must be"),
-        (engine, [], "batches=.* must be"),
+        (engine, [], "batches.* must be"),
         (engine, 4, "batches=4 must be"),
     ):
         with pytest.raises(ExitkitError, match=message):

@@ -5,15 +5,15 @@ from __future__ import annotations
 import math
 import threading
 from collections import deque
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Annotated, Any
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
 from exitkit.calibration.shift_test import Gamblers, Positions, equal_cuts
-from exitkit.common.checks import is_number
+from exitkit.common.checks import Bounds, Share, check
 from exitkit.common.errors import ArgumentError
 from exitkit.evaluation.outputs import ExitOutputs
 from exitkit.methods.criteria import Criterion
@@ -104,13 +104,12 @@ class ShiftMonitor:
             raise ArgumentError(
                 f"outputs is {type(outputs).__name__}; give those that the threshold was calibrated on"
             )
-        if not isinstance(window, int) or window < 20:
-            raise ArgumentError(f"window={window!r} must be a whole number of samples, at least 20; 500 is usual")
-        if not is_number(false_alarm) or not 0 < false_alarm < 1:
-            raise ArgumentError(f"false_alarm={false_alarm!r} must lie between 0 and 1, both excluded; 1e-4 is usual")
-        self.policy = outputs.policy(threshold, criterion)
-        self._exits = outputs.exits_at(self.policy)
-        scores = outputs.under(self.policy).scores(self.policy.criterion).numpy()
+        check("window", window, Annotated[int, Bounds(least=20)], "500 is usual")
+        check("false_alarm", false_alarm, Share, "1e-4 is usual")
+        policy = outputs.policy(threshold, criterion)
+        self._exits = outputs.exits_at(policy)
+        scores = outputs.under(policy).scores(policy.criterion).numpy()
+        self.policy = replace(policy, dtype=outputs.dtype)  # the scores that are compared are of the outputs
         self._scores = scores[np.arange(len(outputs)), self._exits]
         self._last_exit = len(outputs.macs) - 1
         self._places = Positions(self._exits, self._scores, self._last_exit)
@@ -120,7 +119,7 @@ class ShiftMonitor:
             "scores": Gamblers(equal_cuts(gaps), gaps),
         }
         self._false_alarm = false_alarm
-        self._step = window // 2
+        self._step = int(window) // 2
         self._recent: deque[tuple[int, float]] = deque(maxlen=2 * self._step)
         self._samples = 0
         self._fired_at: int | None = None

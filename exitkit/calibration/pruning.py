@@ -8,6 +8,7 @@ from itertools import pairwise
 
 import numpy as np
 
+from exitkit.common.checks import Count, NonNegative, Positive, check, checked_each
 from exitkit.common.errors import ArgumentError
 from exitkit.evaluation.curve import Curve
 from exitkit.evaluation.outputs import ExitOutputs, check_outputs
@@ -34,11 +35,15 @@ def exits_that_do_not_pay(
         budgets: shares of the backbone's MACs; one that cannot be kept without an exit makes that exit pay.
 
     Raises:
-        ArgumentError: another number of heads than exits, heads that cost more than their exits, or no labels.
+        ArgumentError: another number of heads than exits, heads that cost more than their exits, no budgets or one that is
+            not a positive number, or no labels.
     """
     check_outputs(outputs)
     exits = len(outputs.macs) - 1
-    if len(heads) != exits or not all(head >= 0 for head in heads):
+    heads = checked_each("heads", heads, NonNegative, "the MACs of each exit's head")
+    budgets = checked_each("budgets", budgets, Positive, "shares of the backbone's MACs")
+    check("len(budgets)", len(budgets), Count)
+    if len(heads) != exits:
         raise ArgumentError(f"heads={list(heads)!r} must hold {exits} costs in MACs, of each exit's head")
     left, idle = list(range(exits)), []
     while len(left) > 1:

@@ -13,6 +13,7 @@ import math
 from dataclasses import dataclass, fields
 from functools import cache
 from numbers import Integral, Real
+from os import PathLike
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, TypeGuard, Union, get_args, get_origin, get_type_hints
 
@@ -53,6 +54,8 @@ Index = Annotated[int, Bounds(least=0)]
 Positive = Annotated[float, Bounds(above=0)]
 NonNegative = Annotated[float, Bounds(least=0)]
 Share = Annotated[float, Bounds(above=0, below=1)]
+PATH: Any = str | PathLike
+"""The name of a file or folder."""
 
 
 def check(name: str, value: Any, kind: Any, remedy: str = "") -> None:
@@ -69,12 +72,26 @@ def check(name: str, value: Any, kind: Any, remedy: str = "") -> None:
         ArgumentError: the name, the value, what is allowed, and the remedy.
     """
     names = [name for one in members_of(kind) if get_origin(one) is Literal for name in get_args(one)]
-    if any(_fits(value, one) for one in members_of(kind)):
+    if _is_one_of(value, kind):
         return
     if names and all(isinstance(one, str) for one in names) and isinstance(value, str):
         raise unknown_name(name, value, names, remedy)
-    allowed = " or ".join(dict.fromkeys(_words(one) for one in members_of(kind)))
-    raise ArgumentError(f"{name}={value!r} must be {allowed}{f'; {remedy}' if remedy else ''}")
+    raise ArgumentError(f"{name}={value!r} must be {_allowed(kind)}{_after(remedy)}")
+
+
+def checked_each(name: str, values: Any, kind: Any, remedy: str = "") -> tuple[Any, ...]:
+    """Several values, or none, each of the declared kind; arguments are those of :func:`check`.
+
+    Raises:
+        ArgumentError: a single value, a text, or one among them that does not fit.
+    """
+    try:
+        given = None if isinstance(values, str | bytes) else tuple(values)
+    except TypeError:
+        given = None
+    if given is None or not all(_is_one_of(value, kind) for value in given):
+        raise ArgumentError(f"{name}={values!r} must be a list, each {_allowed(kind)}{_after(remedy)}")
+    return given
 
 
 def check_fields(owner: Any, prefix: str = "") -> None:
@@ -100,6 +117,18 @@ def members_of(kind: Any) -> tuple[Any, ...]:
     if get_origin(kind) in (Union, UnionType):
         return tuple(inner for member in get_args(kind) for inner in members_of(member))
     return (kind,)
+
+
+def _is_one_of(value: Any, kind: Any) -> bool:
+    return any(_fits(value, one) for one in members_of(kind))
+
+
+def _allowed(kind: Any) -> str:
+    return " or ".join(dict.fromkeys(_words(one) for one in members_of(kind)))
+
+
+def _after(remedy: str) -> str:
+    return f"; {remedy}" if remedy else ""
 
 
 def _fits(value: Any, kind: Any) -> bool:

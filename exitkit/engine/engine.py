@@ -13,7 +13,7 @@ from torch import Tensor
 
 from exitkit.calibration.monitor import ShiftMonitor
 from exitkit.common.batches import check_iterable, split_batch
-from exitkit.common.checks import Count, check, is_number
+from exitkit.common.checks import Count, check, checked_each, is_number
 from exitkit.common.console import make_console
 from exitkit.common.errors import ArgumentError
 from exitkit.engine.loop import Loop, Prediction
@@ -81,18 +81,24 @@ class Engine:
         """
         policy = as_policy(threshold, self.policy)
         check_same_scores(policy, self.policy)
-        loop = replace(self.loop, policy=policy)
+        loop = replace(self.loop, policy=replace(policy, dtype=self.policy.dtype))
         return planned(replace(self, loop=loop, monitor=None))
 
     def watched(self, monitor: ShiftMonitor) -> Engine:
         """The same engine, which tells ``monitor`` of every answer.
 
         Raises:
-            ArgumentError: a monitor of another policy than the engine's, so that all answers would look like a shift.
+            ArgumentError: a monitor of another policy or precision than the engine's, so that all answers would look like a
+                shift.
         """
         if not isinstance(monitor, ShiftMonitor):
             raise ArgumentError(f"monitor is {type(monitor).__name__}; give a ShiftMonitor of the calibration outputs")
         check_same_scores(replace(monitor.policy, guarantee=None), self.policy, "monitor")
+        if monitor.policy.dtype != self.policy.dtype:
+            raise ArgumentError(
+                f"monitor is for scores with dtype {monitor.policy.dtype!r}, but the engine's have {self.policy.dtype!r}; "
+                "collect its outputs with the model that the engine was compiled from"
+            )
         if monitor.policy.thresholds != self.thresholds:
             raise ArgumentError(
                 f"monitor is for τ = {monitor.policy.shown()}, but the engine has {self.policy.shown()}, so that all answers "
@@ -127,10 +133,9 @@ class Engine:
         """
         args, kwargs = as_call(split_batch(samples)[0])
         tensors = self.inputs.checked(args, kwargs)
-        for size in sizes or ():
-            check("sizes", size, Count)
+        chosen = None if sizes is None else checked_each("sizes", sizes, Count)
         with torch.inference_mode():
-            self.loop.warm(tensors, sizes)
+            self.loop.warm(tensors, chosen)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Prediction:
         """Answer a batch. Takes what the model takes, of the sizes it was attached with, and any number of samples.

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from exitkit.common.batches import split_batch
+from exitkit.common.checks import Count, check, checked_each
 from exitkit.common.errors import ArgumentError
 from exitkit.engine.engine import Engine, with_every_exit
 from exitkit.evaluation.exit_times import ExitTimes
@@ -39,10 +40,10 @@ def time_exits(engine: Engine, samples: Any, batches: Sequence[int] = (1, 64)) -
     """
     if not isinstance(engine, Engine):
         raise ArgumentError(f"engine is {type(engine).__name__}; give what exitkit.compile or exitkit.load returned")
-    if not isinstance(batches, Sequence) or not batches or not all(isinstance(n, int) and n > 0 for n in batches):
-        raise ArgumentError(f"batches={batches!r} must be whole numbers of at least 1, such as [1, 64]")
+    sizes = checked_each("batches", batches, Count, "such as [1, 64]")
+    check("len(batches)", len(sizes), Count)
     given = Example.of(split_batch(samples)[0])
-    return tuple(_times(engine, given.with_batch(size)) for size in batches)
+    return tuple(_times(engine, given.with_batch(int(size))) for size in sizes)
 
 
 def _times(engine: Engine, example: Example) -> ExitTimes:

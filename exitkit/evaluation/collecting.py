@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from exitkit.common.batches import check_labels, checked, move, split_batch
+from exitkit.common.checks import PATH, check
 from exitkit.common.errors import ArgumentError
 from exitkit.common.hashes import hash_samples
 from exitkit.evaluation.outputs import ExitOutputs
@@ -40,6 +41,7 @@ def collect(model: MultiExitModel, loader: Iterable[Any], path: str | Path | Non
     """
     if not isinstance(model, MultiExitModel):
         raise ArgumentError(f"model is {type(model).__name__}; collect takes what exitkit.attach(model) returns")
+    check("path", path, PATH | None)
     if path is None or model.regression:
         kept: list[Tensor] = []
         collected = _run(model, loader, kept.append).outputs(torch.cat(kept))

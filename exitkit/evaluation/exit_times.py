@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from exitkit.common.checks import numbers_in
+from exitkit.common.checks import Count, check, numbers_in
 from exitkit.common.errors import ArgumentError
 
 
@@ -34,8 +34,8 @@ class ExitTimes:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "milliseconds", tuple(checked_times(self.milliseconds).tolist()))
-        if not isinstance(self.batch, int) or self.batch < 1:
-            raise ArgumentError(f"batch={self.batch!r} must be a whole number of samples, at least 1")
+        check("batch", self.batch, Count)
+        object.__setattr__(self, "batch", int(self.batch))  # a numpy integer cannot be written as JSON
         if not isinstance(self.device, str) or not isinstance(self.hardware, str):
             raise ArgumentError(f"device={self.device!r}, hardware={self.hardware!r} must be names, such as 'cuda'")
 

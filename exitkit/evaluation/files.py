@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from exitkit.common.checks import Positive
+from exitkit.common.checks import PATH, Positive, check
 from exitkit.common.errors import ArgumentError, FileError
 from exitkit.common.files import replacing
 from exitkit.common.hashes import digest
@@ -44,6 +44,7 @@ class _Settings:
 
 def save_outputs(outputs: ExitOutputs, path: str | Path, form: str, half: bool) -> None:
     """See :meth:`exitkit.ExitOutputs.save`."""
+    check("path", path, PATH)
     tensors = {"log_probs": outputs.log_probs.half() if half else outputs.log_probs, "macs": outputs.macs}
     for name in ("labels", "hashes"):
         if (tensor := getattr(outputs, name)) is not None:
@@ -67,6 +68,7 @@ def load_fields(path: str | Path, form: str, kind: str) -> dict[str, Any]:
         FileError: no such file, a damaged one, or one that exitkit did not write.
         ArgumentError: outputs of the other kind.
     """
+    check("path", path, PATH)
     header, tensors = _read(path)
     found = header.get("format")
     if _OLDER.get(str(found), found) == REGRESSION != form:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from exitkit.common.checks import Count, check
+from exitkit.common.checks import Count, Index, Share, check
 from exitkit.common.errors import ArgumentError
 from exitkit.evaluation.outputs import ExitOutputs, check_outputs
 from exitkit.methods.policy import Threshold
@@ -129,15 +129,18 @@ def bootstrap(
     Such as ``bootstrap(outputs, lambda o: o.curve().at_budget(0.5).accuracy)``.
 
     Raises:
-        ArgumentError: fewer than two samples, no resamples, or a confidence outside (0, 1).
+        ArgumentError: not outputs, fewer than two samples, no function, no resamples, a confidence outside (0, 1), or a
+            seed below 0.
     """
     from scipy import stats
 
-    if len(outputs) < 2 or resamples < 1 or not 0 < confidence < 1:
-        raise ArgumentError(
-            f"resamples={resamples!r} must be at least 1, confidence={confidence!r} between 0 and 1, and the outputs, "
-            f"{len(outputs)} samples, at least 2"
-        )
+    check_outputs(outputs)
+    check("statistic", statistic, Callable, "such as lambda o: o.curve().auc()")
+    check("resamples", resamples, Count)
+    check("confidence", confidence, Share)
+    check("seed", seed, Index)
+    if len(outputs) < 2:
+        raise ArgumentError(f"outputs hold {len(outputs)} sample; an interval needs at least 2")
     result = stats.bootstrap(
         (np.arange(len(outputs)),),
         lambda rows: statistic(outputs[rows]),

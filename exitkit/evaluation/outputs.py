@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from exitkit.common.batches import check_labels
-from exitkit.common.checks import positive
+from exitkit.common.checks import check, checked_each, positive
 from exitkit.common.errors import ArgumentError, ExitkitError, FileError
 from exitkit.evaluation.curve import BudgetPoint, Curve, sweep
 from exitkit.evaluation.exit_times import ExitTimes, checked_times
@@ -23,6 +23,7 @@ from exitkit.evaluation.log_probs import CHUNK, by_chunks, normalised
 from exitkit.methods.criteria import Criterion, as_criterion
 from exitkit.methods.policy import (
     ExitPolicy,
+    Precision,
     Temperatures,
     Threshold,
     as_policy,
@@ -60,7 +61,7 @@ class ExitOutputs:
         timings: what answering takes on some devices (:meth:`timed`), for budgets in milliseconds.
 
     Raises:
-        ArgumentError: shapes that do not fit together, NaN, labels out of range, or costs that fall.
+        ArgumentError: shapes that do not fit together, NaN, labels out of range, costs that fall, or an unknown dtype.
     """
 
     log_probs: Tensor
@@ -89,6 +90,7 @@ class ExitOutputs:
             )
         object.__setattr__(self, "macs", macs)
         object.__setattr__(self, "criterion", as_criterion(self.criterion).name)
+        check("dtype", self.dtype, Precision)
         if not 0 < self.backbone_macs < float("inf"):
             raise ArgumentError(
                 f"backbone_macs={self.backbone_macs!r} must be positive: MACs of the unmodified backbone"
@@ -178,9 +180,10 @@ class ExitOutputs:
         ``outputs.curve().at_budget(ms=3.0, device="cuda", batch=64)`` then finds a threshold for a time; they are saved too.
 
         Raises:
-            ArgumentError: times of another number of exits.
+            ArgumentError: not times, or times of another number of exits.
         """
-        merged = {one.place: one for one in (*self.timings, *times)}
+        given = checked_each("times", times, ExitTimes, "give what exitkit.time_exits returned")
+        merged = {one.place: one for one in (*self.timings, *given)}
         return replace(self, timings=tuple(merged.values()))
 
     def accuracy(self) -> NDArray[np.float64]:
@@ -214,10 +217,11 @@ class ExitOutputs:
         """These outputs with a policy's temperatures, where they have none.
 
         Raises:
-            ArgumentError: a policy without temperatures or with others, where these outputs have some.
+            ArgumentError: a policy without temperatures or with others, where these outputs have some; a guarantee for
+                another precision than these outputs', on which it says nothing.
         """
         outputs = self if policy.temperatures is None or self.temperatures else self.calibrated(policy.temperatures)
-        check_same_scores(replace(policy, guarantee=None), outputs.policy(policy.thresholds, policy.criterion))
+        check_same_scores(policy, outputs.policy(policy.thresholds, policy.criterion))
         return outputs
 
     def exits_at(self, threshold: Threshold, criterion: str | Criterion | None = None) -> NDArray[np.int64]:
@@ -228,7 +232,7 @@ class ExitOutputs:
             criterion: the score that plain numbers are compared with; by default that of these outputs.
 
         Raises:
-            ArgumentError: as :meth:`policy`, or a policy for other temperatures than these outputs have.
+            ArgumentError: as :meth:`policy` and :meth:`under`.
         """
         policy = self.policy(threshold, criterion)
         scores = self.under(policy).scores(policy.criterion)[:, :-1]

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from exitkit.common.checks import is_count
+from exitkit.common.checks import Count, Index, check
 from exitkit.common.errors import ArgumentError
 from exitkit.evaluation.curve import Curve, sweep
 from exitkit.evaluation.metrics import Interval
@@ -83,10 +83,8 @@ def paired_tests(
     if not isinstance(outputs, Mapping) or len(outputs) < 2:
         given = list(outputs) if isinstance(outputs, Mapping) else type(outputs).__name__
         raise ArgumentError(f"outputs={given}: give a dict of at least two, by name")
-    if not is_count(resamples) or not isinstance(seed, int) or seed < 0:
-        raise ArgumentError(
-            f"resamples={resamples!r} must be a whole number of at least 1, and seed={seed!r} of at least 0"
-        )
+    check("resamples", resamples, Count)
+    check("seed", seed, Index)
     check_comparable(outputs)
     pairs = [_pair(one, two, outputs, budget, resamples, seed) for one, two in combinations(outputs, 2)]
     return PairedTests(tuple(pairs))

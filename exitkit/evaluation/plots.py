@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
+from exitkit.common.checks import PATH, check
 from exitkit.common.errors import ArgumentError
 from exitkit.common.files import replacing
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 Array = NDArray[np.float64]
 
 
+@runtime_checkable
 class Points(Protocol):
     """What is drawn of a curve: cost and accuracy, point by point, cheapest first."""
 
@@ -40,6 +42,9 @@ def plot_curves(curves: Mapping[str, Points], path: str | Path, measure: str = "
 
 def curves_figure(curves: Mapping[str, Points], measure: str = "accuracy") -> Figure:
     """What :func:`plot_curves` writes."""
+    check("curves", curves, Mapping, "give curves by name: {'ztw': outputs.curve()}")
+    for name, curve in curves.items():
+        check(f"curves[{name!r}]", curve, Points, "give outputs.curve()")
     if not curves:
         raise ArgumentError("curves={} is empty; give at least one curve by name")
     figure = new_figure()
@@ -60,6 +65,7 @@ def plot_hindsight(improvability: Mapping[str, Array], path: str | Path) -> None
 
 def hindsight_figure(improvability: Mapping[str, Array]) -> Figure:
     """What :func:`plot_hindsight` writes."""
+    check("improvability", improvability, Mapping, "give outputs.hindsight_improvability() by name")
     from matplotlib.ticker import MaxNLocator
 
     figure = new_figure()
@@ -92,6 +98,7 @@ def labelled(axes: Axes, xlabel: str, ylabel: str) -> Axes:
 
 def write_figure(figure: Figure, path: str | Path) -> None:
     """Write a picture in the format of the path's suffix."""
+    check("path", path, PATH)
     formats = figure.canvas.get_supported_filetypes()
     if Path(path).suffix.lstrip(".").lower() not in formats:
         raise ArgumentError(

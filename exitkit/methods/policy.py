@@ -5,17 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 from torch import Tensor
 
-from exitkit.common.checks import is_number, numbers_in
+from exitkit.common.checks import check, check_fields, is_number, numbers_in
 from exitkit.common.errors import ArgumentError
 from exitkit.common.schema import build
 from exitkit.methods.criteria import Criterion, as_criterion
 
 Temperatures = tuple[float, ...]
+Precision = Literal["float32", "float16", "bfloat16", "float64"]
+"""What a model may compute in, by torch's name."""
 
 
 class FittedTemperatures(Temperatures):
@@ -67,12 +69,12 @@ class ExitPolicy:
         thresholds: τ of each exit before the backbone.
         criterion: the score that they are compared with, by name.
         temperatures: (M+1,) what each exit's logits are divided by before they are scored, the backbone's last, or None.
-        dtype: what the model computed in where they were found, ``"float32"``.
+        dtype: what the model computed in where they were found: one of :data:`Precision`.
         guarantee: what they promise, or None.
 
     Raises:
-        ArgumentError: values that are not numbers, an unknown criterion, temperatures of another number of exits or that
-            are not positive.
+        ArgumentError: values that are not numbers, an unknown criterion or dtype, temperatures of another number of exits
+            or that are not positive, a guarantee of another type.
     """
 
     thresholds: tuple[float, ...]
@@ -87,6 +89,8 @@ class ExitPolicy:
         if self.temperatures is not None:
             given = checked_temperatures(self.temperatures, len(self.thresholds) + 1)
             object.__setattr__(self, "temperatures", given)
+        check_fields(self)
+        check("dtype", self.dtype, Precision)
 
     @property
     def score(self) -> Criterion:
@@ -118,9 +122,13 @@ class ExitPolicy:
         return self.guarantee is not None and self.guarantee.found
 
     def at(self, *thresholds: float) -> ExitPolicy:
-        """The same scores with other thresholds, one for all exits or one for each; nothing is guaranteed for them."""
-        every = thresholds * len(self.thresholds) if len(thresholds) == 1 else thresholds
-        return replace(self, thresholds=every, guarantee=None)
+        """The same scores with other thresholds, one for all exits or one for each; nothing is guaranteed for them.
+
+        Raises:
+            ArgumentError: another number of them, or values that are not numbers.
+        """
+        values = _thresholds(thresholds)
+        return as_policy(values[0] if len(values) == 1 else values, self)
 
     def shown(self, digits: int = 6) -> str:
         """The thresholds in a few digits."""

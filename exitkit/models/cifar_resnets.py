@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from exitkit.common.checks import is_count
 from exitkit.common.errors import ArgumentError, FileError
 
 
@@ -40,7 +41,7 @@ class CifarResNet(nn.Module):
 
     def __init__(self, depth: int, num_classes: int = 10) -> None:
         super().__init__()
-        if not isinstance(depth, int) or depth < 8 or (depth - 2) % 6:
+        if not is_count(depth) or depth < 8 or (depth - 2) % 6:
             raise ArgumentError(f"depth={depth!r} is not 6n + 2; use 20, 32, 44, 56, 110, ...")
         blocks = (depth - 2) // 6
         self.conv1 = nn.Conv2d(3, 16, 3, padding=1, bias=False)

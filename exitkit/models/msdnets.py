@@ -9,6 +9,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
+from exitkit.common.checks import Count, check
 from exitkit.common.errors import ArgumentError
 
 
@@ -164,8 +165,7 @@ def _check(
     numbers |= {f"growth_factors[{i}]": factor for i, factor in enumerate(factors)}
     numbers |= {f"bottleneck_factors[{i}]": factor for i, factor in enumerate(bottlenecks)}
     for name, number in numbers.items():
-        if not isinstance(number, int) or isinstance(number, bool) or number < 1:
-            raise ArgumentError(f"{name}={number!r} is not a positive integer")
+        check(name, number, Count)
     if not factors or len(factors) != len(bottlenecks):
         raise ArgumentError(
             f"growth_factors={factors!r} and bottleneck_factors={bottlenecks!r}: give one number per scale in each"

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from os import PathLike
-from typing import TYPE_CHECKING, Any, Self, cast
+from typing import TYPE_CHECKING, Annotated, Any, Self, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from exitkit.common.checks import Bounds, checked_each
 from exitkit.common.errors import ArgumentError
 from exitkit.exits.classifiers import HeadOutput
 from exitkit.exits.gpf import Classifier, imitation_losses
@@ -42,7 +43,6 @@ class MultiExitModel(nn.Module):
     Attributes:
         exits: name and cost of each exit, the backbone's own classifier last.
         new_head: state-dict names of the backbone's last layer, where ``attach`` replaced it; it needs training too.
-        policy: when a sample leaves, as it was chosen for these exits; saved and loaded with them. None where none was.
     """
 
     def __init__(self, parts: Parts) -> None:
@@ -57,7 +57,7 @@ class MultiExitModel(nn.Module):
         self.num_classes = parts.num_classes
         self.example = parts.example
         self.new_head = parts.new_head
-        self.policy: ExitPolicy | None = None
+        self._policy: ExitPolicy | None = None
         like = _reference(self.backbone)
         self.classifiers.to(like.device, like.dtype)
         self.combiners.to(like.device)  # float32: they add up logarithms
@@ -150,7 +150,7 @@ class MultiExitModel(nn.Module):
             outputs: what :func:`exitkit.collect` returned for held-out samples with labels; then the card tells accuracies.
 
         Raises:
-            ExitkitError: a threshold that is not finite, outputs without labels or of another model.
+            ExitkitError: a threshold that is not finite or not for these exits, outputs without labels or of another model.
         """
         save_exits(self, directory, threshold, outputs)
 
@@ -222,13 +222,12 @@ class MultiExitModel(nn.Module):
         Raises:
             ExitkitError: a number that is not an exit, all exits, or exits that read one another (cascade, ensemble).
         """
-        unknown = [m for m in exits if not isinstance(m, int) or not 0 <= m < len(self.classifiers)]
-        kept = [m for m in range(len(self.classifiers)) if m not in exits]
-        if unknown or not kept:
-            raise ArgumentError(
-                f"exits={list(exits)} must be some, not all, of the exits 0 to {len(self.classifiers) - 1}; exitkit.detach "
-                "removes all of them"
-            )
+        last = len(self.classifiers) - 1
+        remedy = f"give some, not all, of the exits 0 to {last}; exitkit.detach removes all of them"
+        left_out = checked_each("exits", exits, Annotated[int, Bounds(least=0, most=last)], remedy)
+        kept = [m for m in range(last + 1) if m not in left_out]
+        if not kept:
+            raise ArgumentError(f"exits={left_out}: {remedy}")
         if self.method.cascade or self.method.past_future or self.combiners:
             raise ArgumentError(
                 f"the exits of method={self.method.name!r} read one another, so none can be left out; attach again with "
@@ -253,15 +252,34 @@ class MultiExitModel(nn.Module):
         return f"MultiExitModel({type(self.backbone).__name__}, method={self.method.name!r}, exits: {places})"
 
     @property
+    def policy(self) -> ExitPolicy | None:
+        """When a sample leaves, as it was chosen for these exits; saved and loaded with them. None where none was.
+
+        Raises:
+            ArgumentError: on setting, as :meth:`policy_for`.
+        """
+        return self._policy
+
+    @policy.setter
+    def policy(self, threshold: Threshold | None) -> None:
+        self._policy = None if threshold is None else self.policy_for(threshold)
+
+    @property
     def threshold(self) -> float | tuple[float, ...] | ExitPolicy | None:
-        """τ of the policy, or one for each exit; the policy itself where it has temperatures or a guarantee."""
-        if self.policy is None or self.policy.temperatures is not None or self.policy.guarantee is not None:
-            return self.policy
-        return self.policy.threshold
+        """The policy as it is written shortest: one τ for all exits as a number, several as a tuple, and the policy itself
+        where it has temperatures, a guarantee or another criterion than the method's, which numbers would lose.
+
+        Raises:
+            ArgumentError: on setting, as :meth:`policy_for`.
+        """
+        policy = self.policy
+        if policy is None or policy != replace(self.policy_for(policy.thresholds), dtype=policy.dtype):
+            return policy
+        return policy.threshold
 
     @threshold.setter
     def threshold(self, threshold: Threshold | None) -> None:
-        self.policy = None if threshold is None else self.policy_for(threshold)
+        self.policy = threshold
 
     @property
     def dtype(self) -> torch.dtype:

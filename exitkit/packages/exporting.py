@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.export import ExportedProgram
 
+from exitkit.common.checks import PATH, check
 from exitkit.common.errors import ArgumentError, NotCapturableError
 from exitkit.common.files import replacing
 from exitkit.engine.aot import compile_step, load_step
@@ -71,6 +72,7 @@ def export(
     """
     if not isinstance(model, MultiExitModel):
         raise ArgumentError(f"model is {type(model).__name__}; export takes what exitkit.attach(model) returns")
+    check("path", path, PATH)
     target = Path(path)
     kind = _kind(target, optimize)
     policy = model.policy_for(threshold, criterion)

@@ -15,6 +15,7 @@ import torch
 from torch.export.passes import move_to_device_pass
 
 from exitkit.calibration.monitor import ShiftMonitor
+from exitkit.common.checks import PATH, check
 from exitkit.common.errors import ArgumentError, ExitkitError, FileError
 from exitkit.engine.aot import load_step
 from exitkit.engine.compiling import fastest
@@ -74,6 +75,7 @@ def load(
         FileError: a damaged file, code where the ending allows none, ONNX that refers to other files, or another version.
         ExitkitError: a missing library.
     """
+    check("path", path, PATH)
     source = Path(path)
     ending = next((ending for ending in _ENDINGS if source.name.endswith(ending)), None)
     if ending is None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from exitkit.common.batches import check_training_labels, checked, move, split_batch
-from exitkit.common.errors import DivergedError
+from exitkit.common.errors import ArgumentError, DivergedError
 from exitkit.multi_exit.model import MultiExitModel
 from exitkit.surgery.capturing import evaluation_mode
 from exitkit.surgery.inputs import call_on
@@ -45,9 +45,11 @@ def fit_ensemble(model: MultiExitModel, loader: Iterable[Any]) -> list[float]:
         The cross-entropy of each fitted combiner.
 
     Raises:
-        ArgumentError: an empty loader, or labels that do not fit.
+        ArgumentError: not a multi-exit model, an empty loader, or labels that do not fit.
         DivergedError: heads whose answers are not finite.
     """
+    if not isinstance(model, MultiExitModel):
+        raise ArgumentError(f"model is {type(model).__name__}; fit_ensemble takes what exitkit.attach(model) returns")
     return fit_ensemble_on(model, model, loader, lambda part: part)
 
 

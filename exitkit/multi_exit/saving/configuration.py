@@ -48,12 +48,12 @@ def configuration_of(
     """What is saved of ``model`` beside its weights, for JSON; :func:`to_text` adds the name of their file.
 
     Raises:
-        ExitkitError: a threshold that is not finite, outputs without labels or of another model, exits that are not
-            finite.
+        ExitkitError: a threshold that is not finite or not for these exits, outputs without labels or of another model,
+            exits that are not finite.
     """
     if not all(bool(parameter.isfinite().all()) for parameter in model.added_parameters()):
         raise ArgumentError("the exits hold NaN or infinity, which from_pretrained refuses; train them again")
-    policy = model.policy if threshold is None else model.policy_for(threshold)
+    policy = None if threshold is None and model.policy is None else model.policy_for(threshold)
     return {
         "format": _FORMAT,
         "versions": installed_versions(),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
+from exitkit.common.checks import PATH, check
 from exitkit.common.errors import ArgumentError, ExitkitError, FileError
 from exitkit.common.files import locked, read_together, replacing
 from exitkit.methods.policy import ExitPolicy
@@ -47,6 +49,7 @@ if TYPE_CHECKING:
     from exitkit.multi_exit.model import MultiExitModel
 
 CARD = "README.md"
+_AGAIN = "Copy or download it again"
 Source = str | os.PathLike[str]
 Model = TypeVar("Model", bound="MultiExitModel")
 
@@ -55,6 +58,7 @@ def save_exits(
     model: MultiExitModel, directory: Source, threshold: Threshold | None, outputs: ExitOutputs | None
 ) -> None:
     """See :meth:`exitkit.MultiExitModel.save_pretrained`."""
+    check("directory", directory, PATH)
     folder = Path(directory)
     if folder.exists() and not folder.is_dir():
         raise ArgumentError(f"directory={str(directory)!r} is a file; name a folder")
@@ -102,8 +106,25 @@ def load_exits(
         model = build(_parts(backbone, inputs, config, source))
         _compare(config["blocks"], block_lines(model.anatomy.blocks), source, backbone)
         _fill(model, weights, getattr(torch, config["dtype"]), folder / config["weights"])
-    model.policy = None if config["policy"] is None else ExitPolicy.from_dict(config["policy"])
+    if config["policy"] is not None:
+        _set_policy(model, ExitPolicy.from_dict(config["policy"]), folder / CONFIG)
     return model
+
+
+def _set_policy(model: MultiExitModel, policy: ExitPolicy, path: Path) -> None:
+    """The saved policy; left out, with a warning, where its guarantee is for another precision than the backbone's."""
+    dtype = str(model.dtype).removeprefix("torch.")
+    if policy.guarantee is not None and policy.dtype != dtype:
+        warnings.warn(
+            f"the threshold saved with these exits is guaranteed in {policy.dtype}, and this backbone is in {dtype}: it was "
+            "left out. Load the exits in that precision, or choose a threshold in this one",
+            stacklevel=4,
+        )
+        return
+    try:
+        model.policy = policy
+    except ArgumentError as error:
+        raise FileError(f"{str(path)!r} is damaged: {error}. {_AGAIN}") from error
 
 
 def _parts(backbone: nn.Module, inputs: Any, config: Mapping[str, Any], source: Source) -> Parts:
