@@ -432,7 +432,7 @@ def test_a_newer_format_says_who_wrote_it(backbone: TinyNet, saved: Path) -> Non
         ("method", METHOD | {"unheard_of": True}),
         ("method", METHOD | {"ensemble": "quantum"}),
         ("method", METHOD | {"cascade": "false"}),
-        ("method", METHOD | {"times": 1.5}),
+        ("method", METHOD | {"criterion": "tolerance-1.5"}),
         ("method", METHOD | {"past_future": "paper", "cascade": False, "width": 10**9}),
         ("head", None),
         ("head", "3L"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Protocol, runtime_checkable
 
@@ -13,7 +14,7 @@ from torch import Tensor
 from exitkit.common.checks import is_number, numbers_in
 from exitkit.common.errors import ArgumentError
 from exitkit.common.schema import build
-from exitkit.methods.criteria import Criterion, as_criterion
+from exitkit.methods.criteria import Criterion, UnknownCriterionError, as_criterion
 
 Temperatures = tuple[float, ...]
 
@@ -65,14 +66,15 @@ class ExitPolicy:
 
     Attributes:
         thresholds: τ of each exit before the backbone.
-        criterion: the score that they are compared with, by name.
+        criterion: the score that they are compared with, by name. Its class need not be imported until it scores: a package
+            has its scores in its graphs.
         temperatures: (M+1,) what each exit's logits are divided by before they are scored, the backbone's last, or None.
         dtype: what the model computed in where they were found, ``"float32"``.
         guarantee: what they promise, or None.
 
     Raises:
-        ArgumentError: values that are not numbers, an unknown criterion, temperatures of another number of exits or that
-            are not positive.
+        ArgumentError: values that are not numbers, what cannot name a criterion, temperatures of another number of exits or
+            that are not positive.
     """
 
     thresholds: tuple[float, ...]
@@ -83,14 +85,19 @@ class ExitPolicy:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "thresholds", _thresholds(self.thresholds))
-        object.__setattr__(self, "criterion", as_criterion(self.criterion).name)
+        with suppress(UnknownCriterionError):
+            object.__setattr__(self, "criterion", as_criterion(self.criterion).name)
         if self.temperatures is not None:
             given = checked_temperatures(self.temperatures, len(self.thresholds) + 1)
             object.__setattr__(self, "temperatures", given)
 
     @property
     def score(self) -> Criterion:
-        """The criterion itself."""
+        """The criterion itself.
+
+        Raises:
+            ArgumentError: its class is not imported.
+        """
         return as_criterion(self.criterion)
 
     @property
