@@ -459,6 +459,11 @@ def test_a_damaged_configuration_names_the_entry(backbone: TinyNet, saved: Path,
         MultiExitModel.from_pretrained(backbone, saved)
 
 
+def test_exits_saved_with_times_beside_the_criterion_still_load(ee: MultiExitModel, backbone: TinyNet, saved: Path) -> None:
+    edit(saved, method=asdict(ee.method) | {"times": 1})
+    assert MultiExitModel.from_pretrained(backbone, saved).method == ee.method
+
+
 def test_a_missing_entry_is_named(backbone: TinyNet, saved: Path) -> None:
     path = saved / "config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
