@@ -459,7 +459,9 @@ def test_a_damaged_configuration_names_the_entry(backbone: TinyNet, saved: Path,
         MultiExitModel.from_pretrained(backbone, saved)
 
 
-def test_exits_saved_with_times_beside_the_criterion_still_load(ee: MultiExitModel, backbone: TinyNet, saved: Path) -> None:
+def test_exits_saved_with_times_beside_the_criterion_still_load(
+    ee: MultiExitModel, backbone: TinyNet, saved: Path
+) -> None:
     edit(saved, method=asdict(ee.method) | {"times": 1})
     assert MultiExitModel.from_pretrained(backbone, saved).method == ee.method
 
