@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -15,8 +18,10 @@ from torch import Tensor
 import exitkit
 from exitkit import ExitkitError, ExitOutputs, choose_threshold
 from exitkit.cli.recipe import Recipe
+from exitkit.common.errors import ArgumentError
 from exitkit.evaluation import RegressionOutputs, ShiftMonitor, per_exit_thresholds, threshold_path
-from exitkit.methods.criteria import Criterion, Memory
+from exitkit.methods.criteria import Confidence, Criterion, Margin, Memory, Tolerance, as_criterion
+from exitkit.methods.policy import ExitPolicy
 from tests.toy import TinyNet, images, noisy
 
 # a user's own criterion ----------------------------------------------------------------------------------------------
@@ -347,3 +352,202 @@ def test_the_engine_tells_confidences_next_to_one_apart_as_the_curve_does(
     assert [float(engine(row).score) for row in odds.split(1)] == together.score.tolist()
     if isinstance(engine, exitkit.Engine):
         assert next(iter(engine.map([odds], 4))).exit.tolist() == expected
+
+
+# what a criterion's name holds ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Power(Criterion):
+    """The sum of the probabilities' p-th powers."""
+
+    p: float = 2.0
+    scale: float = 1.0
+
+    kind = "power"
+
+    def step(self, answer: Tensor, memory: Memory) -> tuple[Tensor, Memory]:
+        return self.scale * answer.double().softmax(-1).pow(self.p).sum(-1), ()
+
+
+FOUR = torch.tensor([[[0.6, 0.4], [0.9, 0.1]]]).log()
+"""One sample, one exit: 0.6² + 0.4² is 0.52, 0.6⁵ + 0.4⁵ is 0.088."""
+
+
+def test_a_criterion_keeps_its_parameters() -> None:
+    outputs = ExitOutputs(FOUR, torch.tensor([0]), [1, 2], 2.0)
+    assert outputs.scores(Power())[0, 0] == pytest.approx(0.52)
+    assert outputs.scores(Power(5))[0, 0] == pytest.approx(0.6**5 + 0.4**5)
+    assert outputs.exits_at(0.3, Power()).tolist() == outputs.exits_at(0.3, "power").tolist() == [0]
+    assert outputs.exits_at(0.3, Power(5)).tolist() == outputs.exits_at(0.3, "power-5").tolist() == [1]
+    assert outputs.exits_at(0.3, Power(5, 4)).tolist() == [0]
+    assert exitkit.Method("mine", criterion=Power(5)).score == Power(5)
+    assert outputs.at(0.3, Power(5)).policy.score == Power(5)
+
+
+@pytest.mark.parametrize(
+    ("criterion", "name"),
+    [
+        (Power(), "power"),
+        (Power(5), "power-5"),
+        (Power(5.0, 1.0), "power-5"),
+        (Power(2, 0.1), "power-2,0.1"),
+        (Power(-1e-9), "power--1e-09"),
+        (Tolerance(), "tolerance"),
+        (Tolerance(3), "tolerance-3"),
+    ],
+)
+def test_a_name_holds_what_differs_from_the_defaults(criterion: Criterion, name: str) -> None:
+    assert criterion.name == name
+    assert as_criterion(name) == criterion
+    assert as_criterion(criterion) is criterion
+
+
+@pytest.mark.parametrize(
+    ("name", "fault"),
+    [
+        ("power-1,2,3", "takes 2 parameters, not 3"),
+        ('power-"x"', "p='x' must be a number"),
+        ("power-0x1", "cannot be made"),
+        ("power-1e999", "not a finite number"),
+        ("tolerance-0", "times=0 must be a whole number"),
+        ("tolerance-1.5", "times=1.5 must be a whole number"),
+        ("confidence-2", "takes 0 parameters, not 1"),
+        ("tolerance-" + "9" * 5000, "too large a whole number"),
+        ("power-" + "[" * 100_000, "too deep"),
+    ],
+)
+def test_parameters_that_a_criterion_does_not_take(name: str, fault: str) -> None:
+    with pytest.raises(ArgumentError, match=fault) as caught:
+        as_criterion(name)
+    assert len(str(caught.value)) < 500
+
+
+class Biased(Criterion):
+    """Its parameter is not in its name."""
+
+    kind = "biased"
+
+    def __init__(self, bias: Any = 0.0) -> None:
+        self.bias = bias
+
+
+@pytest.mark.parametrize("criterion", [Biased(0.5), Biased(torch.ones(2)), Power(torch.ones(2)), Power(float("nan"))])  # type: ignore[arg-type]
+def test_a_criterion_that_its_name_does_not_make_again_is_refused(criterion: Criterion) -> None:
+    for use in (as_criterion, lambda one: exitkit.Method("mine", criterion=one), lambda one: ExitPolicy((0.5,), one)):
+        with pytest.raises(ArgumentError, match=r"cannot be made again from its name.*frozen dataclass"):
+            use(criterion)
+    assert as_criterion(Biased()).name == "biased"
+
+
+def test_every_criterion_has_a_kind_of_its_own() -> None:
+    with pytest.raises(ArgumentError, match=r"Sub\.kind=None must be a name of its own"):
+        type("Sub", (Margin,), {})
+    with pytest.raises(
+        ArgumentError, match=r"Mine\.kind='confidence' is the kind of exitkit.*Confidence; choose another"
+    ):
+        type("Mine", (Criterion,), {"kind": "confidence"})
+    for kind in ("", "power-2", "a b", 5):
+        with pytest.raises(ArgumentError, match=r"Mine\.kind=.* must be a name of its own"):
+            type("Mine", (Criterion,), {"kind": kind})
+    assert as_criterion("margin").name == "margin"
+    assert type(as_criterion("confidence")) is Confidence
+
+
+def test_a_criterion_derived_from_another_is_found_by_its_kind() -> None:
+    class Halved(Margin):
+        kind = "halved"
+
+        def step(self, answer: Tensor, memory: Memory) -> tuple[Tensor, Memory]:
+            return super().step(answer, memory)[0] / 2, ()
+
+    assert ExitPolicy((0.5,), Halved()).score.score(FOUR)[0].tolist() == pytest.approx([0.1, 0.4])  # type: ignore[arg-type]
+
+
+def test_a_class_that_is_run_again_replaces_itself() -> None:
+    def cell(value: float) -> Criterion:
+        class Again(Criterion):
+            kind = "again"
+
+            def step(self, answer: Tensor, memory: Memory) -> tuple[Tensor, Memory]:
+                return torch.full_like(answer[:, 0].double(), value), ()
+
+        return Again()
+
+    older = cell(1.0)
+    assert as_criterion("again").score(FOUR).tolist() == [[1.0, 1.0]]
+    newer = cell(2.0)
+    assert as_criterion("again").score(FOUR).tolist() == as_criterion(newer).score(FOUR).tolist() == [[2.0, 2.0]]
+    with pytest.raises(ArgumentError, match="in a notebook, make it anew"):
+        as_criterion(older)
+
+
+# a criterion that is not imported ------------------------------------------------------------------------------------
+
+ELSEWHERE = """
+import sys
+import torch
+import exitkit
+from exitkit.common.errors import FileError
+from tests.toy import TinyNet, images
+folder = sys.argv[1]
+"""
+
+
+def elsewhere(code: str, folder: Path) -> str:
+    """What a process prints in which these tests' criteria are not defined."""
+    command = [sys.executable, "-W", "ignore", "-c", ELSEWHERE + code, str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("ending", ["pt2", "onnx.zip", "onnx"])
+def test_a_package_runs_where_its_criterion_is_not_imported(
+    ee: exitkit.MultiExitModel, outputs: ExitOutputs, tau: float, ending: str, tmp_path: Path
+) -> None:
+    if ending.startswith("onnx"):
+        pytest.importorskip("onnxruntime")
+    path = tmp_path / f"model.{ending}"
+    exitkit.export(ee, path, tau)
+    torch.save(images(300)[:60].clone(), tmp_path / "images.pt")
+    code = f"""
+engine = exitkit.load(folder + "/model.{ending}")
+print(engine.policy.criterion, *engine(torch.load(folder + "/images.pt")).exit.tolist())
+try:
+    engine.policy.score
+except exitkit.ExitkitError as error:
+    print(error)
+if hasattr(engine, "at"):
+    print(engine.at(2.0).policy.criterion)
+"""
+    first, error, *rest = elsewhere(code, tmp_path).splitlines()
+    exits = exits_by_hand(product_by_hand(outputs.log_probs), tau)[:60]
+    assert first.split() == ["product", *map(str, exits)]
+    assert error.endswith("If it is your own, import the module that defines it first.")
+    assert rest == (["product"] if ending != "onnx" else [])
+
+
+def test_saved_files_say_to_import_their_criterion(
+    ee: exitkit.MultiExitModel, outputs: ExitOutputs, tau: float, tmp_path: Path
+) -> None:
+    ee.save_pretrained(tmp_path / "saved", threshold=tau)
+    outputs.save(tmp_path / "outputs.safetensors")
+    torch.save(ee.backbone.state_dict(), tmp_path / "backbone.pt")
+    code = """
+net = TinyNet().eval()
+net.load_state_dict(torch.load(folder + "/backbone.pt"))
+for read in (
+    lambda: exitkit.MultiExitModel.from_pretrained(net, folder + "/saved", images()),
+    lambda: exitkit.ExitOutputs.load(folder + "/outputs.safetensors"),
+):
+    try:
+        read()
+    except exitkit.ExitkitError as error:
+        print("file" if isinstance(error, FileError) else "argument", error)
+"""
+    lines = elsewhere(code, tmp_path).splitlines()
+    assert len(lines) == 2
+    for line in lines:
+        assert line.startswith("argument criterion='product' is unknown.")
+        assert line.endswith("If it is your own, import the module that defines it first.")

@@ -101,7 +101,7 @@ def test_older_outputs_load_with_one_warning(tmp_path: Path) -> None:
         {"timings": "[{}]"},
         {"timings": '[{"device": 1, "hardware": "x", "batch": 1, "milliseconds": [1, 2, 3]}]'},
         {"timings": '[{"device": "cpu", "hardware": "x", "batch": true, "milliseconds": [1, 2, 3]}]'},
-        {"criterion": "sureness"},
+        {"criterion": "two words"},
         {"unknown": "1"},
     ],
 )
@@ -159,7 +159,7 @@ RUN_LIES: list[tuple[str, Callable[[Any], Any]]] = [
     ("results.json", lambda d: d.update(about=[])),
     ("thresholds.json", lambda d: d["ztw"]["chosen"].update(thresholds=[float("nan"), 1.0])),
     ("thresholds.json", lambda d: d["ztw"]["chosen"].update(thresholds="0.5")),
-    ("thresholds.json", lambda d: d["ztw"]["chosen"].update(criterion="sureness")),
+    ("thresholds.json", lambda d: d["ztw"]["chosen"].update(criterion="two words")),
     ("thresholds.json", lambda d: d["ztw"]["chosen"]["guarantee"].update(found="false")),
     ("thresholds.json", lambda d: d["ztw"]["chosen"]["guarantee"].update(samples=1.5)),
     ("thresholds.json", lambda d: d["ztw"]["chosen"].pop("temperatures")),

@@ -6,6 +6,7 @@ import copy
 import json
 import math
 import pickle
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -14,7 +15,7 @@ import pytest
 import torch
 
 from exitkit import ExitkitError, ExitOutputs, choose_threshold
-from exitkit.common.errors import FileError
+from exitkit.common.errors import ArgumentError, FileError
 from exitkit.evaluation import BudgetPoint, RegressionOutputs, per_exit_thresholds
 from exitkit.methods.policy import ExitPolicy, Guarantee
 
@@ -172,33 +173,46 @@ def test_what_brings_a_policy_is_taken_for_it() -> None:
 
 
 @pytest.mark.parametrize(
-    "change",
+    ("change", "fault"),
     [
-        {"thresholds": []},
-        {"thresholds": ["a"]},
-        {"thresholds": [float("nan")]},
-        {"thresholds": None},
-        {"thresholds": [True]},
-        {"criterion": "sureness"},
-        {"criterion": 5},
-        {"temperatures": [1.0]},
-        {"temperatures": [1.0, 0.0]},
-        {"temperatures": "12"},
-        {"temperatures": 3},
-        {"guarantee": {"words": "all is well"}},
-        {"guarantee": 5},
-        {"code": "import os"},
+        ({"thresholds": []}, "threshold=() must be a number, one for each exit, or a policy"),
+        ({"thresholds": ["a"]}, "thresholds[0]='a' must be a number"),
+        ({"thresholds": [float("nan")]}, "thresholds[0]=nan must be a number"),
+        ({"thresholds": None}, "thresholds=None must be a list or a tuple"),
+        ({"thresholds": [True]}, "thresholds[0]=True must be a number"),
+        ({"criterion": ""}, "criterion=''"),
+        ({"criterion": 5}, "criterion=5 must be a text"),
+        ({"criterion": "tolerance-0"}, "criterion='tolerance-0' cannot be made: times=0 must be"),
+        ({"criterion": "two words"}, "criterion='two words'"),
+        ({"temperatures": [1.0]}, "temperatures=(1.0,) must be 2 positive numbers"),
+        ({"temperatures": [1.0, 0.0]}, "temperatures=(1.0, 0.0) must be 2 positive numbers"),
+        ({"temperatures": "12"}, "temperatures='12' must be a list or a tuple"),
+        ({"temperatures": 3}, "temperatures=3 must be a list or a tuple"),
+        ({"guarantee": {"words": "all is well"}}, "'guarantee.found' is missing"),
+        ({"guarantee": 5}, "guarantee=5 must be a dict"),
+        ({"code": "import os"}, "'code' is unknown"),
     ],
 )
-def test_what_is_no_policy_is_refused(change: dict[str, Any]) -> None:
-    with pytest.raises(FileError, match="this is not an exit policy"):
+def test_what_is_no_policy_is_refused(change: dict[str, Any], fault: str) -> None:
+    with pytest.raises(FileError, match=re.escape(f"this exit policy is damaged: {fault}")):
         ExitPolicy.from_dict(ExitPolicy((0.5,), "confidence").to_dict() | change)
 
 
 @pytest.mark.parametrize("given", [None, [], "policy", 3, {}])
 def test_other_values_are_no_policy(given: Any) -> None:
-    with pytest.raises(FileError, match="this is not an exit policy"):
+    fault = "'thresholds' is missing" if given == {} else f"the document={given!r} must be a dict"
+    with pytest.raises(FileError, match=re.escape(f"this exit policy is damaged: {fault}")):
         ExitPolicy.from_dict(given)
+
+
+def test_a_policy_is_read_where_its_criterion_is_not_imported_and_scores_where_it_is() -> None:
+    policy = ExitPolicy.from_dict(ExitPolicy((0.5,), "confidence").to_dict() | {"criterion": "far-away-3"})
+    assert policy.at(0.7).to_dict()["criterion"] == "far-away-3"
+    for use in (lambda: policy.score, lambda: confident([[0.9, 0.9]]).at(policy)):
+        with pytest.raises(
+            ArgumentError, match=r"criterion='far-away-3' is unknown.*import the module that defines it"
+        ):
+            use()
 
 
 def test_thresholds_that_json_does_not_have_are_not_written() -> None:

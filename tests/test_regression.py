@@ -163,7 +163,7 @@ def test_collect_gives_predictions(ee: exitkit.MultiExitModel) -> None:
 
 
 def test_times_go_from_the_method_to_the_outputs() -> None:
-    method = exitkit.PBEE(criterion="tolerance", times=2)
+    method = exitkit.PBEE(times=2)
     ee = exitkit.attach(TinyNet(num_classes=1), X, method=method)
     assert exitkit.collect(ee, batches()).exits_at(-1e9).tolist() == [2] * 24
 
@@ -214,7 +214,19 @@ def test_tolerance_is_not_for_classes() -> None:
 @pytest.mark.parametrize("times", [0, -1, 1.5, True])
 def test_times_out_of_range(times: Any) -> None:
     with pytest.raises(ExitkitError, match=f"times={times!r} must be a whole number"):
-        exitkit.PBEE(criterion="tolerance", times=times)
+        exitkit.PBEE(times=times)
+
+
+def test_times_are_said_once() -> None:
+    """They are the criterion's own, and no method has two numbers of them."""
+    assert exitkit.PBEE(times=2) == exitkit.PBEE(criterion="tolerance-2") == exitkit.PBEE(criterion=Tolerance(2))
+    assert exitkit.PBEE(times=1).criterion == "tolerance"
+    with pytest.raises(ExitkitError, match="times=3 is short for criterion='tolerance-3'; give one of them"):
+        exitkit.PBEE(criterion="tolerance-2", times=3)
+    with pytest.raises(TypeError, match="times"):
+        exitkit.Method("mine", criterion="tolerance-2", times=3)  # type: ignore[call-arg]
+    with pytest.raises(ExitkitError, match="criterion='tolerance-2' is for regression, but the model has 3 outputs"):
+        exitkit.attach(TinyNet(), X, method=exitkit.PBEE(times=2))
 
 
 @pytest.mark.parametrize("labels", [torch.zeros(8, 2), torch.full((8,), torch.nan), torch.zeros(7)])

@@ -432,7 +432,7 @@ def test_a_newer_format_says_who_wrote_it(backbone: TinyNet, saved: Path) -> Non
         ("method", METHOD | {"unheard_of": True}),
         ("method", METHOD | {"ensemble": "quantum"}),
         ("method", METHOD | {"cascade": "false"}),
-        ("method", METHOD | {"times": 1.5}),
+        ("method", METHOD | {"criterion": "tolerance-1.5"}),
         ("method", METHOD | {"past_future": "paper", "cascade": False, "width": 10**9}),
         ("head", None),
         ("head", "3L"),
@@ -457,6 +457,13 @@ def test_a_damaged_configuration_names_the_entry(backbone: TinyNet, saved: Path,
     edit(saved, **{key: value})
     with pytest.raises(FileError, match=rf"config\.json' is damaged: '{key}' is "):
         MultiExitModel.from_pretrained(backbone, saved)
+
+
+def test_exits_saved_with_times_beside_the_criterion_still_load(
+    ee: MultiExitModel, backbone: TinyNet, saved: Path
+) -> None:
+    edit(saved, method=asdict(ee.method) | {"times": 1})
+    assert MultiExitModel.from_pretrained(backbone, saved).method == ee.method
 
 
 def test_a_missing_entry_is_named(backbone: TinyNet, saved: Path) -> None:

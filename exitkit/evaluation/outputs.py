@@ -20,7 +20,7 @@ from exitkit.evaluation.curve import BudgetPoint, Curve, sweep
 from exitkit.evaluation.exit_times import ExitTimes, checked_times
 from exitkit.evaluation.files import OUTPUTS, load_fields, save_outputs
 from exitkit.evaluation.log_probs import CHUNK, by_chunks, normalised
-from exitkit.methods.criteria import Criterion, as_criterion
+from exitkit.methods.criteria import Criterion, UnknownCriterionError, as_criterion
 from exitkit.methods.policy import (
     ExitPolicy,
     Precision,
@@ -349,11 +349,13 @@ class ExitOutputs:
 
         Raises:
             FileError: no such file, a damaged one, or one that exitkit did not write.
-            ArgumentError: outputs of the other kind.
+            ArgumentError: outputs of the other kind, or of a criterion whose class is not imported.
         """
         fields = load_fields(path, cls._format, cls.__name__)
         try:
             return cls(**fields)
+        except UnknownCriterionError:  # not damage: it says what to import
+            raise
         except (ExitkitError, RuntimeError, TypeError, IndexError) as error:  # values that fit no outputs
             raise FileError(f"path={str(path)!r} is damaged: {str(error)[:240]}") from error
 

@@ -1,45 +1,82 @@
 """Criteria: how sure an exit is. A sample leaves at the first exit whose score is strictly above τ.
 
 A criterion is one class: how an exit's answer is scored, what is remembered from exit to exit, and the range of the scores, in
-which thresholds are searched. Whatever subclasses :class:`Criterion` can be named wherever a criterion is.
+which thresholds are searched. Whatever subclasses :class:`Criterion` can be named wherever a criterion is. One with parameters
+is a frozen dataclass, and its name holds their values: ``Tolerance(2)`` is ``"tolerance-2"``.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import Field, dataclass, fields, is_dataclass
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from exitkit.common.checks import Count, check
-from exitkit.common.errors import unknown_name
+from exitkit.common.checks import Count, check, check_fields
+from exitkit.common.errors import ArgumentError, unknown_name
+from exitkit.common.schema import parse_json, to_json
 
 Memory = tuple[Tensor, ...]
 _STEPS = np.linspace(-36, 7, 1_600)
 """Log-odds of the searched thresholds, from strict to loose: 1 − 2e-16 is where double precision ends."""
+
+_KINDS: dict[str, type[Criterion]] = {}
+"""Every subclass of :class:`Criterion` by its kind."""
+
+
+class UnknownCriterionError(ArgumentError):
+    """No class of this kind: a slip of the pen, or a user's own whose module is not imported."""
+
+
+def _is_kind(text: str) -> bool:
+    return all(part.isidentifier() for part in text.split("-"))
 
 
 class Criterion:
     """How sure an exit is, in double precision, in which probabilities next to 1 can still be told apart.
 
     Attributes:
-        kind: what users call it.
+        kind: what users call it: letters, digits and "-"; every subclass has one of its own.
         regression: whether it scores predictions (B, 1) instead of log-probabilities (B, C).
         memory: a name for each tensor (B, …) that is remembered from exit to exit.
+
+    Raises:
+        ArgumentError: a subclass without a kind, or with another's; run again (in a notebook), a class replaces itself.
     """
 
     kind: ClassVar[str]
     regression: ClassVar[bool] = False
     memory: ClassVar[tuple[str, ...]] = ()
 
+    def __init_subclass__(cls) -> None:
+        kind = vars(cls).get("kind")
+        if not isinstance(kind, str) or not _is_kind(kind):
+            raise ArgumentError(
+                f'{cls.__qualname__}.kind={kind!r} must be a name of its own, such as kind = "my-criterion"'
+            )
+        known = _KINDS.get(kind, cls)
+        if (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
+            raise ArgumentError(
+                f"{cls.__qualname__}.kind={kind!r} is the kind of {known.__module__}.{known.__qualname__}; choose another"
+            )
+        _KINDS[kind] = cls
+
     @property
     def name(self) -> str:
-        """What names it, in files and arguments."""
-        return self.kind
+        """What names it, in files and arguments: its kind, then its parameters but for defaults at the end, as JSON.
+
+        Raises:
+            ArgumentError: parameters that JSON does not hold.
+        """
+        parameters = _parameters(type(self))
+        values = [getattr(self, one.name) for one in parameters]
+        while values and values[-1] == parameters[len(values) - 1].default:
+            values.pop()
+        return f"{self.kind}-{','.join(to_json(_shortest(value)) for value in values)}" if values else self.kind
 
     def step(self, answer: Tensor, memory: Memory) -> tuple[Tensor, Memory]:
         """Score one exit.
@@ -146,7 +183,7 @@ class Tolerance(Criterion):
     """Minus the largest of the last ``times`` changes |y_m − y_(m−1)|, for regression; at most 0.
 
     Leaving above τ = −a is leaving once ``times`` changes in a row were smaller than a (Zhou et al. 2020, section 3.3). An
-    exit with fewer before it scores the lowest finite float32. ``"tolerance-2"`` names the one of two changes.
+    exit with fewer before it scores the lowest finite float32.
     """
 
     times: int = 1
@@ -157,10 +194,6 @@ class Tolerance(Criterion):
 
     def __post_init__(self) -> None:
         check("times", self.times, Count)
-
-    @property
-    def name(self) -> str:
-        return self.kind if self.times == 1 else f"{self.kind}-{self.times}"
 
     def step(self, answer: Tensor, memory: Memory) -> tuple[Tensor, Memory]:
         history = torch.cat([*memory, answer.double()], 1)[:, -self.times - 1 :]
@@ -179,18 +212,55 @@ def as_criterion(criterion: str | Criterion) -> Criterion:
     """A criterion by its name, ``"confidence"`` or ``"tolerance-2"``, or as it is.
 
     Raises:
-        ArgumentError: an unknown name.
+        UnknownCriterionError: no class of this kind is imported.
+        ArgumentError: parameters that it does not take; a criterion that its name, which is what is kept, does not make again.
     """
-    if isinstance(criterion, Criterion):
-        return criterion
-    kinds = {kind.kind: kind for kind in Criterion.__subclasses__()}
     if isinstance(criterion, str):
-        kind, _, times = criterion.partition("-")
-        if kind == Tolerance.kind and times.isdecimal() and len(times) < 10:
-            return Tolerance(int(times))
-        if criterion in kinds:
-            return kinds[criterion]()
-    raise unknown_name("criterion", criterion, kinds)
+        return _named(criterion)
+    if not isinstance(criterion, Criterion):
+        raise unknown_name("criterion", criterion, _KINDS)
+    try:
+        again: Any = _named(criterion.name)
+        kept = type(again) is type(criterion) and bool(vars(again) == vars(criterion))
+    except (AttributeError, TypeError, ValueError, RuntimeError):  # also what comparing arrays or tensors raises
+        kept = False
+    if not kept:
+        raise ArgumentError(
+            f"criterion={criterion!r} cannot be made again from its name; make {type(criterion).__qualname__} a frozen "
+            "dataclass whose fields are numbers or texts (in a notebook, make it anew from the class as it is now)"
+        )
+    return criterion
+
+
+def _named(name: str) -> Criterion:
+    known = [kind for kind in _KINDS if name == kind or name.startswith(f"{kind}-")]
+    kind = max(known, key=len, default="")
+    given = name[len(kind) + 1 :]
+    if not kind or _is_kind(given):  # "squared-sum" begins as "squared" does
+        remedy = "If it is your own, import the module that defines it first."
+        error = unknown_name("criterion", name[:100], _KINDS, remedy)
+        named = _is_kind(name.partition("-")[0]) and len(name) <= 100
+        raise UnknownCriterionError(str(error)) if named else error
+    made, parameters = _KINDS[kind], _parameters(_KINDS[kind])
+    try:
+        values = parse_json(f"[{given}]")
+        if len(values) > len(parameters):
+            raise ArgumentError(f"{kind!r} takes {len(parameters)} parameters, not {len(values)}")
+        criterion = made(*values)
+        if parameters:
+            check_fields(criterion)
+    except (TypeError, ValueError) as error:
+        raise ArgumentError(f"criterion={name[:100]!r} cannot be made: {str(error)[:200]}") from error
+    return criterion
+
+
+def _parameters(kind: type[Criterion]) -> list[Field[Any]]:
+    return [field for field in fields(kind) if field.init] if is_dataclass(kind) else []
+
+
+def _shortest(value: Any) -> Any:
+    """2 for 2.0, so that what is equal has one name."""
+    return int(value) if isinstance(value, float) and value.is_integer() and abs(value) < 2**53 else value
 
 
 def _logistic(values: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -13,7 +14,7 @@ from torch import Tensor
 from exitkit.common.checks import check, check_fields, is_number, numbers_in
 from exitkit.common.errors import ArgumentError
 from exitkit.common.schema import build
-from exitkit.methods.criteria import Criterion, as_criterion
+from exitkit.methods.criteria import Criterion, UnknownCriterionError, as_criterion
 
 Temperatures = tuple[float, ...]
 Precision = Literal["float32", "float16", "bfloat16", "float64"]
@@ -67,14 +68,15 @@ class ExitPolicy:
 
     Attributes:
         thresholds: τ of each exit before the backbone.
-        criterion: the score that they are compared with, by name.
+        criterion: the score that they are compared with, by name. Its class need not be imported until it scores: a package
+            has its scores in its graphs.
         temperatures: (M+1,) what each exit's logits are divided by before they are scored, the backbone's last, or None.
         dtype: what the model computed in where they were found: one of :data:`Precision`.
         guarantee: what they promise, or None.
 
     Raises:
-        ArgumentError: values that are not numbers, an unknown criterion or dtype, temperatures of another number of exits
-            or that are not positive, a guarantee of another type.
+        ArgumentError: values that are not numbers, what cannot name a criterion, an unknown dtype, temperatures of another
+            number of exits or that are not positive, a guarantee of another type.
     """
 
     thresholds: tuple[float, ...]
@@ -85,7 +87,8 @@ class ExitPolicy:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "thresholds", _thresholds(self.thresholds))
-        object.__setattr__(self, "criterion", as_criterion(self.criterion).name)
+        with suppress(UnknownCriterionError):
+            object.__setattr__(self, "criterion", as_criterion(self.criterion).name)
         if self.temperatures is not None:
             given = checked_temperatures(self.temperatures, len(self.thresholds) + 1)
             object.__setattr__(self, "temperatures", given)
@@ -94,7 +97,11 @@ class ExitPolicy:
 
     @property
     def score(self) -> Criterion:
-        """The criterion itself."""
+        """The criterion itself.
+
+        Raises:
+            ArgumentError: its class is not imported.
+        """
         return as_criterion(self.criterion)
 
     @property

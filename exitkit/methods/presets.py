@@ -28,7 +28,6 @@ class Method:
         past_future: instead of a cascade, each exit reads the states of all before it and imitates those to come:
             ``"paper"``, as its authors have it, or ``"ztw"``, as the code of Zero Time Waste has it.
         width: of those states; by default that of the tokens where all exits read tokens of one width, otherwise 128.
-        times: for the criterion ``"tolerance"``, how many changes in a row must be small.
     """
 
     name: str
@@ -38,14 +37,10 @@ class Method:
     criterion: str | Criterion = "confidence"
     past_future: Variant | None = None
     width: Count | None = None
-    times: Count = 1
 
     def __post_init__(self) -> None:
         check_fields(self)
-        criterion = as_criterion(self.criterion)
-        if isinstance(criterion, Tolerance) and criterion.times == 1:
-            criterion = Tolerance(self.times)
-        object.__setattr__(self, "criterion", criterion.name)
+        object.__setattr__(self, "criterion", as_criterion(self.criterion).name)
         if self.past_future is not None and self.cascade:
             raise ArgumentError("cascade=True and past_future are two links; choose one")
         if self.width is not None and self.past_future is None:
@@ -71,14 +66,24 @@ class Method:
 SDN = partial(Method, "sdn")
 """Shallow-Deep Networks (Kaya et al. 2019): independent exits, confidence."""
 
-PBEE = partial(Method, "pbee", criterion="patience")
-"""Patience-based early exit (Zhou et al. 2020): SDN's exits; leave when enough of them agree in a row.
-
-For regression the criterion becomes ``"tolerance"``: leave above τ = −a, when ``times`` changes in a row are below a.
-"""
-
 ZTW = partial(Method, "ztw", cascade=True, ensemble="geometric")
 """Zero Time Waste (Wołczyk et al. 2021): cascade links and a geometric ensemble, confidence."""
+
+
+def PBEE(times: int | None = None, **parts: Any) -> Method:
+    """Patience-based early exit (Zhou et al. 2020): SDN's exits; leave when enough of them agree in a row.
+
+    For regression the criterion becomes ``"tolerance"``: leave above τ = −a, when ``times`` changes in a row are below a.
+
+    Raises:
+        ArgumentError: ``times`` beside a criterion, which it is short for.
+    """
+    if times is None:
+        return Method("pbee", **{"criterion": "patience", **parts})
+    tolerance = Tolerance(times)
+    if "criterion" in parts:
+        raise ArgumentError(f"times={times} is short for criterion={tolerance.name!r}; give one of them")
+    return Method("pbee", criterion=tolerance, **parts)
 
 
 def GPF(variant: Variant = "paper", width: int | None = None, **parts: Any) -> Method:
@@ -130,7 +135,7 @@ def for_outputs(method: Method, outputs: int, model: str) -> Method:
             "method='pbee', which leaves once predictions stop changing; or give a binary classifier two outputs (logits 0 "
             "and z are the same decision)"
         )
-    return method if method.score.regression else replace(method, criterion=Tolerance(method.times))
+    return method if method.score.regression else replace(method, criterion=Tolerance())
 
 
 def check_task(criterion: Criterion, outputs: int) -> None:

@@ -19,6 +19,7 @@ from exitkit.common.checks import check_fields, is_count
 from exitkit.common.errors import ArgumentError, ExitkitError, FileError
 from exitkit.common.versions import installed_versions
 from exitkit.exits.classifiers import HeadSpec
+from exitkit.methods.criteria import UnknownCriterionError
 from exitkit.methods.policy import ExitPolicy, Threshold
 from exitkit.methods.presets import Method
 from exitkit.multi_exit.saving.card import identity, measured
@@ -83,6 +84,7 @@ def read_configuration(path: Path) -> dict[str, Any]:
 
     Raises:
         FileError: no file, no JSON, a foreign one, one of another format, or a damaged one.
+        ArgumentError: a criterion whose class is not imported.
     """
     try:
         config = json.loads(path.read_text("utf-8"), parse_int=_whole, parse_float=_finite, parse_constant=_finite)
@@ -100,6 +102,8 @@ def read_configuration(path: Path) -> dict[str, Any]:
         raise FileError(f"{str(path)!r} is not a configuration of exits. {_REMEDY}")
     if config.get("sha256") != digest:
         raise FileError(f"{str(path)!r} is damaged: its content does not match its hash. {_AGAIN}")
+    if isinstance(method := config.get("method"), dict):
+        method.pop("times", None)  # earlier, exitkit 0.1 wrote it beside the criterion, which holds it too
     for key in (*_FIELDS, *config):
         if key not in _FIELDS or key not in config or not _FIELDS[key](config[key]):
             value = repr(config[key])[:100] if key in config else "missing"
@@ -218,6 +222,8 @@ def _is_mapping(value: Any, fits: Callable[[Any], Any]) -> bool:
 def _is_method(value: Any) -> bool:
     try:
         check_fields(Method(**value))
+    except UnknownCriterionError:  # not damage: it says what to import
+        raise
     except (TypeError, ExitkitError):
         return False
     return set(value) == set(asdict(Method("")))
