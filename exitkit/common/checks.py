@@ -69,7 +69,7 @@ def check(name: str, value: Any, kind: Any, remedy: str = "") -> None:
         ArgumentError: the name, the value, what is allowed, and the remedy.
     """
     names = [name for one in members_of(kind) if get_origin(one) is Literal for name in get_args(one)]
-    if any(_fits(value, one) for one in members_of(kind)):
+    if any(fits(value, one) for one in members_of(kind)):
         return
     if names and all(isinstance(one, str) for one in names) and isinstance(value, str):
         raise unknown_name(name, value, names, remedy)
@@ -102,11 +102,12 @@ def members_of(kind: Any) -> tuple[Any, ...]:
     return (kind,)
 
 
-def _fits(value: Any, kind: Any) -> bool:
+def fits(value: Any, kind: Any) -> bool:
+    """Whether a value is of a kind that :func:`check` knows; no union."""
     origin = get_origin(kind)
     if origin is Annotated:
         base, *bounds = get_args(kind)
-        return _fits(value, base) and all(value in bound for bound in bounds if isinstance(bound, Bounds))
+        return fits(value, base) and all(value in bound for bound in bounds if isinstance(bound, Bounds))
     if origin is Literal:
         return any(type(value) is type(one) and value == one for one in get_args(kind))
     if kind in (int, float):
@@ -154,12 +155,12 @@ def numbers_in(given: Any) -> NDArray[np.float64]:
 
 def is_number(value: object) -> TypeGuard[float]:
     """Whether a value is a real number: no text, no boolean, not NaN."""
-    return _fits(value, float)
+    return fits(value, float)
 
 
 def is_count(value: object) -> bool:
     """Whether a value is a whole number greater than 0."""
-    return _fits(value, Count)
+    return fits(value, Count)
 
 
 def positive(name: str, value: Any, meaning: str) -> float:
