@@ -26,7 +26,8 @@ OUTPUTS, REGRESSION = "exitkit-outputs-2", "exitkit-regression-2"
 
 _OLDER = {"exitkit-outputs-1": OUTPUTS, "exitkit-regression-1": REGRESSION}
 """Formats without a digest."""
-_TENSORS = {"log_probs", "macs", "labels", "hashes"}
+_OPTIONAL = ("labels", "hashes", "fitted_on")
+_TENSORS = {"log_probs", "macs", *_OPTIONAL}
 _TEXTS = ("criterion", "dtype", "weights")
 
 
@@ -45,7 +46,7 @@ class _Settings:
 def save_outputs(outputs: ExitOutputs, path: str | Path, form: str, half: bool) -> None:
     """See :meth:`exitkit.ExitOutputs.save`."""
     tensors = {"log_probs": outputs.log_probs.half() if half else outputs.log_probs, "macs": outputs.macs}
-    for name in ("labels", "hashes"):
+    for name in _OPTIONAL:
         if (tensor := getattr(outputs, name)) is not None:
             tensors[name] = tensor.contiguous()
     timings = tuple(asdict(one) for one in outputs.timings) or None
@@ -106,7 +107,7 @@ def _read(path: str | Path) -> tuple[dict[str, str], dict[str, Any]]:
     if "format" in header and (unknown or not {"log_probs", "macs"} <= tensors.keys()):
         raise FileError(
             f"path={str(path)!r} is damaged: it holds {sorted(tensors | dict.fromkeys(unknown))[:8]}, but outputs are "
-            "'log_probs' and 'macs', 'labels' and 'hashes'; copy or collect it again"
+            f"'log_probs', 'macs' and perhaps {', '.join(map(repr, _OPTIONAL))}; copy or collect it again"
         )
     return header, tensors
 

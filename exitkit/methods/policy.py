@@ -8,7 +8,6 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
-from torch import Tensor
 
 from exitkit.common.checks import is_number, numbers_in
 from exitkit.common.errors import ArgumentError
@@ -16,12 +15,6 @@ from exitkit.common.schema import build
 from exitkit.methods.criteria import Criterion, as_criterion
 
 Temperatures = tuple[float, ...]
-
-
-class FittedTemperatures(Temperatures):
-    """Temperatures that know the content hashes of the samples they were fitted on, or None; any copy may lose them."""
-
-    hashes: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -225,7 +218,7 @@ def checked_temperatures(given: Any, count: int | None = None) -> Temperatures:
             f"temperatures={given!r} must be {wanted}positive numbers, one per exit and the backbone's last, as "
             "exitkit.calibration.fit_temperatures(outputs) returns them"
         )
-    return given if isinstance(given, FittedTemperatures) else tuple(values.tolist())
+    return tuple(values.tolist())
 
 
 def _thresholds(given: Any) -> tuple[float, ...]:
