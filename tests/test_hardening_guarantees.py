@@ -93,9 +93,8 @@ def _shared(outputs: ExitOutputs) -> Tensor:
 def test_temperatures_fitted_on_the_calibration_samples_are_noticed() -> None:
     outputs, others = drawn(300, 0), drawn(300, 1)
     fitted = fit_temperatures(outputs)
-    refused = pytest.raises(ArgumentError, match="share 300 of their 300 samples with temperatures")
     for given in (outputs, outputs.hashes):
-        with refused:
+        with pytest.raises(ArgumentError, match="share 300 of their 300 samples with temperatures"):
             choose_threshold(outputs.calibrated(tuple(fitted), fitted_on=given), MAX_DROP)
     with warnings.catch_warnings():
         warnings.simplefilter("error")

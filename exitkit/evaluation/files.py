@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -48,7 +49,7 @@ def save_outputs(outputs: ExitOutputs, path: str | Path, form: str, half: bool) 
     tensors = {"log_probs": outputs.log_probs.half() if half else outputs.log_probs, "macs": outputs.macs}
     for name in _OPTIONAL:
         if (tensor := getattr(outputs, name)) is not None:
-            tensors[name] = tensor.contiguous()
+            tensors[name] = tensor.clone(memory_format=torch.contiguous_format)  # two of them may share memory
     timings = tuple(asdict(one) for one in outputs.timings) or None
     values = {name: getattr(outputs, name) for name in ("backbone_macs", *_TEXTS, "temperatures")}
     texts = {
