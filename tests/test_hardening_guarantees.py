@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -92,10 +93,33 @@ def _shared(outputs: ExitOutputs) -> Tensor:
 def test_temperatures_fitted_on_the_calibration_samples_are_noticed() -> None:
     outputs, others = drawn(300, 0), drawn(300, 1)
     fitted = fit_temperatures(outputs)
-    with pytest.raises(ArgumentError, match="share 300 of their 300 samples with temperatures"):
-        choose_threshold(outputs.calibrated(fitted), MAX_DROP)
-    assert choose_threshold(others.calibrated(fitted), MAX_DROP).temperatures == fitted
-    assert choose_threshold(outputs.calibrated(tuple(fitted)), MAX_DROP).found  # plain numbers cannot tell
+    for given in (outputs, outputs.hashes):
+        with pytest.raises(ArgumentError, match="share 300 of their 300 samples with temperatures"):
+            choose_threshold(outputs.calibrated(tuple(fitted), fitted_on=given), MAX_DROP)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert choose_threshold(others.calibrated(fitted, fitted_on=outputs), MAX_DROP).temperatures == fitted
+    with pytest.warns(UserWarning, match="nobody can tell.*fitted_on=tuning") as caught:
+        assert choose_threshold(outputs.calibrated(fitted), MAX_DROP).found
+    assert caught[0].filename == __file__
+
+
+def test_temperatures_fitted_on_the_calibration_samples_are_noticed_after_saving(tmp_path: Path) -> None:
+    outputs, others = drawn(300, 0), drawn(300, 1)
+    path = tmp_path / "outputs.safetensors"
+    outputs[:200].calibrated(fit_temperatures(outputs), fitted_on=outputs).save(path)
+    with pytest.raises(ArgumentError, match="share 200 of their 200 samples with temperatures"):
+        choose_threshold(ExitOutputs.load(path), MAX_DROP)
+    others.calibrated(fit_temperatures(outputs), fitted_on=outputs).save(path)
+    policy = choose_threshold(ExitOutputs.load(path), MAX_DROP)
+    assert "fitted_on" not in policy.to_dict()
+
+
+def test_what_temperatures_were_fitted_on_needs_temperatures() -> None:
+    outputs = drawn(30, 0)
+    for wrong in ({"fitted_on": outputs.hashes}, {"temperatures": (1.0, 1.0), "fitted_on": torch.ones(3)}):
+        with pytest.raises(ArgumentError, match="fitted_on must be the int64 content hashes"):
+            replace(outputs, **wrong)
 
 
 def test_a_path_made_from_the_calibration_samples_is_noticed() -> None:

@@ -21,10 +21,12 @@ from torch.utils.data import DataLoader
 
 import exitkit
 from exitkit import ExitkitError, FileError, MultiExitModel
+from exitkit.methods.policy import ExitPolicy, Guarantee
 from tests.saved_exits import edit, replace_weights, weights_file
 from tests.toy import TinyNet, all_equal, images
 
 METHOD = asdict(exitkit.ZTW())
+POLICY = asdict(ExitPolicy((0.5, 0.5, 0.5), "confidence"))
 Loader = Callable[..., DataLoader[tuple[Tensor, ...]]]
 
 
@@ -421,41 +423,51 @@ def test_a_newer_format_says_who_wrote_it(backbone: TinyNet, saved: Path) -> Non
 
 
 @pytest.mark.parametrize(
-    ("key", "value"),
+    ("key", "value", "named"),
     [
-        ("exits", "blocks.0"),
-        ("exits", [1]),
-        ("exits", []),
-        ("exits", ["blocks.0", "blocks.0"]),
-        ("method", "ztw"),
-        ("method", {"name": "ztw"}),
-        ("method", METHOD | {"unheard_of": True}),
-        ("method", METHOD | {"ensemble": "quantum"}),
-        ("method", METHOD | {"cascade": "false"}),
-        ("method", METHOD | {"criterion": "tolerance-1.5"}),
-        ("method", METHOD | {"past_future": "paper", "cascade": False, "width": 10**9}),
-        ("head", None),
-        ("head", "3L"),
-        ("head", "2L-1000000000"),
-        ("dtype", "float33"),
-        ("dtype", "int8"),
-        ("threshold", "high"),
-        ("inputs", [{"dtype": "float", "shape": ["3"]}]),
-        ("inputs", [{"dtype": "nonsense", "shape": [3]}]),
-        ("inputs", [{"dtype": "float", "shape": [1, 20_000, 20_000]}]),
-        ("blocks", []),
-        ("tensors", {"stem.weight": 1}),
-        ("tensors", {"stem.weight": "8×1×3×3"}),
-        ("outputs", True),
-        ("outputs", 10**9),
-        ("weights", "../exits-0123456789abcdef.safetensors"),
-        ("more", 1),
+        ("exits", "blocks.0", "exits='blocks.0' must be"),
+        ("exits", [1], r"exits\[0\]=1 must be a text"),
+        ("exits", [], "exits="),
+        ("exits", ["blocks.0", "blocks.0"], "exits=.*distinct"),
+        ("method", "ztw", "method='ztw' must be"),
+        ("method", {"name": "ztw"}, "'method.cascade' is missing"),
+        ("method", METHOD | {"unheard_of": True}, "'method.unheard_of' is unknown"),
+        ("method", METHOD | {"ensemble": "quantum"}, "method.ensemble='quantum'"),
+        ("method", METHOD | {"cascade": "false"}, "method.cascade='false' must be True or False"),
+        ("method", METHOD | {"criterion": "tolerance-1.5"}, "method: .*tolerance-1.5"),
+        ("method", METHOD | {"width": 3}, "method: width=3 is for past_future"),
+        ("method", METHOD | {"past_future": "paper", "cascade": False, "width": 10**9}, "'method.width' is of width"),
+        ("head", None, "head=None must be"),
+        ("head", "3L", "head='3L' is unknown"),
+        ("head", ["auto", 3], r"head\[1\]=3 must be a text"),
+        ("head", "2L-1000000000", "head='2L-1000000000' is unknown"),
+        ("dtype", "float33", "dtype='float33'"),
+        ("dtype", "int8", "dtype='int8'"),
+        ("policy", POLICY | {"thresholds": "high"}, "policy.thresholds='high' must be"),
+        ("policy", POLICY | {"criterion": "two words"}, "policy: .*two words"),
+        ("policy", POLICY | {"temperatures": [1.0]}, "policy: temperatures="),
+        ("policy", POLICY | {"thresholds": [0.5]}, "policy.thresholds holds 1 values for 3 exits"),
+        ("threshold", "high", "'threshold' is unknown"),
+        ("inputs", [{"dtype": "float", "shape": ["3"]}], r"inputs\[0\].shape\[0\]='3' must be a whole number"),
+        ("inputs", [{"dtype": "nonsense", "shape": [3]}], r"inputs\[0\].dtype='nonsense'"),
+        ("inputs", {"x": {"dtype": "float"}}, r"'inputs.x.shape' is missing"),
+        ("inputs", [{"dtype": "float", "shape": [1, 20_000, 20_000]}], r"inputs\[0\]: shape="),
+        ("blocks", [], r"blocks=\[\] must be"),
+        ("tensors", {"stem.weight": 1}, "tensors.stem.weight=1 must be a text"),
+        ("tensors", {"stem.weight": "8×1×3×3"}, "tensors.stem.weight='8×1×3×3'"),
+        ("outputs", True, "outputs=True must be a whole number"),
+        ("outputs", 10**9, "'outputs' is of width"),
+        ("weights", "../exits-0123456789abcdef.safetensors", "weights='../exits"),
+        ("weights", "exits-0123456789abcdef_safetensors", "weights='exits"),
+        ("more", 1, "'more' is unknown"),
     ],
 )
-def test_a_damaged_configuration_names_the_entry(backbone: TinyNet, saved: Path, key: str, value: Any) -> None:
-    """Though its hash is right."""
+def test_a_damaged_configuration_names_the_entry(
+    backbone: TinyNet, saved: Path, key: str, value: Any, named: str
+) -> None:
+    """Though its hash is right; of an entry with parts, the part."""
     edit(saved, **{key: value})
-    with pytest.raises(FileError, match=rf"config\.json' is damaged: '{key}' is "):
+    with pytest.raises(FileError, match=rf"config\.json' is damaged: {named}"):
         MultiExitModel.from_pretrained(backbone, saved)
 
 
@@ -521,10 +533,67 @@ def test_a_flipped_digit_in_a_threshold_is_noticed(tiny_ee: MultiExitModel, tmp_
         MultiExitModel.from_pretrained(tiny_ee.backbone, tmp_path)
 
 
-def test_folders_of_the_format_before_say_what_to_do(backbone: TinyNet, saved: Path) -> None:
-    edit(saved, format="exitkit-exits-3")
+def older(folder: Path, threshold: Any) -> None:
+    """The folder as version 0.1 wrote it: no hash, a threshold in place of the policy, short digests of some values."""
+    path = folder / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    del config["sha256"], config["policy"]
+    tensors = {name: f"{line.split()[0]} 6690643a 13cccabd 8a78879b" for name, line in config["tensors"].items()}
+    changed = {"format": "exitkit-exits-3", "threshold": threshold, "tensors": tensors}
+    path.write_text(json.dumps({**config, **changed}, indent=1, ensure_ascii=False), encoding="utf-8")
+
+
+CHOSEN = {
+    "threshold": [0.5, 0.6, 0.7], "found": True, "guarantee": "kept", "risk": "accuracy_drop", "method": "ltt",
+    "max_drop": 0.01, "confidence": 0.95, "measured": 0.005, "samples": 500, "cost": 0.5, "cost_interval": [0.4, 0.6],
+    "criterion": "margin", "dtype": "float32", "temperatures": [1.0, 2.0, 1.0, 1.0],
+}  # fmt: skip
+GUARANTEE = Guarantee("kept", True, "accuracy_drop", "ltt", 0.01, 0.95, 0.005, 500, 0.5, (0.4, 0.6))
+
+
+@pytest.mark.parametrize(
+    ("threshold", "policy"),
+    [
+        (None, None),
+        (0.5, ExitPolicy((0.5, 0.5, 0.5), "confidence")),
+        ([0.5, 0.6, 0.7], ExitPolicy((0.5, 0.6, 0.7), "confidence")),
+        (
+            {"threshold": 0.5, "temperatures": [1, 2, 1, 1]},
+            ExitPolicy((0.5, 0.5, 0.5), "confidence", (1.0, 2.0, 1.0, 1.0)),
+        ),
+        (CHOSEN, ExitPolicy((0.5, 0.6, 0.7), "margin", (1.0, 2.0, 1.0, 1.0), "float32", GUARANTEE)),
+    ],
+    ids=["none", "one", "each", "temperatures", "chosen"],
+)
+def test_older_folders_load_with_one_warning(
+    ee: MultiExitModel, backbone: TinyNet, saved: Path, threshold: Any, policy: ExitPolicy | None
+) -> None:
+    older(saved, threshold)
+    with pytest.warns(UserWarning, match="without a hash.*save the exits again") as caught:
+        again = MultiExitModel.from_pretrained(backbone, saved)
+    assert len(caught) == 1
+    assert caught[0].filename == __file__
+    assert again.policy == policy
+    assert all_equal(answers(ee, images(3)), answers(again, images(3)))
+    with (
+        pytest.warns(UserWarning, match="shapes"),
+        pytest.raises(ExitkitError, match=r"'linear\.weight 3×8' there is 'linear\.weight 4×8'"),
+    ):
+        MultiExitModel.from_pretrained(TinyNet(num_classes=4), saved)
+
+
+@pytest.mark.parametrize("threshold", ["0.5", {}, [], {"threshold": [0.5]}, CHOSEN | {"cost": "low"}])
+@pytest.mark.filterwarnings("ignore:.*without a hash")
+def test_lies_in_the_threshold_of_older_folders(backbone: TinyNet, saved: Path, threshold: Any) -> None:
+    older(saved, threshold)
+    with pytest.raises(ExitkitError):
+        MultiExitModel.from_pretrained(backbone, saved)
+
+
+def test_folders_of_a_much_older_format_say_what_to_do(backbone: TinyNet, saved: Path) -> None:
+    edit(saved, format="exitkit-exits-2")
     with pytest.raises(
-        FileError, match=r"format 'exitkit-exits-3', saved by .*Load it with the version that saved it"
+        FileError, match=r"format 'exitkit-exits-2', saved by .*Load it with the version that saved it"
     ):
         MultiExitModel.from_pretrained(backbone, saved)
 
@@ -617,12 +686,12 @@ def test_whatever_is_damaged_is_refused_or_loads_the_same(ee: MultiExitModel, tm
 
 @pytest.mark.parametrize("place", ["no/such/folder", "./nowhere", "a b", Path("nowhere")])
 def test_neither_a_folder_nor_a_name_on_the_hub(tiny_net: TinyNet, place: str | Path) -> None:
-    with pytest.raises(ExitkitError, match=r"is neither a folder nor a name on the Hub"):
+    with pytest.raises(ExitkitError, match=r"is neither a folder nor a name on the Hub|there is no such folder"):
         MultiExitModel.from_pretrained(tiny_net, place)
 
 
 def test_other_places_that_cannot_be_loaded_from(backbone: TinyNet, saved: Path) -> None:
-    with pytest.raises(ExitkitError, match=r"README\.md' is neither a folder"):
+    with pytest.raises(ExitkitError, match=r"README\.md' looks like a path, and there is no such folder"):
         MultiExitModel.from_pretrained(backbone, str(saved / "README.md"))
     with pytest.raises(ExitkitError, match=r"source=3 must be a folder or a name"):
         MultiExitModel.from_pretrained(backbone, 3)  # type: ignore[arg-type]

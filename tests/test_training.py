@@ -638,9 +638,9 @@ def test_a_checkpoint_of_an_older_format_is_refused_by_its_number(
     trainer(tiny_ee, output_dir=tmp_path).fit(loader(16))
     state = torch.load(tmp_path / CHECKPOINT, weights_only=True)
     del state["sha256"]
-    torch.save(state | {"format": "exitkit-checkpoint-2"}, tmp_path / CHECKPOINT)
+    torch.save(state | {"format": "exitkit-checkpoint-3"}, tmp_path / CHECKPOINT)
     with pytest.raises(
-        FileError, match=r"format 'exitkit-checkpoint-2'.*reads 'exitkit-checkpoint-3'.*resume='never'"
+        FileError, match=r"format 'exitkit-checkpoint-3'.*reads 'exitkit-checkpoint-4'.*resume='never'"
     ):
         trainer(tiny_ee, output_dir=tmp_path).fit(loader(16))
 

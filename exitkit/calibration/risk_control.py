@@ -30,7 +30,7 @@ from exitkit.calibration.risks import Risk, RiskFunction, RiskName, as_risk
 from exitkit.common.errors import ArgumentError, unknown_name
 from exitkit.evaluation.outputs import ExitOutputs, check_outputs
 from exitkit.methods.criteria import Criterion
-from exitkit.methods.policy import ExitPolicy, FittedTemperatures, Guarantee
+from exitkit.methods.policy import ExitPolicy, Guarantee
 
 Procedure = Literal["ltt", "ucb", "crc"]
 _Passes = Callable[[NDArray[np.float64]], bool]
@@ -92,7 +92,7 @@ def choose_threshold(
 
     Raises:
         ArgumentError: bounds out of range, too few samples (the message says how many would do), missing labels, samples
-            shared with ``exclude``, with ``path`` or with those that temperatures were fitted on, a path of other exits or
+            shared with ``exclude``, with ``path`` or with ``outputs.fitted_on``, a path of other exits or
             another criterion.
     """
     _check(outputs, max_drop, confidence, method)
@@ -103,8 +103,7 @@ def choose_threshold(
             )
     chosen, no_exit = as_risk(risk), outputs.policy(float("inf"), criterion)
     refuse_shared(outputs, exclude, "exclude")
-    if isinstance(outputs.temperatures, FittedTemperatures) and outputs.hashes is not None:
-        refuse_shared(outputs, outputs.temperatures.hashes, "temperatures")
+    _check_temperatures(outputs)
     rows = _rows(outputs, no_exit, path)
     losses, binary = chosen.losses(outputs)
     passes = _test(method, chosen.limit(max_drop), 1 - confidence, binary)
@@ -172,6 +171,19 @@ def refuse_shared(outputs: ExitOutputs, other: ExitOutputs | Tensor | None, name
             f"outputs share {shared} of their {len(outputs)} samples with {name}: a model is surer of samples it has seen, "
             f"and a threshold chosen on them promises too much. Leave them out: "
             f"outputs[~torch.isin(outputs.hashes, hashes_of_{name})]"
+        )
+
+
+def _check_temperatures(outputs: ExitOutputs) -> None:
+    """Refuse samples that temperatures were fitted on; warn where nobody said which these were."""
+    if outputs.temperatures is None or outputs.hashes is None:
+        return
+    refuse_shared(outputs, outputs.fitted_on, "temperatures")
+    if outputs.fitted_on is None:
+        warnings.warn(
+            "nobody can tell whether the temperatures were fitted on these samples, which would void the promise; say on "
+            "which by outputs.calibrated(temperatures, fitted_on=tuning)",
+            stacklevel=3,
         )
 
 

@@ -9,14 +9,13 @@ from torch.nn import functional as F
 
 from exitkit.common.errors import ArgumentError
 from exitkit.evaluation.outputs import ExitOutputs, check_outputs
-from exitkit.methods.policy import FittedTemperatures
 
 
 def fit_temperatures(outputs: ExitOutputs) -> tuple[float, ...]:
     """(M+1,): the temperature of each exit, the backbone's last, that gives ``outputs`` the highest likelihood.
 
-    For ``outputs.calibrated(temperatures)``, which should then be other samples: :func:`exitkit.choose_threshold` refuses the
-    same ones, as far as hashes tell. Between 0.05 and 20.
+    Between 0.05 and 20. For ``others.calibrated(temperatures, fitted_on=outputs)``: :func:`exitkit.choose_threshold` refuses
+    samples that temperatures were fitted on.
 
     Raises:
         ArgumentError: no labels.
@@ -24,9 +23,7 @@ def fit_temperatures(outputs: ExitOutputs) -> tuple[float, ...]:
     check_outputs(outputs)
     if outputs.labels is None:
         raise ArgumentError("labels=None: temperatures are fitted to labels")
-    fitted = FittedTemperatures(_fit(outputs, exit_) for exit_ in range(len(outputs.macs)))
-    fitted.hashes = outputs.hashes
-    return fitted
+    return tuple(_fit(outputs, exit_) for exit_ in range(len(outputs.macs)))
 
 
 def _fit(outputs: ExitOutputs, exit_: int) -> float:

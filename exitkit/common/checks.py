@@ -120,7 +120,7 @@ def members_of(kind: Any) -> tuple[Any, ...]:
 
 
 def _is_one_of(value: Any, kind: Any) -> bool:
-    return any(_fits(value, one) for one in members_of(kind))
+    return any(fits(value, one) for one in members_of(kind))
 
 
 def _allowed(kind: Any) -> str:
@@ -131,11 +131,12 @@ def _after(remedy: str) -> str:
     return f"; {remedy}" if remedy else ""
 
 
-def _fits(value: Any, kind: Any) -> bool:
+def fits(value: Any, kind: Any) -> bool:
+    """Whether a value is of a kind that :func:`check` knows; no union."""
     origin = get_origin(kind)
     if origin is Annotated:
         base, *bounds = get_args(kind)
-        return _fits(value, base) and all(value in bound for bound in bounds if isinstance(bound, Bounds))
+        return fits(value, base) and all(value in bound for bound in bounds if isinstance(bound, Bounds))
     if origin is Literal:
         return any(type(value) is type(one) and value == one for one in get_args(kind))
     if kind in (int, float):
@@ -183,12 +184,12 @@ def numbers_in(given: Any) -> NDArray[np.float64]:
 
 def is_number(value: object) -> TypeGuard[float]:
     """Whether a value is a real number: no text, no boolean, not NaN."""
-    return _fits(value, float)
+    return fits(value, float)
 
 
 def is_count(value: object) -> bool:
     """Whether a value is a whole number greater than 0."""
-    return _fits(value, Count)
+    return fits(value, Count)
 
 
 def positive(name: str, value: Any, meaning: str) -> float:

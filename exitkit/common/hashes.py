@@ -50,10 +50,10 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 
 def digest(value: Any) -> str:
-    """SHA-256 of plain values: tensors, mappings, sequences, numbers, texts, bytes and None; dtypes, shapes and order count.
+    """SHA-256 of plain values: tensors, arrays, mappings, sequences, numbers, texts, bytes and None.
 
-    Files carry it beside their content, so that one that was damaged on the way is noticed. It is no signature: who can change
-    a file can change its digest.
+    Dtypes, shapes and order count; of anything else the type alone. Files carry it beside their content, so that one that was
+    damaged on the way is noticed. It is no signature: who can change a file can change its digest.
     """
     content = hashlib.sha256()
     _add(content, value)
@@ -61,6 +61,8 @@ def digest(value: Any) -> str:
 
 
 def _add(content: hashlib._Hash, value: Any) -> None:
+    if isinstance(value, np.ndarray) and value.dtype.kind in "biuf":
+        value = torch.from_numpy(np.ascontiguousarray(value))
     if isinstance(value, Tensor):
         content.update(f"tensor {value.dtype} {tuple(value.shape)}:".encode())
         content.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
@@ -73,5 +75,5 @@ def _add(content: hashlib._Hash, value: Any) -> None:
         for item in items:
             _add(content, item)
     else:
-        text = repr(value).encode()
+        text = repr(value).encode() if value is None or isinstance(value, bool | int | float | str) else b""
         content.update(f"{type(value).__name__} {len(text)}:".encode() + text)

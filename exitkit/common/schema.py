@@ -11,10 +11,12 @@ import math
 import os
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
+from functools import reduce
+from operator import or_
 from pathlib import Path
 from typing import Any, TypeVar, cast, get_args, get_origin
 
-from exitkit.common.checks import check, hints_of, members_of
+from exitkit.common.checks import check, fits, hints_of, members_of
 from exitkit.common.errors import ArgumentError, FileError
 
 T = TypeVar("T")
@@ -91,7 +93,11 @@ def _made(kind: Any, value: Any, where: str) -> Any:
     if len(members) > 1:
         return _member(members, value, where)
     if isinstance(kind, type) and is_dataclass(kind):
-        return kind(**_fields(kind, value, where))
+        given = _fields(kind, value, where)
+        try:
+            return kind(**given)
+        except ArgumentError as error:  # says which field, but not whose
+            raise type(error)(f"{where}: {error}" if where else str(error)) from error
     origin, inner = get_origin(kind), get_args(kind)
     if origin is tuple:
         check(where, value, list | tuple)
@@ -111,15 +117,15 @@ def _made(kind: Any, value: Any, where: str) -> Any:
 
 
 def _member(members: tuple[Any, ...], value: Any, where: str) -> Any:
-    """Of a union: None where it may be, a plain member that fits, or the one that is made of parts."""
+    """Of a union: a plain member that fits, or the one made of parts that a value of this form is for."""
     parts = [one for one in members if get_origin(one) in (tuple, dict) or is_dataclass(one)]
-    if value is None or not parts:
-        kind = members[0]
-        for one in members[1:]:
-            kind = kind | one
-        check(where, value, kind)
+    plain = [one for one in members if one not in parts]
+    if any(fits(value, one) for one in plain):
         return value
-    return _made(parts[0], value, where)
+    if not parts:
+        check(where, value, reduce(or_, plain))
+    listed = isinstance(value, list | tuple)
+    return _made(next((one for one in parts if (get_origin(one) is tuple) == listed), parts[0]), value, where)
 
 
 def _fields(kind: Any, value: Any, where: str) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -26,7 +27,8 @@ OUTPUTS, REGRESSION = "exitkit-outputs-2", "exitkit-regression-2"
 
 _OLDER = {"exitkit-outputs-1": OUTPUTS, "exitkit-regression-1": REGRESSION}
 """Formats without a digest."""
-_TENSORS = {"log_probs", "macs", "labels", "hashes"}
+_OPTIONAL = ("labels", "hashes", "fitted_on")
+_TENSORS = {"log_probs", "macs", *_OPTIONAL}
 _TEXTS = ("criterion", "dtype", "weights")
 
 
@@ -46,9 +48,9 @@ def save_outputs(outputs: ExitOutputs, path: str | Path, form: str, half: bool) 
     """See :meth:`exitkit.ExitOutputs.save`."""
     check("path", path, PATH)
     tensors = {"log_probs": outputs.log_probs.half() if half else outputs.log_probs, "macs": outputs.macs}
-    for name in ("labels", "hashes"):
+    for name in _OPTIONAL:
         if (tensor := getattr(outputs, name)) is not None:
-            tensors[name] = tensor.contiguous()
+            tensors[name] = tensor.clone(memory_format=torch.contiguous_format)  # two of them may share memory
     timings = tuple(asdict(one) for one in outputs.timings) or None
     values = {name: getattr(outputs, name) for name in ("backbone_macs", *_TEXTS, "temperatures")}
     texts = {
@@ -108,7 +110,7 @@ def _read(path: str | Path) -> tuple[dict[str, str], dict[str, Any]]:
     if "format" in header and (unknown or not {"log_probs", "macs"} <= tensors.keys()):
         raise FileError(
             f"path={str(path)!r} is damaged: it holds {sorted(tensors | dict.fromkeys(unknown))[:8]}, but outputs are "
-            "'log_probs' and 'macs', 'labels' and 'hashes'; copy or collect it again"
+            f"'log_probs', 'macs' and perhaps {', '.join(map(repr, _OPTIONAL))}; copy or collect it again"
         )
     return header, tensors
 

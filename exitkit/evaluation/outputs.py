@@ -59,6 +59,7 @@ class ExitOutputs:
         weights: what tells the backbone from others of its architecture, or None.
             See :func:`exitkit.surgery.fingerprint.fingerprint_of`.
         timings: what answering takes on some devices (:meth:`timed`), for budgets in milliseconds.
+        fitted_on: (K,) int64, content hashes of the samples that the temperatures were fitted on, or None.
 
     Raises:
         ArgumentError: shapes that do not fit together, NaN, labels out of range, costs that fall, or an unknown dtype.
@@ -74,6 +75,7 @@ class ExitOutputs:
     temperatures: Temperatures | None = None
     weights: str | None = None
     timings: tuple[ExitTimes, ...] = ()
+    fitted_on: Tensor | None = None
 
     measure: ClassVar[str] = "accuracy"
     _format: ClassVar[str] = OUTPUTS
@@ -107,6 +109,12 @@ class ExitOutputs:
                 f"hashes have dtype {self.hashes.dtype} and shape {tuple(self.hashes.shape)}; expected int64 of shape "
                 f"({len(log_probs)},), as exitkit.evaluation.content_hashes(loader) gives them"
             )
+        if self.fitted_on is not None:
+            if self.fitted_on.dim() != 1 or self.fitted_on.dtype != torch.int64 or self.temperatures is None:
+                raise ArgumentError(
+                    "fitted_on must be the int64 content hashes of the samples that temperatures were fitted on"
+                )
+            object.__setattr__(self, "fitted_on", self.fitted_on.detach().cpu())
 
     def __len__(self) -> int:
         return len(self.log_probs)
@@ -154,11 +162,16 @@ class ExitOutputs:
         """The same outputs with the full model's answers as labels: accuracy is then agreement with it."""
         return replace(self, labels=self.answers[:, -1])
 
-    def calibrated(self, temperatures: Sequence[float]) -> Self:
+    def calibrated(self, temperatures: Sequence[float], fitted_on: ExitOutputs | Tensor | None = None) -> Self:
         """The outputs with each exit's logits divided by its temperature (:func:`exitkit.evaluation.fit_temperatures`).
 
         Answers stay the same; scores, and so thresholds, do not: a policy found on the result has these temperatures, and
         whatever takes it (:func:`exitkit.compile`, ``export``, ``save_pretrained``) applies them.
+
+        Args:
+            temperatures: (M+1,), the backbone's last.
+            fitted_on: the outputs that they were fitted on, or these samples' content hashes; kept and saved with the result,
+                so that :func:`exitkit.choose_threshold` refuses to calibrate on the same samples.
 
         Raises:
             ArgumentError: another number than one per exit and one for the backbone, one that is not positive, outputs that
@@ -172,7 +185,8 @@ class ExitOutputs:
             )
         divisors = torch.tensor(given, dtype=torch.float32)[:, None]
         log_probs = by_chunks(self.log_probs, lambda rows: rows / divisors)
-        return replace(self, log_probs=log_probs, temperatures=given)
+        hashes = fitted_on.hashes if isinstance(fitted_on, ExitOutputs) else fitted_on
+        return replace(self, log_probs=log_probs, temperatures=given, fitted_on=hashes)
 
     def timed(self, times: Iterable[ExitTimes]) -> Self:
         """The same outputs with measured times (:func:`exitkit.time_exits`), newer ones in place of older.

@@ -92,7 +92,7 @@ class RegressionOutputs(ExitOutputs):
         no_exit = self.policy(float("inf"), criterion)
         return replace(self._curve(thresholds, reached, spent, no_exit, milliseconds), measure=measure)
 
-    def calibrated(self, temperatures: Sequence[float]) -> NoReturn:
+    def calibrated(self, temperatures: Sequence[float], fitted_on: ExitOutputs | Tensor | None = None) -> NoReturn:
         """Predictions have no temperature.
 
         Raises:

@@ -9,7 +9,6 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
-from torch import Tensor
 
 from exitkit.common.checks import check, check_fields, is_number, numbers_in
 from exitkit.common.errors import ArgumentError
@@ -19,12 +18,6 @@ from exitkit.methods.criteria import Criterion, UnknownCriterionError, as_criter
 Temperatures = tuple[float, ...]
 Precision = Literal["float32", "float16", "bfloat16", "float64"]
 """What a model may compute in, by torch's name."""
-
-
-class FittedTemperatures(Temperatures):
-    """Temperatures that know the content hashes of the samples they were fitted on, or None; any copy may lose them."""
-
-    hashes: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -240,7 +233,7 @@ def checked_temperatures(given: Any, count: int | None = None) -> Temperatures:
             f"temperatures={given!r} must be {wanted}positive numbers, one per exit and the backbone's last, as "
             "exitkit.calibration.fit_temperatures(outputs) returns them"
         )
-    return given if isinstance(given, FittedTemperatures) else tuple(values.tolist())
+    return tuple(values.tolist())
 
 
 def _thresholds(given: Any) -> tuple[float, ...]:

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import hashlib
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor
 
 from exitkit.common.errors import ArgumentError, FileError
 from exitkit.common.files import replacing
+from exitkit.common.hashes import digest
 
 _PREFIX = "exitkit-checkpoint-"
-_FORMAT = f"{_PREFIX}3"
+_FORMAT = f"{_PREFIX}4"
 NAME = "checkpoint.pt"
 DATA = ("train_loader ", "val_loader ")
 """How the names of settings begin that are read off the loaders."""
@@ -102,30 +100,3 @@ def remove_leftovers(directory: Path) -> None:
     """Half-written checkpoints of a run that was killed while it wrote one."""
     for leftover in directory.glob(f".{Path(NAME).stem}-*{Path(NAME).suffix}"):
         leftover.unlink(missing_ok=True)
-
-
-def digest(value: Any) -> str:
-    """SHA-256 of plain values: tensors, arrays, mappings, sequences, numbers, texts and None; types and order count.
-
-    Of anything else the type alone counts.
-    """
-    content = hashlib.sha256()
-    _add(content, value)
-    return content.hexdigest()
-
-
-def _add(content: hashlib._Hash, value: Any) -> None:
-    if isinstance(value, np.ndarray) and value.dtype.kind in "biuf":
-        value = torch.from_numpy(np.ascontiguousarray(value))
-    if isinstance(value, Tensor):
-        content.update(f"tensor {value.dtype} {tuple(value.shape)}:".encode())
-        content.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    elif isinstance(value, Mapping | tuple | list):
-        items = value.items() if isinstance(value, Mapping) else value
-        content.update(f"{type(value).__name__} {len(value)}:".encode())
-        for item in items:
-            _add(content, item)
-    else:
-        plain = value is None or isinstance(value, bool | int | float | str | bytes)
-        text = repr(value).encode() if plain else b""
-        content.update(f"{type(value).__name__} {len(text)}:".encode() + text)

@@ -10,8 +10,8 @@ import numpy as np
 from torch.utils.data import DataLoader, IterableDataset, Subset
 
 from exitkit.common.batches import split_batch
+from exitkit.common.hashes import digest
 from exitkit.surgery.fingerprint import weights_digest
-from exitkit.training.checkpoint import digest
 from exitkit.training.distributed import in_order, length, random_state, seed_everything, set_random_state
 from exitkit.training.options import Options
 from exitkit.training.schedules import schedule_name

@@ -15,6 +15,7 @@ from exitkit.multi_exit.saving.hub import is_name
 if TYPE_CHECKING:
     from exitkit.evaluation.outputs import ExitOutputs
     from exitkit.multi_exit.model import MultiExitModel
+    from exitkit.multi_exit.saving.configuration import Configuration
 
 
 def identity(backbone: nn.Module) -> dict[str, str | None]:
@@ -56,19 +57,18 @@ def measured(model: MultiExitModel, outputs: ExitOutputs, policy: ExitPolicy | N
     }
 
 
-def card_of(model: MultiExitModel, config: Mapping[str, Any], source: str) -> str:
+def card_of(model: MultiExitModel, config: Configuration, source: str) -> str:
     """The card of exits with this configuration, which ``from_pretrained`` finds at ``source``."""
     from huggingface_hub import ModelCardData
 
-    backbone, metrics = config["backbone"], config["metrics"]
+    backbone, metrics, policy = config.backbone, config.metrics, config.policy
     data = ModelCardData(
         library_name="exitkit",
         tags=["early-exit"],
         base_model=backbone["hub_name"],
         metrics=[metrics["measure"].split()[0].lower()] if metrics else None,
     )
-    kind = backbone["class"].rpartition(".")[2]
-    policy = None if config["policy"] is None else ExitPolicy.from_dict(config["policy"])
+    kind = str(backbone["class"]).rpartition(".")[2]
     threshold = "" if policy is None else f"\nee.threshold  # τ = {policy.shown()}, chosen for these exits"
     return f"""---
 {data.to_yaml()}
@@ -77,7 +77,7 @@ def card_of(model: MultiExitModel, config: Mapping[str, Any], source: str) -> st
 # Early exits for {backbone["hub_name"] or backbone["architecture"] or kind}
 
 Exits for a `{backbone["class"]}`: method `{model.method.name}`, heads `{model.head}`, criterion `{model.method.criterion}`;
-made with exitkit {config["versions"]["exitkit"]}. Only the exits are here{_new_head(model)}; the backbone is not.
+made with exitkit {config.versions["exitkit"]}. Only the exits are here{_new_head(model)}; the backbone is not.
 
 ```python
 import exitkit

@@ -25,13 +25,14 @@ from exitkit.common.checks import PATH, check
 from exitkit.common.errors import ArgumentError, ExitkitError, FileError
 from exitkit.common.files import locked, read_together, replacing
 from exitkit.methods.policy import ExitPolicy
-from exitkit.methods.presets import Method
 from exitkit.multi_exit.assembly import Parts, assemble
 from exitkit.multi_exit.saving import hub
 from exitkit.multi_exit.saving.card import card_of
 from exitkit.multi_exit.saving.configuration import (
     CONFIG,
+    OLDER,
     WEIGHTS,
+    Configuration,
     check_sizes,
     configuration_of,
     example_inputs,
@@ -62,9 +63,9 @@ def save_exits(
     folder = Path(directory)
     if folder.exists() and not folder.is_dir():
         raise ArgumentError(f"directory={str(directory)!r} is a file; name a folder")
-    config = configuration_of(model, threshold, outputs)
+    config, weights = _saved(model, threshold, outputs)
     with locked(folder):
-        _write(model, config, folder, "path/to/this/folder")
+        _write(model, config, weights, folder, "path/to/this/folder")
 
 
 def push_exits(
@@ -77,10 +78,10 @@ def push_exits(
     token: hub.Token,
 ) -> str:
     """See :meth:`exitkit.MultiExitModel.push_to_hub`."""
-    config = configuration_of(model, threshold, outputs)  # first: if it refuses, nothing is made on the Hub
+    config, weights = _saved(model, threshold, outputs)  # first: if it refuses, nothing is made on the Hub
     name = hub.create(repo_id, private, token)
     with TemporaryDirectory() as folder:
-        _write(model, config, Path(folder), name)
+        _write(model, config, weights, Path(folder), name)
         return hub.upload(Path(folder), name, [WEIGHTS], commit_message, token)
 
 
@@ -100,14 +101,20 @@ def load_exits(
         )
     folder = hub.fetch(source, [CONFIG, WEIGHTS], revision, token)
     config, weights = read_together(lambda: _read(folder))
+    if config.format == OLDER:
+        warnings.warn(
+            f"{str(source)!r} was saved by {saved_by(config.versions)} without a hash, and only the shapes of the backbone's "
+            "weights can be compared: make sure that they are the right ones, then save the exits again",
+            stacklevel=3,
+        )
     check_sizes(config, weights, folder / CONFIG)
-    _compare(config["tensors"], without(tensor_lines(backbone), config["new_head"]), source, backbone)
+    _compare(config.tensors, without(tensor_lines(backbone), config.new_head), source, backbone)
     with unchanged_on_error(backbone):
         model = build(_parts(backbone, inputs, config, source))
-        _compare(config["blocks"], block_lines(model.anatomy.blocks), source, backbone)
-        _fill(model, weights, getattr(torch, config["dtype"]), folder / config["weights"])
-    if config["policy"] is not None:
-        _set_policy(model, ExitPolicy.from_dict(config["policy"]), folder / CONFIG)
+        _compare(config.blocks, block_lines(model.anatomy.blocks), source, backbone)
+        _fill(model, weights, getattr(torch, config.dtype), folder / config.weights)
+    if config.policy is not None:
+        _set_policy(model, config.policy, folder / CONFIG)
     return model
 
 
@@ -127,32 +134,37 @@ def _set_policy(model: MultiExitModel, policy: ExitPolicy, path: Path) -> None:
         raise FileError(f"{str(path)!r} is damaged: {error}. {_AGAIN}") from error
 
 
-def _parts(backbone: nn.Module, inputs: Any, config: Mapping[str, Any], source: Source) -> Parts:
+def _parts(backbone: nn.Module, inputs: Any, config: Configuration, source: Source) -> Parts:
     """Fresh exits as configured; a last layer that was replaced is replaced again, or filled where it has the same outputs."""
-    outputs = config["outputs"] if config["new_head"] else None
-    where, method = {"at": config["exits"]}, Method(**config["method"])
+    outputs = config.outputs if config.new_head else None
     try:
         inputs = example_inputs(backbone, config) if inputs is None else inputs
-        parts = assemble(backbone, inputs, where, method, config["head"], outputs)
+        parts = assemble(backbone, inputs, {"at": config.exits}, config.method, config.head, outputs)
     except ExitkitError as error:
         raise ArgumentError(
-            f"the exits in {str(source)!r}, saved by {saved_by(config)}, cannot be attached to this "
+            f"the exits in {str(source)!r}, saved by {saved_by(config.versions)}, cannot be attached to this "
             f"{type(backbone).__name__}: {error}"
         ) from error
-    return replace(parts, new_head=tuple(config["new_head"]))
+    return replace(parts, new_head=config.new_head)
 
 
-def _write(model: MultiExitModel, config: Mapping[str, Any], folder: Path, source: str) -> None:
-    weights = save(_copies(model, getattr(torch, config["dtype"])))
-    name = _name_of(weights)
-    with replacing(folder / name) as temporary:
+def _saved(
+    model: MultiExitModel, threshold: Threshold | None, outputs: ExitOutputs | None
+) -> tuple[Configuration, bytes]:
+    """Configuration and weights file."""
+    weights = save(_copies(model, next(model.classifiers.parameters()).dtype))
+    return configuration_of(model, _name_of(weights), threshold, outputs), weights
+
+
+def _write(model: MultiExitModel, config: Configuration, weights: bytes, folder: Path, source: str) -> None:
+    with replacing(folder / config.weights) as temporary:
         temporary.write_bytes(weights)
     with replacing(folder / CONFIG) as temporary:
-        temporary.write_text(to_text(config, name), encoding="utf-8")
+        temporary.write_text(to_text(config), encoding="utf-8")
     with replacing(folder / CARD) as temporary:
         temporary.write_text(card_of(model, config, source), encoding="utf-8")
     for older in folder.glob(WEIGHTS):
-        if older.name != name:
+        if older.name != config.weights:
             older.unlink(missing_ok=True)
 
 
@@ -160,9 +172,9 @@ def _name_of(weights: bytes) -> str:
     return f"exits-{hashlib.sha256(weights).hexdigest()[:16]}.safetensors"
 
 
-def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def _read(folder: Path) -> tuple[Configuration, dict[str, Tensor]]:
     config = read_configuration(folder / CONFIG)
-    return config, _read_weights(folder / config["weights"])
+    return config, _read_weights(folder / config.weights)
 
 
 def _read_weights(path: Path) -> dict[str, Tensor]:
