@@ -7,6 +7,7 @@ import faulthandler
 import logging
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -161,15 +162,18 @@ def test_four_threads_compile_one_model(ee: MultiExitModel) -> None:
     assert all(all_equal(engine(x), expected) for engine in engines)
 
 
-@pytest.mark.parametrize("work", ["compile", "attach", "inspect", "export"])
+@pytest.mark.parametrize("work", ["compile", "attach", "inspect", "export", "onnx"])
 def test_a_model_answers_while_another_thread_captures_its_backbone(
     ee: MultiExitModel, tmp_path: Path, work: str
 ) -> None:
+    if work == "onnx":
+        pytest.importorskip("onnxruntime")
     does: dict[str, Callable[[], Any]] = {
         "compile": lambda: [exitkit.compile(ee, 0.5) for _ in range(3)],
         "attach": lambda: exitkit.attach(ee.backbone, images(), every=2, head="tail"),
         "inspect": lambda: [exitkit.inspect(ee.backbone, images(), show=False) for _ in range(3)],
         "export": lambda: exitkit.export(ee, tmp_path / "model.pt2", 0.5),
+        "onnx": lambda: exitkit.export(ee, tmp_path / "model.onnx", 0.5),
     }
     ee.eval()
     right = while_others_answer(ee, does[work])
@@ -287,3 +291,37 @@ def test_a_refused_capture_is_quiet_and_other_threads_are_heard(capfd: pytest.Ca
     assert "this thread's torch" not in heard
     assert "def forward" not in heard
     assert "afterwards" in capfd.readouterr().err
+
+
+def test_an_onnx_export_is_quiet_and_other_threads_are_heard(
+    ee: MultiExitModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("onnxruntime")
+    convert = torch.onnx.export
+
+    def others() -> None:
+        print("another thread's print", flush=True)
+        logging.getLogger("theirs").error("another thread's log")
+        logging.getLogger("onnxscript").error("another thread's exporter")
+        warnings.warn("another thread's warning", UserWarning, stacklevel=1)
+
+    def with_others(*args: Any, **kwargs: Any) -> Any:
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(others).result()
+        logging.getLogger("onnxscript").error("this thread's exporter")
+        return convert(*args, **kwargs)
+
+    monkeypatch.setattr(torch.onnx, "export", with_others)
+    handler = logging.StreamHandler()
+    for name in ("theirs", "onnxscript"):
+        logging.getLogger(name).addHandler(handler)
+    try:
+        with pytest.warns(UserWarning, match="another thread's warning") as warned:
+            exitkit.export(ee, tmp_path / "model.onnx", 0.5)
+    finally:
+        for name in ("theirs", "onnxscript"):
+            logging.getLogger(name).removeHandler(handler)
+    heard = capfd.readouterr()
+    assert heard.out == "another thread's print\n"
+    assert heard.err == "another thread's log\nanother thread's exporter\n"
+    assert len(warned) == 1
