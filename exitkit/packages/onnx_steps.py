@@ -14,7 +14,7 @@ from torch.export import ExportedProgram
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from exitkit.common.errors import ArgumentError, ExitkitError, FileError, NotCapturableError
-from exitkit.common.quiet import quiet
+from exitkit.common.logs import quiet
 from exitkit.surgery.hooks import alone
 
 

@@ -13,7 +13,7 @@ from torch.export import Dim
 from torch.fx import GraphModule
 
 from exitkit.common.errors import ArgumentError, ExitkitError, NotCapturableError
-from exitkit.common.quiet import quiet
+from exitkit.common.logs import quiet
 from exitkit.surgery.default_inputs import example_for
 from exitkit.surgery.hooks import alone
 from exitkit.surgery.inputs import CallSpec, Example
