@@ -17,6 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from exitkit.engine.exported import export_steps
 from exitkit.engine.memory_format import in_format, is_channels_last
 from exitkit.engine.program import Program, Run
+from exitkit.surgery.hooks import alone
 
 PORTABLE_ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 """cuDNN's would be fixed in the compiled step, and takes masks of certain sizes only."""
@@ -50,7 +51,7 @@ def compile_step(exported: ExportedProgram, path: Path) -> list[bool]:
 
         prepare()
         configs["force_layout_optimization"] = True
-    with sdpa_kernel(PORTABLE_ATTENTION):
+    with alone(), sdpa_kernel(PORTABLE_ATTENTION):  # Inductor traces, and patches torch meanwhile
         torch._inductor.aoti_compile_and_package(exported, package_path=str(path), inductor_configs=configs)
     return [is_channels_last(tensor) for tensor in exported.example_inputs[0]]
 

@@ -13,6 +13,7 @@ from exitkit.common.errors import NotCapturableError
 from exitkit.engine.memory_format import in_format, is_channels_last
 from exitkit.engine.program import Program, Step
 from exitkit.multi_exit.model import MultiExitModel
+from exitkit.surgery.hooks import alone
 from exitkit.surgery.liveness import constant
 
 _BATCH = 3
@@ -56,6 +57,7 @@ def export_steps(
         yield exported
 
 
+@alone()
 def _export(program: Program, step: Step, tensors: tuple[Tensor, ...]) -> ExportedProgram:
     dims = tuple(dict.fromkeys(program.dynamic[name], Dim.AUTO) for name in step.inputs)
     try:

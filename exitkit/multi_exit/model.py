@@ -88,13 +88,11 @@ class MultiExitModel(nn.Module):
         """Features and heads up to exit ``last``, and the backbone's logits where it ran to its end."""
         specs = self.specs if last is None else self.specs[: last + 1]
         stop = last is not None and last < len(self.specs)
-        trains = any(parameter.requires_grad for parameter in self.backbone.parameters())
         final: tuple[Tensor, ...] = ()
-        with (
-            recording(self.backbone, [spec.hook for spec in specs], stop) as read,
-            torch.set_grad_enabled(torch.is_grad_enabled() and trains),
-        ):
-            final = (logits_of(self.backbone(*args, **kwargs)),)
+        with recording(self.backbone, [spec.hook for spec in specs], stop) as read:
+            trains = any(parameter.requires_grad for parameter in self.backbone.parameters())
+            with torch.set_grad_enabled(torch.is_grad_enabled() and trains):
+                final = (logits_of(self.backbone(*args, **kwargs)),)
         features = tuple(self._found(slot, feature) for slot, feature in enumerate(read))
         steps: list[HeadOutput] = []
         for feature, spec in zip(features, specs, strict=True):

@@ -18,6 +18,7 @@ from exitkit.engine.program import Description, Inputs, Program
 from exitkit.methods.policy import ExitPolicy
 from exitkit.packages.manifest import Manifest, read_manifest, to_text
 from exitkit.packages.onnx_steps import parsed, plain_attention, session, to_onnx
+from exitkit.surgery.hooks import alone
 
 _METADATA, _DIGEST = "exitkit", "exitkit_sha256"
 
@@ -73,7 +74,7 @@ def write_branches(
     one = tuple(tensor[:1].contiguous() for tensor in example)
     lengths = tuple({dim: Dim.AUTO for dim in program.dynamic[name] if dim > 0} for name in program.inputs.names)
     try:
-        with torch.no_grad(), plain_attention():
+        with alone(), torch.no_grad(), plain_attention():
             exported = torch.export.export(module, one, dynamic_shapes=(lengths,), strict=False)
     except Exception as error:  # torch.export raises dozens of types, most of them private
         raise NotCapturableError(

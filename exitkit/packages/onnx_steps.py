@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import io
-import logging
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -16,6 +14,8 @@ from torch.export import ExportedProgram
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from exitkit.common.errors import ArgumentError, ExitkitError, FileError, NotCapturableError
+from exitkit.common.logs import quiet
+from exitkit.surgery.hooks import alone
 
 
 def to_onnx(exported: ExportedProgram) -> bytes:
@@ -33,11 +33,9 @@ def to_onnx(exported: ExportedProgram) -> bytes:
         raise NotCapturableError(
             "onnxruntime does not run bfloat16 on CPU; export in float32 or float16: ee.float(), or a .pt2"
         )
-    disabled = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)  # the exporter reports every pass
     try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), plain_attention():
-            warnings.simplefilter("ignore")
+        with alone(), quiet("torch", "onnxscript", "onnx_ir"), warnings.catch_warnings(), plain_attention():
+            warnings.filterwarnings("ignore", module=r"(torch|onnxscript|onnx_ir|copyreg)\b")  # others' are heard
             written = exported.run_decompositions({torch.ops.aten.adaptive_max_pool2d.default: max_of_windows})
             converted = torch.onnx.export(written, dynamo=True, verbose=False)
             model: Any = converted.model_proto  # type: ignore[union-attr]
@@ -47,8 +45,6 @@ def to_onnx(exported: ExportedProgram) -> bytes:
             f"this model cannot be written as ONNX: {type(cause).__name__}: {' '.join(str(cause).split())[:300]}; export a "
             ".pt2"
         ) from error
-    finally:
-        logging.disable(disabled)
     if model.ByteSize() > onnx.checker.MAXIMUM_PROTOBUF:
         raise ArgumentError("ONNX files of more than 2 GiB are not written; export a .pt2")
     content: bytes = model.SerializeToString()

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import logging
-import threading
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +13,9 @@ from torch.export import Dim
 from torch.fx import GraphModule
 
 from exitkit.common.errors import ArgumentError, ExitkitError, NotCapturableError
+from exitkit.common.logs import quiet
 from exitkit.surgery.default_inputs import example_for
+from exitkit.surgery.hooks import alone
 from exitkit.surgery.inputs import CallSpec, Example
 from exitkit.surgery.supported import check_supported
 
@@ -113,33 +113,36 @@ def _check_single(output: Any) -> None:
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
     """``model.eval()`` for a while; afterwards every submodule's training flag is as it was."""
-    flags = [(module, module.training) for module in model.modules()]
-    model.eval()
+    with alone():  # not while a capture has its own flags to bring back
+        flags = [(module, module.training) for module in model.modules()]
+        model.eval()
     try:
         yield
     finally:
-        for module, training in flags:
-            module.training = training
+        with alone():
+            for module, training in flags:
+                module.training = training
 
 
 @contextmanager
 def untouched(model: nn.Module) -> Iterator[None]:
-    """``evaluation_mode``, and whatever a forward writes into buffers meanwhile is undone."""
-    saved = [
-        (module, name, buffer, buffer.clone())
-        for module in model.modules()
-        for name, buffer in module._buffers.items()
-        if buffer is not None
-    ]
-    versions = [buffer._version for _, _, buffer, _ in saved]
-    try:
-        with evaluation_mode(model):
-            yield
-    finally:
-        for (module, name, buffer, values), version in zip(saved, versions, strict=True):
-            module._buffers[name] = buffer
-            if buffer._version != version:
-                buffer.data.copy_(values)
+    """``evaluation_mode``, alone, and whatever a forward writes into buffers meanwhile is undone."""
+    with alone():
+        saved = [
+            (module, name, buffer, buffer.clone())
+            for module in model.modules()
+            for name, buffer in module._buffers.items()
+            if buffer is not None
+        ]
+        versions = [buffer._version for _, _, buffer, _ in saved]
+        try:
+            with evaluation_mode(model):
+                yield
+        finally:
+            for (module, name, buffer, values), version in zip(saved, versions, strict=True):
+                module._buffers[name] = buffer
+                if buffer._version != version:
+                    buffer.data.copy_(values)
 
 
 def _run(wrapped: LogitsOf, example: Example) -> Tensor:
@@ -188,7 +191,7 @@ def _export(wrapped: LogitsOf, example: Example, model: nn.Module) -> torch.expo
     batch = Dim("batch", max=_MOST)
     dims = {0: batch, 1: Dim.AUTO} if example.text else {0: batch}
     try:
-        with _quiet_torch():
+        with quiet("torch"):  # a refused export logs much before it raises
             return torch.export.export(
                 wrapped, example.tensors, strict=False, dynamic_shapes=(tuple(dict(dims) for _ in example.tensors),)
             )
@@ -199,23 +202,6 @@ def _export(wrapped: LogitsOf, example: Example, model: nn.Module) -> torch.expo
             f"{type(model).__name__} cannot be captured by torch.export: {_first_line(error)}{_where(error)}. Its path "
             "must not depend on tensor values nor fix the batch size: use torch.where instead of if, shapes from x.shape[0]"
         ) from error
-
-
-@contextmanager
-def _quiet_torch() -> Iterator[None]:
-    """What torch logs in this thread is dropped meanwhile: a refused export logs much before it raises."""
-    thread = threading.get_ident()
-
-    def passes(record: logging.LogRecord) -> bool:
-        return threading.get_ident() != thread or record.name.partition(".")[0] != "torch"
-
-    loggers = [logging.root, *logging.root.manager.loggerDict.values()]
-    handlers = {handler for logger in loggers if isinstance(logger, logging.Logger) for handler in logger.handlers}
-    with ExitStack() as filters:
-        for handler in handlers:
-            handler.addFilter(passes)
-            filters.callback(handler.removeFilter, passes)
-        yield
 
 
 def _without_asserts(graph: GraphModule) -> GraphModule:

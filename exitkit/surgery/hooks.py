@@ -76,7 +76,7 @@ def on_calls(backbone: nn.Module, watched: Sequence[tuple[str, int, Callable[[An
             action(output)
 
     outer = _thread.counts
-    with _forwards.hooked({module for module, _ in actions}, hook, nested=outer is not None):
+    with _forwards.hooked({module for module, _ in actions}, hook):
         _thread.counts = counts
         try:
             yield
@@ -84,14 +84,43 @@ def on_calls(backbone: nn.Module, watched: Sequence[tuple[str, int, Callable[[An
             _thread.counts = outer
 
 
+@contextmanager
+def reading_arguments(modules: Iterable[nn.Module]) -> Iterator[list[tuple[Any, ...]]]:
+    """While open, every call of these modules in this thread leaves its positional arguments in the list, in order."""
+    read: list[tuple[Any, ...]] = []
+    thread = threading.get_ident()
+
+    def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if threading.get_ident() == thread:
+            read.append(args)
+
+    with _forwards.hooked(modules, hook):
+        yield read
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """While open, no other thread runs a forward with hooks, nor anything else alone: they wait.
+
+    To open before a backbone is traced, since its parameters are fake ones meanwhile, and before its modes change. Inside of
+    a forward with hooks in this thread it is part of that forward, because waiting for others there could wait forever.
+    """
+    with _forwards.begun(alone=True):
+        yield
+
+
 class _Thread(threading.local):
-    """``counts``: the calls counted by this thread's innermost :func:`on_calls`; None outside of one."""
+    """``counts``: the calls counted by this thread's innermost :func:`on_calls`; None outside of one.
+
+    ``begun``: this thread is counted in :attr:`_Forwards.running`.
+    """
 
     counts: dict[nn.Module, int] | None = None
+    begun: bool = False
 
 
 class _Forwards:
-    """The forwards that run with hooks: any number at once, or a single one under dynamo.
+    """The forwards that run with hooks: any number at once, or a single one under dynamo, or a single capture.
 
     dynamo fails when hooks come or go while it compiles. Registration has a lock because torch numbers hooks without one, and
     of two with the same number one is lost.
@@ -102,25 +131,38 @@ class _Forwards:
         self.running = 0
         self.alone = False
         self.waiting = 0
-        """Forwards under dynamo that wait for all others to end; no other begins meanwhile."""
+        """Those that wait to run alone; no other begins meanwhile."""
 
     @contextmanager
-    def hooked(self, modules: Iterable[nn.Module], hook: Callable[..., None], nested: bool) -> Iterator[None]:
-        """Begin a forward; one that is ``nested`` in another of this thread is part of that."""
+    def hooked(self, modules: Iterable[nn.Module], hook: Callable[..., None]) -> Iterator[None]:
+        """A forward with this hook on every module."""
+        with self.begun(alone=callable(get_eval_frame_callback())):
+            with self.changed:
+                handles = [module.register_forward_hook(hook) for module in modules]
+            try:
+                yield
+            finally:
+                with self.changed:
+                    for handle in handles:
+                        handle.remove()
+
+    @contextmanager
+    def begun(self, alone: bool) -> Iterator[None]:
+        """Begin, once the others allow it; what begins inside of another in this thread is part of that."""
+        if _thread.begun:
+            yield
+            return
         with self.changed:
-            if not nested:
-                self._begin(alone=callable(get_eval_frame_callback()))
-            handles = [module.register_forward_hook(hook) for module in modules]
+            self._begin(alone)
+        _thread.begun = True
         try:
             yield
         finally:
+            _thread.begun = False
             with self.changed:
-                for handle in handles:
-                    handle.remove()
-                if not nested:
-                    self.running -= 1
-                    self.alone = False
-                    self.changed.notify_all()
+                self.running -= 1
+                self.alone = False
+                self.changed.notify_all()
 
     def _begin(self, alone: bool) -> None:
         self.waiting += alone
@@ -128,6 +170,7 @@ class _Forwards:
             self.changed.wait_for(lambda: not self.running if alone else not (self.alone or self.waiting))
         finally:
             self.waiting -= alone
+            self.changed.notify_all()  # an interrupted wait for its end lets others begin
         self.running += 1
         self.alone = alone
 

@@ -12,6 +12,7 @@ from exitkit.common.errors import ArgumentError
 from exitkit.exits.gpf import PastFutureClassifier
 from exitkit.multi_exit.model import MultiExitModel
 from exitkit.surgery.capturing import BACKBONE
+from exitkit.surgery.hooks import alone
 from exitkit.surgery.liveness import submodule
 from exitkit.training.regimes import Phase
 
@@ -81,6 +82,7 @@ def _called(backbone: nn.Module, graph: nn.Module) -> Iterator[nn.Module]:
                     yield submodule(backbone, path.removeprefix(BACKBONE).removeprefix(".").partition("@")[0])
 
 
+@alone()
 def learn(model: MultiExitModel, phase: Phase, stages: Stages | None) -> None:
     """Let a phase's parts learn and freeze everything else. ``stages`` may be None where no stage learns.
 
@@ -115,12 +117,14 @@ def learn(model: MultiExitModel, phase: Phase, stages: Stages | None) -> None:
 @contextmanager
 def flags_restored(model: nn.Module) -> Iterator[None]:
     """Afterwards every parameter's ``requires_grad`` and every module's ``training`` is as it was."""
-    gradients = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    training = [(module, module.training) for module in model.modules()]
+    with alone():  # not the flags of a capture, nor its fake parameters
+        gradients = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+        training = [(module, module.training) for module in model.modules()]
     try:
         yield
     finally:
-        for parameter, requires_grad in gradients:
-            parameter.requires_grad_(requires_grad)
-        for module, flag in training:
-            module.training = flag
+        with alone():
+            for parameter, requires_grad in gradients:
+                parameter.requires_grad_(requires_grad)
+            for module, flag in training:
+                module.training = flag

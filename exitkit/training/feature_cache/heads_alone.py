@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from itertools import takewhile
 from math import prod
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +16,7 @@ from exitkit.exits.classifiers import HeadOutput, TokenBody
 from exitkit.exits.gpf import Classifier, imitation_losses
 from exitkit.exits.pooling import SDNPool, pooled_size, two_pools
 from exitkit.multi_exit.model import MultiExitModel
+from exitkit.surgery.hooks import reading_arguments
 
 
 class HeadsOutput(NamedTuple):
@@ -65,17 +65,9 @@ class HeadsAlone(nn.Module):
         return steps
 
 
-@contextmanager
-def body_inputs(model: MultiExitModel) -> Iterator[list[tuple[Any, ...]]]:
-    """While open, every forward leaves in the list, in order of the exits, what each head's body was called with."""
-    read: list[tuple[Any, ...]] = []
-    bodies = [classifier.body for classifier in model.classifiers]
-    handles = [body.register_forward_pre_hook(lambda _, args: read.append(args)) for body in bodies]  # type: ignore[union-attr]
-    try:
-        yield read
-    finally:
-        for handle in handles:
-            handle.remove()
+def body_inputs(model: MultiExitModel) -> AbstractContextManager[list[tuple[Any, ...]]]:
+    """While open, forwards in this thread leave in the list, in order of the exits, what heads' bodies were called with."""
+    return reading_arguments([cast("nn.Module", classifier.body) for classifier in model.classifiers])
 
 
 def _split(body: nn.Module) -> tuple[nn.Module, nn.Module]:
