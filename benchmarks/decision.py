@@ -24,7 +24,7 @@ from torch import Tensor
 
 from exitkit.cli.bench import machine
 from exitkit.common.console import make_console
-from exitkit.engine.cuda.buffers import Boundary, Results, flat
+from exitkit.engine.cuda.buffers import Boundary, Results
 from exitkit.engine.loop import Loop
 from exitkit.engine.program import Inputs, Program, Step
 from exitkit.methods.policy import ExitPolicy
@@ -80,13 +80,13 @@ def _kernels(program: Program, samples: int, value: Tensor, answer: Tensor, scor
 
     here, there = (Boundary.empty(samples, value.device) for _ in range(2))
     here.count.fill_(samples)
-    results, target = Results.empty(program, samples), torch.empty_like(flat(value))
+    results, target = Results.empty(program, samples), torch.empty_like(value.flatten())
     threshold = torch.full((1,), 0.5, dtype=torch.float64, device=value.device)
 
     def run() -> None:
         kernels.decide(score, answer, threshold, 0, here, there, results, False)
         if value.numel():
-            kernels.compact(flat(value), target, samples, there)
+            kernels.compact(value.flatten(), target, samples, there)
         there.on_host.copy_(there.count, non_blocking=True)
         torch.cuda.current_stream().record_event().synchronize()
 

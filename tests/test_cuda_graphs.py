@@ -20,7 +20,7 @@ from exitkit.engine.cuda import reference
 from exitkit.engine.cuda.buckets import SIZES, bucket_of, buckets_up_to
 from exitkit.engine.cuda.buffers import Memory
 from exitkit.engine.cuda.graphs import GraphLoop, Graphs
-from exitkit.engine.cuda.recording import Run
+from exitkit.engine.cuda.recorder import Run, UnrecordableError
 from tests.toy import TinyNet, images, noisy
 
 
@@ -43,7 +43,7 @@ class Recorder:
         self.recorded = 0
         self.failing = False
 
-    def __call__(self, run: Run, pool: Any, device: torch.device) -> Run:
+    def __call__(self, run: Run) -> Run:
         if self.failing:
             self.failing = False
             raise torch.OutOfMemoryError("made up")
@@ -55,7 +55,7 @@ def recorded(
     engine: exitkit.Engine, largest: int = 32, waits: tuple[bool, ...] = ()
 ) -> tuple[exitkit.Engine, Recorder]:
     recorder, exits = Recorder(), len(engine.thresholds)
-    graphs = Graphs(largest, exits, torch.device("cpu"), reference, recorder, None)
+    graphs = Graphs(largest, exits, torch.device("cpu"), reference, recorder)
     return replace(engine, loop=GraphLoop(engine.loop.program, engine.policy, graphs=graphs, waits=waits)), recorder
 
 
@@ -181,7 +181,7 @@ def test_threads_take_turns() -> None:
 
 
 def test_memory_is_that_of_the_two_largest_boundaries_that_follow_each_other() -> None:
-    memory = Memory(largest=4)
+    memory = Memory(largest=4, device=torch.device("cpu"))
     sizes = [100, 50, 20, 10]  # floats of one sample at each boundary
     for boundary, size in enumerate(sizes):
         memory.slots(boundary, {"x": (torch.zeros(2, size), 2)})
@@ -197,7 +197,7 @@ def test_only_engines_that_record_can_be_warmed() -> None:
 _CASES = """
 import torch
 from exitkit.engine.cuda import kernels, reference
-from exitkit.engine.cuda.buffers import Boundary, Results, flat
+from exitkit.engine.cuda.buffers import Boundary, Results
 LARGEST = 80
 for seed in range(40):
     generator = torch.Generator().manual_seed(seed)
@@ -228,7 +228,7 @@ for seed in range(40):
         )
         module.decide(score, answer, tau, 3, here, there, results, seed % 7 == 6)
         target = torch.zeros(LARGEST * 15, dtype=value.dtype)
-        module.compact(flat(value), target, bucket, there)
+        module.compact(value.flatten(), target, bucket, there)
         columns = (there.count, there.rows, there.faulty, there.keep, target, *vars(results).values())
         found.append([column.double().nan_to_num(9, 8, 7) for column in columns])
     for place, (one, other) in enumerate(zip(*found, strict=True)):

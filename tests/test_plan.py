@@ -22,7 +22,7 @@ TIMINGS = Timings(
     seconds=((1.0, 1.0, 1.0), (2.0, 2.0, 4.0), (1.0, 10.0, 20.0)),
     heads=((0.5, 0.5, 0.5), (0.1, 1.0, 2.0), (0.0, 0.0, 0.0)),
     gathers=((0.1, 0.1, 0.1),) * 3,
-    decisions=(2e-5, 3e-5),
+    decisions=(0.2, 0.3),
 )
 PLAN = Plan(TIMINGS, reached=(1.0, 0.9, 0.4))
 
@@ -71,10 +71,19 @@ def test_compaction_pays_where_the_next_step_gets_faster_by_more_than_it_takes()
 
 
 def test_an_exit_gains_what_the_leavers_would_have_cost() -> None:
-    # A tenth of 20 leaves at exit 0: of the 4 + 20 seconds behind it 2.4 are saved, and its own 0.5 are paid.
-    assert PLAN.gain(0, 20) == pytest.approx(2.4 - 0.5)
-    # Of the 18 that come to exit 1, 10 leave: 18 seconds behind it, and its head takes 1.8.
-    assert PLAN.gain(1, 20) == pytest.approx(18 * 5 / 9 - 1.8)
+    # A tenth of 20 leaves at exit 0: of the 4 + 20 seconds behind it 2.4 are saved; its head's 0.5 and its decision's 0.2 are paid.
+    assert PLAN.gain(0, 20) == pytest.approx(2.4 - 0.5 - 0.2)
+    # Of the 18 that come to exit 1, 10 leave: 18 seconds behind it, and its head takes 1.8, its decision 0.3.
+    assert PLAN.gain(1, 20) == pytest.approx(18 * 5 / 9 - 1.8 - 0.3)
+
+
+def test_the_host_waits_where_the_next_step_gets_faster_by_more_than_the_wait() -> None:
+    # Of 20 samples 18 come to exit 1: its step takes 3.6 instead of 4 s. Then 8: the last takes 8 instead of 18 s.
+    assert PLAN.waits() == (True, True)
+    assert replace(PLAN, timings=replace(TIMINGS, decisions=(0.41, 9.9))).waits() == (False, True)
+    assert replace(PLAN, timings=replace(TIMINGS, decisions=(0.39, 10.1))).waits() == (True, False)
+    assert replace(PLAN, reached=(1.0, 1.0, 1.0)).waits() == (False, False)  # no sample leaves
+    assert replace(PLAN, timings=replace(TIMINGS, seconds=((1.0,) * 3,) * 3)).waits() == (False, False)
 
 
 class _Never(Timings):
@@ -178,14 +187,14 @@ def between(sizes: Sequence[int], values: Sequence[float], batch: int) -> float:
 
 
 def skipped_by_hand(timings: Timings, scores: list[list[float]], taus: Sequence[float]) -> tuple[int, ...]:
-    """Exits whose heads take at least as long as those that leave there would take further on."""
+    """Exits whose heads and decisions take at least as long as those that leave there would take further on."""
     left = [next((m for m, tau in enumerate(taus) if row[m] > tau), len(taus)) for row in scores]
     skipped = []
     for exit_ in range(len(taus)):
         come, leave = sum(m >= exit_ for m in left), left.count(exit_)
         size = max(come, 1)
         behind = sum(between(timings.sizes, seconds, size) for seconds in timings.seconds[exit_ + 1 :])
-        if behind * leave / size <= between(timings.sizes, timings.heads[exit_], size):
+        if behind * leave / size <= between(timings.sizes, timings.heads[exit_], size) + timings.decisions[exit_]:
             skipped.append(exit_)
     return tuple(skipped)
 

@@ -1,0 +1,79 @@
+"""Recording a function as a CUDA graph, so that a failure leaves thread, allocator and random numbers as they were."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+from weakref import WeakSet
+
+import torch
+
+Run = Callable[[], None]
+Record = Callable[[Run], Run]
+"""From a function on fixed memory to one that runs it again."""
+
+_ONE_AT_A_TIME = threading.Lock()
+"""torch's allocator and the driver keep track of one recording in a process at a time."""
+
+
+class UnrecordableError(Exception):
+    """A step that cannot be recorded: one that waits for the device, or whose values do not fit fixed memory."""
+
+
+class Recorder:
+    """A :data:`Record` by ``torch.cuda.CUDAGraph`` for one engine, whose recordings share memory and never run at once.
+
+    It has a stream of its own: torch keeps a workspace of matrix products for every stream, and recordings of two engines
+    that shared one would overwrite each other's.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.stream = torch.cuda.Stream(device)
+        self._pool: Any = None
+        self._alive: WeakSet[torch.cuda.CUDAGraph] = WeakSet()
+
+    def __call__(self, run: Run) -> Run:
+        """Record ``run``, which has run once before on the same shapes. Other threads may use the device meanwhile.
+
+        Raises:
+            torch.OutOfMemoryError: memory does not suffice.
+            UnrecordableError: ``run`` does what cannot be recorded.
+        """
+        graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self.device)
+        if not self._alive:  # a pool ends with its last recording
+            self._pool = None
+        if self._pool is None:
+            self._pool = torch.cuda.graph_pool_handle()
+        with _ONE_AT_A_TIME, torch.cuda.device(self.device), torch.cuda.stream(self.stream):
+            self.stream.wait_stream(current)
+            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+            try:
+                run()
+                graph.capture_end()
+            except torch.OutOfMemoryError:
+                self._abandon(graph)
+                raise
+            except RuntimeError as error:
+                self._abandon(graph)
+                raise UnrecordableError(str(error).partition("\n")[0]) from error
+            except BaseException:
+                self._abandon(graph)
+                raise
+            current.wait_stream(self.stream)
+        self._alive.add(graph)
+        return graph.replay
+
+    def _abandon(self, graph: torch.cuda.CUDAGraph) -> None:
+        """End a recording that failed. Where CUDA has invalidated it, torch leaves its own state as while recording."""
+        pool, self._pool = self._pool, None
+        with suppress(RuntimeError):
+            graph.capture_end()
+            return
+        for end in (torch._C._cuda_endAllocateToPool, torch._C._cuda_releasePool):
+            with suppress(RuntimeError):
+                end(self.device.index, pool)
+        generator = torch.cuda.default_generators[self.device.index]
+        generator.graphsafe_set_state(generator.clone_state())
