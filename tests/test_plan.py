@@ -71,9 +71,9 @@ def test_compaction_pays_where_the_next_step_gets_faster_by_more_than_it_takes()
 
 
 def test_an_exit_gains_what_the_leavers_would_have_cost() -> None:
-    # A tenth of 20 leaves at exit 0: of the 4 + 20 seconds behind it 2.4 are saved; its head's 0.5 and its decision's 0.2 are paid.
+    # A tenth of 20 leaves at exit 0: of the 4 + 20 seconds behind it 2.4 are saved; head and decision take 0.7.
     assert PLAN.gain(0, 20) == pytest.approx(2.4 - 0.5 - 0.2)
-    # Of the 18 that come to exit 1, 10 leave: 18 seconds behind it, and its head takes 1.8, its decision 0.3.
+    # Of the 18 that come to exit 1, 10 leave: 18 seconds behind it, and head and decision take 2.1.
     assert PLAN.gain(1, 20) == pytest.approx(18 * 5 / 9 - 1.8 - 0.3)
 
 

@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from exitkit.engine.batch_state import BatchState
 from exitkit.engine.loop import Loop
 from exitkit.engine.lowering import StageWithExit
 from exitkit.engine.plan import Measurement, Timings

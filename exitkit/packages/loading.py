@@ -143,8 +143,8 @@ def _device(manifest: Manifest, device: str | torch.device | None, path: str) ->
     made_for, own = manifest.versions.get(CAPABILITY), capability(chosen)
     if kind == "compiled" and made_for != own:
         raise ArgumentError(
-            f"{path!r} was compiled for GPUs of compute capability {made_for}; {torch.cuda.get_device_name(chosen)} has {own}: "
-            "export it again on this GPU, or without optimize=True"
+            f"{path!r} was compiled for GPUs of compute capability {made_for}; {torch.cuda.get_device_name(chosen)} has "
+            f"{own}: export it again on this GPU, or without optimize=True"
         )
     return chosen
 

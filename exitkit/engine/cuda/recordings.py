@@ -94,7 +94,8 @@ class Recordings:
             if not last and not there.slots:
                 there.slots.update(self._slots(index + 1, {name: after[name] for name in step.live}, bucket))
             if step.decides:
-                answer, score = self._checked(*made[-2:], bucket)
+                answer, score = made[-2:]
+                self._check(answer, score, bucket)
                 threshold = self.thresholds[step.exit : step.exit + 1]
                 self.kernels.decide(score, answer, threshold, step.exit, here, there, self.results, last)
             else:
@@ -106,11 +107,10 @@ class Recordings:
 
         return run
 
-    def _checked(self, answer: Tensor, score: Tensor, bucket: int) -> tuple[Tensor, Tensor]:
-        """As the kernels, which look no further, take them."""
+    def _check(self, answer: Tensor, score: Tensor, bucket: int) -> None:
+        """The kernels trust these sizes."""
         if score.shape != (bucket,) or answer.shape != (bucket, self.program.num_classes):
             raise FileError("a step of this package lost samples, or made some up; export it again")
-        return answer, score
 
     def _slots(self, boundary: int, values: dict[str, Any], bucket: int) -> dict[str, Slot]:
         sized: dict[str, tuple[Tensor, int]] = {}
