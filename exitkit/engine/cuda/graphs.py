@@ -196,6 +196,8 @@ class GraphLoop(Loop):
         for size in sorted(buckets, reverse=True):
             rows = torch.arange(size, device=tensors[0].device) % len(tensors[0])
             staying.answer([tensor[rows] for tensor in tensors])
+        if tensors[0].is_cuda:
+            torch.cuda.empty_cache()  # what the steps took before they were recorded
 
     def waiting(self, waits: tuple[bool, ...]) -> GraphLoop:
         return replace(self, waits=waits)

@@ -42,6 +42,14 @@ class Recorder:
             torch.OutOfMemoryError: memory does not suffice.
             UnrecordableError: ``run`` does what cannot be recorded.
         """
+        try:
+            return self._recorded(run)
+        except torch.OutOfMemoryError:
+            pass  # memory that torch keeps for later cannot be given back while a recording is under way
+        torch.cuda.empty_cache()
+        return self._recorded(run)
+
+    def _recorded(self, run: Run) -> Run:
         graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self.device)
         if not self._alive:  # a pool ends with its last recording
             self._pool = None
@@ -53,14 +61,10 @@ class Recorder:
             try:
                 run()
                 graph.capture_end()
-            except torch.OutOfMemoryError:
+            except BaseException as error:
                 self._abandon(graph)
-                raise
-            except RuntimeError as error:
-                self._abandon(graph)
-                raise UnrecordableError(str(error).partition("\n")[0]) from error
-            except BaseException:
-                self._abandon(graph)
+                if isinstance(error, RuntimeError) and not isinstance(error, torch.OutOfMemoryError):
+                    raise UnrecordableError(str(error).partition("\n")[0]) from error
                 raise
             current.wait_stream(self.stream)
         self._alive.add(graph)
