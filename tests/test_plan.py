@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -12,8 +13,10 @@ import torch
 
 import exitkit
 from exitkit import ExitkitError, ExitOutputs
+from exitkit.engine.lowering import program_of
 from exitkit.engine.plan import Plan, Timings
-from exitkit.engine.program import Program
+from exitkit.engine.profiling import measure
+from exitkit.engine.program import Program, Run
 from exitkit.evaluation import ShiftMonitor
 from tests.toy import TinyNet, images, noisy
 
@@ -84,6 +87,34 @@ def test_the_host_waits_where_the_next_step_gets_faster_by_more_than_the_wait() 
     assert replace(PLAN, timings=replace(TIMINGS, decisions=(0.39, 10.1))).waits() == (True, False)
     assert replace(PLAN, reached=(1.0, 1.0, 1.0)).waits() == (False, False)  # no sample leaves
     assert replace(PLAN, timings=replace(TIMINGS, seconds=((1.0,) * 3,) * 3)).waits() == (False, False)
+
+
+def test_a_heads_time_is_that_of_its_step_less_that_of_its_stage(ee: exitkit.MultiExitModel) -> None:
+    """Both are run in the same way, recorded or not; an exit that is in no step of its own is timed eagerly, which is said."""
+
+    def slow(run: Run, seconds: float) -> Run:
+        def slowed(*values: Any) -> Sequence[Any]:
+            time.sleep(seconds)
+            return run(*values)
+
+        return slowed
+
+    loop = exitkit.compile(ee, 2.0, samples=images(4), skip_unprofitable=True).loop
+    eager = program_of(ee, loop.policy, removable=True)
+    steps = tuple(
+        replace(one, run=slow(one.run, 0.02), stage=one.stage and slow(one.stage, 0.005)) for one in eager.steps
+    )
+    with torch.inference_mode():
+        timings = measure(replace(loop, program=replace(eager, steps=steps)), eager, (images(4),)).timings
+    assert all(0.012 < heads[-1] < 0.018 for heads in timings.heads[:-1])
+    assert not timings.heads_eager
+    joined = tuple(replace(step, stage=None) for step in steps)
+    with torch.inference_mode():
+        timings = measure(replace(loop, program=replace(eager, steps=joined)), eager, (images(4),)).timings
+    assert all(heads[-1] < 0.012 for heads in timings.heads)
+    assert timings.heads_eager
+    table = Plan(timings, (1.0,) * 4).table()
+    assert "its head, eager" in [column.header for column in table.columns]
 
 
 class _Never(Timings):

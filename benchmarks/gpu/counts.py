@@ -2,13 +2,13 @@
 
     FOLDER/python benchmarks/gpu/counts.py [--models tiny resnet18 resnet50] [--out results/counts.json]
 
-``bash benchmarks/gpu/pretended/setup.sh FOLDER`` makes that interpreter. Kernels do nothing there, so the number of samples that
-go on at each exit is written where the device would have put it: half of those that came. Nothing here is a time.
+``bash benchmarks/gpu/pretended/setup.sh FOLDER`` makes that interpreter. Kernels do nothing there, so how many samples go on
+at each exit is written where the device would have put it. Nothing here is a time.
 
 * *graphs*, *launches*, *copies*: graph launches, kernels launched one by one, and copies, by the host, in a call;
 * *waits*: how often the host waits for the device in a call;
-* *recorded*: graphs for all batch sizes; *GiB reserved*: by torch's allocator for weights, buffers and recordings, and *eager*:
-  at the most for one call of the same compiled steps without recordings.
+* *recorded*: graphs for all batch sizes; *GiB reserved*: by torch's allocator for weights, buffers and recordings; *eager
+  GiB*: the most during a call of the same compiled steps without recordings.
 """
 
 from __future__ import annotations
@@ -86,7 +86,8 @@ def _backbone(name: str) -> torch.nn.Module:
 
 
 def _counts(engine: exitkit.Engine, name: str, call: Callable[[], Any], going_on: list[int]) -> dict[str, Any]:
-    assert isinstance(engine.loop, GraphLoop) and engine.loop.graphs is not None
+    assert isinstance(engine.loop, GraphLoop)
+    assert engine.loop.graphs is not None
     for one in engine.loop.graphs.recordings.values():
         for boundary, count in zip(one.boundaries[1:] if one is not None else (), going_on, strict=False):
             with torch.inference_mode():

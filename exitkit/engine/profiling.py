@@ -50,7 +50,7 @@ def all_stay(loop: Loop) -> Loop:
 
 def _times(loop: Loop, eager: Program, tensors: Sequence[Tensor]) -> tuple[list[float], list[float], list[float]]:
     """Seconds of every step, exit and compaction, when all samples come to all of them."""
-    staying, axes = all_stay(loop), loop.program.axes
+    staying, axes, device = all_stay(loop), loop.program.axes, loop.program.inputs.device
     bare = replace(staying, program=loop.program.without([step.exit for step in loop.program.steps if step.stage]))
     for one in (bare, staying):
         one.answer(tensors)  # where steps are recorded, at this size
@@ -58,10 +58,10 @@ def _times(loop: Loop, eager: Program, tensors: Sequence[Tensor]) -> tuple[list[
     half = np.arange((len(batch) + 1) // 2)
     seconds, heads, gathers = [], [], []
     for index, step in enumerate(loop.program.steps):
-        gathers.append(_seconds(partial(batch.select, half, axes)))
-        seconds.append(_seconds(staying.step_runner(index, batch)))
+        gathers.append(_seconds(partial(batch.select, half, axes), device))
+        seconds.append(_seconds(staying.step_runner(index, batch), device))
         if step.stage is not None:  # run in the same way, without the exit
-            heads.append(max(0.0, seconds[-1] - _seconds(bare.step_runner(index, batch))))
+            heads.append(max(0.0, seconds[-1] - _seconds(bare.step_runner(index, batch), device)))
         else:
             heads.append(_exit_seconds(eager, index, [batch.values[name] for name in step.inputs]))
         batch = staying.run_step(batch, index)[0] or batch
@@ -99,7 +99,7 @@ def decision_seconds(loop: Loop, tensors: Sequence[Tensor]) -> list[float]:
     for index, step in enumerate(loop.program.steps[:-1]):
         batch = staying.run_step(batch, index)[0] or batch
         run = halved.decision_runner(batch, index, answer, score)
-        seconds.append(_seconds(run, _SHORT) if step.decides else 0.0)
+        seconds.append(_seconds(run, loop.program.inputs.device, _SHORT) if step.decides else 0.0)
     return seconds
 
 
@@ -112,16 +112,16 @@ def _exit_seconds(eager: Program, index: int, values: Sequence[Any]) -> float:
     named = dict(zip(module.inputs, values, strict=True))
     feature = module.stage(*(named[name] for name in module.stage_inputs))[0]
     leave = module.leave
-    return _seconds(lambda: leave(feature, dict(named)))
+    return _seconds(lambda: leave(feature, dict(named)), eager.inputs.device)
 
 
-def _seconds(run: Callable[[], Any], repeats: int = _REPEATS) -> float:
-    """The median of several runs, after one to warm up."""
+def _seconds(run: Callable[[], Any], device: torch.device, repeats: int = _REPEATS) -> float:
+    """The median of several runs, until the device has done them, after one to warm up."""
     times = []
     for _ in range(repeats + 1):
         started = time.perf_counter()
         run()
-        for device in range(torch.cuda.device_count() if torch.cuda.is_initialized() else 0):
+        if device.type == "cuda":
             torch.cuda.synchronize(device)
         times.append(time.perf_counter() - started)
     return statistics.median(times[1:])

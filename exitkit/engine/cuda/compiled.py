@@ -25,9 +25,11 @@ class CompiledStep:
     def __init__(self, path: Path, channels_last: Sequence[bool], device: torch.device) -> None:
         self.channels_last = tuple(channels_last)
         self._device = device
-        # the runner for several threads asks the device whether it is done, which a recording forbids
-        loaded = torch._inductor.aoti_load_package(str(path), run_single_threaded=True, device_index=device.index)
-        self._run = loaded.loader.run
+        with torch.cuda.device(device):  # loading would leave it the current one
+            # the runner for several threads asks the device whether it is done, which a recording forbids
+            self._run = torch._inductor.aoti_load_package(
+                str(path), run_single_threaded=True, device_index=device.index
+            ).loader.run
         self._one_at_a_time = threading.Lock()
         ran_out_of_memory(device)
 

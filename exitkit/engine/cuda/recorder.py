@@ -1,4 +1,4 @@
-"""Recording a function as a CUDA graph, so that a failure leaves thread, allocator and random numbers as they were."""
+"""Recording a function as a CUDA graph, so that a failure leaves the thread and torch as they were."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ class Recorder:
     """A :data:`Record` by ``torch.cuda.CUDAGraph`` for one engine, whose recordings share memory and never run at once.
 
     It has a stream of its own: torch keeps a workspace of matrix products for every stream, and recordings of two engines
-    that shared one would overwrite each other's.
+    that shared one would overwrite each other's. And it has random numbers of its own, since torch refuses all others while
+    they are recorded; steps draw none.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -34,6 +35,10 @@ class Recorder:
         self.stream = torch.cuda.Stream(device)
         self._pool: Any = None
         self._alive: WeakSet[torch.cuda.CUDAGraph] = WeakSet()
+        self._random = torch.cuda.default_generators[device.index].clone_state()
+        self._first = torch.cuda.CUDAGraph()
+        with torch.cuda.device(device):  # the first takes memory, for want of which torch would end the process
+            self._first.register_generator_state(self._random)
 
     def __call__(self, run: Run) -> Run:
         """Record ``run``, which has run once before on the same shapes. Other threads may use the device meanwhile.
@@ -57,7 +62,7 @@ class Recorder:
             self._pool = torch.cuda.graph_pool_handle()
         with _ONE_AT_A_TIME, torch.cuda.device(self.device), torch.cuda.stream(self.stream):
             self.stream.wait_stream(current)
-            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+            self._begin(graph)
             try:
                 run()
                 graph.capture_end()
@@ -70,8 +75,17 @@ class Recorder:
         self._alive.add(graph)
         return graph.replay
 
+    def _begin(self, graph: torch.cuda.CUDAGraph) -> None:
+        generator = torch.cuda.default_generators[self.device.index]
+        everybodys = generator.graphsafe_get_state()
+        generator.graphsafe_set_state(self._random)
+        try:
+            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+        finally:
+            generator.graphsafe_set_state(everybodys)
+
     def _abandon(self, graph: torch.cuda.CUDAGraph) -> None:
-        """End a recording that failed. Where CUDA has invalidated it, torch leaves its own state as while recording."""
+        """End a recording that failed. Where CUDA has invalidated it, torch's allocator would stay in it."""
         pool, self._pool = self._pool, None
         with suppress(RuntimeError):
             graph.capture_end()
@@ -79,5 +93,3 @@ class Recorder:
         for end in (torch._C._cuda_endAllocateToPool, torch._C._cuda_releasePool):
             with suppress(RuntimeError):
                 end(self.device.index, pool)
-        generator = torch.cuda.default_generators[self.device.index]
-        generator.graphsafe_set_state(generator.clone_state())
