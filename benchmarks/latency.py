@@ -18,7 +18,8 @@ are (*AOTI*; on CUDA replayed from CUDA graphs too), the same cut into stages wi
 * *measured*: the backbone's time over the engine's, both eager or both AOTI. Efficiency is measured ÷ time bound: what the
   loop itself costs;
 * *over best*: the time of the fastest reference over the engine's;
-* *exit µs*: an exit's decision and compaction, half of the batch leaving: the mean over the exits;
+* *exit µs*: an exit's decision and compaction, half of the batch leaving: the mean over the exits; on CUDA, where recorded
+  steps do both, the host's wait for it;
 * *map*: as *measured*, for ``engine.map``, whose stages run full (at batches above 1);
 * *earlyon*: the same for earlyon 0.3.0 with the same exits and thresholds, in which a batch leaves as a whole (``pip install
   earlyon`` to see it).
@@ -182,15 +183,18 @@ def aot_compiled(ee: exitkit.MultiExitModel, cuts: Sequence[Boundary] = ()) -> R
 
 def _graphed(run: Callable[..., Any]) -> Callable[..., Any]:
     """A compiled stage that is replayed from a CUDA graph, one for each batch size, as the engine's steps are."""
-    from exitkit.engine.cuda.recording import record
+    from exitkit.engine.cuda.recorder import Recorder
 
+    record: Recorder | None = None
     recorded: dict[Any, tuple[list[Tensor], list[Tensor], Callable[[], None]]] = {}
 
     def replayed(*tensors: Tensor) -> list[Tensor]:
+        nonlocal record
+        record = record or Recorder(tensors[0].device)
         key = tuple(tensor.shape for tensor in tensors)
         if key not in recorded:
             held, made = [tensor.clone() for tensor in tensors], list(run(*tensors))
-            again = record(lambda: made.__setitem__(slice(None), run(*held)), None, tensors[0].device)
+            again = record(lambda: made.__setitem__(slice(None), run(*held)))
             recorded[key] = held, made, again
         held, made, again = recorded[key]
         for buffer, tensor in zip(held, tensors, strict=True):

@@ -7,20 +7,25 @@ import subprocess
 import sys
 import threading
 import warnings
+from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor, nn
 
 import exitkit
-from exitkit.engine.cuda import reference
+from exitkit.engine import exported
+from exitkit.engine.cuda import reference, toolchain
 from exitkit.engine.cuda.buckets import SIZES, bucket_of, buckets_up_to
-from exitkit.engine.cuda.buffers import Memory
+from exitkit.engine.cuda.buffers import Memory, Results
 from exitkit.engine.cuda.graphs import GraphLoop, Graphs
-from exitkit.engine.cuda.recording import Run
+from exitkit.engine.cuda.recorder import Run, UnrecordableError
+from exitkit.engine.program import Program
 from tests.toy import TinyNet, images, noisy
 
 
@@ -37,16 +42,17 @@ def test_a_bucket_holds_its_batch(largest: int, data: st.DataObject) -> None:
 
 
 class Recorder:
-    """Runs a function again when it is replayed, and counts recordings; fails from a size on, as small memory does."""
+    """Runs a function again when it is replayed, and counts recordings; fails ``failures`` times, as small memory does."""
 
     def __init__(self) -> None:
         self.recorded = 0
-        self.failing = False
+        self.failures = 0
+        self.error: Exception = torch.OutOfMemoryError("made up")
 
-    def __call__(self, run: Run, pool: Any, device: torch.device) -> Run:
-        if self.failing:
-            self.failing = False
-            raise torch.OutOfMemoryError("made up")
+    def __call__(self, run: Run) -> Run:
+        if self.failures:
+            self.failures -= 1
+            raise self.error
         self.recorded += 1
         return run
 
@@ -55,7 +61,7 @@ def recorded(
     engine: exitkit.Engine, largest: int = 32, waits: tuple[bool, ...] = ()
 ) -> tuple[exitkit.Engine, Recorder]:
     recorder, exits = Recorder(), len(engine.thresholds)
-    graphs = Graphs(largest, exits, torch.device("cpu"), reference, recorder, None)
+    graphs = Graphs(largest, exits, torch.device("cpu"), reference, recorder)
     return replace(engine, loop=GraphLoop(engine.loop.program, engine.policy, graphs=graphs, waits=waits)), recorder
 
 
@@ -137,16 +143,191 @@ def test_one_recording_for_a_step_and_a_bucket() -> None:
     assert recorder.recorded == 4 * len(engine.loop.program.steps)
 
 
-def test_memory_that_does_not_suffice_shrinks_the_buckets_once() -> None:
-    engine = compiled("sdn")
-    fast, recorder = recorded(engine)
-    recorder.failing = True
+def messages(run: Callable[[], Any], about: str) -> int:
+    """How many warnings with these words a function gives."""
     with warnings.catch_warnings(record=True) as found:
         warnings.simplefilter("always")
+        run()
+    return sum(about in str(warning.message) for warning in found)
+
+
+@pytest.mark.parametrize(("failures", "largest"), [(1, 16), (2, 8), (4, 2)])
+def test_memory_that_does_not_suffice_halves_the_batch_with_one_warning(failures: int, largest: int) -> None:
+    """Out of memory, once and again: fewer samples at a time, said once, and the engine goes on."""
+    engine = compiled("sdn")
+    fast, recorder = recorded(engine)
+    recorder.failures = failures
+
+    def serve() -> None:
         agree(fast(images(32)), engine(images(32)))
         agree(fast(images(30)), engine(images(30)))
-    assert sum("out of GPU memory" in str(warning.message) for warning in found) == 1
-    assert fast.loop.graphs.sizes[-1] == 16  # type: ignore[attr-defined]
+
+    assert messages(serve, "out of GPU memory") == 1
+    assert messages(serve, "memory") == 0
+    assert fast.loop.largest == largest
+    assert len(list(fast.map([images(32)] * 2, batch_size=64))) == 2
+
+
+def test_memory_that_does_not_suffice_for_one_sample_is_an_error_and_the_engine_usable() -> None:
+    engine = compiled("sdn")
+    fast, recorder = recorded(engine)
+    recorder.failures = 1
+    with pytest.raises(torch.OutOfMemoryError):
+        fast(images(1))
+    agree(fast(images(32)), engine(images(32)))
+
+
+def test_memory_that_does_not_suffice_for_the_buffers_halves_the_batch_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = compiled("sdn")
+    fast, _ = recorded(engine)
+    whole = Results.empty
+
+    def empty(program: Program, largest: int) -> Results:
+        if largest > 8:
+            raise torch.OutOfMemoryError("made up")
+        return whole(program, largest)
+
+    monkeypatch.setattr(Results, "empty", empty)
+    assert messages(lambda: agree(fast(images(32)), engine(images(32))), "out of GPU memory") == 1
+    assert fast.loop.largest == 8
+
+
+def test_a_step_that_cannot_be_recorded_runs_by_itself_and_that_is_said_once() -> None:
+    engine = compiled("ztw")
+    fast, recorder = recorded(engine)
+    recorder.failures, recorder.error = 1, UnrecordableError("it waits for the device")
+    assert messages(lambda: agree(fast(images(8)), engine(images(8))), "it waits for the device") == 1
+    assert messages(lambda: agree(fast(images(9)), engine(images(9))), "CUDA graphs") == 0
+    assert recorder.recorded == 0
+
+
+class Reader(nn.Module):
+    """Looks tokens up in the first stage, beside a wide feature that later stages overwrite where they can."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(7, 16)
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(16, 16), nn.Tanh()) for _ in range(4))
+        self.linear = nn.Linear(16, 3)
+
+    def forward(self, ids: Tensor, x: Tensor) -> Tensor:
+        feature = x + self.table(ids)
+        for block in self.blocks:
+            feature = block(feature)
+        return cast("Tensor", self.linear(feature.mean(1)))
+
+
+def test_places_behind_the_last_sample_hold_integers_that_the_model_knows() -> None:
+    """A table is never asked for what a float left in a place that is padded: on a GPU that would end the process."""
+    torch.manual_seed(0)
+
+    def batch(samples: int) -> tuple[Tensor, Tensor]:
+        return torch.randint(0, 7, (samples, 8)), 1e3 * torch.randn(samples, 8, 16)
+
+    ee = noisy(exitkit.attach(Reader().eval(), batch(3), at=["blocks.0", "blocks.1", "blocks.2"], method="sdn"))
+    engine = exitkit.compile(ee, 0.6)
+    fast, _ = recorded(engine)
+    for size in (16, 11, 3, 16, 7, 13):
+        example = batch(size)
+        agree(fast(*example), engine(*example))
+    memory = Memory(4, torch.device("cpu"))
+    first = memory.slots(0, {"x": (torch.ones(1, 9), 1), "ids": (torch.ones(1, 9, dtype=torch.int64), 1)})
+    for slot in memory.slots(
+        2, {"y": (torch.ones(1, 5), 1), "mask": (torch.ones(1, 9, dtype=torch.bool), 1)}
+    ).values():
+        slot.flat.fill_(1)
+    assert first["ids"].flat.eq(0).all()
+
+
+class InPlace(TinyNet):
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        for block in self.blocks:
+            x = block(x)
+            x += 1  # changes what the boundary before handed on
+        return cast("Tensor", self.linear(x.mean((2, 3))))
+
+
+def test_steps_that_write_into_what_they_are_given() -> None:
+    torch.manual_seed(0)
+    ee = noisy(exitkit.attach(InPlace().eval(), images(), every=1, method="sdn"))
+    engine = exitkit.compile(ee, exitkit.collect(ee, [images(64)]).scores()[:, :-1].quantile(0.5, 0).tolist())
+    fast, _ = recorded(engine)
+    for size in (9, 12, 9, 1):
+        agree(fast(images(size)), engine(images(size)))
+
+
+def test_a_value_in_another_memory_format_lands_in_that_of_its_memory() -> None:
+    """Maps are handed on as the next step takes them, and transposed only where a step gave them in another order."""
+    like = torch.zeros(2, 5, 3, 4).contiguous(memory_format=torch.channels_last)
+    slot = Memory(6, torch.device("cpu")).slots(0, {"x": (like, 2)})["x"]
+    assert slot.like.device.type == "meta"  # no batch is kept for its sizes
+    assert slot.view(6).is_contiguous(memory_format=torch.channels_last)
+    for made in (torch.randn(4, 5, 3, 4), torch.randn(4, 5, 3, 4).contiguous(memory_format=torch.channels_last)):
+        slot.flat[: made.numel()] = slot.flattened(made)
+        assert torch.equal(slot.view(4), made)
+    kept = torch.randn(4, 5, 3, 4).contiguous(memory_format=torch.channels_last)
+    assert slot.flattened(kept).data_ptr() == kept.data_ptr()
+
+
+class ChannelsLast:
+    """A step that takes images channels last, as compiled ones do, and notes how they come."""
+
+    channels_last = (True,)
+
+    def __init__(self, run: Run) -> None:
+        self.run = cast("Callable[..., Any]", run)
+        self.came: set[bool] = set()
+
+    def __call__(self, x: Tensor) -> Any:
+        self.came.add(x.is_contiguous(memory_format=torch.channels_last))
+        return self.run(x)
+
+
+def test_the_first_step_is_given_its_input_in_its_own_memory_format() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.Flatten(), nn.Linear(64, 3)).eval()
+    engine = exitkit.compile(exitkit.attach(net, images(2, 3), at=["0"], method="sdn"), 2.0)
+    program = engine.loop.program
+    first = ChannelsLast(program.steps[0].run)
+    steps = replace(program.steps[0], run=first), *program.steps[1:]
+    fast, _ = recorded(replace(engine, loop=replace(engine.loop, program=replace(program, steps=steps))))
+    for size in (5, 1):
+        agree(fast(images(size, 3)), engine(images(size, 3)))
+    assert first.came == {True}
+
+
+def test_a_damaged_step_is_an_error() -> None:
+    """The kernels trust sizes; a step that made up samples is refused before."""
+    engine = compiled("sdn")
+    steps = engine.loop.program.steps
+    broken = replace(steps[1], run=lambda *values: [torch.cat([one, one]) for one in steps[1].run(*values)])
+    program = replace(engine.loop.program, steps=(steps[0], broken, *steps[2:]))
+    fast, _ = recorded(replace(engine.at(2.0), loop=replace(engine.at(2.0).loop, program=program)))
+    with pytest.raises(exitkit.ExitkitError, match="export it again"):
+        fast(images(5))
+
+
+def test_a_compiled_step_runs_on_no_more_samples_than_it_was_compiled_for() -> None:
+    """Indices of 32 bits reach for so many: larger batches are answered in parts, and in `map` no stage is fuller."""
+    engine = compiled("sdn")
+    fast, _ = recorded(engine, largest=16)
+    sizes: list[int] = []
+    for step in engine.loop.program.steps:
+        step.run.register_forward_pre_hook(lambda _, args: sizes.append(len(args[0])))  # type: ignore[attr-defined]
+    agree(fast(images(60)), fast(images(60)))
+    assert len(list(fast.map([images(30)] * 5, batch_size=64))) == 5
+    assert max(sizes) == 16
+
+
+def test_what_is_compiled_for_a_gpu_says_how_many_samples_come(tiny_ee: exitkit.MultiExitModel) -> None:
+    """Inductor then knows whether 32 bits count the elements of the largest batch."""
+    program = compiled("ztw").loop.program
+    step, example = program.steps[0], images(3)
+    bounds = exported._export(program, step, (example,), exported.MOST_SAMPLES).range_constraints.values()
+    assert [int(bound.upper) for bound in bounds] == [256]
+    free = exported._export(program, step, (example,), None).range_constraints.values()
+    assert all(bound.upper > 10**9 for bound in free)
 
 
 def test_a_sample_that_is_faulty_on_the_way_is_marked() -> None:
@@ -181,7 +362,7 @@ def test_threads_take_turns() -> None:
 
 
 def test_memory_is_that_of_the_two_largest_boundaries_that_follow_each_other() -> None:
-    memory = Memory(largest=4)
+    memory = Memory(largest=4, device=torch.device("cpu"))
     sizes = [100, 50, 20, 10]  # floats of one sample at each boundary
     for boundary, size in enumerate(sizes):
         memory.slots(boundary, {"x": (torch.zeros(2, size), 2)})
@@ -197,7 +378,7 @@ def test_only_engines_that_record_can_be_warmed() -> None:
 _CASES = """
 import torch
 from exitkit.engine.cuda import kernels, reference
-from exitkit.engine.cuda.buffers import Boundary, Results, flat
+from exitkit.engine.cuda.buffers import Boundary, Results
 LARGEST = 80
 for seed in range(40):
     generator = torch.Generator().manual_seed(seed)
@@ -228,7 +409,7 @@ for seed in range(40):
         )
         module.decide(score, answer, tau, 3, here, there, results, seed % 7 == 6)
         target = torch.zeros(LARGEST * 15, dtype=value.dtype)
-        module.compact(flat(value), target, bucket, there)
+        module.compact(value.flatten(), target, bucket, there)
         columns = (there.count, there.rows, there.faulty, there.keep, target, *vars(results).values())
         found.append([column.double().nan_to_num(9, 8, 7) for column in columns])
     for place, (one, other) in enumerate(zip(*found, strict=True)):
@@ -282,3 +463,49 @@ def test_on_cuda_the_engine_answers_as_on_cpu(optimize: bool) -> None:
     same = got.exit.cpu() == expected.exit
     assert same.float().mean() > 0.95  # rounding decides near a threshold
     torch.testing.assert_close(got.logits.cpu()[same], expected.logits[same], rtol=1e-2, atol=1e-2)
+
+
+# what AOTInductor is given to build with -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def toolkits(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Path]]:
+    """The folders that are looked through for CUDA, of which there are none but the test's."""
+    found: list[Path] = []
+    monkeypatch.setattr(toolchain, "_toolkits", lambda: iter(found))
+    monkeypatch.setattr(toolchain.cpp_extension, "CUDA_HOME", "/a/wrapper/without/headers")
+    monkeypatch.setenv("LIBRARY_PATH", "/elsewhere")
+    toolchain.prepare.cache_clear()
+    yield found
+    toolchain.prepare.cache_clear()
+
+
+def test_without_headers_of_cuda_there_is_one_clear_error(toolkits: list[Path], tmp_path: Path) -> None:
+    """`which nvcc` may be a wrapper in a folder without headers: that is none."""
+    toolkits.append(tmp_path)
+    with pytest.raises(exitkit.ExitkitError, match="headers of CUDA"):
+        toolchain.prepare()
+
+
+def test_headers_and_a_libcuda_to_link_with_are_found(toolkits: list[Path], tmp_path: Path) -> None:
+    for name in ("include/cuda.h", "lib64/stubs/libcuda.so"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).touch()
+    toolkits += [tmp_path / "nothing", tmp_path]
+    toolchain.prepare()
+    assert str(tmp_path) == toolchain.cpp_extension.CUDA_HOME
+    assert os.environ["LIBRARY_PATH"].split(os.pathsep) == [str(tmp_path / "lib64/stubs"), "/elsewhere"]
+
+
+def test_a_driver_without_a_libcuda_to_link_with_gets_one(
+    toolkits: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "include").mkdir()
+    (tmp_path / "include/cuda.h").touch()
+    (tmp_path / "libcuda.so.1").touch()
+    toolkits.append(tmp_path)
+    monkeypatch.setenv("LD_LIBRARY_PATH", str(tmp_path))
+    monkeypatch.setattr(toolchain.ctypes.util, "find_library", lambda name: f"lib{name}.so.1")
+    toolchain.prepare()
+    folder = Path(os.environ["LIBRARY_PATH"].split(os.pathsep)[0])
+    assert (folder / "libcuda.so").resolve() == tmp_path / "libcuda.so.1"

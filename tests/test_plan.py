@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -12,8 +13,10 @@ import torch
 
 import exitkit
 from exitkit import ExitkitError, ExitOutputs
+from exitkit.engine.lowering import program_of
 from exitkit.engine.plan import Plan, Timings
-from exitkit.engine.program import Program
+from exitkit.engine.profiling import measure
+from exitkit.engine.program import Program, Run
 from exitkit.evaluation import ShiftMonitor
 from tests.toy import TinyNet, images, noisy
 
@@ -22,7 +25,7 @@ TIMINGS = Timings(
     seconds=((1.0, 1.0, 1.0), (2.0, 2.0, 4.0), (1.0, 10.0, 20.0)),
     heads=((0.5, 0.5, 0.5), (0.1, 1.0, 2.0), (0.0, 0.0, 0.0)),
     gathers=((0.1, 0.1, 0.1),) * 3,
-    decisions=(2e-5, 3e-5),
+    decisions=(0.2, 0.3),
 )
 PLAN = Plan(TIMINGS, reached=(1.0, 0.9, 0.4))
 
@@ -71,10 +74,47 @@ def test_compaction_pays_where_the_next_step_gets_faster_by_more_than_it_takes()
 
 
 def test_an_exit_gains_what_the_leavers_would_have_cost() -> None:
-    # A tenth of 20 leaves at exit 0: of the 4 + 20 seconds behind it 2.4 are saved; its head and its decision are paid.
-    assert PLAN.gain(0, 20) == pytest.approx(2.4 - 0.5 - 2e-5)
-    # Of the 18 that come to exit 1, 10 leave: 18 seconds behind it, and its head takes 1.8.
-    assert PLAN.gain(1, 20) == pytest.approx(18 * 5 / 9 - 1.8 - 3e-5)
+    # A tenth of 20 leaves at exit 0: of the 4 + 20 seconds behind it 2.4 are saved; head and decision take 0.7.
+    assert PLAN.gain(0, 20) == pytest.approx(2.4 - 0.5 - 0.2)
+    # Of the 18 that come to exit 1, 10 leave: 18 seconds behind it, and head and decision take 2.1.
+    assert PLAN.gain(1, 20) == pytest.approx(18 * 5 / 9 - 1.8 - 0.3)
+
+
+def test_the_host_waits_where_the_next_step_gets_faster_by_more_than_the_wait() -> None:
+    # Of 20 samples 18 come to exit 1: its step takes 3.6 instead of 4 s. Then 8: the last takes 8 instead of 18 s.
+    assert PLAN.waits() == (True, True)
+    assert replace(PLAN, timings=replace(TIMINGS, decisions=(0.41, 9.9))).waits() == (False, True)
+    assert replace(PLAN, timings=replace(TIMINGS, decisions=(0.39, 10.1))).waits() == (True, False)
+    assert replace(PLAN, reached=(1.0, 1.0, 1.0)).waits() == (False, False)  # no sample leaves
+    assert replace(PLAN, timings=replace(TIMINGS, seconds=((1.0,) * 3,) * 3)).waits() == (False, False)
+
+
+def test_a_heads_time_is_that_of_its_step_less_that_of_its_stage(ee: exitkit.MultiExitModel) -> None:
+    """Both are run in the same way, recorded or not; an exit that is in no step of its own is timed eagerly, which is said."""
+
+    def slow(run: Run, seconds: float) -> Run:
+        def slowed(*values: Any) -> Sequence[Any]:
+            time.sleep(seconds)
+            return run(*values)
+
+        return slowed
+
+    loop = exitkit.compile(ee, 2.0, samples=images(4), skip_unprofitable=True).loop
+    eager = program_of(ee, loop.policy, removable=True)
+    steps = tuple(
+        replace(one, run=slow(one.run, 0.02), stage=one.stage and slow(one.stage, 0.005)) for one in eager.steps
+    )
+    with torch.inference_mode():
+        timings = measure(replace(loop, program=replace(eager, steps=steps)), eager, (images(4),)).timings
+    assert all(0.012 < heads[-1] < 0.018 for heads in timings.heads[:-1])
+    assert not timings.heads_eager
+    joined = tuple(replace(step, stage=None) for step in steps)
+    with torch.inference_mode():
+        timings = measure(replace(loop, program=replace(eager, steps=joined)), eager, (images(4),)).timings
+    assert all(heads[-1] < 0.012 for heads in timings.heads)
+    assert timings.heads_eager
+    table = Plan(timings, (1.0,) * 4).table()
+    assert "its head, eager" in [column.header for column in table.columns]
 
 
 class _Never(Timings):

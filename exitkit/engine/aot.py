@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import tempfile
-import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -61,16 +60,9 @@ def load_step(path: Path, formats: Sequence[bool], device: torch.device) -> Run:
 
     Inputs and results are flat, so torch's wrapper is left out, which parses two descriptions of them at every call.
     """
-    if device.type != "cuda":
-        run = torch._inductor.aoti_load_package(str(path)).loader.run
-        return lambda *tensors: run(list(map(in_format, tensors, formats)))
-    # the runner for several threads asks the device whether it is done, which a recording forbids
-    loaded = torch._inductor.aoti_load_package(str(path), run_single_threaded=True, device_index=device.index or 0)
-    single, one_at_a_time = loaded.loader.run, threading.Lock()
+    if device.type == "cuda":
+        from exitkit.engine.cuda.compiled import CompiledStep
 
-    def run_alone(*tensors: Any) -> Sequence[Any]:
-        with one_at_a_time:
-            made: Sequence[Any] = single(list(map(in_format, tensors, formats)))
-            return made
-
-    return run_alone
+        return CompiledStep(path, formats, device)
+    run = torch._inductor.aoti_load_package(str(path)).loader.run
+    return lambda *tensors: run(list(map(in_format, tensors, formats)))

@@ -26,7 +26,9 @@ from exitkit.surgery.inputs import as_call
 
 @dataclass(frozen=True)
 class Engine:
-    """What :func:`compile` and :func:`load` return; call it as the model. Thread-safe: nothing is kept between calls.
+    """What :func:`compile` and :func:`load` return; call it as the model.
+
+    Thread-safe: nothing is kept between calls, or on a GPU what was recorded, for which calls take turns.
 
     Attributes:
         loop: what runs, and its policy.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,8 @@ from exitkit.multi_exit.model import MultiExitModel
 from exitkit.surgery.hooks import alone
 from exitkit.surgery.liveness import constant
 
+MOST_SAMPLES = 256
+"""Samples that a step compiled for a GPU takes at most."""
 _BATCH = 3
 """Samples in the batch that steps are exported with: a size unlike those that models fix by themselves."""
 
@@ -31,7 +33,8 @@ def export_steps(
     """Each step of an eager program, exported on what the example makes of it; it takes contiguous tensors.
 
     With ``channels_last`` images come in that memory format, and a step takes maps in the format that the one before it
-    leaves them in: ``exported.example_inputs`` shows it.
+    leaves them in: ``exported.example_inputs`` shows it. On a GPU they are then for at most ``MOST_SAMPLES`` samples:
+    Inductor counts elements in 32 bits unless a bound says that these do not suffice.
 
     Args:
         program: made by :func:`exitkit.engine.lowering.program_of`.
@@ -49,17 +52,17 @@ def export_steps(
             raise NotCapturableError(
                 f"stage {step.exit} reads the sizes {sized}, which are not tensors: it cannot be exported"
             )
+        formatted = tuple(in_format(tensor, channels_last and is_channels_last(tensor)) for tensor in taken)
+        most = MOST_SAMPLES if channels_last and program.inputs.device.type == "cuda" else None
         with torch.no_grad():
-            exported = _export(
-                program, step, tuple(in_format(tensor, channels_last and is_channels_last(tensor)) for tensor in taken)
-            )
+            exported = _export(program, step, formatted, most)
             values.update(zip(step.outputs, step.run(*taken), strict=False))
         yield exported
 
 
 @alone()
-def _export(program: Program, step: Step, tensors: tuple[Tensor, ...]) -> ExportedProgram:
-    dims = tuple(dict.fromkeys(program.dynamic[name], Dim.AUTO) for name in step.inputs)
+def _export(program: Program, step: Step, tensors: tuple[Tensor, ...], most: int | None) -> ExportedProgram:
+    dims = tuple(_dims(program, name, tensor, most) for name, tensor in zip(step.inputs, tensors, strict=True))
     try:
         exported = torch.export.export(cast("nn.Module", step.run), tensors, dynamic_shapes=(dims,), strict=False)
     except Exception as error:  # torch.export raises dozens of types, most of them private
@@ -77,3 +80,12 @@ def _export(program: Program, step: Step, tensors: tuple[Tensor, ...]) -> Export
                 "batches of any size; attach with an example of at least two samples, or cut elsewhere with at="
             )
     return exported
+
+
+def _dims(program: Program, name: str, tensor: Tensor, most: int | None) -> dict[int, Any]:
+    """How the sizes of a value vary, for at most so many samples."""
+    dims: dict[int, Any] = dict.fromkeys(program.dynamic[name], Dim.AUTO)
+    axis = program.axes.get(name)
+    if most is not None and axis in dims:
+        dims[axis] = Dim.AUTO(max=tensor.shape[axis] // _BATCH * most)
+    return dims

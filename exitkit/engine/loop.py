@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -81,6 +81,11 @@ class Loop:
     policy: ExitPolicy
     timings: Timings | None = None
 
+    @property
+    def largest(self) -> int | None:
+        """How many samples a step is run on at most; None for any number."""
+        return None
+
     def answer(self, tensors: Sequence[Tensor]) -> Prediction:
         """Answer a batch."""
         count = len(tensors[0])
@@ -112,6 +117,12 @@ class Loop:
         """A step on a batch as the loop runs it, without the decision: to be timed."""
         step = self.program.steps[index]
         return partial(step.run, *[batch.values[name] for name in step.inputs])
+
+    def decision_runner(self, batch: BatchState, index: int, answer: Tensor, score: Tensor) -> Callable[[], Any]:
+        """The decision after a step, as far as it is not in the step itself: to be timed."""
+        if len(batch) == 1:  # then it is one number that comes to the host
+            return partial(float, score)
+        return lambda: self.decide(replace(batch), index, answer, score)
 
     def single(self, tensors: Sequence[Tensor]) -> Prediction:
         """The answer of one sample: decisions on plain numbers, which take less time than arrays."""

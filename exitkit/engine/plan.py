@@ -20,7 +20,9 @@ class Timings:
         seconds: per step and size, the stage and its exit.
         heads: per step and size, the exit alone (0 for the backbone's own classifier).
         gathers: per step and size, taking half of the samples out of a batch of that size before this step.
-        decisions: per exit, its decision and compaction at the largest size, half of the samples leaving.
+        decisions: per exit, its decision and compaction at the largest size, half of the samples leaving; where steps are
+            recorded, which then hold both, the host's wait for it.
+        heads_eager: whether exits were timed eagerly although the steps are compiled: those that no step runs without.
     """
 
     sizes: tuple[int, ...]
@@ -28,6 +30,7 @@ class Timings:
     heads: tuple[tuple[float, ...], ...]
     gathers: tuple[tuple[float, ...], ...]
     decisions: tuple[float, ...]
+    heads_eager: bool = False
 
     def compacts(self, step: int, batch: int, stay: int) -> bool:
         """Whether taking the others out before ``step`` pays there; the choice comes again after it, so no further."""
@@ -95,7 +98,8 @@ class Plan:
         """The numbers behind the decisions, in milliseconds at the largest batch size; an exit's decision in microseconds."""
         times, batch = self.timings, self.timings.sizes[-1]
         table = Table(title=f"milliseconds at batch {batch}")
-        headings = ("exit", "reached", "step", "its head", "split µs", "saves", "leave the batch from", "exit is")
+        head = "its head, eager" if times.heads_eager else "its head"
+        headings = ("exit", "reached", "step", head, "decision µs", "saves", "leave the batch from", "exit is")
         for heading in headings:
             table.add_column(heading, justify="left" if heading == headings[-1] else "right")
         last = len(times.seconds) - 1

@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from exitkit.engine.batch_state import BatchState
 from exitkit.engine.loop import Loop
 from exitkit.engine.lowering import StageWithExit
 from exitkit.engine.plan import Measurement, Timings
@@ -32,12 +31,16 @@ def measure(loop: Loop, eager: Program, tensors: Sequence[Tensor]) -> Measuremen
         eager: the loop's program before any compilation, in which an exit can be timed without its stage.
         tensors: samples as they come in use.
     """
+    scores = _scores(loop, tensors).cpu().numpy()
+    tensors = [tensor[: loop.largest] for tensor in tensors]
     count = len(tensors[0])
     sizes = tuple(dict.fromkeys([*(4**power for power in range(10) if 4**power < count), count]))
     columns = [_times(loop, eager, [tensor[:size] for tensor in tensors]) for size in sizes]
     seconds, heads, gathers = (tuple(zip(*rows, strict=True)) for rows in zip(*columns, strict=True))
-    timings = Timings(sizes, seconds, heads, gathers, tuple(decision_seconds(loop, tensors)))
-    return Measurement(timings, _scores(loop, tensors).cpu().numpy())
+    compiled = not isinstance(loop.program.steps[0].run, StageWithExit)
+    eagerly = compiled and any(step.stage is None for step in loop.program.steps[:-1])
+    timings = Timings(sizes, seconds, heads, gathers, tuple(decision_seconds(loop, tensors)), eagerly)
+    return Measurement(timings, scores)
 
 
 def all_stay(loop: Loop) -> Loop:
@@ -47,24 +50,33 @@ def all_stay(loop: Loop) -> Loop:
 
 def _times(loop: Loop, eager: Program, tensors: Sequence[Tensor]) -> tuple[list[float], list[float], list[float]]:
     """Seconds of every step, exit and compaction, when all samples come to all of them."""
-    staying, axes = all_stay(loop), loop.program.axes
-    staying.answer(tensors)  # where steps are recorded, at this size
+    staying, axes, device = all_stay(loop), loop.program.axes, loop.program.inputs.device
+    bare = replace(staying, program=loop.program.without([step.exit for step in loop.program.steps if step.stage]))
+    for one in (bare, staying):
+        one.answer(tensors)  # where steps are recorded, at this size
     batch = staying.start(tensors)
     half = np.arange((len(batch) + 1) // 2)
     seconds, heads, gathers = [], [], []
     for index, step in enumerate(loop.program.steps):
-        values = [batch.values[name] for name in step.inputs]
-        gathers.append(_seconds(partial(batch.select, half, axes)))
-        seconds.append(_seconds(staying.step_runner(index, batch)))
-        heads.append(_exit_seconds(eager, index, values))
+        gathers.append(_seconds(partial(batch.select, half, axes), device))
+        seconds.append(_seconds(staying.step_runner(index, batch), device))
+        if step.stage is not None:  # run in the same way, without the exit
+            heads.append(max(0.0, seconds[-1] - _seconds(bare.step_runner(index, batch), device)))
+        else:
+            heads.append(_exit_seconds(eager, index, [batch.values[name] for name in step.inputs]))
         batch = staying.run_step(batch, index)[0] or batch
     return seconds, heads, gathers
 
 
 def _scores(loop: Loop, tensors: Sequence[Tensor]) -> Tensor:
     """(N, M) scores at every exit before the backbone."""
-    staying, scores = all_stay(loop), []
-    batch = staying.start(tensors)
+    most = loop.largest or len(tensors[0])
+    parts = [[tensor[start : start + most] for tensor in tensors] for start in range(0, len(tensors[0]), most)]
+    return torch.cat([_scores_of(loop, part) for part in parts])
+
+
+def _scores_of(loop: Loop, tensors: Sequence[Tensor]) -> Tensor:
+    batch, scores = all_stay(loop).start(tensors), []
     for step in loop.program.steps[:-1]:
         made = step.run(*(batch.values[name] for name in step.inputs))
         batch.values |= dict(zip(step.outputs, made, strict=False))
@@ -76,7 +88,8 @@ def decision_seconds(loop: Loop, tensors: Sequence[Tensor]) -> list[float]:
     """Seconds that each exit's decision and compaction take when all samples come to it and every other one leaves.
 
     That is all that the loop does between two steps: scores against τ, the answers of those that leave, and every value of
-    those that go on. An exit that was left out takes none.
+    those that go on. Recorded steps do this themselves; then it is the host's wait for how many go on. An exit that was left
+    out takes none.
     """
     staying, halved = all_stay(loop), replace(loop, policy=loop.policy.at(0.5), timings=None)
     batch = staying.start(tensors)
@@ -85,16 +98,9 @@ def decision_seconds(loop: Loop, tensors: Sequence[Tensor]) -> list[float]:
     seconds = []
     for index, step in enumerate(loop.program.steps[:-1]):
         batch = staying.run_step(batch, index)[0] or batch
-        single = len(batch) == 1  # then it is one number that comes to the host
-        run: Callable[[], Any] = (
-            partial(float, score) if single else partial(_decide, halved, batch, index, answer, score)
-        )
-        seconds.append(_seconds(run, _SHORT) if step.decides else 0.0)
+        run = halved.decision_runner(batch, index, answer, score)
+        seconds.append(_seconds(run, loop.program.inputs.device, _SHORT) if step.decides else 0.0)
     return seconds
-
-
-def _decide(loop: Loop, batch: BatchState, index: int, answer: Tensor, score: Tensor) -> None:
-    loop.decide(replace(batch), index, answer, score)
 
 
 def _exit_seconds(eager: Program, index: int, values: Sequence[Any]) -> float:
@@ -106,16 +112,16 @@ def _exit_seconds(eager: Program, index: int, values: Sequence[Any]) -> float:
     named = dict(zip(module.inputs, values, strict=True))
     feature = module.stage(*(named[name] for name in module.stage_inputs))[0]
     leave = module.leave
-    return _seconds(lambda: leave(feature, dict(named)))
+    return _seconds(lambda: leave(feature, dict(named)), eager.inputs.device)
 
 
-def _seconds(run: Callable[[], Any], repeats: int = _REPEATS) -> float:
-    """The median of several runs, after one to warm up."""
+def _seconds(run: Callable[[], Any], device: torch.device, repeats: int = _REPEATS) -> float:
+    """The median of several runs, until the device has done them, after one to warm up."""
     times = []
     for _ in range(repeats + 1):
         started = time.perf_counter()
         run()
-        if torch.cuda.is_initialized():
-            torch.cuda.synchronize()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
         times.append(time.perf_counter() - started)
     return statistics.median(times[1:])

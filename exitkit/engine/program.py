@@ -61,8 +61,14 @@ class Inputs:
         """The tensors of a call in the program's order.
 
         Raises:
-            ArgumentError: other tensors than the model was attached with: names, sizes, dtype or device.
+            ArgumentError: other tensors than the model was attached with: names, sizes, dtype or device; or a process that
+                was forked from the one in which the engine on a GPU was made.
         """
+        if self.device.type == "cuda" and torch.cuda._is_in_bad_fork():
+            raise ArgumentError(
+                "the engine was made before this process was forked, and CUDA cannot be used in both; start processes with "
+                "multiprocessing's 'spawn', and compile or load the engine in each"
+            )
         tensors = self.spec.tensors(kwargs or args)
         for key, tensor, sizes, dtype in zip(self.spec.keys, tensors, self.sizes, self.dtypes, strict=True):
             fits = tensor.dim() == len(sizes) and all(

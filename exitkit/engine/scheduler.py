@@ -41,7 +41,7 @@ class Scheduler:
 
     def __init__(self, loop: Loop, batch: int, max_wait: float) -> None:
         self.loop = loop
-        self.batch = batch
+        self.batch = batch if loop.largest is None else min(batch, loop.largest)
         self.max_wait = max_wait
         self.queues: list[dict[Any, deque[BatchState]]] = [{} for _ in loop.program.steps]
         self.items: deque[_Item] = deque()

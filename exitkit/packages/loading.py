@@ -24,7 +24,7 @@ from exitkit.engine.loop import Loop
 from exitkit.methods.policy import Threshold
 from exitkit.packages.archive import read_archive
 from exitkit.packages.executorch import read_executorch
-from exitkit.packages.manifest import Kind, Manifest, StepEntry
+from exitkit.packages.manifest import CAPABILITY, Kind, Manifest, StepEntry, capability
 from exitkit.packages.onnx_branches import OnnxBranches
 from exitkit.packages.onnx_steps import onnx_run
 
@@ -166,8 +166,15 @@ def _device(manifest: Manifest, device: str | torch.device | None, path: str) ->
             f"{path!r} was compiled by torch {by}; this is torch {torch.__version__}: export it "
             "again, or without optimize=True, which other versions read"
         )
-    if chosen.type == "cuda":
-        return _gpu(chosen)
+    if chosen.type != "cuda":
+        return chosen
+    chosen = _gpu(chosen)
+    made_for, own = manifest.versions.get(CAPABILITY), capability(chosen)
+    if kind == "compiled" and made_for != own:
+        raise ArgumentError(
+            f"{path!r} was compiled for GPUs of compute capability {made_for}; {torch.cuda.get_device_name(chosen)} has "
+            f"{own}: export it again on this GPU, or without optimize=True"
+        )
     return chosen
 
 

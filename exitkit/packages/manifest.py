@@ -20,6 +20,8 @@ from exitkit.surgery.inputs import CallSpec
 
 FORMAT = "exitkit-package-3"
 _FAMILY = "exitkit-package-"
+CAPABILITY = "compute capability"
+"""Among a package's versions: of the GPU that it was compiled on."""
 Kind = Literal["torch", "compiled", "onnx", "executorch"]
 Float = Literal["float32", "float16", "bfloat16", "float64"]
 DType = Literal[Float, "int64", "int32", "int16", "int8", "uint8", "bool"]
@@ -87,7 +89,7 @@ class Manifest:
         return cls(
             FORMAT,
             kind,
-            installed_versions(),
+            _versions(kind, taken.device),
             taken.device.type,
             tuple(
                 Input(key, name, sizes, _dtype_name(dtype))  # type: ignore[arg-type]
@@ -128,6 +130,11 @@ class Manifest:
             tuple(getattr(torch, entry.dtype) for entry in self.inputs),
             device,
         )
+
+
+def capability(device: torch.device) -> str:
+    """The compute capability of a GPU, such as ``9.0``: what code compiled on it is for."""
+    return "{}.{}".format(*torch.cuda.get_device_capability(device))
 
 
 def to_text(manifest: Manifest) -> str:
@@ -196,6 +203,11 @@ def _rules(manifest: Manifest) -> Iterator[tuple[str, bool]]:
         yield f"step {step.exit} has {len(step.channels_last)} memory formats for {len(step.inputs)} inputs", formats
         known = set(step.live)
     yield "axes of values are beyond the eighth", all(axis < 8 for axis in manifest.axes.values())
+
+
+def _versions(kind: Kind, device: torch.device) -> dict[str, str]:
+    on_gpu = kind == "compiled" and device.type == "cuda"
+    return installed_versions() | ({CAPABILITY: capability(device)} if on_gpu else {})
 
 
 def _entries(manifest: Manifest) -> dict[str, Any]:

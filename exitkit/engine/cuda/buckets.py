@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from bisect import bisect_left
 
-SIZES = (1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256)
+from exitkit.engine.exported import MOST_SAMPLES
+
+SIZES = (1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 192, MOST_SAMPLES)
 
 
 def buckets_up_to(largest: int) -> tuple[int, ...]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from exitkit.engine.memory_format import is_channels_last
+from exitkit.engine.memory_format import in_format, is_channels_last
 from exitkit.engine.program import Program
 
 _ALIGNED = 512
@@ -20,7 +20,7 @@ class Slot:
 
     Attributes:
         flat: all of it, one-dimensional.
-        like: an example of the value for ``samples`` samples, which tells sizes and order of the others.
+        like: sizes and order in memory of the value for ``samples`` samples; a tensor without data.
         samples: that many; 0 for a value that is the same for every sample.
     """
 
@@ -35,6 +35,10 @@ class Slot:
         rows, *sizes = self.like.shape
         strides = (self.like.numel() // rows, *self.like.stride()[1:])
         return self.flat.as_strided((rows // self.samples * samples, *sizes), strides)
+
+    def flattened(self, value: Tensor) -> Tensor:
+        """A value with its elements in the order of the memory, one-dimensional; copied where it has them in another."""
+        return in_format(value, is_channels_last(self.like)).as_strided((value.numel(),), (1,))
 
 
 @dataclass(frozen=True)
@@ -91,29 +95,41 @@ class Results:
 
 
 class Memory:
-    """Values of all boundaries, in two parts that take turns: a step reads the one and writes the other."""
+    """Values of all boundaries, in two parts that take turns: a step reads the one and writes the other.
 
-    def __init__(self, largest: int) -> None:
-        self.largest = largest
-        self.parts: list[Tensor | None] = [None, None]
+    Integers are never in memory that other values were in: places behind the last sample of a batch hold what was there
+    before, and a model may look something up by an integer, which must then be one that it knows. They hold zeros or what
+    the same value was for earlier samples.
+    """
+
+    def __init__(self, largest: int, device: torch.device) -> None:
+        self.largest, self.device = largest, device
+        self.parts = [self._made(0), self._made(0)]
 
     def slots(self, boundary: int, values: dict[str, tuple[Tensor, int]]) -> dict[str, Slot]:
         """Memory for the values of a boundary by name, each with the samples in it (0: the same for every sample).
 
         Memory of the boundary before the last is used again where it is large enough.
         """
-        sizes = {name: self._bytes(value, samples) for name, (value, samples) in values.items()}
-        device = next((value.device for value, _ in values.values()), torch.device("cpu"))
-        part = self.parts[boundary % 2]
-        if part is None or len(part) < sum(sizes.values()):
-            part = self.parts[boundary % 2] = torch.zeros(sum(sizes.values()), dtype=torch.uint8, device=device)
-        made, start = {}, 0
+        shared = [name for name, (value, _) in values.items() if value.is_floating_point()]
+        needed = sum(self._bytes(*values[name]) for name in shared)
+        if len(self.parts[boundary % 2]) < needed:
+            self.parts[boundary % 2] = self._made(needed)
+        slots, start = {}, 0
         for name, (value, samples) in values.items():
+            size = self._bytes(value, samples)
+            if name in shared:
+                memory = self.parts[boundary % 2][start : start + size]
+                start += size
+            else:
+                memory = self._made(size)
             elements = value.numel() // samples * self.largest if samples else value.numel()
-            memory = part[start : start + elements * value.element_size()].view(value.dtype)
-            made[name] = Slot(memory, value, samples)
-            start += sizes[name]
-        return made
+            like = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
+            slots[name] = Slot(memory.view(value.dtype)[:elements], like, samples)
+        return slots
+
+    def _made(self, size: int) -> Tensor:
+        return torch.zeros(size, dtype=torch.uint8, device=self.device)
 
     def _bytes(self, value: Tensor, samples: int) -> int:
         size = value.nbytes // samples * self.largest if samples else value.nbytes
@@ -122,9 +138,4 @@ class Memory:
 
 def dense(value: Tensor) -> Tensor:
     """The value where its samples lie one after another without gaps, otherwise a copy in which they do."""
-    return value if value.is_contiguous() or is_channels_last(value) else value.contiguous()
-
-
-def flat(value: Tensor) -> Tensor:
-    """A dense value as it lies in memory, one-dimensional."""
-    return value.as_strided((value.numel(),), (1,))
+    return in_format(value, is_channels_last(value))

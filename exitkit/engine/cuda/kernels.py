@@ -1,7 +1,8 @@
 """What a recorded step does behind its exit, as Triton kernels: the decision, and the compaction of what later steps read.
 
 Nothing here is known to the host: how many samples there are is read on the device, so that a recording holds for any number
-of them up to its bucket. Both kernels are compiled once for each kind of element, whatever the sizes.
+of them up to its bucket. The decision is compiled once for each dtype of the answers, the compaction once for each width of
+the words that it moves, whatever the sizes.
 """
 
 from __future__ import annotations
@@ -12,15 +13,16 @@ import triton.language as tl
 from torch import Tensor
 
 from exitkit.engine.cuda.buffers import Boundary, Results
+from exitkit.engine.exported import MOST_SAMPLES
 
-_SAMPLES = 256
-"""Most samples of a recorded batch: a program looks at the scores of all of them at once."""
+_SAMPLES = MOST_SAMPLES
+"""A program looks at the scores of all samples of a batch at once."""
 _ELEMENTS = 1024
-_WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-"""Elements are moved as integers of their size."""
+_WORDS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}
+"""Bytes are moved as integers, by their size."""
 
 
-@triton.jit(do_not_specialize=["classes", "exit_", "last"])  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=["classes", "exit_", "last"], do_not_specialize_on_alignment=["threshold"])  # type: ignore[untyped-decorator]
 def _decide_kernel(  # type: ignore[no-untyped-def]
     score,
     answer,
@@ -121,8 +123,8 @@ def decide(
 
 def compact(source: Tensor, target: Tensor, samples: int, there: Boundary) -> None:
     """See :func:`exitkit.engine.cuda.reference.compact`, in one launch."""
-    word = _WORDS[source.element_size()]
-    width = source.numel() // samples
+    size = source.nbytes // samples
+    word = next(word for word in _WORDS if (size | source.data_ptr() | target.data_ptr()) % word == 0)
+    width, moved = size // word, (tensor.view(torch.uint8).view(_WORDS[word]) for tensor in (source, target))
     grid = (samples, triton.cdiv(width, _ELEMENTS))
-    moved = source.view(word), target.view(word)
     _compact_kernel[grid](*moved, there.keep, there.count, width, ELEMENTS=_ELEMENTS, num_warps=4)
