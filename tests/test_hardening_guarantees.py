@@ -99,7 +99,7 @@ def test_temperatures_fitted_on_the_calibration_samples_are_noticed() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert choose_threshold(others.calibrated(fitted, fitted_on=outputs), MAX_DROP).temperatures == fitted
-    with pytest.warns(UserWarning, match="nobody can tell.*fitted_on=tuning") as caught:
+    with pytest.warns(UserWarning, match="it is unknown whether.*fitted_on=tuning") as caught:
         assert choose_threshold(outputs.calibrated(fitted), MAX_DROP).found
     assert caught[0].filename == __file__
 

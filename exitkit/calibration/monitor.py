@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from exitkit.calibration.shift_test import Gamblers, Positions, equal_cuts
+from exitkit.calibration.shift_test import Martingales, Positions, equal_cuts
 from exitkit.common.checks import Bounds, Share, check
 from exitkit.common.errors import ArgumentError
 from exitkit.evaluation.outputs import ExitOutputs
@@ -65,9 +65,9 @@ class ShiftReport:
 class ShiftMonitor:
     """Compares the exits that samples take in production, and their scores, with the calibration split.
 
-    Two gamblers bet against "no shift", one on the exits, one on the place of each score among the calibration samples of
-    its exit (:mod:`exitkit.calibration.shift_test`); an alarm is raised where one of them has made 2 / ``false_alarm`` of 1.
-    The probability of *ever* raising one is at most ``false_alarm`` while samples come independently from the calibration
+    Two test martingales bet against "no shift", one on the exits, one on the place of each score among the calibration
+    samples of its exit (:mod:`exitkit.calibration.shift_test`); an alarm is raised where one of them has made
+    2 / ``false_alarm`` of 1. The probability of *ever* raising one is at most ``false_alarm`` while samples come independently from the calibration
     split's distribution, whatever its size. Evidence adds up, so that small shifts are seen late rather than never. No labels
     are needed.
 
@@ -114,9 +114,9 @@ class ShiftMonitor:
         self._last_exit = len(outputs.macs) - 1
         self._places = Positions(self._exits, self._scores, self._last_exit)
         gaps = len(outputs) + 1
-        self._gamblers = {
-            "exits": Gamblers([self._places.exit_cuts()], gaps),
-            "scores": Gamblers(equal_cuts(gaps), gaps),
+        self._martingales = {
+            "exits": Martingales([self._places.exit_cuts()], gaps),
+            "scores": Martingales(equal_cuts(gaps), gaps),
         }
         self._false_alarm = false_alarm
         self._step = int(window) // 2
@@ -166,22 +166,22 @@ class ShiftMonitor:
 
     def _see(self, exits: NDArray[np.int64], scores: NDArray[np.float64]) -> None:
         places = self._places.of(exits, scores)
-        for gamblers in self._gamblers.values():
+        for martingales in self._martingales.values():
             if self._samples % self._step == 0:
-                gamblers.begin()
-            gamblers.see(places)
+                martingales.begin()
+            martingales.see(places)
         self._recent.extend(zip(exits.tolist(), scores.tolist(), strict=True))
         self._samples += len(exits)
         if self._samples % _EVERY == 0:
             self._test()
 
     def _test(self) -> None:
-        self._p_values = {name: math.exp(-max(one.log_wealth(), 0.0)) for name, one in self._gamblers.items()}
+        self._p_values = {name: math.exp(-max(one.log_wealth(), 0.0)) for name, one in self._martingales.items()}
         if self._fired_at is None and min(self._p_values.values()) < self._level():
             self._fired_at = self._samples
 
     def _level(self) -> float:
-        return self._false_alarm / len(self._gamblers)
+        return self._false_alarm / len(self._martingales)
 
     def _window(self) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
         exits, scores = zip(*self._recent, strict=True) if self._recent else ((), ())

@@ -32,7 +32,7 @@ def hoeffding_bentkus_p_value(losses: Losses, limit: float) -> float:
 
 
 def betting_p_value(losses: Losses, limit: float, level: float) -> float:
-    """For losses in [0, 1]: one over the most a gambler ever owns who bets against a mean above ``limit``.
+    """For losses in [0, 1]: one over the most money that bets against a mean above ``limit`` ever make.
 
     Bets adapt to the losses' variance, so small or rare losses are certified with few samples. ``p <= level`` exactly when
     the upper confidence bound of Waudby-Smith and Ramdas, as Bates et al. 2021 (proposition 5) compute it, is at most

@@ -74,9 +74,8 @@ def choose_threshold(
     Args:
         outputs: of held-out samples, which neither trained anything nor chose ``path`` or temperatures. Where they have
             content hashes, samples that repeat others are named in a warning, and τ must pass the test with them and
-            without: copies would count as evidence that there is not, and without repeats that are real (short texts) the
-            samples would be others than those to come. Samples that depend on one another in other ways (frames of a video,
-            augmented copies) cannot be noticed; use one of each.
+            without: copies are no further evidence, but repeats may be real (short texts). Samples that depend on one
+            another in other ways (frames of a video, augmented copies) cannot be noticed; use one of each.
         max_drop: the bound on the risk, in (0, 1).
         confidence: how often, over calibration splits, the promise is to hold.
         risk: ``"accuracy_drop"`` (the full model right and the exit wrong: what exits put right is not credited, so it
@@ -175,13 +174,13 @@ def refuse_shared(outputs: ExitOutputs, other: ExitOutputs | Tensor | None, name
 
 
 def _check_temperatures(outputs: ExitOutputs) -> None:
-    """Refuse samples that temperatures were fitted on; warn where nobody said which these were."""
+    """Refuse samples that temperatures were fitted on; warn where these are unknown."""
     if outputs.temperatures is None or outputs.hashes is None:
         return
     refuse_shared(outputs, outputs.fitted_on, "temperatures")
     if outputs.fitted_on is None:
         warnings.warn(
-            "nobody can tell whether the temperatures were fitted on these samples, which would void the promise; say on "
+            "it is unknown whether the temperatures were fitted on these samples, which would void the promise; say on "
             "which by outputs.calibrated(temperatures, fitted_on=tuning)",
             stacklevel=3,
         )

@@ -3,12 +3,12 @@
 A sample's place among the calibration samples (by exit, and by score within the exit; ties in random order) is one of
 N + 1 gaps. Where production is exchangeable with calibration, the share of every cell of gaps is Dirichlet distributed given
 the calibration split, so that the next sample falls into a cell with probability (gaps + earlier samples there) / (N + 1 +
-earlier samples): a Pólya urn, exact for any distribution, the split's own randomness included. A gambler who bets on other
-probabilities owns a test martingale (Shafer 2021, Testing by betting; conformal test martingales: Vovk et al. 2003): the
+earlier samples): a Pólya urn, exact for any distribution, the split's own randomness included. The money won by bets on other
+probabilities is a test martingale (Shafer 2021, Testing by betting; conformal test martingales: Vovk et al. 2003): the
 probability that what began as 1 ever reaches 1 / α is at most α (Ville's inequality).
 
-Each gambler bets on Dirichlet mixtures around the urn's own probabilities, over cells of several widths and with several
-strengths. As nobody knows when a shift begins, another gambler begins at every block of samples; the k-th gets a share
+Each martingale bets on Dirichlet mixtures around the urn's own probabilities, over cells of several widths and with several
+strengths. As a shift may begin at any time, another martingale begins at every block of samples; the k-th gets a share
 1 / (k (k + 1)) of the money.
 """
 
@@ -22,8 +22,8 @@ from numpy.typing import NDArray
 
 _WIDTHS = (2, 4, 8, 16, 32, 64)
 _STRENGTHS = (2.0, 64.0, 2048.0)
-"""Per cell: how many samples' worth of belief a gambler has in the urn's own probabilities; more finds smaller shifts."""
-_GAMBLERS = 24
+"""Per cell: how many samples' worth of weight a bet gives the urn's own probabilities; more finds smaller shifts."""
+_MARTINGALES = 24
 """At most so many at a time; the money of an older one is lost, but for the first."""
 
 
@@ -32,17 +32,17 @@ class Positions:
 
     def __init__(self, exits: NDArray[np.int64], scores: NDArray[np.float64], last: int) -> None:
         self._random = np.random.default_rng(0)
-        tickets = self._random.random(len(exits))
+        tie_breakers = self._random.random(len(exits))
         rounded = _rounded(scores)
-        order = np.lexsort((tickets, rounded, exits))
-        self._scores, self._tickets = rounded[order], tickets[order]
+        order = np.lexsort((tie_breakers, rounded, exits))
+        self._scores, self._tie_breakers = rounded[order], tie_breakers[order]
         self.ends = np.cumsum(np.bincount(exits, minlength=last + 1))
         """(M+1,) how many calibration samples left at each exit or before it."""
 
     def of(self, exits: NDArray[np.int64], scores: NDArray[np.float64]) -> NDArray[np.int64]:
         """(B,): the place of each sample."""
         places, scores = np.empty(len(exits), np.int64), _rounded(scores)
-        tickets = self._random.random(len(exits))
+        tie_breakers = self._random.random(len(exits))
         for exit_ in np.unique(exits):
             rows = np.flatnonzero(exits == exit_)
             first, last = (self.ends[exit_ - 1] if exit_ else 0), self.ends[exit_]
@@ -51,8 +51,8 @@ class Positions:
             )
             places[rows] = low
             for tied in np.flatnonzero(low < high):
-                among = self._tickets[low[tied] : high[tied]]
-                places[rows[tied]] += among.searchsorted(tickets[rows[tied]])
+                among = self._tie_breakers[low[tied] : high[tied]]
+                places[rows[tied]] += among.searchsorted(tie_breakers[rows[tied]])
         return places
 
     def exit_cuts(self) -> NDArray[np.int64]:
@@ -69,8 +69,8 @@ def _rounded(scores: NDArray[np.float64]) -> NDArray[np.float64]:
     return rounded
 
 
-class Gamblers:
-    """What all gamblers together own who bet on the cells between ``cuts``.
+class Martingales:
+    """The money of all martingales that bet on the cells between ``cuts``.
 
     Args:
         cuts: for each partition the ascending first gaps of its cells but the first.
@@ -88,9 +88,9 @@ class Gamblers:
         self._count = 0
 
     def begin(self) -> None:
-        """Another gambler begins with the next sample."""
+        """Another martingale begins with the next sample."""
         self._count += 1
-        if len(self._begun) == _GAMBLERS:
+        if len(self._begun) == _MARTINGALES:
             del self._begun[1]
         self._begun.append((1 / (self._count * (self._count + 1)), self._seen.copy()))
 
@@ -102,16 +102,16 @@ class Gamblers:
         self._seen += np.bincount(np.concatenate(cells), minlength=len(self._seen))
 
     def log_wealth(self) -> float:
-        """The logarithm of what all of them own; what those own who have not begun is part of it."""
+        """The logarithm of the money of all, that of those that have not begun included."""
         from scipy.special import gammaln, logsumexp
 
         shares = np.array([share for share, _ in self._begun])
-        before = self._urn + np.stack([seen for _, seen in self._begun])  # (gamblers, cells of all partitions)
+        before = self._urn + np.stack([seen for _, seen in self._begun])  # (martingales, cells of all partitions)
         counts = self._urn + self._seen - before
         totals = self._by_partition(before)
 
         def likelihood(prior: NDArray[np.float64]) -> NDArray[np.float64]:
-            """(gamblers, partitions): of the counts, in the urn that begins with ``prior``."""
+            """(martingales, partitions): of the counts, in the urn that begins with ``prior``."""
             cells = self._by_partition(gammaln(prior + counts) - gammaln(prior))
             whole = self._by_partition(prior)
             urn: NDArray[np.float64] = cells - gammaln(whole + self._by_partition(counts)) + gammaln(whole)
@@ -119,7 +119,7 @@ class Gamblers:
 
         null = likelihood(before)
         bets = (before / np.repeat(totals / (belief * self._cells), self._cells, axis=1) for belief in _STRENGTHS)
-        each = np.stack([likelihood(bet) - null for bet in bets], -1)  # (gamblers, partitions, strengths)
+        each = np.stack([likelihood(bet) - null for bet in bets], -1)  # (martingales, partitions, strengths)
         owned = logsumexp(each, axis=(1, 2)) - np.log(each[0].size) + np.log(shares)
         waiting = np.log(1 / (self._count + 1))  # 1 less the shares of those that began
         return float(logsumexp([*owned, waiting]))

@@ -1,4 +1,4 @@
-"""Batches fetched in a thread, so that one who waits for the next can do something else meanwhile."""
+"""Batches fetched in a thread of their own, so that the engine works on while the next one is slow to come."""
 
 from __future__ import annotations
 

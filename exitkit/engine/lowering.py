@@ -21,7 +21,7 @@ CARRIED, ANSWERS = "exit.carried", "exit.answers"
 remembers has the criterion's own names."""
 
 
-class Leave(nn.Module):
+class ScoredExit(nn.Module):
     """An exit: the head, the ensemble and the score.
 
     Args:
@@ -79,11 +79,11 @@ class Leave(nn.Module):
 class StageWithExit(nn.Module):
     """A stage and the exit behind it, if it has one: what a :class:`Step` runs. ``inputs``, ``outputs``: as there."""
 
-    def __init__(self, stage: Stage, leave: Leave | None, inputs: Sequence[str], outputs: Sequence[str]) -> None:
+    def __init__(self, stage: Stage, exit_: ScoredExit | None, inputs: Sequence[str], outputs: Sequence[str]) -> None:
         super().__init__()
         self.stage = stage.module
         self.stage_inputs, self.stage_outputs = stage.inputs, stage.outputs
-        self.leave = leave
+        self.exit = exit_
         self.inputs, self.outputs = tuple(inputs), tuple(outputs)
         self.made_for = self._kinds()
 
@@ -98,7 +98,7 @@ class StageWithExit(nn.Module):
         named = dict(zip(self.inputs, values, strict=True))
         made = self.stage(*(named[name] for name in self.stage_inputs))
         named.update(zip(self.stage_outputs, made, strict=True))
-        answer = () if self.leave is None else self.leave(made[0], named)
+        answer = () if self.exit is None else self.exit(made[0], named)
         return (*(named[name] for name in self.outputs), *answer)
 
 
@@ -127,9 +127,9 @@ def program_of(model: MultiExitModel, policy: ExitPolicy, removable: bool = Fals
         stage, state_in, state_out = partition.stages[m], _state(model, criterion, m), _state(model, criterion, m + 1)
         inputs = tuple(dict.fromkeys([*stage.inputs, *reads[m], *state_in]))
         outputs = tuple(name for name in (*stage.outputs, *state_out) if name in needed)
-        leave = Leave(classifiers[m], combiners[m], criterion, temperatures[m], reads[m])
+        scored = ScoredExit(classifiers[m], combiners[m], criterion, temperatures[m], reads[m])
         bare = StageWithExit(stage, None, inputs, outputs) if removable and classifiers[m] is not None else None
-        run = StageWithExit(stage, leave, inputs, outputs)
+        run = StageWithExit(stage, scored, inputs, outputs)
         steps.append(Step(run, m, True, inputs, outputs, tuple(sorted(needed)), bare))
         needed = (needed - set(outputs)) | set(inputs)
     state = (CARRIED, ANSWERS, *remembered(criterion))

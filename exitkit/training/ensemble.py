@@ -29,7 +29,7 @@ def fit_ensemble(model: MultiExitModel, loader: Iterable[Any]) -> list[float]:
 
     Best on images that neither the heads nor the backbone were trained on: fitted on what the backbone has memorised, late
     exits become too sure. With a frozen CIFAR-10 ResNet-56, the test log-loss of the exit before the last block was 0.23
-    after a fit on 1,000 training images and 0.22 after one on 1,000 that nobody was trained on; with a penalty of 0.0001
+    after a fit on 1,000 training images and 0.22 after one on 1,000 that nothing was trained on; with a penalty of 0.0001
     instead of 0.01 it was 0.43 and 0.21.
 
     Each exit's combiner is fitted by itself, by L-BFGS in float64 on the log-probabilities. At most 800 MB of them are kept;
