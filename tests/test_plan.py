@@ -282,7 +282,7 @@ def exits_that_run(program: Program) -> Iterator[set[int]]:
     """The numbers of the exits that answer anything."""
     ran: set[int] = set()
     handles = [
-        step.run.leave.register_forward_hook(lambda *_, number=step.exit: ran.add(number))  # type: ignore[attr-defined]
+        step.run.exit.register_forward_hook(lambda *_, number=step.exit: ran.add(number))  # type: ignore[attr-defined]
         for step in program.steps
     ]
     yield ran

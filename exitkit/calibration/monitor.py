@@ -67,9 +67,9 @@ class ShiftMonitor:
 
     Two test martingales bet against "no shift", one on the exits, one on the place of each score among the calibration
     samples of its exit (:mod:`exitkit.calibration.shift_test`); an alarm is raised where one of them has made
-    2 / ``false_alarm`` of 1. The probability of *ever* raising one is at most ``false_alarm`` while samples come independently from the calibration
-    split's distribution, whatever its size. Evidence adds up, so that small shifts are seen late rather than never. No labels
-    are needed.
+    2 / ``false_alarm`` of 1. The probability of *ever* raising one is at most ``false_alarm`` while samples come
+    independently from the calibration split's distribution, whatever its size. Evidence adds up, so that small shifts are
+    seen late rather than never. No labels are needed.
 
     What it cannot see: a change of labels alone (other classes, same looks), and shifts smaller than the calibration split's
     own randomness. Measured on a CIFAR-10 ResNet-20 with three exits (``benchmarks/risk_monitor.py``), 2,500 calibration

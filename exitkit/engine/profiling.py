@@ -108,11 +108,11 @@ def _exit_seconds(eager: Program, index: int, values: Sequence[Any]) -> float:
     if index == len(eager.steps) - 1:
         return 0.0
     module = cast("StageWithExit", eager.steps[index].run)
-    assert module.leave is not None
+    assert module.exit is not None
     named = dict(zip(module.inputs, values, strict=True))
     feature = module.stage(*(named[name] for name in module.stage_inputs))[0]
-    leave = module.leave
-    return _seconds(lambda: leave(feature, dict(named)), eager.inputs.device)
+    exit_ = module.exit
+    return _seconds(lambda: exit_(feature, dict(named)), eager.inputs.device)
 
 
 def _seconds(run: Callable[[], Any], device: torch.device, repeats: int = _REPEATS) -> float:
