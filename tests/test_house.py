@@ -37,6 +37,7 @@ HEAVY = (
     "timm",
     "transformers",
     "onnx",
+    "rich",
 )
 
 NAMES = {

@@ -28,8 +28,9 @@ import exitkit
 from exitkit import ExitkitError, MultiExitModel, Trainer
 from exitkit.cli.schedule import by_name
 from exitkit.training import Distillation, Loss
+from exitkit.training.display import Display
 from exitkit.training.distributed import make_accelerator, own_part, seed_everything
-from exitkit.training.progress import Display, Epoch
+from exitkit.training.progress import Epoch
 from tests.toy import TinyNet
 
 Loaders = Callable[..., DataLoader[tuple[Tensor, ...]]]

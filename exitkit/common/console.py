@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import sys
-from typing import IO
+from typing import IO, TYPE_CHECKING
 
-from rich.console import Console
+if TYPE_CHECKING:
+    from rich.console import Console
 
 _WIDTH = 120
 
@@ -15,6 +16,8 @@ def make_console(file: IO[str] | None = None) -> Console:
 
     What is printed may be a name from a file, so that brackets and colons in it are text and not markup.
     """
+    from rich.console import Console
+
     width = None if (file or sys.stdout).isatty() else _WIDTH
     return Console(file=file, width=width, markup=False, emoji=False)
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
-from rich.table import Table
 
 from exitkit.methods.policy import ExitPolicy
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 
 @dataclass(frozen=True)
@@ -96,6 +99,8 @@ class Plan:
 
     def table(self) -> Table:
         """The numbers behind the decisions, in milliseconds at the largest batch size; an exit's decision in microseconds."""
+        from rich.table import Table
+
         times, batch = self.timings, self.timings.sizes[-1]
         table = Table(title=f"milliseconds at batch {batch}")
         head = "its head, eager" if times.heads_eager else "its head"

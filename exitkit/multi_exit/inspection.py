@@ -5,16 +5,17 @@ from __future__ import annotations
 import io
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rich import box
-from rich.table import Table
 from torch import nn
 
 from exitkit.common.console import make_console
 from exitkit.surgery.boundaries import Anatomy, Boundary, find_boundaries
 from exitkit.surgery.capturing import Capture, capture, untouched
 from exitkit.surgery.macs import ptflops_macs
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 _AXES = {
     "channels_first": "CHW",
@@ -74,6 +75,9 @@ class Inspection:
 
     def table(self) -> Table:
         """The stages as a Rich table, with the feature at the end of each."""
+        from rich import box
+        from rich.table import Table
+
         table = Table(
             title=f"{self.model}: {len(self.blocks)} blocks",
             caption=self._caption(),

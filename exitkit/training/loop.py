@@ -21,12 +21,14 @@ from exitkit.training.feature_cache.heads_alone import HeadsAlone
 from exitkit.training.freezing import Stages
 from exitkit.training.objective import Objective
 from exitkit.training.options import Options
-from exitkit.training.progress import Display, Epoch, write_log
+from exitkit.training.progress import Epoch, write_log
 from exitkit.training.step import Learner
 from exitkit.training.validation import validate
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+
+    from exitkit.training.display import Display
 
 TERMINATED = 143
 """The exit status that shells give a process ended by SIGTERM."""

@@ -20,7 +20,7 @@ from exitkit.training.freezing import Stages, check_learning, flags_restored, st
 from exitkit.training.interruption import sigterm_noted
 from exitkit.training.loop import Run
 from exitkit.training.options import Options
-from exitkit.training.progress import Epoch, displayed
+from exitkit.training.progress import Epoch
 from exitkit.training.same_run import data_of, settings_of
 
 
@@ -181,6 +181,8 @@ class Trainer(Options):
         return stages
 
     def _display(self, main: bool, steps: int | None) -> Any:
+        from exitkit.training.display import displayed  # imports rich
+
         steps = None if steps is None else -(-steps // self.accumulate)
         return displayed(self.show_progress and main, self.epochs, len(self.phases), steps)
 
