@@ -33,6 +33,11 @@ def first(outputs: ExitOutputs) -> float:
     return float(outputs.accuracy()[0])
 
 
+def test_plain_numbers_are_no_policy(outputs: ExitOutputs) -> None:
+    with pytest.raises(exitkit.ArgumentError, match=r"policy=0\.5 must be .*outputs\.at"):
+        outputs.under(0.5)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize(
     ("options", "name"),
     [

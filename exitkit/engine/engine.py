@@ -24,7 +24,7 @@ from exitkit.methods.policy import ExitPolicy, Threshold, as_policy, check_same_
 from exitkit.surgery.inputs import as_call
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Engine:
     """What :func:`compile` and :func:`load` return; call it as the model.
 
@@ -52,6 +52,10 @@ class Engine:
             raise ArgumentError(
                 f"skip_unprofitable=True leaves exits out, for which the {what} does not hold; use one of the two"
             )
+
+    def __repr__(self) -> str:
+        policy = self.policy
+        return f"Engine(thresholds={policy.thresholds}, criterion={policy.criterion!r}, device={str(self.inputs.device)!r})"
 
     @property
     def inputs(self) -> Inputs:

@@ -231,9 +231,10 @@ class ExitOutputs:
         """These outputs with a policy's temperatures, where they have none.
 
         Raises:
-            ArgumentError: a policy without temperatures or with others, where these outputs have some; a guarantee for
-                another precision than these outputs', on which it says nothing.
+            ArgumentError: something else than a policy; one without temperatures or with others, where these outputs have
+                some; a guarantee for another precision than these outputs', on which it says nothing.
         """
+        check("policy", policy, ExitPolicy, "for plain numbers use outputs.at(threshold)")
         outputs = self if policy.temperatures is None or self.temperatures else self.calibrated(policy.temperatures)
         check_same_scores(policy, outputs.policy(policy.thresholds, policy.criterion))
         return outputs
