@@ -97,7 +97,10 @@ from exitkit.engine.cuda import kernels
 engine = loaded("cuda")
 assert str(engine.inputs.device) == "cuda:0"
 warm = lambda: engine.warm(images(2))
-assert counted(warm)["captures"] == 12 * 3
+assert counted(lambda: engine.warm(images(2), [256]))["captures"] == 3
+largest = torch.cuda.memory_reserved()
+assert counted(warm)["captures"] == 11 * 3
+assert torch.cuda.memory_reserved() <= largest + (8 << 20), (torch.cuda.memory_reserved(), largest)
 again = counted(warm)
 assert again["captures"] == again["mallocs"] == again["syncs"] == 0, again
 binaries = lambda kernel: len(kernel.device_caches[0][0])
