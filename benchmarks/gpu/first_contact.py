@@ -265,7 +265,7 @@ def cost() -> None:
         ways: list[Callable[[], Any]] = [partial(plain, batch), partial(fast, batch)]
         eager, own = (milliseconds(way) for way in ways)
         whole = milliseconds(partial(fast.at(2.0), batch))
-        say(f"     batch {size}: ms eager {eager:.3f}, recorded {own:.3f}, recorded and nobody leaves {whole:.3f}")
+        say(f"     batch {size}: ms eager {eager:.3f}, recorded {own:.3f}, recorded and no sample leaves {whole:.3f}")
 
 
 def images(side: int, dtype: torch.dtype, samples: int, device: torch.device = GPU) -> Tensor:
