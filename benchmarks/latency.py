@@ -288,6 +288,7 @@ def _each(run: Run, chunks: Sequence[Any]) -> None:
             torch.cuda.synchronize()
 
 
+@torch.inference_mode()
 def _steps_alone(engine: exitkit.Engine, chunks: Sequence[Any]) -> Callable[[], None]:
     """The steps that run on these batches, on what stands before them, without the loop."""
     loop, steps = engine.loop, []
