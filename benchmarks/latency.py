@@ -101,7 +101,7 @@ def main() -> None:
 def measure(name: str, args: argparse.Namespace) -> Any:
     """One row for every target and batch size."""
     backbone, samples = _backbone(name, args)
-    backbone, samples = backbone.to(args.device), move(samples, args.device)
+    backbone, samples = backbone.to(args.device), move(samples, torch.device(args.device))
     shares = [(index + 1) / (EXITS + 1) for index in range(EXITS)]
     torch.manual_seed(0)
     ee = exitkit.attach(backbone, at_cost=shares, method="sdn", head="1L").eval()
@@ -289,6 +289,7 @@ def _each(run: Run, chunks: Sequence[Any]) -> None:
             torch.cuda.synchronize()
 
 
+@torch.inference_mode()
 def _steps_alone(engine: exitkit.Engine, chunks: Sequence[Any]) -> Callable[[], None]:
     """The steps that run on these batches, on what stands before them, without the loop."""
     loop, steps = engine.loop, []
