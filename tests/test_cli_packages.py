@@ -116,7 +116,7 @@ def test_texts(tmp_path: Path) -> None:
         (["run", "nowhere.pt2", "0.png"], r"'nowhere\.pt2' does not exist"),
         (["bench-latency", "PACKAGE", "--batches", "1,x"], r"--batches '1,x' must be numbers"),
         (["bench-latency", "PACKAGE", "--inputs", "notes.txt"], r"cannot be read as \.npy"),
-        (["run", "PACKAGE", "0.png", "--device", "gpu"], r"device='gpu' is no device of torch"),
+        (["run", "PACKAGE", "0.png", "--device", "gpu"], r"device='gpu' is not a device of torch"),
     ],
 )
 def test_wrong_input(

@@ -590,7 +590,7 @@ def test_a_truncated_file_is_refused(tmp_path: Path, kept: int) -> None:
 
 def test_a_foreign_file_is_refused(tmp_path: Path) -> None:
     save_file({"log_probs": torch.zeros(2, 2, 2)}, tmp_path / "f.safetensors")
-    with pytest.raises(ExitkitError, match=r"f\.safetensors' is no file of saved outputs"):
+    with pytest.raises(ExitkitError, match=r"f\.safetensors' is not a file of saved outputs"):
         ExitOutputs.load(tmp_path / "f.safetensors")
 
 

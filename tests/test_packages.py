@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import subprocess
 import sys
@@ -186,6 +187,7 @@ def _edit(path: Path, change: Any) -> None:
     manifest = json.loads(contents["manifest.json"])
     change(manifest)
     contents["manifest.json"] = json.dumps(manifest).encode()
+    contents["manifest.sha256"] = hashlib.sha256(contents["manifest.json"]).hexdigest().encode()
     with zipfile.ZipFile(path, "w") as archive:
         for name, content in contents.items():
             archive.writestr(name, content)
@@ -209,7 +211,7 @@ def test_a_package_of_another_kind(package: Path, tmp_path: Path) -> None:
     foreign = tmp_path / "foreign.pt2"
     with zipfile.ZipFile(foreign, "w") as archive:
         archive.writestr("data.pkl", b"")
-    with pytest.raises(ExitkitError, match=r"is no package of exitkit"):
+    with pytest.raises(ExitkitError, match=r"is not a package of exitkit"):
         exitkit.load(foreign)
     newer = tmp_path / "newer.pt2"
     newer.write_bytes(package.read_bytes())
@@ -253,7 +255,7 @@ def test_a_single_graph_has_its_thresholds_fixed(models: dict[str, exitkit.Multi
     with pytest.raises(ExitkitError, match=r"thresholds in the graph"):
         exitkit.load(tmp_path / "model.onnx", threshold=0.9)
     (tmp_path / "cut.onnx").write_bytes((tmp_path / "model.onnx").read_bytes()[:100])
-    with pytest.raises(ExitkitError, match=r"does not run this model"):
+    with pytest.raises(ExitkitError, match=r"this is not an ONNX graph"):
         exitkit.load(tmp_path / "cut.onnx")
 
 

@@ -87,7 +87,7 @@ def test_a_shipped_recipe_places_its_exits(name: str, exits: int) -> None:
 
 
 def test_a_run_writes_exits_and_results(run: Any, recipe: Any, tmp_path: Path) -> None:  # noqa: F811
-    printed = run("train", recipe(), "--out", tmp_path / "out")
+    printed = run("train", "--trust", recipe(), "--out", tmp_path / "out")
     assert "25%" in printed
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert results["about"]["trainer"] == {"epochs": 2, "lr": 0.01}
@@ -103,7 +103,7 @@ def test_a_run_writes_exits_and_results(run: Any, recipe: Any, tmp_path: Path) -
 def test_flags_override_keys(run: Any, recipe: Any, tmp_path: Path) -> None:  # noqa: F811
     text = '[loss]\nlabel_smoothing = 0.1\n[loss.distillation]\nteachers = "last"\nconfidence_limit = 0\n'
     flags = ("--epochs", 1, "--set", "trainer.regime=mixed", "--set", "exits.method=sdn", "--set", "validation=0.25")
-    run("train", recipe(text), "--out", tmp_path / "out", *flags)
+    run("train", "--trust", recipe(text), "--out", tmp_path / "out", *flags)
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert results["about"]["trainer"] == {"epochs": 1, "lr": 0.01, "regime": "mixed"}
     assert list(results["methods"]) == ["sdn"]
@@ -112,7 +112,7 @@ def test_flags_override_keys(run: Any, recipe: Any, tmp_path: Path) -> None:  # 
 
 def test_a_run_of_its_own_weights_gives_the_same_numbers(run: Any, recipe: Any, tmp_path: Path) -> None:  # noqa: F811
     """Results written are those of the exits and the backbone that were written."""
-    run("train", recipe(), "--out", tmp_path / "out", "--set", "trainer.regime=mixed")
+    run("train", "--trust", recipe(), "--out", tmp_path / "out", "--set", "trainer.regime=mixed")
     weights = tmp_path / "out" / "backbone.safetensors"
     backbone = load_model("tests.toy:net", str(weights)).eval()
     ee = exitkit.MultiExitModel.from_pretrained(backbone, tmp_path / "out" / "exits", torch.zeros(2, 1, 8, 8))
@@ -126,7 +126,7 @@ def test_a_run_of_its_own_weights_gives_the_same_numbers(run: Any, recipe: Any, 
 def test_augmented_training_runs(run: Any, recipe: Any, tmp_path: Path) -> None:  # noqa: F811
     pytest.importorskip("torchvision")
     top = 'augment = ["shift", "flip", "erasing", "rotation", "crop", "mixup", "cutmix"]\nvalidation = 0.2'
-    run("train", recipe("patience = 1\n", top), "--out", tmp_path / "out")
+    run("train", "--trust", recipe("patience = 1\n", top), "--out", tmp_path / "out")
     assert (tmp_path / "out" / "results.json").exists()
 
 
@@ -181,7 +181,13 @@ def test_the_trainer_gets_what_the_recipe_says(recipe: Any, tmp_path: Path, monk
 
 
 def test_a_schedule_of_the_recipe_sets_the_rate(run: Any, recipe: Any, tmp_path: Path) -> None:  # noqa: F811
-    run("train", recipe('[schedule]\nname = "restarts"\nwarmup = 0.1\ncycles = 2\n'), "--out", tmp_path / "out")
+    run(
+        "train",
+        "--trust",
+        recipe('[schedule]\nname = "restarts"\nwarmup = 0.1\ncycles = 2\n'),
+        "--out",
+        tmp_path / "out",
+    )
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert results["about"]["schedule"] == {"name": "restarts", "warmup": 0.1, "cycles": 2}
 
@@ -239,7 +245,7 @@ def test_a_regression_on_pairs(run: Any, bert: Path, tmp_path: Path) -> None:  #
         f'model = "hf:{bert}"\ndata = "{tmp_path / "scores.tsv"}"\nnum_classes = 1\npairs = true\n'
         '[exits]\nmethod = "pbee"\n[trainer]\nepochs = 1\n'
     )
-    printed = run("train", path, "--out", tmp_path / "out")
+    printed = run("train", "--trust", path, "--out", tmp_path / "out")
     assert all(word in printed for word in ("MSE", "Pearson", "Spearman"))
 
 
@@ -251,7 +257,7 @@ def test_a_regression_on_text(run: Any, bert: Path, tmp_path: Path) -> None:  # 
         f'model = "hf:{bert}"\ndata = "{tmp_path / "scores.tsv"}"\nnum_classes = 1\n'
         '[exits]\nmethod = "pbee"\n[trainer]\nepochs = 1\n'
     )
-    printed = run("train", path, "--out", tmp_path / "out")
+    printed = run("train", "--trust", path, "--out", tmp_path / "out")
     assert "Pearson" in printed
     assert (tmp_path / "out" / "outputs-pbee.safetensors").exists()
 
@@ -299,7 +305,7 @@ def test_a_wrong_recipe_is_refused(
     path = recipe(text, top)
     if top.startswith("batch_size"):
         path.write_text(path.read_text().replace("batch_size = 16\n", "", 1))
-    error = refused("train", path, "--out", tmp_path / "out")
+    error = refused("train", "--trust", path, "--out", tmp_path / "out")
     assert all(word in error for word in words), error
     assert not (tmp_path / "out").exists()
 
@@ -325,7 +331,7 @@ def test_a_wrong_flag_is_refused(
     refused: Any,  # noqa: F811
     tmp_path: Path,
 ) -> None:
-    assert word in refused("train", recipe(), "--out", tmp_path / "out", *flags)
+    assert word in refused("train", "--trust", recipe(), "--out", tmp_path / "out", *flags)
 
 
 def test_a_folder_that_cannot_be_made_is_refused_before_training(
@@ -335,15 +341,15 @@ def test_a_folder_that_cannot_be_made_is_refused_before_training(
 ) -> None:
     monkeypatch.setattr(Trainer, "fit", lambda *_: pytest.fail("it trains"))
     path = recipe()
-    assert "is a file; name a folder" in refused("train", path, "--out", path / "out")
+    assert "is a file; name a folder" in refused("train", "--trust", path, "--out", path / "out")
     monkeypatch.setattr("os.access", lambda _, mode, **__: mode != os.W_OK)
-    assert "you may not write to" in refused("train", path, "--out", path.parent / "out")
+    assert "you may not write to" in refused("train", "--trust", path, "--out", path.parent / "out")
 
 
 def test_a_missing_file_and_missing_keys_are_refused(refused: Any, tmp_path: Path) -> None:  # noqa: F811
-    assert "nothing.toml" in refused("train", tmp_path / "nothing.toml", "--out", tmp_path / "out")
+    assert "nothing.toml" in refused("train", "--trust", tmp_path / "nothing.toml", "--out", tmp_path / "out")
     (tmp_path / "empty.toml").write_text("")
-    assert "model and data missing" in refused("train", tmp_path / "empty.toml", "--out", tmp_path / "out")
+    assert "model and data missing" in refused("train", "--trust", tmp_path / "empty.toml", "--out", tmp_path / "out")
 
 
 def test_values_of_set_are_toml_or_strings() -> None:

@@ -279,7 +279,7 @@ def test_what_cannot_be_reported_is_refused_in_words(tmp_path: Path) -> None:
     empty.mkdir()
     with pytest.raises(ExitkitError, match="holds no results: no outputs-METHOD"):
         write_report([empty])
-    with pytest.raises(ExitkitError, match="is no directory"):
+    with pytest.raises(ExitkitError, match="is not a directory"):
         write_report([tmp_path / "nowhere"])
     with pytest.raises(ExitkitError, match="different backbones"):
         write_report([run_of(tmp_path, a=outputs, b=replace(outputs, backbone_macs=500.0))])

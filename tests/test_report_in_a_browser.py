@@ -116,7 +116,7 @@ def test_slider_starts_at_the_chosen_threshold_and_moves_by_keyboard(
         page.locator("#accuracy").inner_text()
         == f"{outputs['sdn'].curve().at_threshold(chosen.threshold).accuracy:.2%}"
     )
-    assert chosen.guarantee in page.inner_text("main")
+    assert str(chosen.guarantee) in page.inner_text("main")
     slider = page.get_by_role("slider", name="Threshold τ")
     before = int(slider.input_value())
     slider.focus()

@@ -48,8 +48,17 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     except WriteError:
         raise
     except (OSError, SafetensorError) as error:
+        if isinstance(error, OSError) and not _of_writing(error, target):
+            raise
         reason = getattr(error, "strerror", None) or str(error)
         raise WriteError(f"{str(path)!r} cannot be written: {reason}; what was there is unchanged") from error
+
+
+def _of_writing(error: OSError, target: Path) -> bool:
+    """Whether an error is of the file that is written, not of one that the block reads meanwhile."""
+    if error.filename is None:
+        return error.errno is not None
+    return Path(os.fsdecode(error.filename)).parent in (target.parent, *target.parents)
 
 
 @contextmanager

@@ -191,14 +191,20 @@ class Loop:
         return batch
 
     def in_order(self, answers: Sequence[Answers], count: int, first: int = 0) -> Prediction:
-        """The answers of the samples numbered from ``first``, in order."""
+        """The answers of the samples numbered from ``first``, in order.
+
+        Raises:
+            FileError: some without an answer, as only a damaged package leaves them.
+        """
         device, dtype = self.program.inputs.device, self.program.dtype
         if not count:
             logits = torch.empty(0, self.program.num_classes, dtype=dtype, device=device)
             return Prediction(
                 logits, *(logits.new_empty(0, dtype=kind) for kind in (torch.int64, torch.float64, torch.bool))
             )
-        rows = np.concatenate([one.rows for one in answers]) - first
+        rows = np.concatenate([np.empty(0, np.int64), *(one.rows for one in answers)]) - first
+        if len(rows) != count:
+            raise FileError("a step of this package lost samples, or made some up; export it again")
         order = np.argsort(rows)
         exits = np.concatenate([np.full(len(one.rows), one.exit) for one in answers])
         columns = exits, *(np.concatenate([one[field] for one in answers]) for field in (3, 4))

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
-from exitkit.common.checks import Count, check_fields
+from exitkit.common.checks import Count, check, check_fields
 from exitkit.common.errors import ArgumentError, unknown_name
 from exitkit.exits.gpf import Variant
 from exitkit.methods.criteria import Criterion, Patience, Tolerance, as_criterion
@@ -91,6 +91,7 @@ def GPF(variant: Variant = "paper", width: int | None = None, **parts: Any) -> M
 
     ``variant="ztw"`` is the reading of Zero Time Waste's code: ReLU, no factor 2, and confidence.
     """
+    check("variant", variant, Variant)
     criterion = "confidence" if variant == "ztw" else "entropy"
     return Method("gpf", past_future=variant, width=width, **{"criterion": criterion, **parts})
 
