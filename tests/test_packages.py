@@ -221,7 +221,7 @@ def test_a_package_of_another_kind(package: Path, tmp_path: Path) -> None:
     with pytest.raises(ExitkitError, match=r"nowhere\.pt2' does not exist"):
         exitkit.load(tmp_path / "nowhere.pt2")
     for device in ("gpu", [0]):
-        with pytest.raises(ExitkitError, match=r"device=.* is no device of torch; give 'cpu', 'cuda'"):
+        with pytest.raises(ExitkitError, match=r"device=.* is not a device of torch; give 'cpu', 'cuda'"):
             exitkit.load(package, device=device)
     if not torch.cuda.is_available():
         with pytest.raises(ExitkitError, match=r"no CUDA device"):
