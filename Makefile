@@ -12,11 +12,11 @@ demo: $(READY)
 # One process per core, one thread each: the tests are many small models.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadscope
 
-# Everything but what takes minutes.
+# Everything but the slow tests.
 test: $(READY)
 	$(PYTEST) -m "not slow"
 
-# What takes minutes: CI runs it after the rest, and prints what took longest.
+# What takes more than seven seconds by itself (tests/durations.txt): CI runs it after the rest, and prints what took longest.
 slow: $(READY)
 	$(PYTEST) -m slow --durations=25
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 import exitkit
+from tests import durations
 from tests.toy import TinyNet
 
 DATA = Path(os.environ.get("EXITKIT_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
@@ -55,6 +56,16 @@ def loader() -> Callable[..., DataLoader[tuple[Tensor, ...]]]:
         return DataLoader(TensorDataset(images, labels), batch_size=batch, shuffle=shuffle)
 
     return make
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what took long when it was measured."""
+    measured = durations.read()
+    for item in items:
+        module, _, name = item.nodeid.partition("::")
+        mark = durations.mark_of(f"{module.removesuffix('.py').replace('/', '.')}::{name.partition('[')[0]}", measured)
+        if mark is not None:
+            item.add_marker(mark)
 
 
 def pytest_collection_finish() -> None:

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from exitkit import ExitOutputs
-from exitkit.calibration.shift_test import Gamblers, equal_cuts
+from exitkit.calibration.shift_test import Martingales, equal_cuts
 from exitkit.evaluation import ShiftMonitor
 
 TAU = 0.805
@@ -97,15 +97,15 @@ def test_an_exit_that_no_calibration_sample_took() -> None:
 
 
 def test_the_urn_is_a_fair_game() -> None:
-    """The gamblers' money is worth 1 on average where the calibration split and production are alike: by simulation."""
+    """The martingales' money is worth 1 on average where the calibration split and production are alike: by simulation."""
     generator = np.random.default_rng(0)
     worths = []
     for _ in range(3_000):
         calibration = np.sort(generator.random(20))
-        gamblers = Gamblers(equal_cuts(21), 21)
-        gamblers.begin()
-        gamblers.see(calibration.searchsorted(generator.random(10)))
-        worths.append(math.exp(gamblers.log_wealth()))
+        martingales = Martingales(equal_cuts(21), 21)
+        martingales.begin()
+        martingales.see(calibration.searchsorted(generator.random(10)))
+        worths.append(math.exp(martingales.log_wealth()))
     assert np.mean(worths) == pytest.approx(1, abs=3 * np.std(worths) / math.sqrt(len(worths)))
     assert np.std(worths) > 0.01  # they do bet
 
@@ -116,6 +116,6 @@ def test_its_memory_does_not_grow() -> None:
     for round_ in range(3):
         watched.update(*left(scores_of(10_000, 50 + round_)))
         sizes.append(
-            {name: len(one._begun) for name, one in watched._gamblers.items()} | {"recent": len(watched._recent)}
+            {name: len(one._begun) for name, one in watched._martingales.items()} | {"recent": len(watched._recent)}
         )
     assert sizes[1] == sizes[2]
