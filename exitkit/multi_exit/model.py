@@ -24,7 +24,7 @@ from exitkit.multi_exit.output import MultiExitOutput
 from exitkit.multi_exit.saving import load_exits, push_exits, save_exits
 from exitkit.surgery.boundaries import Boundary, find_boundaries
 from exitkit.surgery.capturing import capture, logits_of
-from exitkit.surgery.hooks import recording
+from exitkit.surgery.hooks import alone, recording
 from exitkit.surgery.inputs import argument
 from exitkit.surgery.partition import Partition, partition_at
 from exitkit.surgery.placement import place
@@ -110,9 +110,10 @@ class MultiExitModel(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """The example follows where ``to``, ``half``, ``cuda`` bring the weights; its values stay, on meta too."""
-        before = _reference(self.backbone).dtype
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        like = _reference(self.backbone)
+        with alone():  # parameters are fake ones while another thread captures the backbone
+            before = _reference(self.backbone).dtype
+            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+            like = _reference(self.backbone)
         self.example = self.example.to(
             None if like.is_meta else like.device, like.dtype if like.dtype != before else None
         )

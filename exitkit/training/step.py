@@ -15,6 +15,7 @@ from exitkit.common.batches import check_training_labels, move, split_batch
 from exitkit.common.errors import ArgumentError, DivergedError
 from exitkit.multi_exit.model import MultiExitModel
 from exitkit.surgery.capturing import logits_of
+from exitkit.surgery.hooks import alone
 from exitkit.surgery.inputs import call_on
 from exitkit.training.feature_cache.heads_alone import HeadsAlone, HeadsOutput
 from exitkit.training.freezing import Stages, learn
@@ -109,11 +110,12 @@ class Learner:
 
     def end_epoch(self, epoch: int) -> None:
         """Refuse weights that are not finite, before they are kept; a schedule by epochs advances."""
-        for name, parameter in self.options.model.named_parameters():
-            if parameter.requires_grad and not bool(parameter.isfinite().all()):
-                raise DivergedError(
-                    f"{name} is not finite after epoch {epoch + 1}, at lr={self._rates()}; lower lr, or set max_grad_norm"
-                )
+        with alone():  # parameters are fake ones while another thread captures the backbone
+            for name, parameter in self.options.model.named_parameters():
+                if parameter.requires_grad and not bool(parameter.isfinite().all()):
+                    raise DivergedError(
+                        f"{name} is not finite after epoch {epoch + 1}, at lr={self._rates()}; lower lr, or set max_grad_norm"
+                    )
         if self.options.schedule is None:
             self._advance_schedule()
 
