@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import subprocess
 import sys
 import zipfile
@@ -16,6 +14,7 @@ from torch import Tensor, nn
 
 import exitkit
 from exitkit import ExitkitError
+from tests.test_hardening_packages import edited
 from tests.toy import TinyNet, images, noisy
 
 METHODS = {
@@ -174,23 +173,11 @@ def test_compiled_stages(models: dict[str, exitkit.MultiExitModel], tmp_path: Pa
     _check(engine, loaded, x)
     for batch in (1, 5):
         torch.testing.assert_close(loaded(x[:batch]).logits, engine(x[:batch]).logits, rtol=1e-4, atol=1e-5)
-    _edit(tmp_path / "model.pt2", lambda manifest: manifest["versions"].update(torch="1.0"))
+    edited(tmp_path / "model.pt2", tmp_path / "model.pt2", lambda manifest: manifest["versions"].update(torch="1.0"))
     with pytest.raises(ExitkitError, match=r"compiled by torch 1\.0; this is torch .*export it again"):
         exitkit.load(tmp_path / "model.pt2")
     with pytest.raises(ExitkitError, match=r"device='cuda'.*was compiled for cpu"):
         exitkit.load(tmp_path / "model.pt2", device="cuda")
-
-
-def _edit(path: Path, change: Any) -> None:
-    with zipfile.ZipFile(path) as archive:
-        contents = {name: archive.read(name) for name in archive.namelist()}
-    manifest = json.loads(contents["manifest.json"])
-    change(manifest)
-    contents["manifest.json"] = json.dumps(manifest).encode()
-    contents["manifest.sha256"] = hashlib.sha256(contents["manifest.json"]).hexdigest().encode()
-    with zipfile.ZipFile(path, "w") as archive:
-        for name, content in contents.items():
-            archive.writestr(name, content)
 
 
 def test_a_damaged_package(package: Path, tmp_path: Path) -> None:
@@ -215,7 +202,7 @@ def test_a_package_of_another_kind(package: Path, tmp_path: Path) -> None:
         exitkit.load(foreign)
     newer = tmp_path / "newer.pt2"
     newer.write_bytes(package.read_bytes())
-    _edit(newer, lambda manifest: manifest.update(format="exitkit-package-9"))
+    edited(newer, newer, lambda manifest: manifest.update(format="exitkit-package-9"))
     with pytest.raises(ExitkitError, match=r"is a exitkit-package-9.*update exitkit"):
         exitkit.load(newer)
     with pytest.raises(ExitkitError, match=r"nowhere\.pt2' does not exist"):

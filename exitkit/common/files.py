@@ -58,7 +58,8 @@ def _of_writing(error: OSError, target: Path) -> bool:
     """Whether an error is of the file that is written, not of one that the block reads meanwhile."""
     if error.filename is None:
         return error.errno is not None
-    return Path(os.fsdecode(error.filename)).parent in (target.parent, *target.parents)
+    named = Path(os.fsdecode(error.filename))
+    return named.parent == target.parent or named in target.parents
 
 
 @contextmanager
