@@ -24,7 +24,6 @@ from typing import Any
 
 import torch
 from cifar10 import STATIC, Augmented, load
-from latency import aot_compiled
 from rich.table import Table
 from tables import at, cell, numbers, table, write
 from torch import Tensor, nn
@@ -32,8 +31,10 @@ from torch import Tensor, nn
 import exitkit
 from exitkit.cli.bench import machine
 from exitkit.common.console import make_console
+from exitkit.engine.backbone_alone import compile_backbone
 from exitkit.evaluation import ExitOutputs
 from exitkit.models import cifar_resnet
+from exitkit.surgery.capturing import capture
 
 BUDGETS = (0.25, *(cost for _, cost in STATIC.values()))
 
@@ -119,8 +120,8 @@ def _times(
     """Milliseconds per image by batch size, the ways measured in turn, the median of five rounds."""
     engine = exitkit.compile(ee, 2.0, optimize=True)
     runs: dict[str, Callable[[Any], Any]] = {
-        "ResNet-20": aot_compiled(exitkit.attach(small, every=3, head="1L")),
-        "ResNet-56": aot_compiled(ee),
+        "ResNet-20": compile_backbone(capture(small)),
+        "ResNet-56": compile_backbone(capture(ee.backbone, ee.example.spec.batch(ee.example.tensors))),
     }
     for budget in BUDGETS[:3]:
         runs[f"exits at {budget:.0%}"] = engine.at(outputs.curve().at_budget(budget))

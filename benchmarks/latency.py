@@ -30,7 +30,6 @@ from __future__ import annotations
 import argparse
 import copy
 import statistics
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -43,7 +42,6 @@ import torch
 from rich.table import Table
 from tables import table, write
 from torch import Tensor, nn
-from torch.export import Dim
 
 import exitkit
 from exitkit.cli.bench import machine
@@ -51,17 +49,14 @@ from exitkit.cli.data import normalise
 from exitkit.cli.sources import load_model
 from exitkit.common.batches import move
 from exitkit.common.console import make_console
-from exitkit.engine.aot import compile_step, load_step
+from exitkit.engine.backbone_alone import compile_backbone
 from exitkit.engine.batch_state import BatchState
-from exitkit.engine.memory_format import in_format
 from exitkit.engine.profiling import decision_seconds
 from exitkit.models import cifar_resnet
 from exitkit.models.cifar_resnets import load_weights
-from exitkit.surgery.boundaries import Boundary
 from exitkit.surgery.capturing import capture
 from exitkit.surgery.default_inputs import example_for
 from exitkit.surgery.inputs import Example, call_on
-from exitkit.surgery.partition import partition_at
 
 EXITS, LENGTH = 4, 128
 MODES = {"cpu": ("default",), "cuda": ("reduce-overhead", "max-autotune")}
@@ -146,63 +141,13 @@ def _references(ee: exitkit.MultiExitModel, args: argparse.Namespace) -> dict[st
     """The backbone by itself, in the ways it is run; the engine is compared with the last of ``eager`` and ``AOTI``."""
     references: dict[str, Run] = {"eager": partial(call_on, ee.backbone)}
     if args.optimize:
-        references["AOTI"] = aot_compiled(ee)
-        references["AOTI in stages"] = aot_compiled(ee, ee.boundaries)
+        captured = capture(ee.backbone, ee.example.spec.batch(ee.example.tensors))
+        references["AOTI"] = compile_backbone(captured)
+        references["AOTI in stages"] = compile_backbone(captured, ee.boundaries)
         for mode in MODES[torch.device(args.device).type]:
             compiled = torch.compile(ee.backbone, mode=mode, dynamic=False)
             references[f"torch.compile {mode}"] = partial(call_on, compiled)
     return references
-
-
-def aot_compiled(ee: exitkit.MultiExitModel, cuts: Sequence[Boundary] = ()) -> Run:
-    """The backbone alone, compiled as a step is: whole, or cut into stages, which shows what the cuts cost."""
-    partition = partition_at(capture(ee.backbone, ee.example.spec.batch(ee.example.tensors)), cuts)
-    start = [in_format(tensor, bool(cuts) and tensor.dim() == 4) for tensor in ee.example.with_batch(3).tensors]
-    values: dict[str, Any] = dict(zip(partition.inputs, start, strict=True))  # maps as the engine's steps hand them on
-    runs: list[Callable[..., Any]] = []
-    for stage in partition.stages:
-        given = tuple(values[name] for name in stage.inputs)
-        dims = tuple(dict.fromkeys(partition.dynamic.get(name, ()), Dim.AUTO) for name in stage.inputs)
-        with tempfile.TemporaryDirectory() as directory, torch.no_grad():
-            path = Path(directory) / "stage.pt2"
-            exported = torch.export.export(stage.module, given, dynamic_shapes=dims, strict=False)
-            runs.append(load_step(path, compile_step(exported, path), given[0].device))
-            values.update(zip(stage.outputs, stage.module(*given), strict=True))
-        if given[0].is_cuda:
-            runs[-1] = _graphed(runs[-1])
-
-    def run(batch: Any) -> Any:
-        values = dict(zip(partition.inputs, ee.example.spec.tensors(batch), strict=True))
-        for stage, compiled in zip(partition.stages, runs, strict=True):
-            made = compiled(*(values[name] for name in stage.inputs))
-            values.update(zip(stage.outputs, made, strict=True))
-        return made
-
-    return run
-
-
-def _graphed(run: Callable[..., Any]) -> Callable[..., Any]:
-    """A compiled stage that is replayed from a CUDA graph, one for each batch size, as the engine's steps are."""
-    from exitkit.engine.cuda.recorder import Recorder
-
-    record: Recorder | None = None
-    recorded: dict[Any, tuple[list[Tensor], list[Tensor], Callable[[], None]]] = {}
-
-    def replayed(*tensors: Tensor) -> list[Tensor]:
-        nonlocal record
-        record = record or Recorder(tensors[0].device)
-        key = tuple(tensor.shape for tensor in tensors)
-        if key not in recorded:
-            held, made = [tensor.clone() for tensor in tensors], list(run(*tensors))
-            again = record(lambda: made.__setitem__(slice(None), run(*held)))
-            recorded[key] = held, made, again
-        held, made, again = recorded[key]
-        for buffer, tensor in zip(held, tensors, strict=True):
-            buffer.copy_(tensor)
-        again()
-        return [tensor.clone() for tensor in made]
-
-    return replayed
 
 
 def _earlyon(ee: exitkit.MultiExitModel, thresholds: Sequence[float]) -> Run | None:

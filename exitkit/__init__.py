@@ -25,6 +25,7 @@ from exitkit.multi_exit.model import MultiExitModel  # noqa: E402
 from exitkit.multi_exit.output import MultiExitOutput  # noqa: E402
 from exitkit.multi_exit.preprocessing import ImagePreprocessing, TextPreprocessing  # noqa: E402
 from exitkit.packages import export, load  # noqa: E402
+from exitkit.retrofitting import Retrofit, retrofit  # noqa: E402
 from exitkit.training import Trainer  # noqa: E402
 
 __all__ = [
@@ -48,6 +49,7 @@ __all__ = [
     "MultiExitOutput",
     "NotCapturableError",
     "Prediction",
+    "Retrofit",
     "TextPreprocessing",
     "Trainer",
     "attach",
@@ -62,6 +64,7 @@ __all__ = [
     "keep_memory",
     "load",
     "models",
+    "retrofit",
     "time_exits",
     "training",
 ]

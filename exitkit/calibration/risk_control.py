@@ -33,7 +33,9 @@ from exitkit.methods.criteria import Criterion
 from exitkit.methods.policy import ExitPolicy, Guarantee
 
 Procedure = Literal["ltt", "ucb", "crc"]
-_Passes = Callable[[NDArray[np.float64]], bool]
+Certifies = Callable[[NDArray[np.float64]], bool]
+"""A test of losses (N,) in [0, 1], each scaled as :meth:`Risk.losses` gives them."""
+
 _MOST_SAMPLES = 1_000_000
 _NORMAL_95 = 1.959964
 """Standard deviations either side of a normal mean between which 95% lie."""
@@ -105,9 +107,9 @@ def choose_threshold(
     _check_temperatures(outputs)
     rows = _rows(outputs, no_exit, path)
     losses, binary = chosen.losses(outputs)
-    passes = _test(method, chosen.limit(max_drop), 1 - confidence, binary)
+    passes = certifier(method, chosen.limit(max_drop), 1 - confidence, binary)
     distinct = _distinct(outputs)
-    _check_count(len(distinct), passes, chosen, max_drop)
+    check_count(len(distinct), passes, chosen, max_drop)
     if len(distinct) < len(outputs):
         passes = _with_and_without_repeats(passes, distinct)
     scores = outputs.scores(no_exit.criterion)[:, :-1].numpy()
@@ -145,7 +147,7 @@ def _distinct(outputs: ExitOutputs) -> NDArray[np.int64]:
     return first
 
 
-def _with_and_without_repeats(passes: _Passes, distinct: NDArray[np.int64]) -> _Passes:
+def _with_and_without_repeats(passes: Certifies, distinct: NDArray[np.int64]) -> Certifies:
     """Both tests: the one holds where the repeats are copies, the other where inputs really come that often."""
     return lambda losses: passes(losses[distinct]) and passes(losses)
 
@@ -190,7 +192,7 @@ def _walk(
     scores: NDArray[np.float64],
     losses: NDArray[np.float64],
     rows: NDArray[np.float64],
-    passes: _Passes,
+    passes: Certifies,
     monotone: bool,
 ) -> tuple[int, NDArray[np.int64]]:
     """The last row before the first one that fails (−1: there is none), and where every sample leaves at it.
@@ -228,8 +230,8 @@ def _rows(outputs: ExitOutputs, no_exit: ExitPolicy, path: ThresholdPath | None)
     return np.vstack([strictest, path.thresholds])
 
 
-def _test(method: Procedure, limit: float, level: float, binary: bool) -> _Passes:
-    """Whether losses (N,) certify that their mean is at most ``limit``."""
+def certifier(method: Procedure, limit: float, level: float, binary: bool) -> Certifies:
+    """The test whether losses (N,) certify, at this level, that their mean is at most ``limit``."""
     if method == "crc":
         return lambda losses: conformal_mean(losses) <= limit
     if method == "ucb":
@@ -256,8 +258,12 @@ def _check(outputs: ExitOutputs, max_drop: float, confidence: float, method: str
         raise ArgumentError(f"confidence={confidence!r} must lie between 0 and 1, both excluded; 0.95 is usual")
 
 
-def _check_count(samples: int, passes: _Passes, risk: Risk, max_drop: float) -> None:
-    """With fewer samples than this, not even the full model's losses pass."""
+def check_count(samples: int, passes: Certifies, risk: Risk, max_drop: float) -> None:
+    """Refuse fewer samples than it takes for the full model's own losses to pass.
+
+    Raises:
+        ArgumentError: too few; the message says how many would do.
+    """
 
     def enough(count: int) -> bool:
         return passes(np.full(count, risk.limit(0.0)))

@@ -27,7 +27,15 @@ class NotCapturableError(ExitkitError):
 
 
 class DivergedError(ExitkitError):
-    """Training came to numbers that are not finite."""
+    """Training came to numbers that are not finite.
+
+    Attributes:
+        exit: the number of the exit where they appeared, or None where it is not one of the exits.
+    """
+
+    def __init__(self, message: str, exit: int | None = None) -> None:
+        super().__init__(message)
+        self.exit = exit
 
 
 def unknown_name(argument: str, value: object, allowed: Iterable[str], remedy: str = "") -> ArgumentError:

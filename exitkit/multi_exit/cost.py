@@ -54,19 +54,27 @@ def exit_costs(
     num_classes: int,
 ) -> tuple[Exit, ...]:
     """Name and cost of every exit, the backbone's own classifier last. Heads are run on zeros, on fake tensors."""
-    like = next(classifiers[0].parameters())
-    sample = dict(zip(example.spec.keys, example.with_batch(1).tensors, strict=True))
-    answers = [torch.zeros(1, m + 1, num_classes, device=like.device) for m in range(len(combiners))]
+    device = next(classifiers[0].parameters()).device
+    answers = [torch.zeros(1, m + 1, num_classes, device=device) for m in range(len(combiners))]
     combining = [count_macs(combiner, seen) for combiner, seen in zip(combiners, answers, strict=True)]
     combining += [0] * (len(specs) + 1 - len(combining))
     spent, until = 0, []
     for m, (classifier, spec) in enumerate(zip(classifiers, specs, strict=True)):
-        carried = [like.new_zeros(1, classifier.carries)] if m else []
-        tensors = [like.new_zeros(1, *spec.boundary.shape), *carried, *(sample[key] for key in spec.inputs)]
-        spent += count_macs(_step(classifier, first=m == 0), *tensors) + combining[m]
+        spent += head_macs(classifier, spec.boundary, spec.inputs, example, first=m == 0) + combining[m]
         until.append((spec.boundary.name, spec.boundary.macs + spent))
     until.append(("backbone", anatomy.macs + spent + combining[-1]))
     return tuple(Exit(name, macs, macs / max(anatomy.macs, 1)) for name, macs in until)
+
+
+def head_macs(
+    classifier: Classifier, boundary: Boundary, inputs: Sequence[int | str], example: Example, first: bool
+) -> int:
+    """MACs per sample of one head at a boundary; what the exit before carries on is read by all but the first."""
+    like = next(classifier.parameters())
+    sample = dict(zip(example.spec.keys, example.with_batch(1).tensors, strict=True))
+    carried = [] if first else [like.new_zeros(1, classifier.carries)]
+    tensors = [like.new_zeros(1, *boundary.shape), *carried, *(sample[key] for key in inputs)]
+    return count_macs(_step(classifier, first), *tensors)
 
 
 def _step(classifier: nn.Module, first: bool) -> Callable[..., Tensor]:

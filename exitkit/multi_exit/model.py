@@ -244,7 +244,9 @@ class MultiExitModel(nn.Module):
             self.example,
             self.new_head,
         )
-        return MultiExitModel(parts).train(self.training)
+        pruned = MultiExitModel(parts)
+        pruned.training = self.training  # of the model alone: its parts are shared, and keep their modes
+        return pruned
 
     def __repr__(self) -> str:
         places = ", ".join(f"{exit_.name} {exit_.macs_fraction:.0%}" for exit_ in self.exits)

@@ -114,7 +114,8 @@ class Learner:
             for name, parameter in self.options.model.named_parameters():
                 if parameter.requires_grad and not bool(parameter.isfinite().all()):
                     raise DivergedError(
-                        f"{name} is not finite after epoch {epoch + 1}, at lr={self._rates()}; lower lr, or set max_grad_norm"
+                        f"{name} is not finite after epoch {epoch + 1}, at lr={self._rates()}; lower lr, or set max_grad_norm",
+                        exit=int(name.split(".")[1]) if name.startswith("classifiers.") else None,
                     )
         if self.options.schedule is None:
             self._advance_schedule()
@@ -175,7 +176,8 @@ class Learner:
             index = int(losses.isfinite().int().argmin())
             raise DivergedError(
                 f"the loss of exit {exits[index]} is {losses[index].item()} in epoch {epoch + 1}, step {step + 1}, at "
-                f"lr={self._rates()}; lower lr, or check the inputs (normalised? NaN?)"
+                f"lr={self._rates()}; lower lr, or check the inputs (normalised? NaN?)",
+                exit=exits[index] if exits[index] < len(self.options.model.classifiers) else None,
             )
 
     def _rates(self) -> str:

@@ -1,0 +1,127 @@
+"""Candidates: every boundary with every head that leaves something to save, as the exits of one model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from exitkit.common.errors import ArgumentError, ExitkitError
+from exitkit.exits.classifiers import HeadSpec, InternalClassifier
+from exitkit.exits.factory import HeadMaker
+from exitkit.methods.presets import SDN
+from exitkit.multi_exit.assembly import Parts
+from exitkit.multi_exit.cost import ExitSpec, head_macs
+from exitkit.multi_exit.model import MultiExitModel
+from exitkit.surgery.boundaries import Anatomy, Boundary, find_boundaries
+from exitkit.surgery.capturing import Capture
+from exitkit.surgery.partition import partition_at
+from exitkit.surgery.placement import place
+from exitkit.surgery.replace_classifier import outputs_of
+from exitkit.surgery.verification import verify
+
+HEADS = ("1L", "2L-256", "strided", "tail", "branch-1", "branch-2", "branch-3")
+"""From the cheapest to the dearest: pooling alone, a convolution, copies of the backbone's own layers."""
+
+_DEAREST = 0.75
+"""An answer that costs more than this share of the backbone leaves too little to save."""
+
+_SPREAD = (0.08, 0.04, 0.2, 0.13, 0.4, 0.3, 0.6, 0.5)
+"""Where boundaries are looked for, as shares of the backbone's cost: closer together early, where more is saved. Every
+second is a coarser spread of its own."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """One candidate before it is trained.
+
+    Attributes:
+        boundary: where its head reads.
+        head: what kind of head it is.
+        macs: of the head, per sample.
+    """
+
+    boundary: Boundary
+    head: str
+    macs: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.head} after {self.boundary.name}"
+
+
+def propose(
+    captured: Capture, heads: Sequence[str] | None, boundaries: Sequence[str] | None, most: int, seed: int
+) -> tuple[MultiExitModel, tuple[Place, ...]]:
+    """All candidates, untrained, as the independent exits of one model on the captured backbone, and what they are.
+
+    Args:
+        captured: the backbone; nothing of it changes.
+        heads: their kinds; by default :data:`HEADS`. One that a boundary cannot have is left out there.
+        boundaries: names; by default up to ``most`` blocks, spread over the first 60% of the cost.
+        seed: the heads' weights follow from it.
+
+    Raises:
+        ArgumentError: an unknown head or boundary, or nowhere a head that leaves something to save.
+    """
+    anatomy = find_boundaries(captured)
+    specs = HeadSpec.parse_all(HEADS if heads is None else heads)
+    at = _spread(anatomy, most) if boundaries is None else place(anatomy, at=boundaries)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        made = list(_made(HeadMaker(captured, anatomy, outputs_of(captured)), at, specs))
+    if not made:
+        raise ArgumentError(
+            f"no head of {[spec.name for spec in specs]} at {[boundary.name for boundary in at]} costs, with the backbone "
+            f"before it, less than {_DEAREST:.0%} of the backbone, so no exit could pay; name earlier boundaries= "
+            "(exitkit.inspect lists them) or cheaper heads="
+        )
+    return _model(captured, anatomy, made), tuple(found for found, _, _ in made)
+
+
+_Made = tuple[Place, InternalClassifier, tuple[int | str, ...]]
+
+
+def _made(maker: HeadMaker, at: Iterable[Boundary], specs: Sequence[HeadSpec]) -> Iterator[_Made]:
+    """Heads in order of their boundaries."""
+    like = next(maker.captured.backbone.parameters())
+    for boundary in at:
+        seen: set[int] = set()
+        for spec in specs:
+            try:
+                head, inputs = maker.make(boundary, spec, cascade=False)
+            except ExitkitError:  # a convolution for tokens, a branch with nothing to leave out
+                continue
+            head.to(like.device, like.dtype)
+            macs = head_macs(head, boundary, inputs, maker.captured.example, first=True)
+            whole = max(maker.anatomy.macs, 1)
+            repeated = spec.kind == "branch" and macs in seen  # the same blocks again: there were no more to keep
+            if not repeated and (boundary.macs + macs) / whole <= _DEAREST:
+                seen.add(macs)
+                yield Place(boundary, spec.name, macs), head, inputs
+
+
+def _spread(anatomy: Anatomy, most: int) -> tuple[Boundary, ...]:
+    """The blocks nearest to the shares of :data:`_SPREAD`, or to every n-th of these; fewer where blocks are few."""
+    inner = [boundary for boundary in anatomy.blocks[:-1] if boundary.layout != "other"]
+    inner = inner or [boundary for boundary in anatomy.boundaries if boundary.layout != "other"]
+    chosen = {
+        min(inner, key=lambda boundary: abs(boundary.share - share)).position: None
+        for share in _SPREAD[:: max(1, len(_SPREAD) // most)]
+        if inner
+    }
+    return tuple(boundary for boundary in inner if boundary.position in chosen)
+
+
+def _model(captured: Capture, anatomy: Anatomy, made: Sequence[_Made]) -> MultiExitModel:
+    """The candidates as exits, several at one boundary, once the cut backbone was found to equal the backbone."""
+    places, heads, inputs = zip(*made, strict=True)
+    unique = list({found.boundary.position: found.boundary for found in places}.values())
+    points = dict(zip(unique, verify(captured, unique, partition_at(captured, unique)), strict=True))
+    specs = tuple(
+        ExitSpec(found.boundary, points[found.boundary], reads) for found, reads in zip(places, inputs, strict=True)
+    )
+    names = tuple(found.head for found in places)
+    outputs = outputs_of(captured)
+    return MultiExitModel(Parts(captured.backbone, heads, (), specs, anatomy, SDN(), names, outputs, captured.example))

@@ -1,0 +1,107 @@
+"""Finishing: the chosen exits are trained to the end, alone and as a cascade with an ensemble, and the better is kept."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch.utils.data import DataLoader
+
+from exitkit.common.files import replacing
+from exitkit.exits.classifiers import HeadSpec, InternalClassifier
+from exitkit.multi_exit.attaching import attach
+from exitkit.multi_exit.model import MultiExitModel
+from exitkit.retrofitting.choice import Choice, cheapest, cheapest_threshold
+from exitkit.retrofitting.rounds import Effort, Search, remove_run
+
+EPOCHS: dict[Effort, int] = {"quick": 5, "standard": 30, "thorough": 60}
+"""At most so many, with early stopping."""
+
+_LEAST_GAIN = 0.01
+"""What a cascade must save more, as a share of the backbone: less would be chance."""
+
+
+def finish(search: Search, chosen: Sequence[int]) -> tuple[MultiExitModel, tuple[int, ...], Choice]:
+    """The trained model, the candidates that are its exits, and what it does on the samples of the search.
+
+    After training the best subset is chosen again; of several exits a cascade with a geometric ensemble (Zero Time Waste)
+    begins from the trained heads, and is kept where it saves more.
+    """
+    model = search.part(chosen)
+    _train(search, model, "finish", EPOCHS[search.effort])
+    outputs = search.collected(model, search.product("finish-outputs"))
+    table = search.table(outputs, chosen)
+    best = cheapest(table, search.limit)
+    kept = tuple(chosen[slot] for slot in best.exits)
+    if len(kept) < 2:
+        return search.part(kept or chosen), kept, best
+    linked = _cascade(search.part(kept), search)
+    _train(search, linked, "finish-cascade", max(1, EPOCHS[search.effort] // 2))
+    together = search.collected(linked, search.product("finish-cascade-outputs"))
+    alone = torch.tensor([exit_.macs_fraction for exit_ in search.part(kept).exits]).numpy()
+    costs = table.costs(best.exits) + together.costs - alone  # links and ensemble by their MACs
+    scores = together.scores()[:, :-1].numpy()
+    trial = cheapest_threshold(scores, search.losses(together), costs, search.limit, best.exits)
+    if trial.cost <= best.cost - _LEAST_GAIN:
+        search.say(f"cascade and ensemble: {trial.cost:.1%} of the backbone against {best.cost:.1%}; kept")
+        return linked, kept, trial
+    search.say(f"cascade and ensemble: {trial.cost:.1%} of the backbone against {best.cost:.1%}; not kept")
+    return search.part(kept), kept, best
+
+
+def _train(search: Search, model: MultiExitModel, name: str, epochs: int) -> None:
+    """To the end, with early stopping where there are labels to stop by."""
+    path = search.product(name)
+    if path is not None and path.exists():
+        _load(model, load_file(path))
+        return
+    search.say(f"{name.replace('-', ' ')}: {len(model.classifiers)} exits, at most {epochs} epochs")
+    names = (model.head,) if isinstance(model.head, str) else model.head
+    cache = isinstance(search.split.train, DataLoader) and all(
+        HeadSpec.parse(head).kind in ("auto", "linear") for head in names
+    )
+    val = search.split.search if search.labelled else None
+    search.fit(model, search.split.train, epochs, cache, name, val, None if val is None else max(3, epochs // 3))
+    if path is not None:
+        with replacing(path) as temporary:
+            save_file(_state(model), temporary)
+        remove_run(path.with_suffix(""))
+
+
+def _cascade(model: MultiExitModel, search: Search) -> MultiExitModel:
+    """The same exits with links and an ensemble, which begin as what they were without."""
+    with torch.random.fork_rng():
+        torch.manual_seed(search.seed)
+        linked = attach(
+            model.backbone,
+            model.example.spec.batch(model.example.tensors),
+            at=[boundary.name for boundary in model.boundaries],
+            head=list(model.head),
+            method="ztw",
+        )
+    for new, old in zip(linked.classifiers, model.classifiers, strict=True):
+        target, source = cast("InternalClassifier", new), cast("InternalClassifier", old)
+        target.body.load_state_dict(source.body.state_dict())
+        with torch.no_grad():
+            width = source.linear.in_features
+            target.linear.weight.zero_()
+            target.linear.weight[:, :width] = source.linear.weight
+            target.linear.bias.copy_(source.linear.bias)
+    return linked
+
+
+def _state(model: MultiExitModel) -> dict[str, torch.Tensor]:
+    parts: dict[str, Any] = {"classifiers": model.classifiers, "combiners": model.combiners}
+    return {
+        f"{part}.{name}": value.detach().cpu().contiguous()
+        for part, modules in parts.items()
+        for name, value in modules.state_dict().items()
+    }
+
+
+def _load(model: MultiExitModel, stored: dict[str, torch.Tensor]) -> None:
+    for part in ("classifiers", "combiners"):
+        own = {name.removeprefix(f"{part}."): v for name, v in stored.items() if name.startswith(f"{part}.")}
+        getattr(model, part).load_state_dict(own)

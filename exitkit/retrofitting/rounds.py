@@ -1,0 +1,311 @@
+"""The search's training: all candidates at once on the frozen backbone, in rounds from which fewer and fewer go on."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from exitkit.calibration.risks import Risk
+from exitkit.common.batches import move, split_batch
+from exitkit.common.errors import DivergedError
+from exitkit.common.files import replacing
+from exitkit.evaluation.collecting import collect
+from exitkit.evaluation.outputs import ExitOutputs
+from exitkit.exits.classifiers import HeadSpec
+from exitkit.multi_exit.model import MultiExitModel
+from exitkit.retrofitting.candidates import Place
+from exitkit.retrofitting.choice import Answers, choices, cost_at_price
+from exitkit.retrofitting.prices import Prices
+from exitkit.retrofitting.samples import Split, part_of
+from exitkit.surgery.capturing import evaluation_mode
+from exitkit.surgery.inputs import call_on
+from exitkit.training.distributed import random_state, seed_everything, set_random_state
+from exitkit.training.trainer import Trainer
+
+Effort = Literal["quick", "standard", "thorough"]
+BUDGETS: dict[Effort, float] = {"quick": 8.0, "standard": 30.0, "thorough": 90.0}
+"""What the search may cost, in epochs of the backbone's forward over the samples that are learned from."""
+
+BOUNDARIES: dict[Effort, int] = {"quick": 4, "standard": 8, "thorough": 8}
+"""Where candidates are tried, at most, unless the user names boundaries."""
+
+PRICES = (3.0, 10.0)
+"""What a mistake costs, in backbones, where candidates are compared after the first and the second of three rounds: less
+than the promise makes it, since they have not learned to the end."""
+
+_KEPT = 3
+"""One candidate in so many goes on, of each kind of head."""
+
+_BACKWARD = 3.0
+"""A training step of a head costs about so many forwards of it."""
+
+_LIGHT_EPOCHS: dict[Effort, int] = {"quick": 5, "standard": 15, "thorough": 40}
+_SHARE_OF_LIGHT = 6
+"""Without a cache, light heads get one part in so many of the budget."""
+
+
+@dataclass
+class Trial:
+    """What is known of one candidate.
+
+    Attributes:
+        epochs: trained so far, in passes over the samples that are learned from.
+        accuracy: of it alone on the samples of the search (agreement with the backbone where there are no labels).
+        saving: what it alone saves there at the limit, as a share of the backbone.
+        dropped: why it did not go on; None for those that reached the choice.
+    """
+
+    epochs: float = 0.0
+    accuracy: float | None = None
+    saving: float | None = None
+    dropped: str | None = None
+
+
+@dataclass
+class Search:
+    """A search under way.
+
+    Attributes:
+        pool: all candidates as the exits of one model; their weights are trained in place.
+        limit: the average loss on the samples of the search that a choice may have.
+        labelled: whether the samples have labels.
+        training: options of the trainer.
+        directory: where products are kept, or None.
+        say: tells the user a line.
+    """
+
+    pool: MultiExitModel
+    places: tuple[Place, ...]
+    prices: Prices
+    split: Split
+    risk: Risk
+    limit: float
+    labelled: bool
+    training: dict[str, Any]
+    effort: Effort
+    directory: Path | None
+    say: Callable[[str], None]
+    trials: list[Trial] = field(init=False)
+    spent: float = 0.0
+
+    @property
+    def seed(self) -> int:
+        return int(self.training["seed"])
+
+    def __post_init__(self) -> None:
+        self.trials = [Trial() for _ in self.places]
+
+    def run(self) -> tuple[list[int], ExitOutputs]:
+        """Train; the candidates that are left, and their answers to the samples of the search."""
+        light = [k for k, place in enumerate(self.places) if HeadSpec.parse(place.head).kind in ("auto", "linear")]
+        heavy = [k for k in range(len(self.places)) if k not in light]
+        left = []
+        if light:
+            left += self._trained_once("light", light)
+        if heavy:
+            left += self._halved(heavy)
+        left.sort()
+        return left, self.answers_of(left, "search")
+
+    def _trained_once(self, name: str, candidates: list[int]) -> list[int]:
+        """Heads that shrink their feature first learn from a cache: one pass of the backbone, then next to nothing."""
+        epochs = _LIGHT_EPOCHS[self.effort]
+        cached = isinstance(self.split.train, torch.utils.data.DataLoader)
+        if not cached:
+            epochs = max(1, int(BUDGETS[self.effort] / _SHARE_OF_LIGHT / self._cost(candidates)))
+        left = self._train(name, candidates, epochs, 1.0, cached)
+        passes = 1 if cached else epochs
+        self.spent += passes * self._prefix(left) + epochs * _BACKWARD * self._heads(left)
+        return self._keep(left, name, PRICES[-1])
+
+    def _halved(self, candidates: list[int]) -> list[int]:
+        """Rounds of about equal cost, in each of which fewer candidates learn for longer."""
+        left = candidates
+        for number, price in enumerate((*PRICES, None), 1):
+            name = f"round-{number}"
+            each = (BUDGETS[self.effort] - self.spent) / (len(PRICES) + 2 - number)
+            passes = each / self._cost(left)
+            epochs = max(1, int(passes))
+            left = self._train(name, left, epochs, min(1.0, passes / epochs), cache=False)
+            self.spent += epochs * min(1.0, passes / epochs) * self._cost(left)
+            left = self._keep(left, name, price)
+        return left
+
+    def _cost(self, candidates: Sequence[int]) -> float:
+        """Of one pass, in forwards of the backbone: up to the last boundary, and a training step of every head."""
+        return self._prefix(candidates) + _BACKWARD * self._heads(candidates)
+
+    def _prefix(self, candidates: Sequence[int]) -> float:
+        return max(self.places[k].boundary.share for k in candidates)
+
+    def _heads(self, candidates: Sequence[int]) -> float:
+        return sum(self.places[k].macs for k in candidates) / max(self.pool.anatomy.macs, 1)
+
+    def _train(self, name: str, candidates: list[int], epochs: int, share: float, cache: bool) -> list[int]:
+        """Train some candidates; those whose loss stayed finite. Done already where their weights lie in the directory."""
+        path = self.product(name)
+        self.say(
+            f"{name.replace('-', ' ')}: {len(candidates)} candidates, {epochs} epoch{'s' if epochs > 1 else ''} of "
+            f"{round(share * self.split.samples):,} samples"
+        )
+        if path is not None and path.exists():
+            return self._read(path, candidates, epochs * share)
+        while candidates:
+            part = self.part(candidates)
+            before = [_copied(head) for head in part.classifiers]
+            try:
+                self.fit(part, part_of(self.split.train, share), epochs, cache, name)
+                break
+            except DivergedError as error:
+                if error.exit is None:
+                    raise
+                lost = candidates[error.exit]
+                self.trials[lost].dropped = f"its loss was not finite in {name.replace('-', ' ')}"
+                for head, weights in zip(part.classifiers, before, strict=True):
+                    head.load_state_dict(weights)
+                candidates = [k for k in candidates if k != lost]
+        if path is not None:
+            with replacing(path) as temporary:
+                save_file(self._weights(candidates), temporary)
+            remove_run(path.with_suffix(""))
+        for k in candidates:
+            self.trials[k].epochs += epochs * share
+        return candidates
+
+    def fit(
+        self,
+        model: MultiExitModel,
+        train: Iterable[Any],
+        epochs: int,
+        cache: bool,
+        name: str,
+        val: Iterable[Any] | None = None,
+        patience: int | None = None,
+    ) -> None:
+        """One run of the trainer, whose checkpoints lie in a folder of its own."""
+        names = (model.head,) if isinstance(model.head, str) else model.head
+        sgd = {"lr": 0.1, "weight_decay": 5e-4, "optimizer": partial(torch.optim.SGD, momentum=0.9, nesterov=True)}
+        options = self.training | (sgd if any(head.startswith("branch") for head in names) else {})
+        directory = None if self.directory is None else self.directory / name
+        Trainer(model, epochs=epochs, cache=cache, patience=patience, output_dir=directory, **options).fit(train, val)
+
+    def part(self, candidates: Sequence[int]) -> MultiExitModel:
+        """The pool with some candidates alone; weights are shared."""
+        left_out = set(range(len(self.places))) - set(candidates)
+        return self.pool.prune_exits(left_out) if left_out else self.pool
+
+    def answers_of(self, candidates: Sequence[int], name: str) -> ExitOutputs:
+        """What candidates say about the samples of the search."""
+        return self.collected(self.part(candidates), self.product(f"{name}-outputs"))
+
+    def product(self, name: str) -> Path | None:
+        """Where a product is kept, if it is."""
+        return None if self.directory is None else self.directory / f"{name}.safetensors"
+
+    def collected(self, model: MultiExitModel, path: Path | None = None) -> ExitOutputs:
+        """A model's answers to the samples of the search, augmented alike in every pass; kept at ``path``, and read there."""
+        if path is not None and path.exists():
+            return ExitOutputs.load(path)
+        state = random_state()
+        seed_everything(self.split.search, self.seed)
+        outputs = collect(model, self.split.search)
+        set_random_state(state)
+        if path is not None:
+            outputs.save(path)
+        return outputs
+
+    def table(self, outputs: ExitOutputs, candidates: Sequence[int]) -> Answers:
+        """Scores, losses and costs for the choice, a column for each candidate."""
+        until, heads = self.prices.of(candidates)
+        places = [self.places[k].boundary.position for k in candidates]
+        return Answers(outputs.scores()[:, :-1].numpy(), self.losses(outputs), places, until, heads)
+
+    def losses(self, outputs: ExitOutputs) -> NDArray[np.float64]:
+        """(N, M+1) what answering at each exit loses."""
+        return self.risk.losses(outputs if self.labelled else outputs.against_backbone())[0]
+
+    def _finite(self, candidates: list[int], name: str) -> list[int]:
+        """Those whose answers to the samples of the search are finite: a rate too high shows in evaluation alone, at times."""
+        part, sound = self.part(candidates), torch.ones(len(candidates), dtype=torch.bool)
+        with evaluation_mode(part), torch.no_grad():
+            for batch in self.split.search:
+                inputs = move(split_batch(batch)[0], next(part.parameters()).device)
+                _, heads = call_on(part.run_heads, inputs)
+                sound &= torch.stack([head.isfinite().all() for head in heads[:-1]]).cpu()
+        for k, fine in zip(candidates, sound.tolist(), strict=True):
+            if not fine:
+                self.trials[k].dropped = f"{name.replace('-', ' ')}: its answers were not finite"
+        return [k for k, fine in zip(candidates, sound.tolist(), strict=True) if fine]
+
+    def _keep(self, candidates: list[int], name: str, price: float | None) -> list[int]:
+        """Of every kind of head the best third, all without a price; why the others are dropped is noted.
+
+        Kinds are not compared with one another before the choice, since they learn at different speeds.
+        """
+        candidates = self._finite(candidates, name)
+        outputs = self.answers_of(candidates, name)
+        table = self.table(outputs, candidates)
+        accuracy = (outputs if self.labelled else outputs.against_backbone()).accuracy()
+        for choice in choices(table, self.limit, most=1):
+            for slot in choice.exits:
+                trial = self.trials[candidates[slot]]
+                trial.accuracy, trial.saving = float(accuracy[slot]), max(0.0, 1 - choice.cost)
+        if price is None:
+            return candidates
+        kinds: dict[str, list[int]] = {}
+        for slot, k in enumerate(candidates):
+            kinds.setdefault(self.places[k].head, []).append(slot)
+        kept = []
+        for slots in kinds.values():
+            costs = {slot: cost_at_price(table, slot, price) for slot in slots}
+            order = sorted(slots, key=lambda slot: costs[slot])
+            count = math.ceil(len(order) / _KEPT)
+            kept += order[:count]
+            for slot in order[count:]:
+                self.trials[candidates[slot]].dropped = (
+                    f"{name.replace('-', ' ')}: where a mistake costs {price:g} backbones it costs {costs[slot]:.2f}, "
+                    f"{self.places[candidates[order[0]]].name} {costs[order[0]]:.2f}"
+                )
+        return sorted(candidates[slot] for slot in kept)
+
+    def _weights(self, candidates: Sequence[int]) -> dict[str, torch.Tensor]:
+        return {
+            f"{k}.{name}": value.detach().cpu().contiguous()
+            for k in candidates
+            for name, value in self.pool.classifiers[k].state_dict().items()
+        }
+
+    def _read(self, path: Path, candidates: list[int], epochs: float) -> list[int]:
+        stored = load_file(path)
+        left = []
+        for k in candidates:
+            own = {name.removeprefix(f"{k}."): value for name, value in stored.items() if name.startswith(f"{k}.")}
+            if own:
+                self.pool.classifiers[k].load_state_dict(own)
+                self.trials[k].epochs += epochs
+                left.append(k)
+            else:
+                self.trials[k].dropped = f"its loss was not finite in {path.stem.replace('-', ' ')}"
+        return left
+
+
+def _copied(module: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: value.detach().clone() for name, value in module.state_dict().items()}
+
+
+def remove_run(folder: Path) -> None:
+    """Checkpoints and cached features of a run whose product is written."""
+    if folder.is_dir():
+        for file in folder.iterdir():
+            file.unlink(missing_ok=True)
+        folder.rmdir()

@@ -1,0 +1,517 @@
+"""``exitkit.retrofit``: each stage against brute force, the whole on small models, killed runs, and what goes wrong."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
+
+import exitkit
+from exitkit.common.errors import ArgumentError
+from exitkit.retrofitting.alternatives import Alternative
+from exitkit.retrofitting.candidates import propose
+from exitkit.retrofitting.choice import Answers, cheapest, cost_at_price
+from exitkit.retrofitting.rounds import BUDGETS
+from exitkit.retrofitting.samples import Data, held_out, part_of
+from exitkit.retrofitting.verdict import decide
+from exitkit.surgery.capturing import capture
+
+CLASSES = 4
+
+
+class Block(nn.Module):
+    """A residual block of two weighted layers."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(width, width), nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.second(F.relu(self.first(x)))  # type: ignore[no-any-return]
+
+
+class Net(nn.Module):
+    """Vectors (B, 16) → logits (B, 4) through residual blocks."""
+
+    def __init__(self, blocks: int = 6, width: int = 32) -> None:
+        super().__init__()
+        self.stem = nn.Linear(16, width)
+        self.blocks = nn.Sequential(*(Block(width) for _ in range(blocks)))
+        self.head = nn.Linear(width, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.blocks(self.stem(x)))  # type: ignore[no-any-return]
+
+
+def easy(count: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Classes that one linear layer tells apart, but for a few samples between them."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(CLASSES, (count,), generator=generator)
+    centres = 3 * F.one_hot(labels, 16).float()
+    return centres + 0.8 * torch.randn(count, 16, generator=generator), labels
+
+
+def learned(model: nn.Module, samples: tuple[Tensor, Tensor], steps: int = 300) -> nn.Module:
+    optimizer = torch.optim.Adam(model.parameters(), 3e-3)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(steps):
+        rows = torch.randint(len(samples[1]), (64,), generator=generator)
+        optimizer.zero_grad()
+        F.cross_entropy(model(samples[0][rows]), samples[1][rows]).backward()
+        optimizer.step()
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def net() -> nn.Module:
+    torch.manual_seed(0)
+    return learned(Net(), easy(2_000, 1))
+
+
+def loaders(count: int = 600, calibration: int = 800) -> tuple[DataLoader[Any], DataLoader[Any]]:
+    train = DataLoader(TensorDataset(*easy(count, 2)), 32, shuffle=True)
+    return train, DataLoader(TensorDataset(*easy(calibration, 3)), 200)
+
+
+def quick(model: nn.Module, train: Any, calibration: Any, **options: Any) -> exitkit.Retrofit:
+    given: dict[str, Any] = {"max_drop": 0.03, "effort": "quick", "optimize": False, "show_progress": False}
+    return exitkit.retrofit(model, train, calibration, **given | options)
+
+
+# --- the choice ------------------------------------------------------------------------------------------------------------
+
+
+def random_answers(seed: int, candidates: int = 4, samples: int = 60) -> Answers:
+    generator = np.random.default_rng(seed)
+    scores = generator.integers(1, 8, (samples, candidates)) / 8  # ties too
+    losses = (generator.random((samples, candidates + 1)) < 0.2).astype(float)
+    losses[:, -1] = 0
+    places = [*range(candidates - 1), candidates - 2]  # two heads at the last boundary
+    until = np.linspace(0.1, 0.7, candidates)
+    until[-1] = until[-2]
+    return Answers(scores, losses, places, until, generator.uniform(0, 0.1, candidates))
+
+
+def by_hand(answers: Answers, exits: tuple[int, ...], tau: float) -> tuple[float, float]:
+    """Average cost and loss of a set at a τ, sample by sample."""
+    cost = loss = 0.0
+    for scores, losses in zip(answers.scores, answers.losses, strict=True):
+        passed = 0.0
+        for k in exits:
+            passed += answers.heads[k]
+            if scores[k] > tau:
+                cost, loss = cost + answers.until[k] + passed, loss + losses[k]
+                break
+        else:
+            cost, loss = cost + 1 + passed, loss + losses[-1]
+    return cost / len(answers.scores), loss / len(answers.scores)
+
+
+def brute_force(answers: Answers, limit: float, most: int) -> float:
+    """The least cost over all subsets, walking every τ from the strictest on until the first above the limit."""
+    best = 1.0
+    taus = [2.0, *sorted(set(answers.scores.ravel()), reverse=True), -1.0]
+    for count in range(1, most + 1):
+        for exits in itertools.combinations(range(len(answers.places)), count):
+            if len({answers.places[k] for k in exits}) < count:
+                continue
+            found = 1 + sum(answers.heads[k] for k in exits)
+            for tau in taus:
+                cost, loss = by_hand(answers, exits, tau)
+                if loss > limit + 1e-12:
+                    break
+                found = cost
+            best = min(best, found)
+    return best
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("limit", [0.0, 0.05, 0.12, 0.5])
+def test_the_choice_is_the_best_of_all_subsets_and_thresholds(seed: int, limit: float) -> None:
+    answers = random_answers(seed)
+    choice = cheapest(answers, limit, most=3)
+    assert choice.cost == pytest.approx(brute_force(answers, limit, 3))
+    assert by_hand(answers, choice.exits, choice.threshold) == pytest.approx((choice.cost, choice.risk))
+    assert choice.risk <= limit + 1e-12
+    assert len({answers.places[k] for k in choice.exits}) == len(choice.exits)
+
+
+@pytest.mark.parametrize("price", [1.0, 10.0])
+def test_the_cost_at_a_price_is_the_least_over_all_thresholds(price: float) -> None:
+    answers = random_answers(7)
+    for candidate in range(len(answers.places)):
+        taus = [2.0, *answers.scores[:, candidate], -1.0]
+        spent = [by_hand(answers, (candidate,), tau) for tau in taus]
+        least = min(cost + price * loss for cost, loss in spent)
+        assert cost_at_price(answers, candidate, price) == pytest.approx(least)
+
+
+# --- samples ---------------------------------------------------------------------------------------------------------------
+
+
+def rows_of(loader: Any) -> list[tuple[float, ...]]:
+    return sorted(tuple(row) for batch in loader for row in batch[0].tolist())
+
+
+def test_held_out_samples_and_those_learned_from_are_all_and_apart() -> None:
+    train, _ = loaders()
+    split = held_out(train, None, seed=0)
+    learned_from, chosen_on = rows_of(split.train), rows_of(split.search)
+    assert sorted(learned_from + chosen_on) == rows_of(train)
+    assert not set(learned_from) & set(chosen_on)
+    assert split.samples == len(learned_from) == 480
+    assert rows_of(held_out(train, None, seed=0).search) == chosen_on
+    assert rows_of(held_out(train, None, seed=1).search) != chosen_on
+
+
+def test_a_list_of_batches_is_divided_by_batches() -> None:
+    batches = list(loaders()[0])
+    split = held_out(batches, None, seed=0)
+    assert sorted(rows_of(split.train) + rows_of(split.search)) == rows_of(batches)
+    assert len(list(split.search)) == 4
+
+
+def test_a_part_is_the_same_samples_in_every_pass() -> None:
+    train, _ = loaders()
+    part = part_of(train, 0.25)
+    assert rows_of(part) == rows_of(part)
+    assert len(rows_of(part)) == 128
+    assert set(rows_of(part)) < set(rows_of(train))
+
+
+def test_the_limit_is_what_the_test_of_the_promise_passes_half_of_the_time() -> None:
+    from scipy.stats import binom
+
+    train, calibration = loaders()
+    data = Data.read(train, calibration, None, max_drop=0.03, confidence=0.95, seed=0)
+    limit = data.limit(0.03)
+    allowed = max(k for k in range(100) if binom.cdf(k, 800, 0.03) <= 0.05)
+    assert binom.cdf(allowed, 800, limit) == pytest.approx(0.5, abs=0.05)
+
+
+# --- candidates ------------------------------------------------------------------------------------------------------------
+
+
+def test_candidates_cost_what_their_layers_cost_and_leave_something_to_save(net: nn.Module) -> None:
+    captured = capture(net, torch.zeros(2, 16))
+    pool, places = propose(captured, ["1L", "2L-8"], None, 8, seed=0)
+    whole = 16 * 32 + 6 * 2 * 32 * 32 + 32 * CLASSES
+    assert pool.anatomy.macs == whole
+    for place in places:
+        number = int(place.boundary.name.rpartition(".")[2])
+        until = 16 * 32 + (number + 1) * 2 * 32 * 32
+        head = 32 * CLASSES if place.head == "1L" else 32 * 8 + 8 * CLASSES
+        assert (place.boundary.macs, place.macs) == (until, head)
+        assert (until + head) / whole <= 0.75
+    assert {place.head for place in places} == {"1L", "2L-8"}
+
+
+def test_several_candidates_at_one_boundary_answer_as_each_alone(net: nn.Module) -> None:
+    pool, places = propose(capture(net, torch.zeros(2, 16)), ["1L", "2L-8"], ["blocks.0", "blocks.2"], 8, seed=0)
+    inputs = easy(5, 4)[0]
+    together = pool.eval()(inputs)
+    for k, place in enumerate(places):
+        alone = pool.prune_exits(set(range(len(places))) - {k})
+        assert alone.boundaries[0].name == place.boundary.name
+        assert torch.equal(alone(inputs).logits[0], together.logits[k])
+    assert torch.equal(together.logits[-1], net(inputs))
+
+
+# --- the whole -------------------------------------------------------------------------------------------------------------
+
+
+def test_exits_are_found_promised_and_exported_where_they_pay(net: nn.Module, tmp_path: Path) -> None:
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    train, calibration = loaders()
+    result = quick(net, train, calibration)
+    assert result.model is not None
+    assert result.policy is not None
+    guarantee = result.policy.guarantee
+    assert guarantee is not None
+    assert guarantee.found
+    assert (guarantee.max_drop, guarantee.samples) == (0.03, 800)
+    assert 1 - guarantee.cost > 0.4, "classes that one layer tells apart"
+    assert result.epochs <= BUDGETS["quick"] + 1e-9
+    assert [one.dropped for one in result.chosen] == [None] * len(result.chosen)
+    assert 1 <= len(result.chosen) <= 3
+
+    inputs, labels = easy(4_000, 5)
+    answered = exitkit.compile(result.model, result.policy)(inputs).logits.argmax(1)
+    right = net(inputs).argmax(1) == labels
+    assert float((right & (answered != labels)).double().mean()) <= 0.03
+    result.export(tmp_path / "model.pt2")
+    assert torch.equal(exitkit.load(tmp_path / "model.pt2", trust=True)(inputs).logits.argmax(1), answered)
+    result.save(tmp_path / "found")
+    again = exitkit.MultiExitModel.from_pretrained(net, tmp_path / "found" / "exits", torch.zeros(2, 16))
+    assert again.policy == result.policy
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+    assert not net.training
+
+
+def test_the_same_call_gives_the_same(net: nn.Module) -> None:
+    train, calibration = loaders(400, 400)
+    options: dict[str, Any] = {"heads": ["1L", "2L-8"], "boundaries": ["blocks.0", "blocks.2"], "seed": 3}
+    first, second = (quick(net, train, calibration, **options) for _ in range(2))
+    assert first.policy == second.policy
+    assert first.candidates == second.candidates
+    other = quick(net, train, calibration, **options | {"seed": 4})
+    assert other.candidates != first.candidates
+
+
+def test_without_labels_exits_imitate_and_the_promise_is_about_disagreement(net: nn.Module) -> None:
+    train, calibration = loaders()
+    inputs = [[batch[0]] for batch in train]
+    result = quick(net, inputs, [[batch[0]] for batch in calibration])
+    assert result.policy is not None
+    assert result.policy.guarantee is not None
+    assert result.policy.guarantee.risk == "disagreement"
+    assert result.accuracy is None
+    assert result.model is not None
+    fresh = easy(4_000, 5)[0]
+    answered = exitkit.compile(result.model, result.policy)(fresh).logits.argmax(1)
+    assert float((answered != net(fresh).argmax(1)).double().mean()) <= 0.03
+
+
+class KnowsAtTheEnd(nn.Module):
+    """Four blocks that say nothing of the class; the last layer is told by a part of the input that they hand on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Linear(16, 16)
+        self.blocks = nn.Sequential(*(Block(16) for _ in range(4)))
+        self.head = nn.Linear(16, CLASSES)
+        with torch.no_grad():
+            self.stem.weight.copy_(torch.eye(16))
+            self.stem.bias.zero_()
+
+    def forward(self, x: Tensor) -> Tensor:
+        # the class is the parity of two signs, which no linear head reads off, and the last layer is told it
+        state = self.blocks(self.stem(x))
+        bits = (state[:, :4].sign() * state[:, 4:8].sign() > 0).float()
+        return self.head(state * 0) + 8 * bits.cumsum(1)
+
+
+def test_a_backbone_that_knows_at_its_end_alone_is_shipped_itself() -> None:
+    torch.manual_seed(0)
+    model = KnowsAtTheEnd().eval()
+    with torch.no_grad():
+        for block in model.blocks:
+            block.second.weight.zero_()  # type: ignore[union-attr]
+            block.second.bias.zero_()  # type: ignore[union-attr]
+        inputs = torch.randn(1_200, 16)
+        labels = model(inputs).argmax(1)
+    train = DataLoader(TensorDataset(inputs[:400], labels[:400]), 32, shuffle=True)
+    calibration = DataLoader(TensorDataset(inputs[400:], labels[400:]), 200)
+    result = quick(model, train, calibration, max_drop=0.01, heads=["1L"])
+    assert result.verdict == "backbone"
+    assert "ship the backbone" in result.reason
+    assert result.cost == 1
+    if result.policy is None:
+        assert result.engine is None
+        with pytest.raises(ArgumentError, match=r"verdict is 'backbone'.*ship the model itself"):
+            result.export("model.pt2")
+
+
+def test_an_alternative_that_keeps_the_promise_for_less_is_named(net: nn.Module) -> None:
+    torch.manual_seed(1)
+    small = learned(Net(blocks=1, width=16), easy(2_000, 1))
+    train, calibration = loaders()
+    result = quick(net, train, calibration, alternatives={"small": small}, heads=["1L"])
+    alone, both = result.alternatives
+    assert (alone.name, both.name) == ("small", "small, then the model")
+    macs = 16 * 16 + 2 * 16 * 16 + 16 * CLASSES
+    whole = 16 * 32 + 6 * 2 * 32 * 32 + 32 * CLASSES
+    assert alone.cost == pytest.approx(macs / whole)
+    inputs, labels = easy(800, 3)
+    right = net(inputs).argmax(1) == labels
+    assert alone.risk == pytest.approx(float((right & (small(inputs).argmax(1) != labels)).double().mean()))
+    assert alone.promised
+    assert both.promised
+    assert both.cost >= alone.cost
+
+
+def made_up(cost: float, found: bool = True) -> exitkit.ExitPolicy:
+    guarantee = exitkit.Guarantee("…", found, "accuracy_drop", "ltt", 0.01, 0.95, 0.004, 1_000, cost, (cost, cost))
+    return exitkit.ExitPolicy((0.9,), "confidence", guarantee=guarantee)
+
+
+@pytest.mark.parametrize(
+    ("cost", "found", "milliseconds", "other", "verdict", "said"),
+    [
+        (0.4, True, 0.5, None, "exits", "saves 60.0% of the MACs and 50.0% of the time"),
+        (0.97, True, 1.02, None, "backbone", "saves 3.0% of the MACs and costs 2.0% more time"),
+        (1.05, True, 0.9, None, "backbone", "costs 105.0% of the MACs"),
+        (1.0, False, 1.0, None, "backbone", "no threshold passed"),
+        (0.4, True, 0.5, (0.3, 0.3, True), "exits", "but small keeps the same promise for 30.0% of the MACs"),
+        (0.4, True, 0.5, (0.3, 0.3, False), "exits", "ship the exits"),
+        (0.4, True, 0.5, (0.3, 0.6, True), "exits", "ship the exits"),
+        (0.97, True, 1.02, (0.6, 0.7, True), "backbone", "but small keeps the same promise for 60.0% of the MACs"),
+    ],
+)
+def test_the_verdict_is_exits_only_where_compute_and_time_are_saved(
+    cost: float, found: bool, milliseconds: float, other: Any, verdict: str, said: str
+) -> None:
+    times = exitkit.retrofitting.Times("cpu", 1, True, 1.0, milliseconds, {})
+    others = [] if other is None else [Alternative("small", other[0], 0.0, 0.9, other[2], other[1])]
+    found_verdict, reason = decide(made_up(cost, found), times, others)
+    assert found_verdict == verdict
+    assert said in reason
+
+
+# --- killed and continued --------------------------------------------------------------------------------------------------
+
+SCRIPT = """
+import sys, torch
+sys.path.insert(0, {tests!r})
+from test_retrofit import Net, easy, learned, loaders, quick
+torch.manual_seed(0)
+net = learned(Net(), easy(2_000, 1))
+result = quick(net, *loaders(400, 400), output_dir=sys.argv[1], heads=["1L", "2L-8", "branch-2"])
+result.save(sys.argv[2])
+"""
+
+
+def call(directory: Path, out: Path) -> subprocess.Popen[bytes]:
+    code = SCRIPT.format(tests=str(Path(__file__).parent))
+    return subprocess.Popen(
+        [sys.executable, "-W", "ignore", "-c", code, str(directory), str(out)], env=dict(os.environ)
+    )
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    folder = tmp_path_factory.mktemp("whole")
+    assert call(folder / "search", folder / "found").wait() == 0
+    return saved(folder / "found")
+
+
+def saved(folder: Path) -> bytes:
+    """The weights of the exits that were found."""
+    (file,) = (folder / "exits").glob("*.safetensors")
+    return file.read_bytes()
+
+
+@pytest.mark.parametrize("product", ["search.json", "round-1.safetensors", "finish.safetensors"])
+def test_killed_at_any_moment_the_same_call_goes_on_to_the_same(
+    product: str, undisturbed: bytes, tmp_path: Path
+) -> None:
+    run = call(tmp_path / "killed", tmp_path / "never")
+    deadline = time.monotonic() + 240
+    while not (tmp_path / "killed" / product).exists():
+        assert run.poll() is None, "ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    run.send_signal(signal.SIGKILL)
+    run.wait()
+    assert not (tmp_path / "never").exists()
+    assert call(tmp_path / "killed", tmp_path / "continued").wait() == 0
+    assert saved(tmp_path / "continued") == undisturbed
+
+
+# --- bad input -------------------------------------------------------------------------------------------------------------
+
+
+def test_calibration_samples_that_were_trained_on_are_refused(net: nn.Module) -> None:
+    train, _ = loaders()
+    with pytest.raises(
+        ArgumentError, match=r"calibration_loader shares 600 of its 600 samples with the training data"
+    ):
+        quick(net, train, DataLoader(TensorDataset(*easy(600, 2)), 64))
+
+
+def test_too_few_calibration_samples_say_how_many_would_do(net: nn.Module) -> None:
+    train, calibration = loaders(calibration=50)
+    with pytest.raises(ArgumentError, match=r"too few for max_drop=0.01.*It takes at least 299 samples"):
+        quick(net, train, calibration, max_drop=0.01)
+
+
+def test_a_backbone_no_better_than_chance_is_said_before_anything_is_trained() -> None:
+    torch.manual_seed(0)
+    train, calibration = loaders()
+    with pytest.raises(ArgumentError, match=r"no better than chance on these data"):
+        quick(Net().eval(), train, calibration)
+
+
+def test_one_class_in_the_labels_is_refused(net: nn.Module) -> None:
+    inputs, labels = easy(600, 2)
+    train, _ = loaders()
+    one = DataLoader(TensorDataset(easy(400, 3)[0], torch.zeros(400, dtype=torch.long)), 64)
+    with pytest.raises(ArgumentError, match=r"calibration_loader has one class"):
+        quick(net, train, one)
+    with pytest.raises(ArgumentError, match=r"train_loader has one class"):
+        quick(net, DataLoader(TensorDataset(inputs, labels * 0), 64), loaders()[1])
+
+
+def test_other_classes_in_an_alternative_and_regression_are_refused(net: nn.Module) -> None:
+    train, calibration = loaders()
+    with pytest.raises(ArgumentError, match=r"'other' has 7 classes and the model 4"):
+        quick(net, train, calibration, alternatives={"other": nn.Linear(16, 7)})
+    with pytest.raises(ArgumentError, match=r"1 output, which is regression.*method='pbee'"):
+        quick(nn.Sequential(nn.Linear(16, 8), nn.Linear(8, 1)), train, calibration)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"max_drop": 0}, "max_drop=0 must be"),
+        ({"confidence": 95}, "confidence=95 must be"),
+        ({"effort": "hard"}, "effort='hard' is unknown"),
+        ({"cost": "watts"}, "cost='watts' is unknown"),
+        ({"heads": ["3L"]}, "head='3L' is unknown"),
+        ({"boundaries": ["nowhere"]}, "nowhere"),
+        ({"batch_size": 0}, "batch_size=0 must be"),
+        ({"alternatives": ["resnet"]}, "alternatives holds"),
+    ],
+)
+def test_wrong_arguments_are_named(net: nn.Module, options: dict[str, Any], said: str) -> None:
+    with pytest.raises(ArgumentError, match=said):
+        quick(net, *loaders(), **options)
+
+
+class Endless:
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        yield easy(32, 2)
+
+
+def test_loaders_whose_samples_cannot_be_divided_need_a_search_loader(net: nn.Module) -> None:
+    _, calibration = loaders()
+    with pytest.raises(ArgumentError, match=r"made of a Endless.*search_loader="):
+        quick(net, Endless(), calibration)
+
+
+def test_another_call_in_the_same_folder_is_refused(net: nn.Module, tmp_path: Path) -> None:
+    train, calibration = loaders(400, 400)
+    options: dict[str, Any] = {"heads": ["1L"], "boundaries": ["blocks.0"], "output_dir": tmp_path}
+    quick(net, train, calibration, **options)
+    with pytest.raises(ArgumentError, match=r"holds a search with max_drop=0.03, this call has 0.05"):
+        quick(net, train, calibration, max_drop=0.05, **options)
+    (tmp_path / "search.json").write_text("{")
+    with pytest.raises(exitkit.FileError, match="damaged"):
+        quick(net, train, calibration, **options)
+
+
+def test_stopped_by_hand_it_says_how_to_go_on(
+    net: nn.Module, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: Any, **__: Any) -> NDArray[Any]:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("exitkit.retrofitting.rounds.Trainer.fit", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        quick(net, *loaders(), output_dir=tmp_path / "kept", show_progress=True)
+    assert "kept" in (said := " ".join(capsys.readouterr().err.split()))
+    assert "the same call goes on from there" in said
