@@ -111,7 +111,7 @@ def test_texts(tmp_path: Path) -> None:
     ("arguments", "message"),
     [
         (["run", "PACKAGE", "nowhere.png"], r"'nowhere\.png' does not exist; this package takes images"),
-        (["run", "PACKAGE", "notes.txt"], r"notes\.txt' cannot be read as an image"),
+        (["run", "PACKAGE", "notes.txt"], r"'notes\.txt' holds texts, and this package takes images"),
         (["run", "PACKAGE", "0.png", "--batch-size", "0"], r"--batch-size 0 must be at least 1"),
         (["run", "nowhere.pt2", "0.png"], r"'nowhere\.pt2' does not exist"),
         (["bench-latency", "PACKAGE", "--batches", "1,x"], r"--batches '1,x' must be numbers"),

@@ -17,6 +17,7 @@ from exitkit.cli.bench import compare, comparison_table, write_results
 from exitkit.cli.data import load_data, load_tokenizer
 from exitkit.cli.demo import run_demo
 from exitkit.cli.inference import batch_sizes, latency_table, made_up, predict, read_samples
+from exitkit.cli.inputs import Losses
 from exitkit.cli.recipe import output_within, parse_override, read_recipe
 from exitkit.cli.results import calibrate, report
 from exitkit.cli.results import compare as compare_runs
@@ -38,6 +39,8 @@ app = typer.Typer(
 _console = make_console()
 _NAMED = 20
 """How many skipped inputs are named one by one."""
+_SKIPPED = 3
+"""Exit status of ``run`` where images were left out."""
 
 Model = Annotated[str, typer.Option(help="torchvision:NAME, timm:NAME, hf:NAME_OR_DIR or package.module:function")]
 Package = Annotated[Path, typer.Argument(help="What exitkit export wrote: .pt2, .onnx, .onnx.zip or .pte")]
@@ -185,25 +188,30 @@ def export(
 @app.command()
 def run(
     package: Package,
-    inputs: Annotated[list[str], typer.Argument(help="Images and folders; or texts, .txt, .csv, .tsv")],
+    inputs: Annotated[list[str], typer.Argument(help="Images and folders; or texts, .txt, .csv, .tsv; - is stdin")],
     batch_size: Annotated[int, typer.Option(help="Samples answered at once")] = 16,
     threshold: Annotated[float | None, typer.Option(help="Another τ than the package's")] = None,
     device: Annotated[str | None, typer.Option(help="cpu or cuda")] = None,
-    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave out images that cannot be read")] = False,
     trust: Trust = False,
 ) -> None:
-    """Classify with a package; one JSON line for each input: label, exit and score."""
+    """Classify with a package; one JSON line for each input: label, exit and score.
+
+    Images that cannot be read are named on stderr and left out; the exit status is then 3.
+    """
     if batch_size < 1:
         raise ArgumentError(f"--batch-size {batch_size} must be at least 1")
     keep_memory()
     loaded = exitkit.load(package, threshold=threshold, device=device, trust=trust)
-    skipped: list[str] | None = [] if skip_bad else None
-    for record in predict(loaded, inputs, batch_size, skipped):
+    losses = Losses()
+    for record in predict(loaded, inputs, batch_size, losses):
         typer.echo(to_json(record))
-    for reason in (skipped or [])[:_NAMED]:
+    for reason in losses.skipped[:_NAMED]:
         typer.echo(f"skipped: {printable(reason)}", err=True)
-    if skipped:
-        typer.echo(f"{len(skipped)} images were skipped", err=True)
+    if losses.cut:
+        typer.echo(f"{losses.cut} texts were longer than the package takes, and cut", err=True)
+    if losses.skipped:
+        typer.echo(f"{len(losses.skipped)} images were skipped", err=True)
+        raise typer.Exit(_SKIPPED)
 
 
 @app.command()

@@ -8,6 +8,7 @@ import os
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset, random_split
 
-from exitkit.cli.unpacking import check_inflation, opened_image
+from exitkit.cli.unpacking import check_inflation, prepared_image
 from exitkit.common.errors import ArgumentError, FileError
 from exitkit.common.torchvision_guard import import_torchvision
 from exitkit.multi_exit.preprocessing import IMAGENET_MEAN, IMAGENET_STD, ImagePreprocessing
@@ -170,7 +171,7 @@ def _image_folder(path: Path, model: nn.Module, test: str | None) -> Split:
 
     def folder(at: Path) -> Any:
         try:
-            return datasets.ImageFolder(str(at), preprocessing.transform, loader=opened_image)
+            return datasets.ImageFolder(str(at), loader=partial(prepared_image, preprocessing=preprocessing))
         except (FileNotFoundError, OSError) as error:
             raise ArgumentError(
                 f"--data {str(at)!r} is not an image folder (one subfolder per class): {error}"

@@ -2,46 +2,43 @@
 
 from __future__ import annotations
 
-import csv
-import os
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from itertools import chain
-from pathlib import Path
-from typing import Any
+from itertools import islice
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from rich.table import Table
 
-from exitkit.cli.data import cells
-from exitkit.cli.unpacking import opened_image
+from exitkit.cli.inputs import Losses, images, texts
 from exitkit.common.batches import move
 from exitkit.common.errors import ArgumentError, FileError
 from exitkit.engine import Engine
 from exitkit.engine.profiling import decision_seconds
-from exitkit.multi_exit.preprocessing import TextPreprocessing
+from exitkit.multi_exit.preprocessing import ImagePreprocessing, Preprocessing
 from exitkit.packages.onnx_branches import OnnxBranches
 from exitkit.surgery.inputs import Example, call_on
 
-_IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff")
+T = TypeVar("T")
 _REPEATS = 30
 
 
 def predict(
-    package: Engine | OnnxBranches, inputs: Sequence[str], batch: int, skipped: list[str] | None = None
+    package: Engine | OnnxBranches, inputs: Sequence[str], batch: int, losses: Losses
 ) -> Iterator[dict[str, Any]]:
     """One record for each image or text: the input, its label, the exit it left at, and the score there.
 
     Args:
         package: a loaded package.
-        inputs: images and folders of them, or texts and files of them.
+        inputs: images and folders of them, or texts and files of them; ``-`` is stdin.
         batch: how many are answered at once.
-        skipped: what is wrong with images that cannot be read is added here, and they are left out; without, it is an error.
+        losses: is told of images that cannot be read, which are left out, and of texts that were cut.
 
     Raises:
-        ArgumentError: a package that does not say how inputs become tensors, a path that does not exist or cannot be read.
+        ArgumentError: a package that does not say how inputs become tensors, images for texts or the other way round, a
+            path that does not exist.
     """
     description = package.description
     preprocessing = None if description is None else description.preprocessing
@@ -50,12 +47,7 @@ def predict(
             "this package does not say how images or texts become tensors; export it with preprocessing= or tokenizer=, or "
             "call exitkit.load(path) on tensors"
         )
-    text = isinstance(preprocessing, TextPreprocessing)
-    items = chain.from_iterable(_texts(item) if text else _images(item) for item in inputs)
-    contents = ((item, item) for item in items) if text else _opened(items, skipped)
-    for group in _grouped(contents, batch):
-        names, given = zip(*group, strict=True)
-        made = preprocessing(given)
+    for names, made in _batches(preprocessing, inputs, batch, losses):
         answer = call_on(package, move(made, package.inputs.device))
         for name, label, exit_, score in zip(names, answer.logits.argmax(-1), answer.exit, answer.score, strict=True):
             index = int(label)
@@ -68,56 +60,24 @@ def predict(
             }
 
 
-def _grouped(items: Iterator[tuple[str, Any]], size: int) -> Iterator[Sequence[tuple[str, Any]]]:
-    group: list[tuple[str, Any]] = []
-    for item in items:
-        group.append(item)
-        if len(group) == size:
-            yield group
-            group = []
-    if group:
+def _batches(
+    preprocessing: Preprocessing, inputs: Sequence[str], size: int, losses: Losses
+) -> Iterator[tuple[Sequence[str], Any]]:
+    """Names of inputs, and the tensors made of them."""
+    if isinstance(preprocessing, ImagePreprocessing):
+        for group in _grouped(images(inputs, preprocessing, losses), size):
+            names, tensors = zip(*group, strict=True)
+            yield names, torch.stack(tensors)
+    else:
+        for sentences in _grouped(texts(inputs), size):
+            made, cut = preprocessing.encode(sentences)
+            losses.cut += cut
+            yield sentences, made
+
+
+def _grouped(items: Iterator[T], size: int) -> Iterator[list[T]]:
+    while group := list(islice(items, size)):
         yield group
-
-
-def _images(given: str) -> list[str]:
-    path = Path(given)
-    if os.path.isdir(path):
-        found = sorted(file for file in path.rglob("*") if file.suffix.lower() in _IMAGES)
-        if not found:
-            raise ArgumentError(f"{given!r} holds no images ({', '.join(_IMAGES)})")
-        return [str(file) for file in found]
-    if not os.path.exists(path):
-        raise ArgumentError(f"{given[:200]!r} does not exist; this package takes images or folders of them")
-    return [given]
-
-
-def _opened(paths: Iterator[str], skipped: list[str] | None) -> Iterator[tuple[str, Any]]:
-    """Every image with its path; where ``skipped`` is given, those that cannot be read are named there instead."""
-    for path in paths:
-        try:
-            image = opened_image(path)
-        except FileError as error:
-            if skipped is None:
-                raise FileError(f"{error}; --skip-bad leaves such images out") from error
-            skipped.append(str(error))
-        else:
-            yield path, image
-
-
-def _texts(given: str) -> list[str]:
-    """A ``.csv`` or ``.tsv`` (first column, below a header), a ``.txt`` (one text a line), or a text itself."""
-    path = Path(given)
-    if path.suffix not in (".csv", ".tsv", ".txt"):
-        return [given]
-    try:
-        with path.open(newline="", encoding="utf-8") as file:
-            if path.suffix == ".txt":
-                lines = [line.rstrip("\r\n") for line in file if line.strip()]
-            else:
-                lines = [row[0] for row in cells(file, path) if row][1:]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise FileError(f"{given!r} cannot be read as UTF-8 text: {error}") from error
-    return lines
 
 
 def latency_table(package: Engine | OnnxBranches, samples: Any, batches: Sequence[int]) -> Table:

@@ -49,6 +49,7 @@ def export(
     labels: Sequence[str] | None = None,
     preprocessing: Preprocessing | None = None,
     tokenizer: Any = None,
+    max_length: int | None = None,
 ) -> None:
     """Write a self-contained file that :func:`load` runs without the model's code, transformers or timm.
 
@@ -65,6 +66,7 @@ def export(
         labels: a name for each class; by default those in a Hugging Face model's configuration.
         preprocessing: from images to inputs; by default what a torchvision or timm model declares.
         tokenizer: for texts: the Hugging Face tokenizer.
+        max_length: tokens after which a text is cut; by default as many as the tokenizer and the model take.
 
     Raises:
         ExitkitError: an ending that is none of these, a stage that cannot be exported, a missing library, labels of another
@@ -79,7 +81,7 @@ def export(
     program = program_of(model, policy)
     description = Description(
         _labels(model, labels),
-        _preprocessing(model, preprocessing, tokenizer),
+        _preprocessing(model, preprocessing, tokenizer, max_length),
         tuple((exit_.name, exit_.macs_fraction) for exit_ in model.exits),
     )
     example = example_of(model)
@@ -180,12 +182,17 @@ def _labels(model: MultiExitModel, labels: Sequence[str] | None) -> tuple[str, .
     return names
 
 
-def _preprocessing(model: MultiExitModel, preprocessing: Preprocessing | None, tokenizer: Any) -> Preprocessing | None:
+def _preprocessing(
+    model: MultiExitModel, preprocessing: Preprocessing | None, tokenizer: Any, max_length: int | None
+) -> Preprocessing | None:
     if not isinstance(preprocessing, Preprocessing | None):
         raise ArgumentError(
             f"preprocessing is {type(preprocessing).__name__}; give exitkit.ImagePreprocessing(...) or "
             "exitkit.TextPreprocessing(...)"
         )
     if tokenizer is not None:
-        return TextPreprocessing.of(tokenizer, [str(key) for key in model.example.spec.keys])
+        keys = [str(key) for key in model.example.spec.keys]
+        return TextPreprocessing.of(tokenizer, keys, max_length, model.backbone)
+    if max_length is not None:
+        raise ArgumentError(f"max_length={max_length!r} is for texts; give their tokenizer= too, or leave it out")
     return preprocessing if preprocessing is not None else ImagePreprocessing.of(model.backbone)
