@@ -18,9 +18,8 @@ import exitkit
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "exitkit"
-ROOMS = (
-    "common models surgery exits methods multi_exit training evaluation calibration engine packages report retrofitting cli"
-).split()
+ROOMS = """common models surgery exits methods multi_exit training evaluation calibration engine packages report
+    retrofitting cli integrations""".split()
 """A room imports from those before it."""
 
 KEPT = {("evaluation", "calibration")}
@@ -38,6 +37,7 @@ HEAVY = (
     "transformers",
     "onnx",
     "rich",
+    "lightning",
 )
 
 NAMES = {

@@ -35,7 +35,7 @@ def browser() -> Iterator[Any]:
 
 @pytest.fixture(scope="module")
 def outputs() -> dict[str, ExitOutputs]:
-    """By name, as the report lists them."""
+    """Two methods; the report opens on the second."""
     outputs = made(600)
     return {"pbee": replace(outputs, criterion="patience"), "sdn": outputs}
 
@@ -82,7 +82,9 @@ def test_numbers_follow_the_slider_and_are_those_of_the_curve(
         assert page.locator("#accuracy").inner_text() == f"{point.accuracy:.2%}"
         assert shown(page, "cost") == pytest.approx(100 * point.cost, abs=0.0501)
         assert shown(page, "speedup") == pytest.approx(1 / point.cost, abs=0.00501)
-        rates = [float(cell.strip("%")) for cell in page.locator("#exits td:nth-child(3)").all_inner_texts()]
+        own = [float(cell.strip("%")) for cell in page.locator("#exits td:nth-child(3)").all_inner_texts()]
+        assert own == pytest.approx(100 * one.accuracy(), abs=0.0501)
+        rates = [float(cell.strip("%")) for cell in page.locator("#exits td:nth-child(4)").all_inner_texts()]
         assert rates == pytest.approx(100 * one.exit_rates(tau), abs=0.0501)
         exits, everyone = one.exits_at(tau), np.arange(len(one))
         assert one.labels is not None
@@ -127,6 +129,37 @@ def test_slider_starts_at_the_chosen_threshold_and_moves_by_keyboard(
     assert page.locator("#accuracy").inner_text() == f"{outputs['sdn'].accuracy()[-1]:.2%}"
 
 
+def test_the_command_exports_what_is_shown(page: Any, outputs: dict[str, ExitOutputs], report: Path) -> None:
+    """Without a threshold at the promised one, which then keeps its promise; else with a τ that means the same when typed."""
+    assert page.get_by_role("combobox", name="Method").locator("option:checked").inner_text() == "sdn"
+    command = f"exitkit export {report.parent} --method sdn"
+    assert page.locator("#command").inner_text() == page.locator("#decision code").inner_text() == command
+    slider = page.get_by_role("slider", name="Threshold τ")
+    slider.fill("7")
+    typed, tau = page.locator("#command").inner_text().split(" --threshold ")
+    assert typed == command
+    point = outputs["sdn"].at(float(tau))
+    assert page.locator("#accuracy").inner_text() == f"{point.accuracy:.2%}"
+    assert page.locator("#cost").inner_text() == f"{point.cost:.1%}"
+
+
+def test_the_first_screen_has_the_decision_and_its_picture(page: Any) -> None:
+    page.set_viewport_size({"width": 1440, "height": 900})
+    for part in ("h2.lead", ".cards", "#decision svg", "#decision code"):
+        box = page.locator(part).first.bounding_box()
+        assert box["y"] + box["height"] <= 900, part
+    left, right = (page.locator(part).first.bounding_box() for part in (".lead", ".picture"))
+    assert left["x"] < 100
+    assert right["x"] + right["width"] > 1300
+    assert page.evaluate("document.documentElement.scrollWidth") <= 1440
+
+
+def test_the_legend_is_off_the_curves(page: Any) -> None:
+    curves = page.locator("svg [id^=curve-axes] [id^=curve-patch_2]").first.bounding_box()
+    legend = page.locator("svg [id^=curve-legend]").first.bounding_box()
+    assert legend["y"] >= curves["y"] + curves["height"]
+
+
 def test_gallery_sorts_its_samples_by_the_threshold(page: Any) -> None:
     page.get_by_role("combobox", name="Method").select_option("sdn")
     slider = page.get_by_role("slider", name="Threshold τ")
@@ -135,8 +168,9 @@ def test_gallery_sorts_its_samples_by_the_threshold(page: Any) -> None:
     assert page.locator("#late img").count() == 12
     slider.fill("0")
     assert page.locator("#late img").count() == 0
-    assert "right" in page.locator("#early figcaption").first.inner_text()
-    assert "wrong, it is" in page.locator("#wrong figcaption").first.inner_text()
+    early, wrong = (page.locator(f"#{kind} figcaption").first.inner_text() for kind in ("early", "wrong"))
+    assert re.fullmatch(r"\d, at exit \d", early)
+    assert re.fullmatch(r"\d instead of \d, at exit \d; (the backbone (is right|says \d)|so says the backbone)", wrong)
     assert page.locator("#wrong img").first.evaluate("image => image.naturalWidth") == 8
 
 

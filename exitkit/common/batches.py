@@ -17,7 +17,15 @@ def split_batch(batch: Any) -> tuple[Any, Tensor | None]:
     """``(inputs, labels)`` of a batch: a mapping with ``labels``, a tuple ``(..., labels)``, or inputs alone.
 
     Inputs stay what they were (a tensor, a tuple or a dict), so that they can be passed to the model.
+
+    Raises:
+        ArgumentError: a list of samples that were not collated.
     """
+    if isinstance(batch, list) and batch and all(isinstance(item, Mapping | tuple) for item in batch):
+        raise ArgumentError(
+            f"a batch is a list of {len(batch)} samples, each a {type(batch[0]).__name__}; give the DataLoader "
+            "collate_fn=torch.utils.data.default_collate, which makes (inputs, labels) or one dict of tensors of them"
+        )
     if isinstance(batch, Mapping):
         key = next((key for key in _LABEL_KEYS if key in batch), None)
         return {name: value for name, value in batch.items() if name != key}, batch[key] if key else None
@@ -37,8 +45,13 @@ def check_labels(labels: Any, num_classes: int, batch: int) -> Tensor:
     if num_classes == 1:
         return _check_targets(labels, batch)
     if labels.is_floating_point() or labels.shape != (batch,):
+        known = {
+            (batch, num_classes): "; of one-hot labels these are labels.argmax(1)",
+            (batch, 1): ": labels.squeeze(1)",
+        }
         raise ArgumentError(
-            f"labels have dtype {labels.dtype} and shape {tuple(labels.shape)}; expected class indices of shape ({batch},)"
+            f"labels have dtype {labels.dtype} and shape {tuple(labels.shape)}; expected class indices of shape "
+            f"({batch},){known.get(tuple(labels.shape), '')}"
         )
     low, high = int(labels.min()), int(labels.max())
     if low < 0 or high >= num_classes:

@@ -12,6 +12,7 @@ from torch import Tensor
 from exitkit.common.errors import ArgumentError
 from exitkit.multi_exit.preprocessing import Preprocessing
 from exitkit.surgery.inputs import CallSpec
+from exitkit.surgery.mistakes import mistake_of
 
 Run = Callable[..., Sequence[Any]]
 
@@ -71,6 +72,8 @@ class Inputs:
             )
         tensors = self.spec.tensors(kwargs or args)
         for key, tensor, sizes, dtype in zip(self.spec.keys, tensors, self.sizes, self.dtypes, strict=True):
+            if mistake := mistake_of(key, tensor, sizes, dtype):
+                raise ArgumentError(mistake)
             fits = tensor.dim() == len(sizes) and all(
                 size in (None, own) for size, own in zip(sizes[1:], tensor.shape[1:], strict=True)
             )

@@ -18,10 +18,10 @@ from exitkit.common.errors import ArgumentError
 from exitkit.common.hashes import hash_samples
 from exitkit.evaluation.outputs import ExitOutputs
 from exitkit.evaluation.regression import RegressionOutputs
+from exitkit.multi_exit.calling import call_model
 from exitkit.multi_exit.model import MultiExitModel
 from exitkit.surgery.capturing import evaluation_mode
 from exitkit.surgery.fingerprint import fingerprint_of
-from exitkit.surgery.inputs import call_on
 
 
 def collect(model: MultiExitModel, loader: Iterable[Any], path: str | Path | None = None) -> ExitOutputs:
@@ -90,7 +90,7 @@ def _run(model: MultiExitModel, loader: Iterable[Any], keep: Callable[[Tensor], 
     with evaluation_mode(model), torch.no_grad():
         for batch in checked(loader, "loader"):
             inputs, labels = split_batch(batch)
-            answers = call_on(model, move(inputs, device)).logits
+            answers = call_model(model, model, move(inputs, device)).logits
             logits = torch.stack(answers, dim=1)
             keep((logits.float() if model.regression else F.log_softmax(logits.float(), dim=-1)).cpu())
             seen.hashes.append(hash_samples(inputs))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Array = NDArray[np.float64]
+_STYLES: tuple[Literal["-", "--", "-.", ":"], ...] = ("-", "--", "-.", ":")
+"""Of lines, since colours alone do not tell everyone."""
+_LEGEND = 60
+"""Letters that fit side by side below a picture, a line's sample taking six."""
 
 
 @runtime_checkable
@@ -49,12 +53,13 @@ def curves_figure(curves: Mapping[str, Points], measure: str = "accuracy") -> Fi
         raise ArgumentError("curves={} is empty; give at least one curve by name")
     figure = new_figure()
     axes = labelled(figure.add_subplot(), "average cost (share of the backbone's MACs)", measure)
-    for name, curve in curves.items():
-        axes.step(curve.cost, curve.accuracy, where="post", label=name, linewidth=1.8)
+    for number, (name, curve) in enumerate(curves.items()):
+        style = _STYLES[number % len(_STYLES)]
+        axes.step(curve.cost, curve.accuracy, where="post", label=name, linewidth=1.8, linestyle=style)
     axes.axhline(next(iter(curves.values())).accuracy[-1], color="0.4", linestyle="--", linewidth=1, label="backbone")
     axes.axvline(1.0, color="0.8", linewidth=1, zorder=0)
     axes.set_xlim(left=0)
-    axes.legend(frameon=False)
+    _name_lines(figure, axes)
     return figure
 
 
@@ -70,12 +75,19 @@ def hindsight_figure(improvability: Mapping[str, Array]) -> Figure:
 
     figure = new_figure()
     axes = labelled(figure.add_subplot(), "exit", "hindsight improvability")
-    for name, values in improvability.items():
-        axes.plot(range(len(values)), values, marker="o", markersize=3, label=name)
+    for number, (name, values) in enumerate(improvability.items()):
+        style = _STYLES[number % len(_STYLES)]
+        axes.plot(range(len(values)), values, marker="o", markersize=3, label=name, linestyle=style)
     axes.set_ylim(0, 1)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.legend(frameon=False)
+    _name_lines(figure, axes)
     return figure
+
+
+def _name_lines(figure: Figure, axes: Axes) -> None:
+    """A legend below the axes, off the curves wherever they run."""
+    longest = max(len(str(line.get_label())) for line in axes.get_lines())
+    figure.legend(frameon=False, loc="outside lower center", ncols=max(1, min(4, _LEGEND // (longest + 6))))
 
 
 def new_figure(width: float = 7, height: float = 4.5) -> Figure:

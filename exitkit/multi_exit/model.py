@@ -20,6 +20,7 @@ from exitkit.methods.policy import ExitPolicy, Threshold, as_policy, check_same_
 from exitkit.methods.presets import check_task
 from exitkit.multi_exit.assembly import Parts
 from exitkit.multi_exit.cost import exit_costs
+from exitkit.multi_exit.loss import summed_loss
 from exitkit.multi_exit.output import MultiExitOutput
 from exitkit.multi_exit.saving import load_exits, push_exits, save_exits
 from exitkit.surgery.boundaries import Boundary, find_boundaries
@@ -45,6 +46,9 @@ class MultiExitModel(nn.Module):
         new_head: state-dict names of the backbone's last layer, where ``attach`` replaced it; it needs training too.
     """
 
+    accepts_loss_kwargs = False
+    """Told to transformers.Trainer, which would pass the backbone a number of samples to divide its loss by."""
+
     def __init__(self, parts: Parts) -> None:
         super().__init__()
         self.backbone = parts.backbone
@@ -65,12 +69,23 @@ class MultiExitModel(nn.Module):
             parts.classifiers, self.combiners, self.specs, self.anatomy, self.example, self.num_classes
         )
 
-    def forward(self, *args: Any, **kwargs: Any) -> MultiExitOutput:
-        """Run every exit. Takes what the backbone takes."""
+    def forward(self, *args: Any, labels: Any = None, **kwargs: Any) -> MultiExitOutput:
+        """Run every exit. Takes what the backbone takes, and ``labels``, of which the backbone is not told.
+
+        Args:
+            args: for the backbone.
+            labels: class indices (B,), -1 for none; probabilities (B, C); or values (B,) to regress. With them the output has
+                a ``loss``.
+            kwargs: for the backbone.
+
+        Raises:
+            ArgumentError: labels that do not fit.
+        """
         features, steps, final = self._steps(args, kwargs)
         heads = (*(step.logits for step in steps), *final)
         auxiliary = imitation_losses(steps) if torch.is_grad_enabled() else None
-        return MultiExitOutput(self.combine(heads), features, heads, auxiliary)
+        loss = None if labels is None else summed_loss(heads, auxiliary, labels, self.num_classes)
+        return MultiExitOutput(self.combine(heads), features, heads, auxiliary, loss)
 
     def run_heads(self, *args: Any, **kwargs: Any) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         """The features at the boundaries and every head's logits (the backbone's last), without the ensemble."""

@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
@@ -27,7 +27,6 @@ _POINTS_PER_INCH = 72  # the unit of matplotlib's SVG
 _WIDTH, _HEIGHT = 5.0, 3.6  # inches; text stays readable on a phone
 _COLUMNS = 3
 _SIDE, _BESIDE, _APART, _ABOVE, _BELOW = 1.3, 0.6, 0.2, 0.35, 0.5  # of the squares of a reliability diagram, in inches
-_STYLES: tuple[Literal["-", "--", "-.", ":"], ...] = ("-", "--", "-.", ":")  # colours alone do not tell everyone
 _DARK, _FAINT = re.compile("#(000000|666666)"), re.compile("#(ebebeb|cccccc)")
 
 
@@ -55,9 +54,6 @@ def draw_curves(points: Mapping[str, Points], beside: Path, name: str) -> tuple[
     """Accuracy against cost, with a cursor (``id="NAME-cursor"``), and the figure's axes, to move it."""
     figure = curves_figure({method: shown.curve for method, shown in points.items()})
     axes = figure.axes[0]
-    for number, line in enumerate(axes.get_lines()[: len(points)]):
-        line.set_linestyle(_STYLES[number % len(_STYLES)])
-    axes.legend(frameon=False, loc="lower right")  # accuracy rises with cost: nothing is there
     rows = (
         (method, *values, 1 / values[-1])
         for method, shown in points.items()

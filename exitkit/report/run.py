@@ -5,6 +5,7 @@
 ``calibration-METHOD.safetensors``      the same on other samples, for choosing thresholds; optional
 ``results.json``                        ``about`` the run, and the stages of each method; optional
 ``samples.json``                        a few samples (:mod:`exitkit.report.samples`); optional
+``classes.txt``                         names of the classes, one a line; by default the data set's; optional
 ``thresholds.json``                     what ``exitkit calibrate`` chose; optional
 ======================================  ==============================================================================
 """
@@ -25,7 +26,7 @@ from exitkit.common.schema import build, read_json, to_json
 from exitkit.evaluation import ExitOutputs
 from exitkit.evaluation.paired import check_comparable
 from exitkit.methods.policy import ExitPolicy
-from exitkit.report.samples import Sample, read_samples
+from exitkit.report.samples import CLASSES, Sample, read_class_names, read_samples
 from exitkit.report.stages import Stage
 
 T = TypeVar("T")
@@ -123,6 +124,9 @@ def read_run(directory: str | Path) -> Run:
                 f"{len(outputs.macs)}; they are of different runs"
             )
         results[name] = Result(outputs, measured, thresholds.get(name), fitting)
+    if (directory / CLASSES).exists():
+        count = next(iter(results.values())).outputs.log_probs.shape[2]
+        classes = tuple(read_class_names(directory / CLASSES, classes or [str(number) for number in range(count)]))
     return Run(directory, about, results, classes)
 
 

@@ -16,12 +16,13 @@ from PIL import Image
 from torch import Tensor
 
 from exitkit.common.checks import Index
-from exitkit.common.errors import ArgumentError
+from exitkit.common.errors import ArgumentError, FileError
 from exitkit.common.files import replacing
 from exitkit.common.schema import build, read_json, to_json
 from exitkit.evaluation import ExitOutputs
 
 FILE = "samples.json"
+CLASSES = "classes.txt"
 _MOST = 120
 _OF_A_KIND = 8
 _BUDGETS = (0.5, 0.75, 1.0)
@@ -154,10 +155,39 @@ def _picture(pixels: Tensor) -> str:
 
 
 def _class_names(dataset: Any) -> Sequence[str] | None:
-    """``classes`` of torchvision's data sets, also below a subset."""
+    """``classes`` of torchvision's data sets, also below a subset; with a ``classes.txt`` in a data set's folder or in the
+    one around it, the names that it gives them.
+    """
     while dataset is not None:
         names = getattr(dataset, "classes", None)
         if names is not None:
-            return [str(name) for name in names]
+            ids, root = [str(name) for name in names], getattr(dataset, "root", None)
+            return ids if root is None else _named_in((Path(root) / CLASSES, Path(root).parent / CLASSES), ids)
         dataset = getattr(dataset, "dataset", None)
     return None
+
+
+def _named_in(paths: Sequence[Path], ids: Sequence[str]) -> Sequence[str]:
+    path = next((path for path in paths if path.is_file()), None)
+    return ids if path is None else read_class_names(path, ids)
+
+
+def read_class_names(path: Path, ids: Sequence[str]) -> Sequence[str]:
+    """The names in a file of one class a line: the id and its name, or the names alone in the order of the ids.
+
+    Raises:
+        FileError: neither, or no text.
+    """
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise FileError(f"{str(path)!r} cannot be read: {error}; write one class a line, in UTF-8") from error
+    known = {first: name for first, _, name in (line.replace("\t", " ").partition(" ") for line in lines) if name}
+    if known.keys() >= set(ids):
+        return [known[one].strip() for one in ids]
+    if len(lines) != len(ids):
+        raise FileError(
+            f"{str(path)!r} has {len(lines)} lines for {len(ids)} classes; write one a line: names in the order of the "
+            f"classes, or an id and its name, such as '{ids[0]} NAME'"
+        )
+    return lines

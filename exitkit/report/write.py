@@ -23,8 +23,9 @@ from exitkit.common.versions import installed_versions
 from exitkit.evaluation import ExitOutputs
 from exitkit.evaluation.paired import check_comparable, same_backbone
 from exitkit.report import figures
+from exitkit.report.decision import decide, export_command, opened
 from exitkit.report.points import MATRIX, Points, points_of
-from exitkit.report.run import Result, Run, read_run
+from exitkit.report.run import Check, Result, Run, read_run
 from exitkit.report.stages import backbone_milliseconds
 
 _FACTS = ("model", "weights", "data", "epochs", "every", "device")
@@ -49,7 +50,8 @@ def write_report(runs: Sequence[str | Path], path: str | Path | None = None) -> 
     path = Path(path) if path is not None else read[0].directory / "report.html"
     if path.suffix.lower() not in (".html", ".htm"):
         raise ArgumentError(f"--out {str(path)!r} must end in .html")
-    results = _together(read)
+    places = _together(read)
+    results = {name: run.results[method] for name, (run, method) in places.items()}
     outputs = {name: result.outputs for name, result in results.items()}
     for name, one in outputs.items():
         if one.labels is None:
@@ -58,28 +60,27 @@ def write_report(runs: Sequence[str | Path], path: str | Path | None = None) -> 
                 "model instead, save outputs.against_backbone()"
             )
     check_comparable(outputs)
+    results = {first: results[first] for first in [opened(results)]} | results
     points = {name: points_of(one.outputs, _chosen(one)) for name, one in results.items()}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ArgumentError(f"--out {str(path)!r} cannot be written: {error}") from error
     with matplotlib.rc_context({"text.parse_math": False}):  # a dollar in a name is a dollar
-        page = _page(read, results, points, path)
+        page = _page(places, results, points, path)
     with replacing(path) as temporary:
         temporary.write_text(page, encoding="utf-8")
     return path
 
 
-def _together(runs: Sequence[Run]) -> dict[str, Result]:
-    """All results by name, with their run's name before them where there are several."""
+def _together(runs: Sequence[Run]) -> dict[str, tuple[Run, str]]:
+    """The run and method of all results by name, with their run's name before the method's where there are several."""
     if len(runs) == 1:
-        return runs[0].results
+        return {method: (runs[0], method) for method in runs[0].results}
     names = [printable(run.directory.resolve().name) for run in runs]
     if len(set(names)) < len(names):
         raise ArgumentError(f"RUN_DIR: {names} holds a name twice; give each run once, under a name of its own")
-    return {
-        f"{name}/{method}": one for name, run in zip(names, runs, strict=True) for method, one in run.results.items()
-    }
+    return {f"{name}/{method}": (run, method) for name, run in zip(names, runs, strict=True) for method in run.results}
 
 
 def _chosen(result: Result) -> float | None:
@@ -91,9 +92,14 @@ def _chosen(result: Result) -> float | None:
     return chosen.thresholds[0] if same and len(set(chosen.thresholds)) == 1 else None
 
 
-def _page(runs: Sequence[Run], results: dict[str, Result], points: dict[str, Points], path: Path) -> str:
+def _page(
+    places: dict[str, tuple[Run, str]], results: dict[str, Result], points: dict[str, Points], path: Path
+) -> str:
+    """The page, opened at the first of the results."""
+    runs = list(dict.fromkeys(run for run, _ in places.values()))
     outputs = {name: result.outputs for name, result in results.items()}
-    first = next(iter(outputs.values()))
+    opens, first = next(iter(outputs.items()))
+    decision = decide(opens, results[opens], places[opens][0].directory, places[opens][1])
     classes = _class_names(runs, first.log_probs.shape[2])
     curve, across, up = figures.draw_curves(points, path, "curve")
     kept = {sample.row: sample for result in results.values() for sample in result.samples}
@@ -103,13 +109,15 @@ def _page(runs: Sequence[Run], results: dict[str, Result], points: dict[str, Poi
         "matrix": len(classes) <= MATRIX,
         "x": across,
         "y": up,
-        "methods": [_method(name, results[name], points[name], list(kept)) for name in results],
+        "methods": [_method(name, results[name], points[name], list(kept), places[name]) for name in results],
         "pictures": [asdict(sample) for sample in kept.values()],
     }
     return _render(
         title="Early exits: " + ", ".join(printable(run.directory.resolve().name) for run in runs),
         about=[(name, runs[0].about[name]) for name in _FACTS if runs[0].about.get(name) is not None],
         data=data,
+        decision=decision,
+        device=", on " + str(runs[0].about["device"]) if runs[0].about.get("device") else "",
         others=[name for name, one in outputs.items() if same_backbone(first, one) is False],
         curve=curve,
         hindsight=figures.draw_hindsight(outputs, path, "hindsight"),
@@ -127,9 +135,20 @@ def _render(**values: Any) -> str:
     page, css, js = ((source / f"report.{kind}").read_text(encoding="utf-8") for kind in ("html", "css", "js"))
     script = base64.b64encode(hashlib.sha256(js.encode()).digest()).decode()
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    environment.filters["interval"] = _interval
     return environment.from_string(page).render(
         **values, css=Markup(css), js=Markup(js), script=script, version=installed_versions()["exitkit"]
     )
+
+
+def _interval(check: Check) -> str:
+    """Wilson's 95% interval of a measured share; wider than need be where single losses lie between 0 and 1."""
+    if not 0 <= check.risk <= 1:
+        return "–"
+    from scipy.stats import binomtest
+
+    interval = binomtest(round(check.risk * check.samples), check.samples).proportion_ci(method="wilson")
+    return f"{interval.low:.1%} to {interval.high:.1%}"
 
 
 def _pictures(
@@ -142,7 +161,7 @@ def _pictures(
     return name, figures.draw_reliability(outputs, path, f"reliability-{tail}")
 
 
-def _method(name: str, result: Result, points: Points, rows: Sequence[int]) -> dict[str, Any]:
+def _method(name: str, result: Result, points: Points, rows: Sequence[int], place: tuple[Run, str]) -> dict[str, Any]:
     """What the page's script needs of one method."""
     outputs, stages = result.outputs, result.stages
     exits = len(outputs.macs)
@@ -153,6 +172,9 @@ def _method(name: str, result: Result, points: Points, rows: Sequence[int]) -> d
         "name": name,
         "names": [stage.exit for stage in stages] or [figures.exit_name(exit_, exits) for exit_ in range(exits)],
         "costs": outputs.costs.tolist(),
+        "accuracies": outputs.accuracy().tolist(),
+        "command": export_command(place[0].directory, place[1]),
+        "promised": _chosen(result) is not None and result.calibrated is not None and result.calibrated.chosen.found,
         "thresholds": points.curve.thresholds.tolist(),
         "cost": points.curve.cost.tolist(),
         "right": points.right.tolist(),

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from inspect import signature
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from exitkit.common.batches import split_batch
 from exitkit.common.errors import ArgumentError
 from exitkit.surgery.inputs import Example
 
@@ -19,12 +21,14 @@ _ONE_SECOND = 16_000
 
 
 def example_for(model: nn.Module, example_inputs: Any = None) -> Example:
-    """``example_inputs`` as an :class:`Example`, or one inferred from what the model declares.
+    """``example_inputs`` as an :class:`Example`, without labels among them, or one inferred from what the model declares.
 
     Raises:
         ExitkitError: nothing was given and the model declares no input size.
     """
     batch = example_inputs if example_inputs is not None else _infer(model)
+    if isinstance(batch, Mapping):
+        batch, _ = split_batch(batch)
     if batch is None:
         raise ArgumentError(
             f"example_inputs=None, and {type(model).__name__} does not declare what it takes, as torchvision, timm "

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
-from inspect import signature
+from inspect import Parameter, signature
 from typing import Any, TypeVar
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 from exitkit.common.errors import ArgumentError
 
 T = TypeVar("T")
+_SEGMENTS = "token_type_ids"
 
 
 def as_call(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -43,6 +44,12 @@ def argument(function: Callable[..., Any], key: int | str, args: tuple[Any, ...]
     return args[position] if isinstance(position, int) and position < len(args) else kwargs.get(str(name))
 
 
+def argument_names(function: Callable[..., Any]) -> list[str]:
+    """What a function names that it may be called with by keyword."""
+    kinds = (Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY)
+    return [name for name, parameter in signature(function).parameters.items() if parameter.kind in kinds]
+
+
 @dataclass(frozen=True)
 class CallSpec:
     """The shape of a call: where its tensors stand, and the constants (None, flags) beside them."""
@@ -64,10 +71,38 @@ class CallSpec:
             tuple(blank[i] for i in range(len(args))), tuple((name, blank[name]) for name in sorted(kwargs)), keys
         )
 
+    def understood(self, batch: Any, taken: Collection[str] = ()) -> Any:
+        """A mapping without what data sets hold beside the inputs: a number or a text for each sample.
+
+        One tensor that is left over is the input, whatever its key, where there is one input.
+
+        Args:
+            batch: anything that :func:`as_call` takes; what is not a mapping stays as it is.
+            taken: further names of inputs, which stay.
+        """
+        if not isinstance(batch, Mapping):
+            return batch
+        inputs = {key: value for key, value in batch.items() if key in {*self.keys, *taken} or not _is_column(value)}
+        if not any(isinstance(value, Tensor) for value in inputs.values()):
+            inputs = dict(batch)
+        alone = len(inputs) == len(self.keys) == 1 and not {*self.keys, *taken} & inputs.keys()
+        tensors = tuple(inputs.values())
+        return self.batch(tensors) if alone and isinstance(tensors[0], Tensor) else inputs
+
     def tensors(self, batch: Any) -> tuple[Tensor, ...]:
-        """The tensors of ``batch`` in this spec's order; the same keys must be present."""
-        args, kwargs = as_call(batch)
+        """The tensors of ``batch`` in this spec's order; the same keys must be present.
+
+        Beside them may be what :meth:`understood` leaves out, and ``token_type_ids`` that are all 0: tokenizers write them
+        for single texts, and to models that take them they mean the same as none.
+        """
+        args, kwargs = as_call(self.understood(batch))
         given: dict[int | str, Any] = dict([*enumerate(args), *kwargs.items()])
+        segments = None if _SEGMENTS in self.keys else given.pop(_SEGMENTS, None)
+        if segments is not None and bool(segments.any()):
+            raise ArgumentError(
+                f"{_SEGMENTS} tell two texts apart, but the model was attached without them; attach with "
+                "example_inputs=dict(tokenizer(first, second, padding=True, return_tensors='pt'))"
+            )
         found = {key for key, value in given.items() if isinstance(value, Tensor)}
         if found != set(self.keys):
             raise ArgumentError(
@@ -137,3 +172,10 @@ class Example:
                 cut[-1, cut.shape[1] // 2 + 1 :] = 0
             parts.append(cut)
         return replace(self, tensors=tuple(parts))
+
+
+def _is_column(value: Any) -> bool:
+    """Whether it holds a number or a text for each sample, as labels, indices and raw texts of a data set do."""
+    if isinstance(value, Tensor):
+        return value.dim() < 2
+    return isinstance(value, list | tuple) and all(isinstance(item, str | int | float) for item in value)

@@ -15,8 +15,7 @@ from exitkit.common.batches import check_training_labels, checked, move, split_b
 from exitkit.common.errors import ArgumentError, DivergedError
 from exitkit.multi_exit.model import MultiExitModel
 from exitkit.surgery.capturing import evaluation_mode
-from exitkit.surgery.inputs import call_on
-from exitkit.training.feature_cache.heads_alone import HeadsAlone
+from exitkit.training.feature_cache.heads_alone import HeadsAlone, call_view
 
 _CACHED_FLOATS = 200_000_000
 _CHUNK_FLOATS = 10_000_000
@@ -82,7 +81,7 @@ def _cache(
     with evaluation_mode(model), torch.no_grad():
         for batch in checked(loader, "train_loader"):
             inputs, labels = split_batch(batch)
-            _, heads = call_on(view.run_heads, move(inputs, device))
+            _, heads = call_view(model, view, view.run_heads, move(inputs, device))
             log_probs = torch.stack([F.log_softmax(logits.float(), -1) for logits in heads], 1)
             targets = _targets(labels, model.num_classes, len(log_probs)).to(device)
             log_probs, targets = gather((log_probs, targets))

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from exitkit.common.batches import UNLABELLED
 from exitkit.common.errors import ArgumentError
+from exitkit.multi_exit.loss import classification
 from exitkit.training.losses import Confidence, Divergence, Loss
 
 
@@ -123,20 +124,6 @@ class Objective:
                     [_divergence(answers[t], student.detach(), "kl") for t in those]
                 ).mean()
         return torch.stack(terms), torch.stack(divergences)
-
-
-def classification(logits: Tensor, targets: Tensor | None, label_smoothing: float = 0.0) -> Tensor:
-    """Mean cross-entropy over the samples with a label, or mean squared error for one output; 0 without any."""
-    if targets is None:
-        return logits.sum() * 0
-    if logits.shape[1] == 1:
-        return F.mse_loss(logits[:, 0], targets)
-    if targets.dim() == 1:
-        labelled = targets != UNLABELLED
-        if not bool(labelled.any()):
-            return logits.sum() * 0
-        return F.cross_entropy(logits, targets, ignore_index=UNLABELLED, label_smoothing=label_smoothing)
-    return F.cross_entropy(logits, targets, label_smoothing=label_smoothing)
 
 
 def teachers_confidence(answers: Sequence[Tensor], kind: Confidence) -> Tensor:

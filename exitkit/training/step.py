@@ -17,7 +17,7 @@ from exitkit.multi_exit.model import MultiExitModel
 from exitkit.surgery.capturing import logits_of
 from exitkit.surgery.hooks import alone
 from exitkit.surgery.inputs import call_on
-from exitkit.training.feature_cache.heads_alone import HeadsAlone, HeadsOutput
+from exitkit.training.feature_cache.heads_alone import HeadsAlone, HeadsOutput, call_view
 from exitkit.training.freezing import Stages, learn
 from exitkit.training.losses import Distillation
 from exitkit.training.objective import Objective
@@ -75,6 +75,7 @@ class Learner:
         self.scheduler = make_scheduler(self.optimizer, options.schedule, options.milestones, epochs, steps)
         accelerator.free_memory()  # forgets the optimiser of the phase before
         self.stepper = accelerator.prepare_optimizer(self.optimizer)
+        self.called = view
         self.view = _wrapped(self._pass(view), options.compile, accelerator)
 
     def _pass(self, view: MultiExitModel | HeadsAlone) -> nn.Module:
@@ -135,7 +136,7 @@ class Learner:
         inputs, labels = split_batch(batch)
         inputs = self.inputs(inputs)
         with self.accelerator.autocast(), _batch_norm_explained():
-            output = call_on(self.view, inputs)
+            output = call_view(self.options.model, self.called, self.view, inputs)
             heads = output.heads
             teacher = self._teacher(inputs, heads[-1])
         size = len(heads[-1])

@@ -12,8 +12,7 @@ from torch.nn import functional as F
 from exitkit.common.batches import check_labels, checked, split_batch
 from exitkit.multi_exit.model import MultiExitModel
 from exitkit.surgery.capturing import evaluation_mode
-from exitkit.surgery.inputs import call_on
-from exitkit.training.feature_cache.heads_alone import HeadsAlone
+from exitkit.training.feature_cache.heads_alone import HeadsAlone, call_view
 from exitkit.training.step import placed
 
 if TYPE_CHECKING:
@@ -39,7 +38,7 @@ def validate(
     with evaluation_mode(model), torch.no_grad(), accelerator.autocast():
         for batch in checked(loader, "val_loader"):
             inputs, labels = split_batch(batch)
-            _, heads = call_on(view.run_heads, placed(inputs, accelerator.device, channels_last))
+            _, heads = call_view(model, view, view.run_heads, placed(inputs, accelerator.device, channels_last))
             answers = torch.stack([logits.float() for logits in heads], 1)
             targets = check_labels(labels, model.num_classes, len(answers)).to(answers.device)
             answers, targets = (part.cpu() for part in accelerator.gather_for_metrics((answers, targets)))

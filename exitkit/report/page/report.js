@@ -4,7 +4,10 @@
   const data = JSON.parse(document.getElementById("data").textContent);
   const element = (id) => document.getElementById(id);
   const method = element("method"), slider = element("tau");
-  const percent = (share, digits) => (100 * share).toFixed(digits) + "%";
+  // As Python rounds, so that a number is the same wherever it stands on the page.
+  const fixed = (value, digits) => value.toLocaleString("en-US", { minimumFractionDigits: digits,
+    maximumFractionDigits: digits, roundingMode: "halfEven", useGrouping: false });
+  const percent = (share, digits) => fixed(100 * share, digits) + "%";
   const sum = (values) => values.reduce((total, value) => total + value, 0);
 
   function make(tag, text, attributes) {
@@ -18,9 +21,9 @@
     element("threshold").textContent = String(Number(chosen.thresholds[at].toPrecision(6)));
     element("accuracy").textContent = percent(accuracy, 2);
     element("cost").textContent = percent(cost, 1);
-    element("speedup").textContent = (1 / cost).toFixed(2) + "×";
+    element("speedup").textContent = fixed(1 / cost, 2) + "×";
     element("timed").hidden = !chosen.milliseconds;
-    if (chosen.milliseconds) element("time").textContent = speedupByTime(chosen, at).toFixed(2) + "×";
+    if (chosen.milliseconds) element("time").textContent = fixed(speedupByTime(chosen, at), 2) + "×";
     slider.setAttribute("aria-valuetext", `τ ${element("threshold").textContent}`);
     const cursor = document.querySelector("#curve-cursor use");
     cursor.setAttribute("x", data.x[0] + cost * data.x[1]);
@@ -40,21 +43,24 @@
   function showExits(chosen, at) {
     const rows = chosen.exits[at].map((count, exit) => {
       const row = make("tr"), share = count / data.samples, bar = make("td");
-      row.append(make("th", chosen.names[exit], { scope: "row" }), make("td", percent(chosen.costs[exit], 1)));
-      row.append(make("td", percent(share, 1)), bar);
+      row.append(make("th", chosen.names[exit].replaceAll(".", ".\u200b"), { scope: "row" }), make("td", percent(chosen.costs[exit], 1)));
+      row.append(make("td", percent(chosen.accuracies[exit], 1)), make("td", percent(share, 1)), bar);
       const drawn = make("div", undefined, { className: "bar" });
       drawn.style.width = percent(share, 2);
       bar.append(drawn);
       return row;
     });
     document.querySelector("#exits tbody").replaceChildren(...rows);
+    const promised = chosen.promised && at === chosen.start;
+    element("command").textContent = chosen.command + (promised ? "" : ` --threshold ${chosen.thresholds[at]}`);
   }
 
   function showConfusion(chosen, at) {
     const heading = make("tr"), classes = data.classes, body = make("tbody"), head = make("thead");
     head.append(heading);
     if (data.matrix) {
-      heading.append(...["label ↓ answer →", ...classes].map((name) => make("th", name, { scope: "col" })));
+      heading.append(make("th", "label ↓ answer →", { scope: "col" }));
+      heading.append(...classes.map((name) => make("th", name, { scope: "col", className: "upright" })));
       classes.forEach((name, label) => {
         const counts = chosen.confusion[at].slice(label * classes.length, (label + 1) * classes.length);
         const row = make("tr"), total = Math.max(1, sum(counts));
@@ -94,20 +100,26 @@
     }
   }
 
+  // The heading says already whether a sample left early and whether its answer is right.
+  function caption(sample, chosen) {
+    const last = chosen.names.length - 1, { label, answer, answers, exit } = sample, name = data.classes[label];
+    const said = sample.right ? name : `${data.classes[answer]} instead of ${name}`;
+    if (exit === last) return said;
+    const backbone = answers[last] === label ? "the backbone is right" : answers[last] === answer ? "so says the backbone"
+      : `the backbone says ${data.classes[answers[last]]}`;
+    return `${said}, at ${chosen.names[exit]}` + (sample.right ? "" : `; ${backbone}`);
+  }
+
   function picture(sample, chosen) {
-    const last = chosen.names.length - 1, name = data.classes[sample.label];
-    const verdict = sample.right ? "right" : `wrong, it is ${name}`;
-    const backbone = data.classes[sample.answers[last]];
-    const words = `${chosen.names[sample.exit]}: ${data.classes[sample.answer]}, ${verdict}` +
-      (sample.exit < last && !sample.right ? `; the backbone says ${backbone}` : "");
     const figure = make("figure");
     if (sample.image) {
-      figure.append(make("img", undefined, { src: sample.image, alt: `Sample ${sample.row}, ${name}` }));
+      const alt = `Sample ${sample.row}, ${data.classes[sample.label]}`;
+      figure.append(make("img", undefined, { src: sample.image, alt, width: 96, height: 96 }));
     } else {
       figure.className = "text";
       figure.append(make("blockquote", sample.text));
     }
-    figure.append(make("figcaption", words));
+    figure.append(make("figcaption", caption(sample, chosen)));
     return figure;
   }
 

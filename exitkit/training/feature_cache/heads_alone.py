@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from itertools import takewhile
 from math import prod
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,8 +16,12 @@ from exitkit.common.errors import ArgumentError
 from exitkit.exits.classifiers import HeadOutput, TokenBody
 from exitkit.exits.gpf import Classifier, imitation_losses
 from exitkit.exits.pooling import SDNPool, pooled_size, two_pools
+from exitkit.multi_exit.calling import call_model
 from exitkit.multi_exit.model import MultiExitModel
 from exitkit.surgery.hooks import reading_arguments
+from exitkit.surgery.inputs import call_on
+
+T = TypeVar("T")
 
 
 class HeadsOutput(NamedTuple):
@@ -82,6 +87,11 @@ def _split(body: nn.Module) -> tuple[nn.Module, nn.Module]:
     if rest and isinstance(rest[0], SDNPool):
         return _PoolsWhereSmaller(nn.Sequential(*free)), nn.Sequential(_MixWherePooled(rest[0]), *rest[1:])
     return nn.Sequential(*free), nn.Sequential(*rest)
+
+
+def call_view(model: MultiExitModel, view: MultiExitModel | HeadsAlone, function: Callable[..., T], inputs: Any) -> T:
+    """``function`` of ``view``, the model or its heads alone, called with what its loader yields as inputs."""
+    return call_on(function, inputs) if isinstance(view, HeadsAlone) else call_model(model, function, inputs)
 
 
 class _PoolsWhereSmaller(nn.Module):

@@ -1,0 +1,35 @@
+"""A loader's batch given to a multi-exit model, or to a part of it: understood where it can be, explained where not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from exitkit.common.errors import ArgumentError, ExitkitError
+from exitkit.multi_exit.model import MultiExitModel
+from exitkit.surgery.inputs import argument_names, as_call
+from exitkit.surgery.mistakes import mistake_in
+
+T = TypeVar("T")
+
+
+def call_model(model: MultiExitModel, function: Callable[..., T], inputs: Any) -> T:
+    """``function``, which takes what the backbone of ``model`` takes, called with a batch's inputs.
+
+    Of a dict, what data sets hold beside the inputs is left out, and one tensor is that input, whatever its key.
+
+    Raises:
+        ArgumentError: more inputs than ``model`` was attached with, or the call fails and a difference from the inputs that it
+            was attached with says why.
+    """
+    forward = model.backbone.forward
+    args, kwargs = as_call(model.example.spec.understood(inputs, argument_names(forward)))
+    try:
+        if len(args) <= len(model.example.spec.keys):
+            return function(*args, **kwargs)
+    except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as error:
+        mistake = None if isinstance(error, ExitkitError) else mistake_in(args, kwargs, model.example, forward)
+        if mistake is None:
+            raise
+        raise ArgumentError(mistake) from error
+    raise ArgumentError(str(mistake_in(args, kwargs, model.example, forward)))

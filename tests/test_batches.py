@@ -1,0 +1,163 @@
+"""What data loaders yield: understood where it can only mean one thing, and explained where not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import exitkit
+from exitkit import ExitkitError
+from tests.toy import TinyNet
+
+X = torch.randn(6, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+Y = torch.arange(6) % 3
+RGB = torch.randn(6, 3, 8, 8)
+
+
+@pytest.fixture(scope="module")
+def ee() -> exitkit.MultiExitModel:
+    torch.manual_seed(0)
+    return exitkit.attach(TinyNet().eval(), torch.randn(2, 1, 8, 8), every=2, method="sdn")
+
+
+def fit(ee: exitkit.MultiExitModel, batch: Any) -> None:
+    exitkit.Trainer(ee, epochs=1, show_progress=False).fit([batch])
+
+
+def validate(ee: exitkit.MultiExitModel, batch: Any) -> None:
+    exitkit.Trainer(ee, epochs=1, show_progress=False).fit([(X, Y)], [batch])
+
+
+def collect(ee: exitkit.MultiExitModel, batch: Any) -> None:
+    exitkit.collect(ee, [batch])
+
+
+@pytest.mark.parametrize(
+    "batch",
+    [
+        {"x": X, "label": Y},
+        {"image": X, "label": Y},
+        {"pixel_values": X, "labels": Y},
+        {"x": X, "label": Y, "idx": torch.arange(6), "sentence": ["a"] * 6, "weight": [0.5] * 6},
+        {"img": X, "idx": torch.arange(6), "label": Y.tolist()},
+        [X, Y],
+    ],
+    ids=str,
+)
+def test_batches_that_can_only_mean_one_thing_are_taken(ee: exitkit.MultiExitModel, batch: Any) -> None:
+    expected = exitkit.collect(ee, [(X, Y)])
+    outputs = exitkit.collect(ee, [batch])
+    assert torch.equal(outputs.log_probs, expected.log_probs)
+    assert outputs.labels is not None
+    assert outputs.labels.tolist() == Y.tolist()
+    engine = exitkit.compile(ee, 0.4)
+    (answer,) = engine.map([batch])
+    assert answer.exit.tolist() == engine(X).exit.tolist()
+
+
+def test_training_on_such_batches_is_training_on_pairs(ee: exitkit.MultiExitModel) -> None:
+    trained = []
+    for batch in ((X, Y), {"image": X, "label": Y, "idx": torch.arange(6)}):
+        torch.manual_seed(0)
+        model = exitkit.attach(ee.backbone, X, every=2, method="sdn")
+        fit(model, batch)
+        trained.append(model.classifiers.state_dict())
+    assert all(torch.equal(value, trained[1][name]) for name, value in trained[0].items())
+
+
+@pytest.mark.parametrize("use", [fit, validate, collect])
+@pytest.mark.parametrize(
+    ("batch", "message"),
+    [
+        ((X.byte(), Y), r"input 0 is torch\.uint8, and the model takes torch\.float32; scale and normalise pixels"),
+        ((X.double(), Y), r"input 0 is torch\.float64.*call \.to\(torch\.float32\)"),
+        ((X.permute(0, 2, 3, 1), Y), r"shape \(6, 8, 8, 1\).*takes \(batch, 1, 8, 8\); the channels come last"),
+        ((RGB, Y), r"shape \(6, 3, 8, 8\).*give images of 1 channel$"),
+        ((X[:, 0], Y), r"shape \(6, 8, 8\).*a dimension is missing.*x\[:, None\]"),
+        (
+            (X, Y, torch.arange(6)),
+            r"holds 2 inputs before its labels.*attached with 1; yield \(inputs, labels\) alone",
+        ),
+        ([{"x": x, "labels": y} for x, y in zip(X, Y, strict=True)], r"list of 6 samples, each a dict.*collate_fn="),
+        (
+            list(zip(X, Y, strict=True)),
+            r"list of 6 samples, each a tuple.*collate_fn=torch\.utils\.data\.default_collate",
+        ),
+        (
+            ({"lenghts": X, "x": X}, Y),
+            r"holds \['lenghts'\], which the backbone does not take; name its inputs \['x'\]",
+        ),
+        ((["a.jpg"] * 6, Y), r"input 0 is a str; the model takes tensors"),
+        ((X.numpy(), Y), r"inputs of type ndarray cannot be passed"),
+        ((X, torch.nn.functional.one_hot(Y, 3)), r"shape \(6, 3\); expected class indices.*labels\.argmax\(1\)"),
+        ((X, Y[:, None]), r"shape \(6, 1\); expected class indices of shape \(6,\): labels\.squeeze\(1\)"),
+    ],
+    ids=lambda value: value[:25] if isinstance(value, str) else "",
+)
+def test_other_batches_are_explained(
+    ee: exitkit.MultiExitModel, use: Callable[[exitkit.MultiExitModel, Any], None], batch: Any, message: str
+) -> None:
+    with pytest.raises(ExitkitError, match=message):
+        use(ee, batch)
+
+
+@pytest.mark.parametrize("use", [fit, validate])
+def test_inputs_without_labels_are_explained(
+    ee: exitkit.MultiExitModel, use: Callable[[exitkit.MultiExitModel, Any], None]
+) -> None:
+    with pytest.raises(ExitkitError, match=r"the loader yields no labels; yield \(inputs, labels\) or a dict"):
+        use(ee, X)
+
+
+def test_one_channel_for_a_backbone_of_three_is_repeated_by_the_user() -> None:
+    backbone = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 4, 3, padding=1), torch.nn.ReLU(), torch.nn.Conv2d(4, 4, 3), torch.nn.ReLU(),
+        torch.nn.Flatten(), torch.nn.Linear(4 * 36, 3),
+    )  # fmt: skip
+    model = exitkit.attach(backbone.eval(), RGB, method="sdn")
+    with pytest.raises(ExitkitError, match=r"repeat the one channel: x\.expand\(-1, 3, -1, -1\)"):
+        collect(model, (X, Y))
+    collect(model, (X.expand(-1, 3, -1, -1), Y))
+
+
+@pytest.mark.parametrize(
+    ("x", "message"),
+    [
+        (X.byte(), r"torch\.uint8.*scale and normalise pixels"),
+        (X.permute(0, 2, 3, 1), r"the channels come last"),
+        (RGB, r"give images of 1 channel"),
+    ],
+    ids=["uint8", "last", "three"],
+)
+def test_the_engine_says_the_same(ee: exitkit.MultiExitModel, x: Tensor, message: str) -> None:
+    with pytest.raises(ExitkitError, match=message):
+        exitkit.compile(ee, 0.5)(x)
+
+
+def test_an_error_of_the_backbones_own_passes_as_it_is(ee: exitkit.MultiExitModel) -> None:
+    def refuse(*_: Any) -> None:
+        raise RuntimeError("out of paper")
+
+    handle = ee.backbone.register_forward_pre_hook(refuse)
+    try:
+        with pytest.raises(RuntimeError, match="out of paper"):
+            collect(ee, (X, Y))
+    finally:
+        handle.remove()
+
+
+def test_a_mask_of_one_number_per_sample_stays_an_input() -> None:
+    class Scaled(TinyNet):
+        def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:  # type: ignore[override]
+            return super().forward(x if scale is None else x * scale.view(-1, 1, 1, 1))
+
+    scale = torch.arange(1.0, 7.0)
+    model = exitkit.attach(Scaled().eval(), {"x": X, "scale": scale}, every=2, method="sdn")
+    outputs = exitkit.collect(model, [{"x": X, "scale": scale, "idx": torch.arange(6), "label": Y}])
+    expected = model.backbone(X, scale).log_softmax(-1)
+    assert torch.allclose(outputs.log_probs[:, -1], expected, atol=1e-6)
+    assert torch.equal(exitkit.compile(model, 2.0)(x=X, scale=scale, idx=torch.arange(6)).exit, torch.full((6,), 1))
