@@ -79,7 +79,7 @@ def test_the_definitions_by_hand() -> None:
 
 
 def test_the_table_of_the_conventions() -> None:
-    """Ten directions and noise of 1e-3 of them (2,000 × 256): 10 by the default, all 256 by a low threshold on singular values."""
+    """Ten directions and noise of 1e-3 of them (2,000 × 256): 10 by the default, 256 by a low one on singular values."""
     generator = torch.Generator().manual_seed(0)
     u, _ = torch.linalg.qr(torch.randn(2000, 256, generator=generator, dtype=torch.float64))
     v, _ = torch.linalg.qr(torch.randn(256, 256, generator=generator, dtype=torch.float64))

@@ -80,7 +80,7 @@ class Information(Measurement):
         return np.asarray(self.estimate > SATURATED * self.most)
 
     def table(self) -> Table:
-        rows = []
+        rows: list[tuple[str | float, ...]] = []
         for at, scale in enumerate(self.scale):
             for block, name in enumerate(self.names):
                 numbers = (self.sigma, self.lower, self.estimate, self.error, self.upper)
@@ -119,8 +119,8 @@ def mutual_information(
 
     A deterministic network has infinite I(X; Z), so noise is added, and its size decides the number: the whole curve over
     ``scale`` is the result. With z_i = h(x_i) + σ n_i,
-    Î = mean_i [−‖z_i − h_i‖²/2σ² − log (1/N) Σ_j exp(−‖z_i − h_j‖²/2σ²)], the own term j = i included, so that 0 ≤ Î ≤ log N in
-    the mean. Comparisons of models need the same samples; across widths they are orderings only.
+    Î = mean_i [−‖z_i − h_i‖²/2σ² − log (1/N) Σ_j exp(−‖z_i − h_j‖²/2σ²)], the own term j = i included, so that in the mean
+    0 ≤ Î ≤ log N. Comparisons of models need the same samples; across widths they are orderings only.
 
     Args:
         model: with exits or without; blocks are those of the backbone.
@@ -225,7 +225,7 @@ def _noisy(rows: Tensor, scales: Sequence[float], noise: Noise, seed: int) -> Es
         upper, lower = (-_log_mean_exp(-squares / (width * sigma**2)).mean() for width in (2, 8))
         error = each.std() / math.sqrt(len(rows))
         results.append([sigma, float(each.mean()), float(error), float(lower), float(upper)])
-    return tuple(np.array(results).T)  # type: ignore[return-value]
+    return tuple(np.array(results).T)
 
 
 def _published(rows: Tensor, scales: Sequence[float], noise: Noise, seed: int) -> Estimates:
@@ -240,7 +240,7 @@ def _published(rows: Tensor, scales: Sequence[float], noise: Noise, seed: int) -
         marginal = _log_mean_exp(-squares[:, chosen] / (2 * sigma**2)) - width * constant
         each = -constant - marginal
         results.append([sigma, float(each.mean()), float(each.std() / math.sqrt(len(rows))), math.nan, math.nan])
-    return tuple(np.array(results).T)  # type: ignore[return-value]
+    return tuple(np.array(results).T)
 
 
 def _sigmas(centred: Tensor, squares: Tensor, scales: Sequence[float], noise: Noise) -> list[float]:

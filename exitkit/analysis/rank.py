@@ -112,10 +112,10 @@ def numerical_rank(
 ) -> Rank:
     """The numerical rank of every block's output, in eval mode.
 
-    The definition decides the number by factors, so it stands beside it. ``"covariance"`` is that of Masarczyk et al.: how many
-    eigenvalues of the sample covariance exceed ``tol`` times the largest. ``"singular"`` asks the same of the centred features'
-    own singular values, which are the square roots. ``"srank"``: how many singular values make up 99% of their sum.
-    ``"entropy"``: e to the entropy of the singular values as shares. ``"participation"``: (Σλ)² / Σλ², biased where n is small.
+    The definition decides the number by factors, so it stands beside it. ``"covariance"`` is that of Masarczyk et al.: how
+    many eigenvalues of the sample covariance exceed ``tol`` times the largest. ``"singular"`` asks the same of the centred
+    features' own singular values, which are the square roots. ``"srank"``: how many singular values make up 99% of their sum.
+    ``"entropy"``: e to the entropy of the singular values as shares. ``"participation"``: (Σλ)² / Σλ², biased at small n.
 
     Args:
         model: with exits or without; blocks are those of the backbone.
@@ -242,7 +242,8 @@ def _spectrum(moments: Moments, name: str) -> Array:
     if not bool(matrix.isfinite().all()):
         raise ArgumentError(f"the features at {name!r} are not finite; check weights and inputs (normalised? NaN?)")
     values = torch.linalg.eigvalsh(matrix).flip(0).clamp(min=0)
-    return values[: min(moments.rows - 1, moments.width)].numpy()
+    spectrum: Array = values[: min(moments.rows - 1, moments.width)].numpy()
+    return spectrum
 
 
 def rank_of(eigenvalues: Array, kind: Kind = "covariance", tol: float = 1e-3) -> float:
