@@ -1,5 +1,8 @@
 """exitkit: early exits for pretrained classifiers, with the saved compute made real."""
 
+import importlib
+from typing import Any
+
 from exitkit.common.torchvision_guard import make_torchvision_importable as _make_torchvision_importable
 
 _make_torchvision_importable()
@@ -68,3 +71,10 @@ __all__ = [
     "time_exits",
     "training",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """``exitkit.analysis`` is imported when it is asked for."""
+    if name == "analysis":
+        return importlib.import_module("exitkit.analysis")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

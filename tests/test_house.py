@@ -18,7 +18,7 @@ import exitkit
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "exitkit"
-ROOMS = """common models surgery exits methods multi_exit training evaluation calibration engine packages report
+ROOMS = """common models surgery exits methods multi_exit training evaluation analysis calibration engine packages report
     retrofitting cli integrations""".split()
 """A room imports from those before it."""
 

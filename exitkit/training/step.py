@@ -135,7 +135,7 @@ class Learner:
         """The losses to minimise and those to show, the number of samples, and what DDP needs besides."""
         inputs, labels = split_batch(batch)
         inputs = self.inputs(inputs)
-        with self.accelerator.autocast(), _batch_norm_explained():
+        with self.accelerator.autocast(), batch_norm_explained():
             output = call_view(self.options.model, self.called, self.view, inputs)
             heads = output.heads
             teacher = self._teacher(inputs, heads[-1])
@@ -231,7 +231,8 @@ def _channels_last(value: Any) -> Any:
 
 
 @contextmanager
-def _batch_norm_explained() -> Iterator[None]:
+def batch_norm_explained() -> Iterator[None]:
+    """BatchNorm's complaint of a batch of one sample, in words that help."""
     try:
         yield
     except ValueError as error:

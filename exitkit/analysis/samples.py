@@ -1,0 +1,170 @@
+"""What measurements share: the samples they are made on, and a model that is left as it was found."""
+
+from __future__ import annotations
+
+import copy
+import sys
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+from exitkit.common.batches import checked, split_batch
+from exitkit.common.errors import ArgumentError
+from exitkit.multi_exit.model import MultiExitModel
+from exitkit.surgery.capturing import evaluation_mode
+from exitkit.training.distributed import random_state, set_random_state
+from exitkit.training.freezing import flags_restored
+
+T = TypeVar("T")
+M = TypeVar("M", bound=nn.Module)
+
+Batch = tuple[Any, Tensor | None]
+"""Inputs and labels."""
+
+
+@contextmanager
+def left_as_found(*models: nn.Module) -> Iterator[None]:
+    """In eval mode meanwhile; afterwards buffers, modes, ``requires_grad``, ``.grad`` and random states are as they were."""
+    random = random_state()
+    gradients = [(parameter, parameter.grad) for model in models for parameter in model.parameters()]
+    with ExitStack() as stack:
+        for model in models:
+            stack.enter_context(flags_restored(model))
+            stack.enter_context(evaluation_mode(model))
+            stack.enter_context(_buffers_restored(model))
+        try:
+            yield
+        finally:
+            for parameter, gradient in gradients:
+                parameter.grad = gradient
+            set_random_state(random)
+
+
+@contextmanager
+def _buffers_restored(model: nn.Module) -> Iterator[None]:
+    """The same tensors with the same values; BatchNorm's kernels write into them without raising their version."""
+    saved = [
+        (module, name, buffer, buffer.clone())
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    ]
+    try:
+        yield
+    finally:
+        for module, name, buffer, values in saved:
+            module._buffers[name] = buffer
+            buffer.data.copy_(values)
+
+
+def check_multi_exit(model: Any, measurement: str, name: str = "ee") -> None:
+    """Refuse a model without exits.
+
+    Raises:
+        ArgumentError: it is none.
+    """
+    if not isinstance(model, MultiExitModel):
+        raise ArgumentError(
+            f"{name} is {type(model).__name__}; {measurement} compares exits, so give what exitkit.attach(model) returns"
+        )
+
+
+def backbone_of(model: nn.Module) -> nn.Module:
+    """A model without the exits that it may have.
+
+    Raises:
+        ArgumentError: no module.
+    """
+    if not isinstance(model, nn.Module):
+        raise ArgumentError(f"model is {type(model).__name__}; give a torch module, with exits or without")
+    return model.backbone if isinstance(model, MultiExitModel) else model
+
+
+def in_float32(model: M) -> M:
+    """The model, or where it is in half precision a copy in float32, with a warning that says so."""
+    halves = {p.dtype for p in model.parameters() if p.dtype in (torch.float16, torch.bfloat16)}
+    if not halves:
+        return model
+    kind = str(halves.pop()).removeprefix("torch.")
+    warnings.warn(f"the model is in {kind}; measured on a copy of it in float32", stacklevel=3)
+    return copy.deepcopy(model).float()
+
+
+@contextmanager
+def loader_kept(loader: Iterable[Any]) -> Iterator[None]:
+    """Afterwards the loader's own generators and those of torch, numpy and Python stand where they stood."""
+    owners = (loader, *(getattr(loader, name, None) for name in ("sampler", "batch_sampler")))
+    found = (getattr(owner, "generator", None) for owner in owners)
+    generators = [(g, g.get_state()) for g in found if isinstance(g, torch.Generator)]
+    random = random_state()
+    try:
+        yield
+    finally:
+        for generator, state in generators:
+            generator.set_state(state)
+        set_random_state(random)
+
+
+def read_samples(loader: Iterable[Any], samples: int | None, labelled: bool = True) -> list[Batch]:
+    """The first ``samples`` of a loader, as batches, for several passes over the very same values.
+
+    Raises:
+        ArgumentError: an empty loader, or no labels where they are needed.
+    """
+    batches: list[Batch] = []
+    seen = 0
+    with loader_kept(loader):
+        for batch in checked(loader, "loader"):
+            inputs, labels = split_batch(batch)
+            if labels is None and labelled:
+                raise ArgumentError(
+                    "the loader yields no labels, which a loss needs; yield (inputs, labels) or a dict with 'labels'"
+                )
+            size = size_of(inputs)
+            left = size if samples is None else samples - seen
+            take = min(size, left)
+            batches.append((first(inputs, take), None if labels is None else torch.as_tensor(labels)[:take]))
+            seen += take
+            if samples is not None and seen >= samples:
+                break
+    return batches
+
+
+def first(inputs: Any, rows: int) -> Any:
+    """The first rows of every tensor."""
+    return tree_map_only(Tensor, lambda tensor: tensor[:rows], inputs)
+
+
+def size_of(inputs: Any) -> int:
+    """How many samples a batch's inputs hold.
+
+    Raises:
+        ArgumentError: no tensor in them.
+    """
+    tensors: list[Tensor] = []
+    tree_map_only(Tensor, tensors.append, inputs)
+    if not tensors:
+        raise ArgumentError(
+            f"the loader yields inputs of type {type(inputs).__name__} without any tensor; give tensors"
+        )
+    return len(tensors[0])
+
+
+def count(batches: Sequence[Batch]) -> int:
+    """How many samples there are."""
+    return sum(size_of(inputs) for inputs, _ in batches)
+
+
+def tracked(items: Sequence[T], what: str, show_progress: bool) -> Iterable[T]:
+    """The items, with a progress bar on a terminal's stderr."""
+    if not (show_progress and sys.stderr.isatty()):
+        return items
+    from rich.console import Console
+    from rich.progress import track
+
+    return track(items, what, console=Console(stderr=True), transient=True)

@@ -1,0 +1,223 @@
+"""Gradient dominance against gradients taken one by one, and a model that is left as it was."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import exitkit
+from exitkit.analysis import GradientDominance, gradient_dominance
+from exitkit.training import Distillation, Loss, gradients
+from tests.toy import TinyNet
+
+
+class Smooth(nn.Module):
+    """Blocks without dropout, so that two forwards in training mode are the same."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.Sequential(
+            *(nn.Sequential(nn.Linear(6, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Linear(6, 6)) for _ in range(4))
+        )
+        self.linear = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.linear(self.blocks(x))
+        return out
+
+
+def model(method: Any = "ztw") -> exitkit.MultiExitModel:
+    return exitkit.attach(Smooth(), torch.randn(2, 6), every=1, method=method)
+
+
+def batches(number: int = 3, size: int = 16) -> list[tuple[Tensor, Tensor]]:
+    return [(torch.randn(size, 6), torch.randint(3, (size,))) for _ in range(number)]
+
+
+def flat(ee: exitkit.MultiExitModel, loss: Tensor) -> Tensor:
+    """The gradient on the backbone as one float64 vector, by an ordinary backward pass."""
+    ee.zero_grad()
+    loss.backward(retain_graph=True)
+    return torch.cat(
+        [(torch.zeros_like(p) if p.grad is None else p.grad).reshape(-1).double() for p in ee.backbone.parameters()]
+    )
+
+
+def cosine(first: Tensor, second: Tensor) -> float:
+    return float(first @ second / (first.norm() * second.norm()))
+
+
+def test_it_is_the_cosine_of_ordinary_gradients() -> None:
+    ee, data, weights = model(), batches(), [0.5, 1.0, 2.0, 1.5]
+    found = gradient_dominance(ee, data, batches=3, loss=Loss(weights=weights))
+    naive, shares = [], []
+    for inputs, labels in data:
+        twin = copy.deepcopy(ee).train()
+        heads = twin(inputs).heads
+        own = [flat(twin, F.cross_entropy(logits, labels)) for logits in heads]
+        total = flat(twin, sum(w * F.cross_entropy(logits, labels) for w, logits in zip(weights, heads, strict=True)))
+        naive.append([cosine(one, total) for one in own])
+        shares.append([w * float(one @ total / (total @ total)) for w, one in zip(weights, own, strict=True)])
+    assert found.dominance == pytest.approx(np.mean(naive, 0), abs=1e-5)
+    assert found.dominance_spread == pytest.approx(np.std(naive, 0, ddof=1), abs=1e-5)
+    assert found.share == pytest.approx(np.mean(shares, 0), abs=1e-5)
+    assert found.share.sum() == pytest.approx(1, abs=1e-6)
+    assert found.samples == 48
+
+
+def test_memory_in_groups_gives_the_same_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    ee, data = model(), batches()
+    whole = gradient_dominance(ee, data)
+    monkeypatch.setattr(gradients, "GROUP_BYTES", 500)
+    monkeypatch.setattr(gradients, "_CHUNK", 7)
+    assert gradient_dominance(ee, data).gram == pytest.approx(whole.gram, rel=1e-9, abs=1e-12)
+
+
+def test_other_weights_need_no_other_pass() -> None:
+    ee, data, weights = model(), batches(), [0.0, 3.0, 1.0, 0.5]
+    measured = gradient_dominance(ee, data, loss=Loss(weights=weights))
+    worked_out = gradient_dominance(ee, data).weighted(weights)
+    assert worked_out.dominance == pytest.approx(measured.dominance)
+    assert worked_out.ceiling == pytest.approx(measured.ceiling)
+    with pytest.raises(exitkit.ArgumentError, match="weights"):
+        measured.weighted([1.0, 2.0])
+
+
+def test_depth_alone_makes_it_rise() -> None:
+    """Five random gradients of unit length per block, each zero behind its exit."""
+    gram = torch.stack(
+        [torch.diag(torch.tensor([float(i >= block) for i in range(5)])) for block in range(5)]
+    ).double()
+    dominance, share, ceiling = gradients.dominance_of(gram, torch.ones(5, dtype=torch.float64), 5)
+    assert dominance.tolist() == pytest.approx([((i + 1) / 15) ** 0.5 for i in range(5)])
+    assert share.tolist() == pytest.approx([(i + 1) / 15 for i in range(5)])
+    assert ceiling.tolist() == pytest.approx([(n / 15) ** 0.5 for n in (5, 9, 12, 14, 15)])
+
+
+def test_no_dominance_is_above_its_ceiling_and_blocks_behind_an_exit_are_empty() -> None:
+    found = gradient_dominance(model(), batches())
+    assert (found.dominance <= found.ceiling + 1e-9).all()
+    assert found.ceiling[-1] == pytest.approx(1)
+    for block, row in enumerate(found.by_block):
+        assert np.isnan(row[:block]).all()
+        assert np.isfinite(row[block:]).all()
+    assert np.diagonal(found.conflict) == pytest.approx(1)
+
+
+def test_heads_pull_their_own_exit_up_and_stay_under_the_ceiling() -> None:
+    ee, data = model(), batches()
+    shared, whole = gradient_dominance(ee, data), gradient_dominance(ee, data, parameters="all")
+    assert len(whole.by_block) == len(shared.by_block) + 1
+    assert (whole.dominance <= whole.ceiling + 1e-9).all()
+    assert whole.share.sum() == pytest.approx(1)
+
+
+@pytest.mark.parametrize("loss", [Loss(), Loss(distillation=Distillation(weight=2.0), reduction="mean")])
+def test_what_the_objective_holds_besides_is_a_row_of_its_own(loss: Loss) -> None:
+    ee = model("gpf" if loss.distillation is None else "sdn")
+    ((inputs, labels),) = data = batches(1)
+    found = gradient_dominance(ee, data, loss=loss)
+    twin = copy.deepcopy(ee).train()
+    output = twin(inputs)
+    if loss.distillation is None:
+        losses = [F.cross_entropy(logits, labels) for logits in output.heads]
+        assert output.auxiliary is not None
+        total = flat(twin, sum(losses) + sum(output.auxiliary))
+    else:
+        teacher = output.heads[-1].detach().softmax(-1)
+        taught = [2 * -(teacher * logits.log_softmax(-1)).sum(-1).mean() for logits in output.heads[:-1]]
+        losses = [F.cross_entropy(logits, labels) for logits in output.heads]
+        total = flat(twin, (sum(losses) + sum(taught)) / 4)
+    assert found.dominance == pytest.approx([cosine(flat(twin, one), total) for one in losses], abs=1e-5)
+    assert found.rest_share != 0
+    assert found.share.sum() + found.rest_share == pytest.approx(1)
+
+
+def test_everything_is_as_it_was() -> None:
+    ee = exitkit.attach(TinyNet(), torch.randn(2, 1, 8, 8), every=1, method="ztw")
+    ee.train()
+    ee.backbone.blocks[1].eval()
+    ee.backbone.stem.weight.grad = kept = torch.randn_like(ee.backbone.stem.weight)
+    before = {name: value.clone() for name, value in ee.state_dict().items()}
+    modes = [module.training for module in ee.modules()]
+    random = torch.get_rng_state()
+    data = [(torch.randn(8, 1, 8, 8, generator=torch.Generator().manual_seed(1)), torch.arange(8) % 3)]
+    first = gradient_dominance(ee, data)
+    assert all(torch.equal(value, before[name]) for name, value in ee.state_dict().items())
+    assert [module.training for module in ee.modules()] == modes
+    assert torch.equal(torch.get_rng_state(), random)
+    assert ee.backbone.stem.weight.grad is kept
+    assert all(p.grad is None for p in ee.parameters() if p is not ee.backbone.stem.weight)
+    torch.manual_seed(99)  # dropout is on, and seeded
+    assert np.array_equal(gradient_dominance(ee, data).gram, first.gram)
+    assert not np.array_equal(gradient_dominance(ee, data, seed=1).gram, first.gram)
+
+
+def test_a_shuffled_loader_stands_where_it_stood() -> None:
+    generator = torch.Generator().manual_seed(5)
+    data = torch.utils.data.TensorDataset(torch.randn(32, 6), torch.randint(3, (32,)))
+    loader = torch.utils.data.DataLoader(data, batch_size=8, shuffle=True, generator=generator)
+    state = generator.get_state()
+    gradient_dominance(model(), loader)
+    assert torch.equal(generator.get_state(), state)
+
+
+def test_a_frozen_backbone_shares_nothing() -> None:
+    ee = model()
+    ee.backbone.requires_grad_(False)
+    with pytest.raises(exitkit.ArgumentError, match="as_if_unfrozen"):
+        gradient_dominance(ee, batches())
+    assert gradient_dominance(ee, batches(), as_if_unfrozen=True).ceiling[-1] == pytest.approx(1)
+    assert not any(parameter.requires_grad for parameter in ee.backbone.parameters())
+
+
+def test_half_precision_is_measured_in_float32() -> None:
+    ee = model()
+    data = batches()
+    with pytest.warns(UserWarning, match="float32"):
+        found = gradient_dominance(ee.to(torch.bfloat16), data)
+    assert ee.dtype == torch.bfloat16
+    assert np.isfinite(found.gram).all()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        ({"ee": Smooth()}, "attach"),
+        ({"loader": []}, "empty"),
+        ({"loader": [torch.randn(4, 6)]}, "labels"),
+        ({"batches": 0}, "batches"),
+        ({"parameters": "heads"}, "parameters"),
+        ({"loader": [(torch.randn(1, 6), torch.tensor([0]))]}, "one sample"),
+    ],
+)
+def test_bad_input_is_one_clear_error(arguments: dict[str, Any], named: str) -> None:
+    given = {"ee": model(), "loader": batches(1), **arguments}
+    with pytest.raises(exitkit.ExitkitError, match=named):
+        gradient_dominance(**given)
+
+
+def test_results_are_files_tables_and_pictures(tmp_path: Path) -> None:
+    found = gradient_dominance(model(), batches())
+    found.save(tmp_path / "d.safetensors")
+    again = GradientDominance.load(tmp_path / "d.safetensors")
+    assert np.array_equal(again.gram, found.gram)
+    assert (again.seed, again.parameters, str(again.table())) == (0, "backbone", str(found.table()))
+    found.plot(tmp_path / "d.png")
+    assert (tmp_path / "d.png").stat().st_size > 10_000
+    found.table().to_csv(tmp_path / "d.csv")
+    assert (tmp_path / "d.csv").read_text().splitlines()[0].startswith("exit,dominance")
+    damaged = bytearray((tmp_path / "d.safetensors").read_bytes())
+    damaged[-3] ^= 1
+    (tmp_path / "d.safetensors").write_bytes(damaged)
+    with pytest.raises(exitkit.FileError, match="damaged"):
+        GradientDominance.load(tmp_path / "d.safetensors")
+    with pytest.raises(exitkit.FileError, match="cannot be read"):
+        GradientDominance.load(tmp_path / "none.safetensors")
