@@ -5,8 +5,8 @@
 DIR holds ``weights/``, ``imagenette/``, ``text/`` and ``medical/``; ``cifar10/cifar10_train.npz`` and ``cifar10_test.npz`` lie
 in ``--out``. Each row is written as it comes, and a run that was killed goes on. By hand: the three configurations in
 ``retrofit_tasks.py``, trained on the same samples for as many epochs as retrofit's finishing has at most, calibrated on the
-same samples with the same promise; the best of them is shown. *Untouched* samples were seen by nothing; *lost* is the share of them that the backbone
-has right and the policy wrong, which the promise bounds.
+same samples with the same promise; the best of them is shown. *Untouched* samples were seen by nothing; *lost* is the share of
+them that the backbone has right and the policy wrong, which the promise bounds.
 """
 
 from __future__ import annotations
@@ -93,7 +93,11 @@ def _by_hand(way: Way, task: Task, seed: int, args: argparse.Namespace) -> dict[
     split = held_out(task.train, None, seed)
     epochs = EPOCHS[args.effort]
     copies = any(head.startswith("branch") for head in heads)
-    sgd: dict[str, Any] = {"lr": 0.1, "weight_decay": 5e-4, "optimizer": partial(torch.optim.SGD, momentum=0.9, nesterov=True)}
+    sgd: dict[str, Any] = {
+        "lr": 0.1,
+        "weight_decay": 5e-4,
+        "optimizer": partial(torch.optim.SGD, momentum=0.9, nesterov=True),
+    }
     exitkit.Trainer(
         ee,
         epochs=epochs,

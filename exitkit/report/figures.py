@@ -70,7 +70,7 @@ def draw_curves(points: Mapping[str, Points], beside: Path, name: str) -> tuple[
         f"{shown.curve.cost[-1]:.0%}"
         for method, shown in points.items()
     )
-    drawn = _drawn(figure, name, f"Accuracy against average cost, a share of the backbone's MACs: {ends}.")
+    drawn = embedded(figure, name, f"Accuracy against average cost, a share of the backbone's MACs: {ends}.")
     (left, bottom), (right, top) = axes.transData.transform([(0, 0), (1, 1)])
     height = figure.get_size_inches()[1] * _POINTS_PER_INCH
     return drawn, Axis(left, right - left), Axis(height - bottom, bottom - top)
@@ -83,7 +83,7 @@ def draw_hindsight(outputs: Mapping[str, ExitOutputs], beside: Path, name: str) 
     rows = ((method, exit_, value) for method, row in values.items() for exit_, value in enumerate(row))
     _beside(figure, ["method", "exit", "hindsight_improvability"], rows, beside, name)
     last = ", ".join(f"{method} {row[-1]:.0%}" for method, row in values.items())
-    return _drawn(figure, name, f"Hindsight improvability of each exit. Of the backbone's answers: {last}.")
+    return embedded(figure, name, f"Hindsight improvability of each exit. Of the backbone's answers: {last}.")
 
 
 def draw_reliability(outputs: ExitOutputs, beside: Path, name: str) -> Drawn:
@@ -111,7 +111,7 @@ def draw_reliability(outputs: ExitOutputs, beside: Path, name: str) -> Drawn:
     )
     _beside(cells.figure, ["exit", "bin", "confidence", "accuracy", "share"], rows, beside, name)
     listed = ", ".join(f"{exit_name(exit_, exits)} {error:.1%}" for exit_, error in enumerate(errors))
-    return _drawn(
+    return embedded(
         cells.figure,
         name,
         f"Accuracy against confidence at each exit. Expected calibration error: {listed}.",
@@ -231,7 +231,7 @@ def _beside(figure: Figure, heading: Sequence[str], rows: Iterable[Iterable[Any]
     _write_csv(beside.with_name(f"{beside.stem}-{name}.csv"), heading, rows)
 
 
-def _drawn(figure: Figure, name: str, alt: str) -> Drawn:
+def embedded(figure: Figure, name: str, alt: str) -> Drawn:
     """The figure as an SVG element whose ids begin with its name, so that several fit into one page."""
     if figure.get_size_inches()[0] > _WIDTH:
         figure.set_size_inches(_WIDTH, _HEIGHT)

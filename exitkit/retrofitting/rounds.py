@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -97,6 +98,7 @@ class Search:
     say: Callable[[str], None]
     trials: list[Trial] = field(init=False)
     spent: float = 0.0
+    started: float = field(default_factory=time.monotonic)
 
     @property
     def seed(self) -> int:
@@ -125,7 +127,7 @@ class Search:
             epochs = max(1, int(BUDGETS[self.effort] / _SHARE_OF_LIGHT / self._cost(candidates)))
         left = self._train(name, candidates, epochs, 1.0, cached)
         passes = 1 if cached else epochs
-        self.spent += passes * self._prefix(left) + epochs * _BACKWARD * self._heads(left)
+        self._spend(passes * self._prefix(left) + epochs * _BACKWARD * self._heads(left))
         return self._keep(left, name, PRICES[-1])
 
     def _halved(self, candidates: list[int]) -> list[int]:
@@ -137,9 +139,16 @@ class Search:
             passes = each / self._cost(left)
             epochs = max(1, int(passes))
             left = self._train(name, left, epochs, min(1.0, passes / epochs), cache=False)
-            self.spent += epochs * min(1.0, passes / epochs) * self._cost(left)
+            self._spend(epochs * min(1.0, passes / epochs) * self._cost(left))
             left = self._keep(left, name, price)
         return left
+
+    def _spend(self, epochs: float) -> None:
+        """Note so many forwards of the backbone, and say how long the rest of the search may take at the pace so far."""
+        self.spent += epochs
+        budget = BUDGETS[self.effort]
+        minutes = (time.monotonic() - self.started) / 60 * (budget / self.spent - 1)
+        self.say(f"{self.spent:.1f} of {budget:.0f} epochs of the search spent; at most {minutes:.0f} min left of it")
 
     def _cost(self, candidates: Sequence[int]) -> float:
         """Of one pass, in forwards of the backbone: up to the last boundary, and a training step of every head."""
