@@ -31,7 +31,7 @@ class ExitTrainer(Trainer):
 
     Args:
         model: what :func:`exitkit.attach` returned.
-        args, kwargs: as for ``transformers.Trainer``.
+        args: as for ``transformers.Trainer``, as are all others by name.
 
     Raises:
         ArgumentError: a model without exits, or label smoothing.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from importlib.resources import files
 from os import PathLike
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import jinja2
 from markupsafe import Markup
@@ -14,7 +15,9 @@ from exitkit.common.files import replacing
 from exitkit.common.versions import installed_versions
 from exitkit.evaluation.plots import labelled, new_figure
 from exitkit.report.figures import Drawn, embedded
-from exitkit.retrofitting.result import Retrofit
+
+if TYPE_CHECKING:
+    from exitkit.retrofitting.result import Retrofit
 
 
 def write_page(result: Retrofit, path: str | PathLike[str]) -> None:
