@@ -93,7 +93,11 @@ def _by_hand(way: Way, task: Task, seed: int, args: argparse.Namespace) -> dict[
     split = held_out(task.train, None, seed)
     epochs = EPOCHS[args.effort]
     copies = any(head.startswith("branch") for head in heads)
-    sgd: dict[str, Any] = {"lr": 0.1, "weight_decay": 5e-4, "optimizer": partial(torch.optim.SGD, momentum=0.9, nesterov=True)}
+    sgd: dict[str, Any] = {
+        "lr": 0.1,
+        "weight_decay": 5e-4,
+        "optimizer": partial(torch.optim.SGD, momentum=0.9, nesterov=True),
+    }
     exitkit.Trainer(
         ee,
         epochs=epochs,

@@ -347,7 +347,9 @@ def test_other_weights_of_one_architecture_are_told_apart(tmp_path: Path) -> Non
     }
     assert "again – other *" in str(tests)
     assert "* their backbones have other weights" in str(tests)
-    shown = r"backbone of (other has other weights than that of (again|one)|(again|one), (again|one) has .* that of other)"
+    shown = (
+        r"backbone of (other has other weights than that of (again|one)|(again|one), (again|one) has .* that of other)"
+    )
     assert re.search(shown, write_report([tmp_path]).read_text("utf-8"))
 
 

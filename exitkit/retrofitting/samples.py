@@ -195,7 +195,9 @@ class Data:
         """The average loss with which the test is passed half of the time: it allows fewer mistakes than ``max_drop``."""
         samples = len(self.hashes)
         allowed = 0
-        while allowed < samples and self.certifies((np.arange(samples) <= allowed).astype(np.float64)):  # allowed + 1 losses
+        while allowed < samples and self.certifies(
+            (np.arange(samples) <= allowed).astype(np.float64)
+        ):  # allowed + 1 losses
             allowed += 1
         return min(max_drop, (allowed + 2 / 3) / samples)  # about the median of so many losses
 
