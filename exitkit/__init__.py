@@ -56,6 +56,7 @@ __all__ = [
     "Retrofit",
     "TextPreprocessing",
     "Trainer",
+    "analysis",
     "attach",
     "calibration",
     "choose_threshold",

@@ -103,8 +103,13 @@ def test_exits_are_found_inside_a_run(run: Any, bench: Path, tmp_path: Path) -> 
         (("export", "RUN", "--method", "ztw", "--threshold", 0.4), "--trust lets it run"),
         (("export",), "export takes one place with exits: RUN_DIR"),
         (("export", "RUN", "--exits", "RUN"), "export takes one place with exits: RUN_DIR"),
-        (("export", "--exits", "RUN/exits/ztw", "--threshold", 0.4), "--model is missing"),
-        (("export", "--exits", "RUN/exits", "--model", TOY, "--threshold", 0.4), "holds those of pbee, sdn, ztw"),
+        (("export", "nowhere"), "RUN_DIR 'nowhere' is not a directory"),
+        (("export", "--exits", "RUN/exits/ztw", "--model", TOY), "--out is missing"),
+        (("export", "--exits", "RUN/exits/ztw", "--out", "RUN/model.pt2"), "--model is missing"),
+        (
+            ("export", "--exits", "RUN/exits", "--model", TOY, "--out", "RUN/model.pt2"),
+            "holds those of pbee, sdn, ztw",
+        ),
         (("export", "RUN", "--method", "ztw", "--trust", "--threshold", 0.4, "--labels", "a,b"), "labels has 2 names"),
     ],
 )

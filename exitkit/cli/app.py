@@ -8,7 +8,17 @@ from typing import Annotated, Any
 import typer
 
 from exitkit.cli.experiments import bench, init, train
-from exitkit.cli.options import Classes, Device, ModelName, Package, Tau, Trust, Weights, check_folder, check_least
+from exitkit.cli.options import (
+    Classes,
+    ModelName,
+    Package,
+    PackageDevice,
+    Tau,
+    Trust,
+    Weights,
+    check_folder,
+    check_least,
+)
 from exitkit.cli.results import calibrate, compare, report
 from exitkit.common.console import make_console, printable
 from exitkit.common.errors import ArgumentError
@@ -57,7 +67,7 @@ def export(
     run: Annotated[
         Path | None,
         typer.Argument(
-            metavar="[RUN_DIR]",
+            metavar="RUN_DIR",
             help="What exitkit bench, train or demo wrote: its backbone, "
             "exits, calibrated τ, class names and preprocessing are taken; or give --model and --exits",
         ),
@@ -98,8 +108,14 @@ def export(
         raise ArgumentError(
             "export takes one place with exits: RUN_DIR, a folder that exitkit bench or train wrote, or --exits with --model"
         )
+    if run is not None and not run.is_dir():
+        raise ArgumentError(
+            f"RUN_DIR {str(run)!r} is not a directory; give one that exitkit bench, train or demo wrote"
+        )
+    if run is None and out is None:
+        raise ArgumentError("--out is missing: name the file to write, such as model.pt2")
     source = flags_over(find_source(str(run or exits), method), model, weights, num_classes, labels, trust)
-    target = out if out is not None else Path(str(run or exits)) / "model.pt2"
+    target = out or Path(str(run)) / "model.pt2"
     for line in export_source(source, target, threshold, optimize):
         make_console().print(line)
 
@@ -110,13 +126,13 @@ def run(
     inputs: Annotated[list[str], typer.Argument(help="Images and folders; or texts, .txt, .csv, .tsv; - is stdin")],
     batch_size: Annotated[int, typer.Option(help="Samples answered at once")] = 16,
     threshold: Tau = None,
-    device: Device = None,
+    device: PackageDevice = None,
     trust: Trust = False,
 ) -> None:
     """Classify with a package, one JSON line for each input.
 
-    A line has the input, its label, the exit where it left, and the score there. Images that cannot be read are named on stderr
-    and left out; the exit status is then 3.
+    A line has the input, its label, the exit where it left, and the score there. Images that cannot be read are named on
+    stderr and left out; the exit status is then 3.
     """
     import exitkit
     from exitkit.cli.inference import predict
@@ -144,14 +160,14 @@ def bench_latency(
     inputs: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[INPUTS]...",
+            metavar="INPUTS",
             help="Images, folders or texts; an .npy of tensors; or a RUN_DIR. By default the test samples of the run in "
             "whose folder the package lies",
         ),
     ] = None,
     batches: Annotated[str, typer.Option(help="Comma-separated batch sizes")] = "1,8,64",
     threshold: Tau = None,
-    device: Device = None,
+    device: PackageDevice = None,
     trust: Trust = False,
 ) -> None:
     """Time a package on real inputs.

@@ -25,8 +25,8 @@ from exitkit.report.run import INPUTS
 from exitkit.surgery.inputs import Example, call_on
 
 _REPEATS = 30
-_MOST = 256
-"""Samples that are read to be timed on."""
+_MOST = 64
+"""Samples that are timed on."""
 
 
 def latency_table(package: Engine | OnnxBranches, samples: Any, batches: Sequence[int]) -> Table:
@@ -42,12 +42,13 @@ def latency_table(package: Engine | OnnxBranches, samples: Any, batches: Sequenc
         batches: batch sizes; samples are repeated in turn.
     """
     example = Example.of(samples)
-    count = len(example.tensors[0])
+    count = min(_MOST, len(example.tensors[0]))
     table = Table(title=f"milliseconds per batch, {torch.get_num_threads()} threads, {count} different samples")
     for heading in ("batch", "mean", "95%", "no exits", "speedup", "average exit", "exit µs"):
         table.add_column(heading, justify="right")
-    for size in tracked(batches, "timing batch sizes"):
-        given = [_taken(example, run * size, size) for run in range(_REPEATS)]
+    for size in batches:
+        runs = max(_REPEATS, -(-count // size))  # so that every sample is seen
+        given = [_taken(example, range(run * size, (run + 1) * size), count) for run in range(runs)]
         times = _times(lambda batch: call_on(package, batch), given)
         mean = float(np.mean(times))
         row = [f"{size}", f"{1e3 * mean:.2f}", f"{1e3 * float(np.quantile(times, 0.95)):.2f}"]
@@ -62,9 +63,9 @@ def latency_table(package: Engine | OnnxBranches, samples: Any, batches: Sequenc
     return table
 
 
-def _taken(example: Example, start: int, size: int) -> Any:
-    """``size`` samples from ``start`` on, in turn."""
-    rows = torch.arange(start, start + size) % len(example.tensors[0])
+def _taken(example: Example, numbers: range, count: int) -> Any:
+    """Samples of these numbers; those from ``count`` on are the first ones again."""
+    rows = torch.tensor(numbers) % count
     return example.spec.batch(tuple(tensor[rows.to(tensor.device)] for tensor in example.tensors))
 
 
@@ -73,7 +74,7 @@ def _times(run: Callable[[Any], Any], batches: Sequence[Any]) -> list[float]:
     for batch in batches[:2]:
         run(batch)
     times = []
-    for batch in batches:
+    for batch in tracked(batches, "runs timed"):
         started = time.perf_counter()
         run(batch)
         times.append(time.perf_counter() - started)

@@ -24,7 +24,8 @@ Cache = Annotated[
     bool,
     typer.Option("--cache", help="Run the backbone once, and train on its features from a file; as augmented then"),
 ]
-Device = Annotated[str | None, typer.Option(help="cpu or cuda; by default the one there is")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N; by default a GPU where there is one")]
+PackageDevice = Annotated[str | None, typer.Option(help="cpu or cuda; by default cpu, or what it was compiled for")]
 Tau = Annotated[float | None, typer.Option(help="Another τ than the package's")]
 RunDirectory = Annotated[Path, typer.Argument(metavar="RUN_DIR", help="What exitkit bench, train or demo wrote")]
 
