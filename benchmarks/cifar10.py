@@ -81,17 +81,16 @@ def main() -> None:
     for seed in range(setting["seeds"]):
         console.print(f"seed {seed}")
         training = {"epochs": setting["epochs"], "milestones": setting["milestones"], "seed": seed}
-        runs.append(
-            compare(
-                backbone,
-                [SDN(), PBEE(), ZTW()],
-                Augmented(*train),
-                batches,
-                placement={"every": 1, "head": "conv"},
-                training={**training, "weight_decay": WEIGHT_DECAY},
-                report=console.print,
-            )
+        compared = compare(
+            backbone,
+            [SDN(), PBEE(), ZTW()],
+            Augmented(*train),
+            batches,
+            placement={"every": 1, "head": "conv"},
+            training={**training, "weight_decay": WEIGHT_DECAY},
+            report=console.print,
         )
+        runs.append({name: one.outputs for name, one in compared})
     after = _accuracy(backbone, batches, device)
     seconds = time.perf_counter() - started
     console.print(f"backbone before and after: {before:.2%}, {after:.2%}. {seconds:.0f} s on {machine()['device']}")

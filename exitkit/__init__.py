@@ -1,35 +1,36 @@
 """exitkit: early exits for pretrained classifiers, with the saved compute made real."""
 
-import importlib
-from typing import Any
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-from exitkit.common.torchvision_guard import make_torchvision_importable as _make_torchvision_importable
+from exitkit.common.torchvision_guard import make_torchvision_importable_when_asked
 
-_make_torchvision_importable()
+if TYPE_CHECKING:
+    from exitkit import analysis, calibration, evaluation, models, training
+    from exitkit.calibration.risk_control import choose_threshold
+    from exitkit.common.allocator import keep_memory
+    from exitkit.common.errors import (
+        ArgumentError,
+        DivergedError,
+        ExitkitError,
+        FileError,
+        HubError,
+        NotCapturableError,
+    )
+    from exitkit.engine import Engine, Prediction, compile, time_exits
+    from exitkit.evaluation import ExitOutputs, collect
+    from exitkit.methods.policy import ExitPolicy, Guarantee
+    from exitkit.methods.presets import GPF, PBEE, SDN, ZTW, BranchyNet, Method
+    from exitkit.multi_exit.attaching import attach, detach
+    from exitkit.multi_exit.inspection import inspect
+    from exitkit.multi_exit.model import MultiExitModel
+    from exitkit.multi_exit.output import MultiExitOutput
+    from exitkit.multi_exit.preprocessing import ImagePreprocessing, TextPreprocessing
+    from exitkit.packages import export, load
+    from exitkit.retrofitting import Retrofit, retrofit
+    from exitkit.training import Trainer
 
-from exitkit import calibration, evaluation, models, training  # noqa: E402
-from exitkit.calibration.risk_control import choose_threshold  # noqa: E402
-from exitkit.common.allocator import keep_memory  # noqa: E402
-from exitkit.common.errors import (  # noqa: E402
-    ArgumentError,
-    DivergedError,
-    ExitkitError,
-    FileError,
-    HubError,
-    NotCapturableError,
-)
-from exitkit.engine import Engine, Prediction, compile, time_exits  # noqa: E402
-from exitkit.evaluation import ExitOutputs, collect  # noqa: E402
-from exitkit.methods.policy import ExitPolicy, Guarantee  # noqa: E402
-from exitkit.methods.presets import GPF, PBEE, SDN, ZTW, BranchyNet, Method  # noqa: E402
-from exitkit.multi_exit.attaching import attach, detach  # noqa: E402
-from exitkit.multi_exit.inspection import inspect  # noqa: E402
-from exitkit.multi_exit.model import MultiExitModel  # noqa: E402
-from exitkit.multi_exit.output import MultiExitOutput  # noqa: E402
-from exitkit.multi_exit.preprocessing import ImagePreprocessing, TextPreprocessing  # noqa: E402
-from exitkit.packages import export, load  # noqa: E402
-from exitkit.retrofitting import Retrofit, retrofit  # noqa: E402
-from exitkit.training import Trainer  # noqa: E402
+make_torchvision_importable_when_asked()
 
 __all__ = [
     "GPF",
@@ -55,6 +56,7 @@ __all__ = [
     "Retrofit",
     "TextPreprocessing",
     "Trainer",
+    "analysis",
     "attach",
     "calibration",
     "choose_threshold",
@@ -73,8 +75,54 @@ __all__ = [
 ]
 
 
+_ROOMS = ["analysis", "calibration", "evaluation", "models", "training"]
+_HOMES = {
+    "choose_threshold": "exitkit.calibration.risk_control",
+    "keep_memory": "exitkit.common.allocator",
+    "ArgumentError": "exitkit.common.errors",
+    "DivergedError": "exitkit.common.errors",
+    "ExitkitError": "exitkit.common.errors",
+    "FileError": "exitkit.common.errors",
+    "HubError": "exitkit.common.errors",
+    "NotCapturableError": "exitkit.common.errors",
+    "Engine": "exitkit.engine",
+    "Prediction": "exitkit.engine",
+    "compile": "exitkit.engine",
+    "time_exits": "exitkit.engine",
+    "ExitOutputs": "exitkit.evaluation",
+    "collect": "exitkit.evaluation",
+    "ExitPolicy": "exitkit.methods.policy",
+    "Guarantee": "exitkit.methods.policy",
+    "GPF": "exitkit.methods.presets",
+    "PBEE": "exitkit.methods.presets",
+    "SDN": "exitkit.methods.presets",
+    "ZTW": "exitkit.methods.presets",
+    "BranchyNet": "exitkit.methods.presets",
+    "Method": "exitkit.methods.presets",
+    "attach": "exitkit.multi_exit.attaching",
+    "detach": "exitkit.multi_exit.attaching",
+    "inspect": "exitkit.multi_exit.inspection",
+    "MultiExitModel": "exitkit.multi_exit.model",
+    "MultiExitOutput": "exitkit.multi_exit.output",
+    "ImagePreprocessing": "exitkit.multi_exit.preprocessing",
+    "TextPreprocessing": "exitkit.multi_exit.preprocessing",
+    "export": "exitkit.packages",
+    "load": "exitkit.packages",
+    "Retrofit": "exitkit.retrofitting",
+    "retrofit": "exitkit.retrofitting",
+    "Trainer": "exitkit.training",
+}
+"""Where each public name is: what one needs is imported when it is first used, so that the command line is there at once."""
+
+
 def __getattr__(name: str) -> Any:
-    """``exitkit.analysis`` is imported when it is asked for."""
-    if name == "analysis":
-        return importlib.import_module("exitkit.analysis")
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name in _ROOMS:
+        return import_module(f"exitkit.{name}")
+    if name not in _HOMES:
+        raise AttributeError(f"module 'exitkit' has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(_HOMES[name]), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

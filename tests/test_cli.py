@@ -97,7 +97,9 @@ def test_bench_on_arrays_writes_everything(run: Run, images: Path, tmp_path: Pat
     assert "ztw" in printed
     assert {path.name for path in out.iterdir()} == {
         "curve.png",
+        "exits",
         "hindsight.png",
+        "inputs.safetensors",
         "results.json",
         "samples.json",
         *(f"outputs-{method}.safetensors" for method in ("sdn", "pbee", "ztw")),
@@ -201,9 +203,7 @@ def test_bench_says_how_many_threads_it_computes_with(
     seen = []
     before = torch.get_num_threads()
     torch.set_num_threads(3)
-    monkeypatch.setattr("exitkit.cli.app.compare", lambda *_, **__: seen.append(torch.get_num_threads()) or {})
-    monkeypatch.setattr("exitkit.cli.app.write_results", lambda *_: None)
-    monkeypatch.setattr("exitkit.cli.app.comparison_table", lambda *_: "")
+    monkeypatch.setattr("exitkit.cli.bench.compare", lambda *_, **__: seen.append(torch.get_num_threads()) or {})
     try:
         printed = run("bench", "--model", TOY, "--data", images, "--out", tmp_path / "out", *flags)
         assert torch.get_num_threads() == 3
@@ -319,4 +319,20 @@ def test_test_images_of_other_classes_are_refused(refused: Run, tmp_path: Path) 
         *("bench", "--model", "torchvision:squeezenet1_1", "--data", tmp_path / "train", "--test", tmp_path / "test"),
         *("--out", tmp_path / "run"),
     )
-    assert "['b', 'c']" in error
+    assert f"--test '{tmp_path / 'test'}' has the classes ['b', 'c']" in error
+
+
+def test_what_is_wrong_with_test_samples_is_said_of_them(refused: Run, images: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "data" / "a").mkdir(parents=True)
+    from PIL import Image
+
+    Image.new("RGB", (40, 40)).save(tmp_path / "data" / "a" / "0.png")
+    np.savez(tmp_path / "foreign.npz", x=np.zeros(3))
+    for model, data, test in (
+        ("torchvision:squeezenet1_1", tmp_path / "data", tmp_path / "empty"),
+        (TOY, images, tmp_path / "foreign.npz"),
+    ):
+        error = refused("bench", "--model", model, "--data", data, "--test", test, "--out", tmp_path / "run")
+        assert f"--test '{test}'" in error
+        assert "--data" not in error

@@ -68,11 +68,30 @@ def test_images_and_folders(package: Path, pictures: Path) -> None:
     assert {json.loads(line)["exit"] for line in run("run", package, pictures, "--threshold", "2")} == {1}
 
 
-def test_times_beside_a_run_in_which_nobody_leaves(package: Path) -> None:
-    shown = "\n".join(run("bench-latency", package, "--batches", "1,2"))
+def test_times_beside_a_run_in_which_nobody_leaves(package: Path, pictures: Path) -> None:
+    shown = "\n".join(run("bench-latency", package, pictures, "--batches", "1,2"))
+    assert "3 different samples" in shown
     assert "no exits" in shown
     assert "µs" in shown
     assert "×" in shown
+
+
+def test_noise_is_not_timed(package: Path) -> None:
+    with pytest.raises(exitkit.ArgumentError, match="noise would not leave where real samples do"):
+        CliRunner().invoke(app, ["bench-latency", str(package)], catch_exceptions=False)
+
+
+def test_the_average_exit_is_that_of_all_samples_given(package: Path, tmp_path: Path) -> None:
+    """At batch size 1 too, where a run sees one sample: τ between the samples' scores lets some leave."""
+    samples = torch.randn(4, 3, 160, 160, generator=torch.Generator().manual_seed(1))
+    np.save(tmp_path / "four.npy", samples.numpy())
+    everyone = exitkit.load(package, threshold=-1.0, trust=True)
+    tau = float(everyone(samples).score.double().sort().values[1:3].mean())
+    expected = float(exitkit.load(package, threshold=tau, trust=True)(samples).exit.float().mean())
+    assert 0 < expected < 1
+    flags = ("--trust", "--threshold", str(tau), "--batches", "1,4")
+    rows = [line for line in run("bench-latency", package, tmp_path / "four.npy", *flags) if "×" in line]
+    assert [row.split("│")[6].strip() for row in rows] == [f"{expected:.2f}"] * 2
 
 
 def test_texts(tmp_path: Path) -> None:
@@ -115,7 +134,9 @@ def test_texts(tmp_path: Path) -> None:
         (["run", "PACKAGE", "0.png", "--batch-size", "0"], r"--batch-size 0 must be at least 1"),
         (["run", "nowhere.pt2", "0.png"], r"'nowhere\.pt2' does not exist"),
         (["bench-latency", "PACKAGE", "--batches", "1,x"], r"--batches '1,x' must be numbers"),
-        (["bench-latency", "PACKAGE", "--inputs", "notes.txt"], r"cannot be read as \.npy"),
+        (["bench-latency", "PACKAGE", "notes.npy"], r"notes\.npy' cannot be read as \.npy"),
+        (["bench-latency", "PACKAGE", "notes.txt"], r"notes\.txt' cannot be read as an image"),
+        (["bench-latency", "PACKAGE", "no/folder"], r"'no/folder' does not exist"),
         (["run", "PACKAGE", "0.png", "--device", "gpu"], r"device='gpu' is not a device of torch"),
     ],
 )

@@ -313,7 +313,7 @@ def test_labels_of_any_kind(tmp_path: Path, rows: list[tuple[str, str]], message
 
 def test_sources_of_any_length() -> None:
     from exitkit.cli.data import load_data
-    from exitkit.cli.inference import batch_sizes
+    from exitkit.cli.latency import batch_sizes
     from exitkit.cli.sources import load_model
 
     for call in (

@@ -8,6 +8,7 @@ import inspect
 import json
 import pkgutil
 import re
+import resource
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -145,6 +146,8 @@ def test_importing_costs_nothing_that_nobody_asked_for() -> None:
 import json, sys, torch
 before = set(sys.modules)
 import exitkit
+for name in exitkit.__all__:
+    getattr(exitkit, name)
 print(json.dumps(sorted(set(sys.modules) - before)))
 """
     done = subprocess.run(
@@ -153,6 +156,44 @@ print(json.dumps(sorted(set(sys.modules) - before)))
     loaded = {name.partition(".")[0] for name in json.loads(done.stdout)}
     assert "exitkit" in loaded
     assert not loaded & set(HEAVY)
+
+
+def test_every_public_name_is_where_it_is_said_to_be() -> None:
+    """For type checkers they are imported; at run time they are looked up in a table, of the same names and modules."""
+    tree = ast.parse((PACKAGE / "__init__.py").read_text(encoding="utf-8"))
+    declared = {
+        alias.name: str(statement.module)
+        for block in tree.body
+        if isinstance(block, ast.If)
+        for statement in block.body
+        if isinstance(statement, ast.ImportFrom)
+        for alias in statement.names
+    }
+    rooms = {name for name, module in declared.items() if module == "exitkit"}
+    assert {name: module for name, module in declared.items() if name not in rooms} == exitkit._HOMES
+    assert rooms == set(exitkit._ROOMS)
+    assert set(exitkit.__all__) == set(declared)
+    for name in exitkit.__all__:
+        assert getattr(exitkit, name) is not None
+    assert set(exitkit.__all__) <= set(dir(exitkit))
+
+
+def test_help_is_there_at_once() -> None:
+    """Without torch, in less than a second of CPU."""
+    code = """
+import sys
+from exitkit.cli.app import app
+try:
+    app(sys.argv[1:])
+except SystemExit:
+    assert "torch" not in sys.modules
+    raise
+"""
+    for arguments in (["--help"], ["report", "--help"], ["train", "-h"], ["export", "-h"], ["calibrate", "-h"]):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, check=True, cwd=ROOT)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1
 
 
 def test_no_public_name_is_lost() -> None:

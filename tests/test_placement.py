@@ -62,9 +62,34 @@ def test_every_block_by_default(tiny_net: TinyNet) -> None:
     assert names(exitkit.attach(tiny_net, images())) == ["blocks.0", "blocks.1", "blocks.2"]
 
 
-def test_at_orders_by_execution_and_takes_each_once(tiny_net: TinyNet) -> None:
-    ee = exitkit.attach(tiny_net, images(), at=["blocks.2", "stem", "blocks.2"])
-    assert names(ee) == ["stem", "blocks.2"]
+def test_at_orders_by_execution(tiny_net: TinyNet) -> None:
+    assert names(exitkit.attach(tiny_net, images(), at=["blocks.2", "stem"])) == ["stem", "blocks.2"]
+
+
+def test_at_takes_the_numbers_that_inspect_prints(tiny_net: TinyNet, capsys: pytest.CaptureFixture[str]) -> None:
+    exitkit.inspect(tiny_net, images())
+    printed = dict(line.split()[:2] for line in capsys.readouterr().out.splitlines() if line.strip()[:1].isdigit())
+    assert len(printed) == 4
+    for number, name in printed.items():
+        assert names(exitkit.attach(tiny_net, images(), at=[int(number)])) == [name]
+    assert names(exitkit.attach(tiny_net, images(), at=[2, "blocks.0"])) == ["blocks.0", "blocks.2"]
+
+
+@pytest.mark.parametrize(
+    ("at", "message"),
+    [
+        ([4], "4 is no block's number; they go from 0 to 3"),
+        ([-1], "-1 is no block's number"),
+        ([True], "at=True is unknown"),
+        (["blocks.2", "stem", "blocks.2"], "one is named twice"),
+        (["blocks.2", 2], "one is named twice"),
+        (["blocks", "blocks.3"], "one is named twice"),
+        (0, "at=\\[0\\]"),
+    ],
+)
+def test_wrong_at_is_refused(tiny_net: TinyNet, at: Any, message: str) -> None:
+    with pytest.raises(exitkit.ArgumentError, match=message):
+        exitkit.attach(tiny_net, images(), at=at)
 
 
 def test_at_takes_the_name_of_any_call_that_ends_there(tiny_net: TinyNet) -> None:

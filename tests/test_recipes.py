@@ -94,7 +94,7 @@ def test_a_run_writes_exits_and_results(run: Any, recipe: Any, tmp_path: Path) -
     assert len(results["methods"]["ztw"]["accuracy_per_exit"]) == 2
     torch.manual_seed(0)
     loaded = exitkit.MultiExitModel.from_pretrained(
-        load_model("tests.toy:net"), tmp_path / "out" / "exits", torch.zeros(2, 1, 8, 8)
+        load_model("tests.toy:net"), tmp_path / "out" / "exits" / "ztw", torch.zeros(2, 1, 8, 8)
     )
     assert len(loaded.boundaries) == 1
     assert not (tmp_path / "out" / "backbone.safetensors").exists()
@@ -115,7 +115,7 @@ def test_a_run_of_its_own_weights_gives_the_same_numbers(run: Any, recipe: Any, 
     run("train", "--trust", recipe(), "--out", tmp_path / "out", "--set", "trainer.regime=mixed")
     weights = tmp_path / "out" / "backbone.safetensors"
     backbone = load_model("tests.toy:net", str(weights)).eval()
-    ee = exitkit.MultiExitModel.from_pretrained(backbone, tmp_path / "out" / "exits", torch.zeros(2, 1, 8, 8))
+    ee = exitkit.MultiExitModel.from_pretrained(backbone, tmp_path / "out" / "exits" / "ztw", torch.zeros(2, 1, 8, 8))
     saved = exitkit.ExitOutputs.load(tmp_path / "out" / "outputs-ztw.safetensors")
     from exitkit.cli.data import load_data
 

@@ -1,12 +1,11 @@
-"""Methods side by side on one backbone: trained, evaluated, tabulated, plotted."""
+"""Methods side by side on one backbone: trained, evaluated, tabulated."""
 
 from __future__ import annotations
 
-import json
 import platform
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, replace
-from pathlib import Path
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from copy import copy
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,17 +14,24 @@ from torch import nn
 
 from exitkit.common.batches import move, split_batch
 from exitkit.common.errors import ExitkitError
-from exitkit.common.files import replacing
-from exitkit.evaluation import ExitOutputs, collect, plot_curves, plot_hindsight
+from exitkit.evaluation import ExitOutputs, collect
 from exitkit.methods.presets import Method
 from exitkit.multi_exit.attaching import attach
 from exitkit.multi_exit.model import MultiExitModel
-from exitkit.report import Stage, stages_of, write_samples
-from exitkit.report.run import THRESHOLDS
+from exitkit.report import Stage, stages_of
 from exitkit.surgery.inputs import Example
 from exitkit.training import Trainer
 
 _TIMED = 32
+
+
+@dataclass(frozen=True, eq=False)
+class Trained:
+    """A method's exits, their outputs on the test samples, and the stages as they were timed."""
+
+    model: MultiExitModel
+    outputs: ExitOutputs
+    stages: tuple[Stage, ...]
 
 
 def compare(
@@ -37,15 +43,12 @@ def compare(
     training: Mapping[str, Any],
     example_inputs: Any = None,
     report: Callable[[str], None] = print,
-    stages: dict[str, tuple[Stage, ...]] | None = None,
-) -> dict[str, ExitOutputs]:
-    """Train every method's exits on the frozen backbone and collect their outputs on ``test``.
+) -> Iterator[tuple[str, Trained]]:
+    """Train every method's exits on the frozen backbone and collect their outputs on ``test``; one method after another.
 
-    Methods that differ in their criterion alone (SDN and PBEE) share their trained exits. ``stages``, where given, is
-    filled with every method's stages, timed on the first test samples.
+    Methods that differ in their criterion alone (SDN and PBEE) share their trained exits.
     """
-    trained: dict[Method, tuple[ExitOutputs, tuple[Stage, ...]]] = {}
-    results = {}
+    trained: dict[Method, Trained] = {}
     for method in methods:
         parts = replace(method, name="", criterion="confidence")
         if parts not in trained:
@@ -55,13 +58,15 @@ def compare(
                 f"{method.name}: {len(model.boundaries)} exits, heads add {head_share(model):.1%} of the backbone's MACs"
             )
             Trainer(model, **training).fit(train)
-            outputs = collect(model, test)
-            trained[parts] = outputs, () if stages is None else timed_stages(model, test, report)
-        outputs, timed = trained[parts]
-        results[method.name] = replace(outputs, criterion=method.score.name)
-        if stages is not None:
-            stages[method.name] = timed
-    return results
+            trained[parts] = Trained(model, collect(model, test), timed_stages(model, test, report))
+        yield method.name, _scored_by(method, trained[parts])
+
+
+def _scored_by(method: Method, trained: Trained) -> Trained:
+    """The same exits, whose samples leave by the score of ``method``."""
+    model = copy(trained.model)
+    model.method = method
+    return replace(trained, model=model, outputs=replace(trained.outputs, criterion=method.score.name))
 
 
 def timed_stages(model: MultiExitModel, test: Iterable[Any], report: Callable[[str], None]) -> tuple[Stage, ...]:
@@ -99,47 +104,6 @@ def _caption(results: Mapping[str, ExitOutputs]) -> str:
         f"backbone: {accuracy:.2%}. Accuracy at the highest τ whose average cost stays under each share of the unmodified "
         "backbone's MACs."
     )
-
-
-def write_results(
-    results: Mapping[str, ExitOutputs],
-    directory: Path,
-    about: Mapping[str, Any],
-    stages: Mapping[str, Sequence[Stage]],
-    dataset: Any,
-) -> None:
-    """Write ``results.json``, ``curve.png``, ``hindsight.png`` and each method's outputs to ``directory``.
-
-    A few samples of ``dataset``, which the outputs were collected on, go to ``samples.json``.
-    """
-    directory.mkdir(parents=True, exist_ok=True)
-    for name, outputs in results.items():
-        outputs.save(directory / f"outputs-{name}.safetensors")
-    plot_curves({name: outputs.curve() for name, outputs in results.items()}, directory / "curve.png")
-    plot_hindsight(
-        {name: outputs.hindsight_improvability() for name, outputs in results.items()}, directory / "hindsight.png"
-    )
-    summary = {
-        "about": {**about, **machine()},
-        "methods": {name: _summary(outputs, stages[name]) for name, outputs in results.items()},
-    }
-    (directory / THRESHOLDS).unlink(missing_ok=True)  # chosen on the outputs before these
-    write_samples(directory, dataset, results)
-    with replacing(directory / "results.json") as temporary:
-        temporary.write_text(json.dumps(summary, indent=2))
-
-
-def _summary(outputs: ExitOutputs, stages: Sequence[Stage]) -> dict[str, Any]:
-    rows = outputs.curve().budget_table().rows
-    return {
-        "criterion": outputs.criterion,
-        "backbone_macs": outputs.backbone_macs,
-        "cost_per_exit": outputs.costs.tolist(),
-        "accuracy_per_exit": outputs.accuracy().tolist(),
-        "hindsight_improvability": outputs.hindsight_improvability().tolist(),
-        "budgets": {name: None if point is None else point.to_dict() for name, point in rows.items()},
-        "stages": [asdict(stage) for stage in stages],
-    }
 
 
 def machine() -> dict[str, str]:

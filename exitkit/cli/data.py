@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset, random_
 from exitkit.cli.unpacking import check_inflation, prepared_image
 from exitkit.common.errors import ArgumentError, FileError
 from exitkit.common.torchvision_guard import import_torchvision
-from exitkit.multi_exit.preprocessing import IMAGENET_MEAN, IMAGENET_STD, ImagePreprocessing
+from exitkit.multi_exit.preprocessing import ImagePreprocessing, default_statistics
 from exitkit.multi_exit.saving.hub import refuse_local_path
 
 _HELD_OUT = 0.2
@@ -31,12 +31,17 @@ _LABEL_DIGITS = 9
 
 @dataclass(frozen=True)
 class Split:
-    """Training and test samples, and how they become batches; of images, a black pixel, normalised, per channel."""
+    """Training and test samples, and how they become batches; of images, how they became tensors."""
 
     train: Dataset[Any]
     test: Dataset[Any]
     collate: Callable[..., Any] | None = None
-    black: tuple[float, ...] = ()
+    preprocessing: ImagePreprocessing | None = None
+
+    @property
+    def black(self) -> tuple[float, ...]:
+        """Of images, a black pixel, normalised, per channel."""
+        return () if self.preprocessing is None else self.preprocessing.black
 
     def loaders(self, batch: int, limit: int | None, seed: int) -> tuple[DataLoader[Any], DataLoader[Any]]:
         """Shuffled training batches (of ``limit`` samples at most) and test batches."""
@@ -111,45 +116,45 @@ def normalise(
         if pixels.shape[2:] != tuple(size[1:]):
             pixels = F.interpolate(pixels, tuple(size[1:]), mode="bilinear", antialias=True)
     channels = pixels.shape[1]
-    centre = torch.tensor(mean or (IMAGENET_MEAN if channels == 3 else [0.5] * channels))
-    spread = torch.tensor(std or (IMAGENET_STD if channels == 3 else [0.5] * channels))
-    return (pixels - centre.view(-1, 1, 1)) / spread.view(-1, 1, 1)
+    centre, spread = default_statistics(channels)
+    return (pixels - torch.tensor(mean or centre).view(-1, 1, 1)) / torch.tensor(std or spread).view(-1, 1, 1)
 
 
 def _arrays(path: Path, model: nn.Module, test: str | None) -> Split:
     """``images``/``labels``, or MedMNIST's ``train_images``, ``train_labels``, ``test_images``, ``test_labels``."""
-    arrays = _read_npz(path)
+    arrays, given = _read_npz(path), f"--data {str(path)!r}"
     declared = ImagePreprocessing.of(model)
     size, mean, std = (None,) * 3 if declared is None else (declared.size, declared.mean, declared.std)
 
-    def samples(source: dict[str, Any], prefix: str, origin: Path) -> TensorDataset:
+    def samples(source: dict[str, Any], prefix: str, origin: str) -> TensorDataset:
         names = f"{prefix}images", f"{prefix}labels"
         if any(name not in source for name in names):
-            raise ArgumentError(f"{str(origin)!r} holds {str(sorted(source))[:200]}, but needs 'images' and 'labels'")
+            raise ArgumentError(f"{origin} holds {str(sorted(source))[:200]}, but needs 'images' and 'labels'")
         images, labels = source[names[0]], np.asarray(source[names[1]]).reshape(-1)
         if images.dtype != np.uint8 or images.ndim not in (3, 4) or len(images) != len(labels) or not len(images):
             raise ArgumentError(
-                f"{str(origin)!r} has images of dtype {images.dtype} and shape {images.shape} and {len(labels)} labels; "
+                f"{origin} has images of dtype {images.dtype} and shape {images.shape} and {len(labels)} labels; "
                 "expected uint8 (N, H, W) or (N, H, W, C), as many labels, and N > 0"
             )
         channels = 1 if images.ndim == 3 else images.shape[-1]
         if size is not None and channels not in (1, size[0]):
-            raise ArgumentError(f"{str(origin)!r} has {channels} channels, but the model takes {size[0]}")
+            raise ArgumentError(f"{origin} has {channels} channels, but the model takes {size[0]}")
         if not np.issubdtype(labels.dtype, np.integer):
-            raise ArgumentError(f"{str(origin)!r} has labels of dtype {labels.dtype}; expected class indices from 0")
+            raise ArgumentError(f"{origin} has labels of dtype {labels.dtype}; expected class indices from 0")
         return TensorDataset(normalise(images, size, mean, std), torch.as_tensor(labels.astype(np.int64)))
 
     train: Dataset[Any]
     held_out: Dataset[Any]
     if test is not None:
-        train, held_out = samples(arrays, "", path), samples(_read_npz(Path(test)), "", Path(test))
+        train, held_out = samples(arrays, "", given), samples(_read_npz(Path(test)), "", f"--test {test!r}")
     elif "train_images" in arrays:
-        train, held_out = samples(arrays, "train_", path), samples(arrays, "test_", path)
+        train, held_out = samples(arrays, "train_", given), samples(arrays, "test_", given)
     else:
-        train, held_out = _hold_out(samples(arrays, "", path))
-    channels = train[0][0].shape[0]
-    black = normalise(np.zeros((1, 1, 1, channels), np.uint8), mean=mean, std=std)
-    return Split(train, held_out, black=tuple(black.flatten().tolist()))
+        train, held_out = _hold_out(samples(arrays, "", given))
+    shape = tuple(train[0][0].shape)
+    centre, spread = default_statistics(shape[0])
+    normal = tuple(mean or centre), tuple(std or spread)
+    return Split(train, held_out, preprocessing=ImagePreprocessing(shape, *normal, 1.0, "bilinear", "squash"))
 
 
 def _read_npz(path: Path) -> dict[str, Any]:
@@ -169,25 +174,27 @@ def _image_folder(path: Path, model: nn.Module, test: str | None) -> Split:
     datasets = import_torchvision("datasets", "an image folder")
     preprocessing = _image_preprocessing(model)
 
-    def folder(at: Path) -> Any:
+    def folder(at: Path, option: str = "--data") -> Any:
         try:
             return datasets.ImageFolder(str(at), loader=partial(prepared_image, preprocessing=preprocessing))
         except (FileNotFoundError, OSError) as error:
             raise ArgumentError(
-                f"--data {str(at)!r} is not an image folder (one subfolder per class): {error}"
+                f"{option} {str(at)!r} is not an image folder (one subfolder per class): {error}"
             ) from error
 
     parts = {name: path / name for name in ("train", "val", "test") if (path / name).is_dir()}
     held_out = Path(test) if test is not None else parts.get("test", parts.get("val"))
     if held_out is None:
-        return Split(*_hold_out(folder(path)), black=preprocessing.black)
-    train_set, test_set = folder(parts.get("train", path)), folder(held_out)
+        return Split(*_hold_out(folder(path)), preprocessing=preprocessing)
+    train_set = folder(parts.get("train", path))
+    option = "--data" if test is None else "--test"
+    test_set = folder(held_out, option)
     if train_set.class_to_idx != test_set.class_to_idx:
         raise ArgumentError(
-            f"{str(held_out)!r} has the classes {test_set.classes[:5]}, but the training folder has {train_set.classes[:5]} "
-            "(first five of each); both need the same subfolders"
+            f"{option} {str(held_out)!r} has the classes {test_set.classes[:5]}, but the training folder has "
+            f"{train_set.classes[:5]} (first five of each); both need the same subfolders"
         )
-    return Split(train_set, test_set, black=preprocessing.black)
+    return Split(train_set, test_set, preprocessing=preprocessing)
 
 
 def _torchvision_dataset(name: str, model: nn.Module) -> Split:
@@ -202,7 +209,7 @@ def _torchvision_dataset(name: str, model: nn.Module) -> Split:
         raise ArgumentError(
             f"--data {name}: {type(error).__name__}: {error}. Files are looked for in ./data"
         ) from error
-    return Split(train, test, black=preprocessing.black)
+    return Split(train, test, preprocessing=preprocessing)
 
 
 def _text(path: Path, test: str | None, tokenizer: str | None, numbers: bool, pairs: bool, max_tokens: int) -> Split:
@@ -212,6 +219,8 @@ def _text(path: Path, test: str | None, tokenizer: str | None, numbers: bool, pa
     encode = load_tokenizer(tokenizer)
     rows = _read_text(path, pairs)
     names = (_numbers if numbers else _label_indices)({label for _, label in rows})
+    if not numbers and not all(label.strip().isdecimal() for label in names):
+        rows.classes = list(names)
 
     def collate(batch: list[tuple[Any, str]]) -> dict[str, Tensor]:
         texts = [text for text, _ in batch]
@@ -247,7 +256,13 @@ def load_tokenizer(name: str) -> Any:
         raise ArgumentError(f"--model hf:{name} has no tokenizer: {error}") from error
 
 
-def _read_text(path: Path, pairs: bool) -> list[tuple[Any, str]]:
+class _Rows(list[tuple[Any, str]]):
+    """Rows of text and label, and the names of the classes where labels are words, as torchvision's data sets have them."""
+
+    classes: list[str] | None = None
+
+
+def _read_text(path: Path, pairs: bool) -> _Rows:
     """A text, or a pair of texts, and a label of each row."""
     try:
         with path.open(newline="", encoding="utf-8") as file:
@@ -260,7 +275,7 @@ def _read_text(path: Path, pairs: bool) -> list[tuple[Any, str]]:
         raise ArgumentError(
             f"{str(path)!r} has a row of {len(short)} columns, but pairs are two texts and a label: {str(short)[:200]}"
         )
-    return [((row[0], row[1]) if pairs else row[0], row[-1]) for row in rows]
+    return _Rows(((row[0], row[1]) if pairs else row[0], row[-1]) for row in rows)
 
 
 def cells(file: Iterable[str], path: Path) -> Iterator[list[str]]:

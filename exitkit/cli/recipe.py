@@ -129,12 +129,7 @@ class Recipe:
         name = options.pop("name", "adam")
         if not isinstance(name, str) or name not in OPTIMIZERS:
             raise unknown_name("optimizer.name", name, OPTIMIZERS)
-        own = [
-            key
-            for key in inspect.signature(OPTIMIZERS[name]).parameters
-            if key not in ("params", "lr", "weight_decay")
-        ]
-        _check_keys("optimizer.", options, own)
+        _check_keys("optimizer.", options, _optimizer_keys(OPTIMIZERS[name]))
         make = partial(OPTIMIZERS[name], **options)
         _made("optimizer", make, {"params": [torch.nn.Parameter(torch.zeros(1))], "lr": 1e-3})
         return make
@@ -171,22 +166,18 @@ def read_recipe(path: str | Path, overrides: Mapping[str, Any]) -> Recipe:
         raise ArgumentError(f"recipe {str(path)!r}: {error}") from error
 
 
-def output_within(out: Path, trainer: Mapping[str, Any]) -> dict[str, str]:
-    """``trainer.output_dir`` below ``out``, where a recipe has one.
+def output_within(out: Path, trainer: Mapping[str, Any]) -> Path:
+    """``trainer.output_dir`` below ``out``, or ``out`` itself where a recipe has none.
 
     Raises:
         ArgumentError: a place outside of ``out``.
     """
-    given = trainer.get("output_dir")
-    if not isinstance(given, str):
-        return {}
-    whole = out.resolve()
-    target = (whole / given).resolve()
-    if not target.is_relative_to(whole):
+    given = trainer.get("output_dir", ".")
+    if not isinstance(given, str) or not (out.resolve() / given).resolve().is_relative_to(out.resolve()):
         raise ArgumentError(
             f"trainer.output_dir = {given!r} is outside of --out {str(out)!r}; name a folder below it, such as 'run'"
         )
-    return {"output_dir": str(out / given)}
+    return out / given
 
 
 def parse_override(text: str) -> tuple[str, Any]:
@@ -216,9 +207,31 @@ def _tables(path: Path) -> dict[str, Any]:
 
 def _check_keys(prefix: str, values: Mapping[str, Any], allowed: Collection[str]) -> None:
     for key in values:
-        if key not in allowed:
-            message = str(unknown_name("key", f"{prefix}{key}", [f"{prefix}{name}" for name in allowed]))
-            raise ArgumentError(message)
+        if key in allowed:
+            continue
+        if homes := [table for table, keys in _tables_of_keys().items() if key in keys]:
+            where = " or ".join(f"into [{table}]" if table else "to the top, above every [table]" for table in homes)
+            raise ArgumentError(f"key '{prefix}{key}' is in the wrong place; it goes {where}")
+        names = [f"{prefix}{name}" for name in allowed]
+        raise ArgumentError(str(unknown_name("key", f"{prefix}{key}", names, shown=len(names))))
+
+
+def _tables_of_keys() -> dict[str, Collection[str]]:
+    """The keys of every table that has its own; "" is the top of the file."""
+    return {
+        "": [f.name for f in fields(Recipe)],
+        "exits": _EXITS,
+        "trainer": _TRAINER,
+        "optimizer": {key for make in OPTIMIZERS.values() for key in _optimizer_keys(make)},
+        "schedule": _SCHEDULE,
+        "loss": _LOSS,
+        "loss.distillation": _DISTILLATION,
+    }
+
+
+def _optimizer_keys(make: type[torch.optim.Optimizer]) -> list[str]:
+    """Its own options, but for those that the trainer sets."""
+    return [key for key in inspect.signature(make).parameters if key not in ("params", "lr", "weight_decay")]
 
 
 def _check_type(name: str, value: Any, hint: Any) -> None:

@@ -7,26 +7,27 @@ from typing import Annotated
 
 import typer
 
+from exitkit.cli.options import RunDirectory
 from exitkit.common.console import make_console
 from exitkit.common.errors import ArgumentError
-from exitkit.evaluation import paired_tests
-from exitkit.report import calibrated, read_comparison, read_run, write_report, write_thresholds
-from exitkit.report.run import calibration_outputs, named
-
-_console = make_console()
-
-RunDirectory = Annotated[Path, typer.Argument(metavar="RUN_DIR", help="What exitkit bench or exitkit demo wrote")]
 
 
 def report(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN_DIR...", help="What exitkit bench or exitkit demo wrote")],
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN_DIR...", help="What exitkit bench, train or demo wrote")],
     out: Annotated[
         Path | None, typer.Option(help="The .html file; by default report.html in the first RUN_DIR")
     ] = None,
 ) -> None:
-    """Write a page to look at: curves with a slider for τ, samples, calibration, stages; PNG and CSV beside it."""
+    """Write a page to look at, of one or several runs.
+
+    Curves with a slider for τ, samples, calibration, stages; PNG and CSV beside it.
+    """
+    from exitkit.report import write_report
+
     path = write_report(runs, out)
-    _console.print(f"Written to {path} ({path.stat().st_size / 2**20:.1f} MiB), figures beside it as PNG and CSV")
+    make_console().print(
+        f"Written to {path} ({path.stat().st_size / 2**20:.1f} MiB), figures beside it as PNG and CSV"
+    )
 
 
 def calibrate(
@@ -41,10 +42,16 @@ def calibrate(
     share: Annotated[float, typer.Option(help="What part of the samples chooses; the others check the choice")] = 0.5,
     seed: Annotated[int, typer.Option(help="Seed of that split")] = 0,
 ) -> None:
-    """Choose a threshold with a guarantee for each method of a run; written to its thresholds.json.
+    """Choose τ with a guarantee for each method of a run.
+
+    Written to its thresholds.json, from where report and export take it.
 
     Where the run has calibration-METHOD.safetensors, these samples choose and all others check.
     """
+    from exitkit.report import calibrated, read_run, write_thresholds
+    from exitkit.report.run import calibration_outputs, named
+
+    say = make_console().print
     chosen = {}
     for name, result in named(read_run(run).results, outputs).items():
         chosen[name] = calibrated(
@@ -58,13 +65,12 @@ def calibrate(
             method=method,
         )
     for name, one in chosen.items():
-        _console.print(f"{name}: τ = {one.chosen.shown()}, cost {one.chosen.cost:.1%} of the backbone's MACs")
-        _console.print(f"  {one.chosen.guarantee}")
+        say(f"{name}: τ = {one.chosen.shown()}, cost {one.chosen.cost:.1%} of the backbone's MACs")
+        say(f"  {one.chosen.guarantee}")
         if one.check is not None:
-            _console.print(
-                f"  On {one.check.samples} other samples: {risk} {one.check.risk:.2%}, cost {one.check.cost:.1%}."
-            )
-    _console.print(f"Written to {write_thresholds(run, chosen)}")
+            say(f"  On {one.check.samples} other samples: {risk} {one.check.risk:.2%}, cost {one.check.cost:.1%}.")
+    say(f"Written to {write_thresholds(run, chosen)}")
+    say(f"To make a file of it that runs anywhere: exitkit export {run}")
 
 
 def compare(
@@ -73,7 +79,13 @@ def compare(
     resamples: Annotated[int, typer.Option(help="Of the bootstrap")] = 500,
     seed: Annotated[int, typer.Option(help="Seed of the bootstrap")] = 0,
 ) -> None:
-    """Test whether methods or runs differ on the same samples: McNemar at a budget, and the area under the curves."""
+    """Test whether methods or runs differ.
+
+    On the same samples: McNemar at a budget, and the area under the curves.
+    """
+    from exitkit.evaluation import paired_tests
+    from exitkit.report import read_comparison
+
     found = read_comparison(runs)
     if len(found) < 2:
         raise ArgumentError(

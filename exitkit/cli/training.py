@@ -8,21 +8,22 @@ from typing import Any
 
 import torch
 from rich.table import Table
-from safetensors.torch import save_file
 from torch import nn
 from torch.utils.data import DataLoader, random_split
 
 from exitkit.cli.augmentation import augmented
-from exitkit.cli.bench import comparison_table, head_share, timed_stages, write_results
+from exitkit.cli.bench import Trained, comparison_table, head_share, timed_stages
 from exitkit.cli.data import Split, load_data
-from exitkit.cli.recipe import Recipe, described
+from exitkit.cli.recipe import Recipe, described, output_within
 from exitkit.cli.sources import load_model
+from exitkit.cli.writing import write_results, written
 from exitkit.common.errors import ArgumentError
-from exitkit.common.files import replacing
 from exitkit.evaluation import ExitOutputs, RegressionOutputs, collect
 from exitkit.multi_exit.attaching import attach
 from exitkit.multi_exit.model import MultiExitModel
+from exitkit.report import Stage
 from exitkit.training import Trainer
+from exitkit.training.checkpoint import NAME, remove_checkpoint
 
 
 def prepared(recipe: Recipe) -> tuple[nn.Module, Split]:
@@ -41,8 +42,11 @@ def train_recipe(
 ) -> None:
     """Attach, train and evaluate; write the exits, a backbone that learned, the outputs and a summary to ``out``.
 
+    Checkpoints go there too, and go when the results are written, unless the recipe has a place for them.
+
     Raises:
         ArgumentError: values that do not fit the model or the data.
+        FileError: ``out`` cannot be written to; the results are then elsewhere.
     """
     seed = recipe.trainer.get("seed", 0)
     torch.manual_seed(seed if isinstance(seed, int) and seed >= 0 else 0)  # Trainer complains of others
@@ -50,25 +54,30 @@ def train_recipe(
     placement = {key: value for key, value in recipe.exits.items() if key != "method"}
     model = attach(backbone, example, method=method, **placement)
     report(f"{method.name}: {len(model.boundaries)} exits, heads add {head_share(model):.1%} of the backbone's MACs")
-    schedule = recipe.make_schedule()
+    kept = output_within(out, recipe.trainer)
     trainer = Trainer(
-        model, **recipe.trainer, loss=recipe.make_loss(), optimizer=recipe.make_optimizer(), schedule=schedule
+        model,
+        **{**recipe.trainer, "output_dir": kept},
+        loss=recipe.make_loss(),
+        optimizer=recipe.make_optimizer(),
+        schedule=recipe.make_schedule(),
     )
     train, val, test = loaders(recipe, split, model.num_classes, seed)
+    if trainer.resume == "auto" and (kept / NAME).exists():
+        report(f"going on from {kept / NAME}")
     trainer.fit(train, val)
     outputs = collect(model, test)
-    out.mkdir(parents=True, exist_ok=True)
-    model.save_pretrained(out / "exits", outputs=outputs)
-    if trainer.trains_backbone:
-        with replacing(out / "backbone.safetensors") as temporary:
-            save_file({name: value.contiguous().clone() for name, value in backbone.state_dict().items()}, temporary)
+    report(_table(method.name, outputs, f"{recipe.model} on {recipe.data}"))
     if isinstance(outputs, RegressionOutputs):
         report(_per_exit(model, outputs))
-        outputs.save(out / f"outputs-{method.name}.safetensors")
+        stages: tuple[Stage, ...] = ()
     else:
-        stages = {method.name: timed_stages(model, test, report)}
-        write_results({method.name: outputs}, out, described(recipe), stages, test.dataset)
-    report(_table(method.name, outputs, f"{recipe.model} on {recipe.data}"))
+        stages = timed_stages(model, test, report)
+    results = {method.name: Trained(model, outputs, stages)}
+    learned = backbone if trainer.trains_backbone else None
+    written(out, lambda folder: write_results(results, folder, described(recipe), split, learned))
+    if "output_dir" not in recipe.trainer:
+        remove_checkpoint(kept)
 
 
 def loaders(

@@ -5,6 +5,8 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+_SHOWN = 12
+
 
 class ExitkitError(ValueError):
     """The one to catch. The message names the argument, the value received, what is allowed, and the remedy."""
@@ -38,11 +40,13 @@ class DivergedError(ExitkitError):
         self.exit = exit
 
 
-def unknown_name(argument: str, value: object, allowed: Iterable[str], remedy: str = "") -> ArgumentError:
-    """The error for a name that is not among ``allowed``; near matches come first."""
+def unknown_name(
+    argument: str, value: object, allowed: Iterable[str], remedy: str = "", shown: int = _SHOWN
+) -> ArgumentError:
+    """The error for a name that is not among ``allowed``, of which so many are ``shown``; near matches come first."""
     names = list(allowed)
     near = difflib.get_close_matches(str(value), names, n=3, cutoff=0.5)
     hint = f" Did you mean {' or '.join(repr(name) for name in near)}?" if near else ""
-    listed = ", ".join(repr(name) for name in names[:12]) + (", ..." if len(names) > 12 else "")
+    listed = ", ".join(repr(name) for name in names[:shown]) + (", ..." if len(names) > shown else "")
     tail = f" {remedy}" if remedy else ""
     return ArgumentError(f"{argument}={value!r} is unknown.{hint} Allowed: {listed}.{tail}")

@@ -12,15 +12,41 @@ import functools
 import importlib
 import importlib.metadata
 import importlib.util
+import sys
 import warnings
+from collections.abc import Sequence
+from contextlib import suppress
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
-
-import torch
+from typing import TYPE_CHECKING
 
 from exitkit.common.errors import ExitkitError
 
+if TYPE_CHECKING:
+    import torch
+
 _MISSING_OPERATORS = ("nms", "qnms")
+
+
+class _BeforeTorchvision(MetaPathFinder):
+    """Finds nothing; when torchvision is looked for, by whomever, its missing operators are declared first."""
+
+    def find_spec(
+        self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if name == "torchvision":
+            with suppress(ValueError):  # another thread was here first
+                sys.meta_path.remove(self)
+            make_torchvision_importable()
+        return None
+
+
+def make_torchvision_importable_when_asked() -> None:
+    """Nothing is looked at, and torch is not imported, before torchvision is."""
+    if "torchvision" not in sys.modules:
+        sys.meta_path.insert(0, _BeforeTorchvision())
 
 
 @functools.cache
@@ -30,6 +56,8 @@ def make_torchvision_importable() -> torch.library.Library | None:
     Costs nothing on a matching installation: only a CPU torch beside a torchvision that is not a CPU
     build is looked at more closely. The library is returned (and cached) because it dies with its handle.
     """
+    import torch
+
     try:
         version = importlib.metadata.version("torchvision")
     except importlib.metadata.PackageNotFoundError:
@@ -51,6 +79,8 @@ def _operators_load() -> bool:
     spec = importlib.util.find_spec("torchvision")
     if spec is None or spec.origin is None:
         return True
+    import torch
+
     for binary in Path(spec.origin).parent.glob("_C*.so"):
         try:
             torch.ops.load_library(str(binary))

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from exitkit.common.batches import check_labels, checked, move, split_batch
 from exitkit.common.checks import PATH, check
+from exitkit.common.console import tracked
 from exitkit.common.errors import ArgumentError
 from exitkit.common.hashes import hash_samples
 from exitkit.evaluation.outputs import ExitOutputs
@@ -24,7 +25,9 @@ from exitkit.surgery.capturing import evaluation_mode
 from exitkit.surgery.fingerprint import fingerprint_of
 
 
-def collect(model: MultiExitModel, loader: Iterable[Any], path: str | Path | None = None) -> ExitOutputs:
+def collect(
+    model: MultiExitModel, loader: Iterable[Any], path: str | Path | None = None, *, show_progress: bool = True
+) -> ExitOutputs:
     """Run every exit on every sample of ``loader``, in eval mode on the model's device.
 
     Args:
@@ -32,6 +35,7 @@ def collect(model: MultiExitModel, loader: Iterable[Any], path: str | Path | Non
         loader: yields ``(inputs, labels)``, dicts with ``labels``, or inputs alone (then labels are None).
         path: a safetensors file to write to as batches come, in float16, for outputs larger than memory: what is returned
             reads from it. float16 moves scores by up to 5e-4. By default everything is kept in memory, in float32.
+        show_progress: on stderr, a bar where there is a terminal, elsewhere a line every ten seconds.
 
     Raises:
         ArgumentError: an empty loader, labels out of range, labels in some batches only, or NaN in the outputs.
@@ -42,15 +46,16 @@ def collect(model: MultiExitModel, loader: Iterable[Any], path: str | Path | Non
     if not isinstance(model, MultiExitModel):
         raise ArgumentError(f"model is {type(model).__name__}; collect takes what exitkit.attach(model) returns")
     check("path", path, PATH | None)
+    batches = tracked(checked(loader, "loader"), "batches collected", loader, show_progress)
     if path is None or model.regression:
         kept: list[Tensor] = []
-        collected = _run(model, loader, kept.append).outputs(torch.cat(kept))
+        collected = _run(model, batches, kept.append).outputs(torch.cat(kept))
         if path is not None:
             collected.save(path)
         return collected
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(dir=Path(path).parent, prefix=".collect-") as spool:
-        seen = _run(model, loader, lambda log_probs: spool.write(log_probs.half().numpy().tobytes()))
+        seen = _run(model, batches, lambda log_probs: spool.write(log_probs.half().numpy().tobytes()))
         spool.flush()
         shape = (len(torch.cat(seen.hashes)), len(model.exits), model.num_classes)
         size = shape[0] * shape[1] * shape[2]
@@ -84,11 +89,11 @@ class _Seen:
         return ExitOutputs(*given, weights=weights)
 
 
-def _run(model: MultiExitModel, loader: Iterable[Any], keep: Callable[[Tensor], Any]) -> _Seen:
+def _run(model: MultiExitModel, batches: Iterable[Any], keep: Callable[[Tensor], Any]) -> _Seen:
     """One pass; ``keep`` is given each batch's log-probabilities (n, M+1, C), float32."""
     device, seen = next(model.parameters()).device, _Seen(model)
     with evaluation_mode(model), torch.no_grad():
-        for batch in checked(loader, "loader"):
+        for batch in batches:
             inputs, labels = split_batch(batch)
             answers = call_model(model, model, move(inputs, device)).logits
             logits = torch.stack(answers, dim=1)

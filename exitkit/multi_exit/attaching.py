@@ -19,7 +19,7 @@ def attach(
     example_inputs: Any = None,
     *,
     every: int | None = None,
-    at: Sequence[str] | None = None,
+    at: Sequence[str | int] | None = None,
     at_cost: Sequence[float] | None = None,
     placement: str | None = None,
     method: str | Method = "ztw",
@@ -37,7 +37,7 @@ def attach(
         example_inputs: a tensor, a tuple of tensors or a dict of tensors, batch first. Inferred for torchvision, timm
             and Hugging Face models.
         every: an exit after blocks n, 2n, …, never after the last one.
-        at: boundary names as ``exitkit.inspect(model)`` lists them.
+        at: boundaries by name, or blocks by number, as ``exitkit.inspect(model)`` lists them; each once.
         at_cost: shares of the backbone's MACs, such as ``[.15, .3, .45]``; the nearest block is taken.
         placement: ``"dense-sparse"`` or ``"sparse-dense"`` (Kubaty et al.). By default every block gets an exit.
         method: ``"sdn"``, ``"pbee"``, ``"ztw"``, ``"gpf"``, ``"branchynet"``, or a config such as

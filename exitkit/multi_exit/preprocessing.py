@@ -30,6 +30,11 @@ Interpolation = Literal["nearest", "box", "bilinear", "hamming", "bicubic", "lan
 CropMode = Literal["center", "squash", "border"]
 
 
+def default_statistics(channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation where none are known: ImageNet's for three channels, 0.5 for others."""
+    return (IMAGENET_MEAN, IMAGENET_STD) if channels == 3 else ((0.5,) * channels,) * 2
+
+
 @dataclass(frozen=True)
 class ImagePreprocessing:
     """Images of any size → float32 (C, H, W): upright, resized, cropped in the middle, scaled to [0, 1], normalised.
@@ -69,7 +74,7 @@ class ImagePreprocessing:
             getattr(model, "config", None), "pretrained_cfg", None
         )
         given = config if isinstance(config, dict) else {}
-        normal = (IMAGENET_MEAN, IMAGENET_STD) if size[0] == 3 else ((0.5,) * size[0],) * 2
+        normal = default_statistics(size[0])
         if len(given.get("mean") or ()) == len(given.get("std") or ()) == size[0]:
             normal = (tuple(given["mean"]), tuple(given["std"]))
         if not given:

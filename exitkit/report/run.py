@@ -2,6 +2,9 @@
 
 ======================================  ==============================================================================
 ``outputs-METHOD.safetensors``          every exit's predictions (:class:`exitkit.ExitOutputs`); at least one
+``exits/METHOD/``                       the exits, as ``save_pretrained`` writes them; optional
+``backbone.safetensors``                the backbone's weights, where the run trained it; optional
+``inputs.safetensors``                  a few test samples as the model takes them, to time a package on; optional
 ``calibration-METHOD.safetensors``      the same on other samples, for choosing thresholds; optional
 ``results.json``                        ``about`` the run, and the stages of each method; optional
 ``samples.json``                        a few samples (:mod:`exitkit.report.samples`); optional
@@ -31,7 +34,8 @@ from exitkit.report.stages import Stage
 
 T = TypeVar("T")
 _OUTPUTS, _CALIBRATION, _SUFFIX = "outputs-", "calibration-", ".safetensors"
-_RESULTS, THRESHOLDS = "results.json", "thresholds.json"
+RESULTS, THRESHOLDS = "results.json", "thresholds.json"
+BACKBONE, INPUTS = "backbone.safetensors", "inputs.safetensors"
 
 
 @dataclass(frozen=True)
@@ -111,7 +115,7 @@ def read_run(directory: str | Path) -> Run:
     directory = Path(directory)
     paths = _outputs_in(directory)
     samples, classes = read_samples(directory)
-    about, stages = _read_results(directory / _RESULTS)
+    about, stages = _read_results(directory / RESULTS)
     thresholds = _read_thresholds(directory)
     results = {}
     for name, path in paths.items():
@@ -120,7 +124,7 @@ def read_run(directory: str | Path) -> Run:
         measured = stages.get(name, ())
         if measured and len(measured) != len(outputs.macs):
             raise FileError(
-                f"{str(directory / _RESULTS)!r} has {len(measured)} stages for {name!r}, whose outputs have "
+                f"{str(directory / RESULTS)!r} has {len(measured)} stages for {name!r}, whose outputs have "
                 f"{len(outputs.macs)}; they are of different runs"
             )
         results[name] = Result(outputs, measured, thresholds.get(name), fitting)
@@ -148,6 +152,11 @@ def read_comparison(places: Sequence[str | Path]) -> dict[str, ExitOutputs]:
             found[full] = ExitOutputs.load(path)
     check_comparable(found)
     return found
+
+
+def exits_folder(directory: str | Path, name: str) -> Path:
+    """Where a run keeps the exits of method ``name``."""
+    return Path(directory) / "exits" / name
 
 
 def calibration_outputs(directory: str | Path, name: str) -> ExitOutputs | None:

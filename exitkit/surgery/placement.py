@@ -17,7 +17,7 @@ _LISTED = "exitkit.inspect(model) lists the boundaries"
 def place(
     anatomy: Anatomy,
     every: int | None = None,
-    at: Sequence[str] | None = None,
+    at: Sequence[str | int] | None = None,
     at_cost: Sequence[float] | None = None,
     placement: str | None = None,
 ) -> tuple[Boundary, ...]:
@@ -53,22 +53,36 @@ def _every(anatomy: Anatomy, every: int) -> tuple[Boundary, ...]:
     return inner[every - 1 :: every]
 
 
-def _at(anatomy: Anatomy, names: Sequence[str]) -> tuple[Boundary, ...]:
-    example = names if isinstance(names, str) else anatomy.boundaries[0].name
-    check("at", names, list | tuple, f"at=[{example!r}]")
+def _at(anatomy: Anatomy, wanted: Sequence[str | int]) -> tuple[Boundary, ...]:
+    example = wanted if isinstance(wanted, str | int) else anatomy.boundaries[0].name
+    check("at", wanted, list | tuple, f"at=[{example!r}]")
     by_name = _by_name(anatomy)
-    for name in names:
-        if not isinstance(name, str) or name not in by_name:
-            raise unknown_name("at", name, by_name, f"{_LISTED}.")
     chosen: dict[int, Boundary] = {}
-    for boundary in (by_name[name] for name in names):
+    for boundary in (_found(anatomy, by_name, one) for one in wanted):
         if chosen.setdefault(boundary.position, boundary).read != boundary.read:
             raise ArgumentError(
-                f"at={names!r} reads two activations at {boundary.call.name!r}; an exit reads one of them"
+                f"at={wanted!r} reads two activations at {boundary.call.name!r}; an exit reads one of them"
             )
     if not chosen:
         raise ArgumentError(f"at=[] must name at least one boundary; {_LISTED}")
+    if len(chosen) < len(wanted):
+        raise ArgumentError(
+            f"at={wanted!r} has {len(wanted)} entries, but {len(chosen)} places: one is named twice; name each once"
+        )
     return tuple(chosen[position] for position in sorted(chosen))
+
+
+def _found(anatomy: Anatomy, by_name: dict[str, Boundary], one: object) -> Boundary:
+    """A boundary by any of its names, or a block by the number that :func:`exitkit.inspect` prints."""
+    if isinstance(one, int) and not isinstance(one, bool):
+        if not 0 <= one < len(anatomy.blocks):
+            raise ArgumentError(
+                f"at: {one} is no block's number; they go from 0 to {len(anatomy.blocks) - 1}, and {_LISTED}"
+            )
+        return anatomy.blocks[one]
+    if not isinstance(one, str) or one not in by_name:
+        raise unknown_name("at", one, by_name, f"{_LISTED}.")
+    return by_name[one]
 
 
 def _by_name(anatomy: Anatomy) -> dict[str, Boundary]:

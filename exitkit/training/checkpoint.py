@@ -60,7 +60,7 @@ def load_checkpoint(directory: Path, settings: Mapping[str, Any]) -> dict[str, A
         if was != value and not (name.startswith(DATA) and None in (was, value)):
             raise ArgumentError(
                 f"checkpoint {str(path)!r} was made with {name}={was!r}, this run has {value!r}; continue with the same, use "
-                "another output_dir, or start again by resume='never'"
+                "another output_dir, or start again by resume='never' (exitkit train: --set trainer.resume=never)"
             )
     return state
 
@@ -94,6 +94,12 @@ def _changed(path: Path) -> FileError:
     return FileError(
         f"checkpoint {str(path)!r} is damaged: its content is not what was written; delete it to start again"
     )
+
+
+def remove_checkpoint(directory: Path) -> None:
+    """What a run kept to be continued: its checkpoint and its cached features."""
+    for path in (directory / NAME, *directory.glob("features-*.safetensors")):
+        path.unlink(missing_ok=True)
 
 
 def remove_leftovers(directory: Path) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from exitkit.common.batches import check_training_labels, checked, move, split_batch
+from exitkit.common.console import tracked
 from exitkit.common.errors import ArgumentError, DivergedError
 from exitkit.multi_exit.model import MultiExitModel
 from exitkit.surgery.capturing import evaluation_mode
@@ -23,7 +24,7 @@ _STEPS = 100
 PENALTY = 1e-2
 
 
-def fit_ensemble(model: MultiExitModel, loader: Iterable[Any]) -> list[float]:
+def fit_ensemble(model: MultiExitModel, loader: Iterable[Any], *, show_progress: bool = True) -> list[float]:
     """Fit every combiner's weights and prior to the labels (Zero Time Waste, algorithm 1), in place.
 
     Best on images that neither the heads nor the backbone were trained on: fitted on what the backbone has memorised, late
@@ -40,6 +41,8 @@ def fit_ensemble(model: MultiExitModel, loader: Iterable[Any]) -> list[float]:
     Labels may be class probabilities (B, C). Samples without a label are left out; where none has one, the backbone's own
     probabilities stand in.
 
+    ``show_progress``: on stderr, a bar where there is a terminal, elsewhere a line every ten seconds.
+
     Returns:
         The cross-entropy of each fitted combiner.
 
@@ -49,11 +52,15 @@ def fit_ensemble(model: MultiExitModel, loader: Iterable[Any]) -> list[float]:
     """
     if not isinstance(model, MultiExitModel):
         raise ArgumentError(f"model is {type(model).__name__}; fit_ensemble takes what exitkit.attach(model) returns")
-    return fit_ensemble_on(model, model, loader, lambda part: part)
+    return fit_ensemble_on(model, model, loader, lambda part: part, show_progress)
 
 
 def fit_ensemble_on(
-    model: MultiExitModel, view: MultiExitModel | HeadsAlone, loader: Iterable[Any], gather: Callable[[Any], Any]
+    model: MultiExitModel,
+    view: MultiExitModel | HeadsAlone,
+    loader: Iterable[Any],
+    gather: Callable[[Any], Any],
+    shown: bool = True,
 ) -> list[float]:
     """:func:`fit_ensemble` on a process's part of the data, where ``gather`` brings all parts together.
 
@@ -61,8 +68,10 @@ def fit_ensemble_on(
     """
     if not list(model.combiners.parameters()):  # a mean has nothing to fit
         return []
-    log_probs, targets = _cache(model, view, loader, gather)
-    return [_fit(combiner, log_probs[:, : m + 1], targets, m) for m, combiner in enumerate(model.combiners)]
+    batches = tracked(checked(loader, "train_loader"), "batches for the ensemble", loader, shown)
+    log_probs, targets = _cache(model, view, batches, gather)
+    combiners = tracked(enumerate(model.combiners), "ensembles fitted", model.combiners, shown)
+    return [_fit(combiner, log_probs[:, : m + 1], targets, m) for m, combiner in combiners]
 
 
 def penalty(combiner: nn.Module) -> Tensor:
@@ -72,14 +81,14 @@ def penalty(combiner: nn.Module) -> Tensor:
 
 
 def _cache(
-    model: MultiExitModel, view: MultiExitModel | HeadsAlone, loader: Iterable[Any], gather: Callable[[Any], Any]
+    model: MultiExitModel, view: MultiExitModel | HeadsAlone, batches: Iterable[Any], gather: Callable[[Any], Any]
 ) -> tuple[Tensor, Tensor]:
     """Log-probabilities of every head (N, M + 1, C), and class probabilities to learn (N, C)."""
     device = next(model.parameters()).device
     kept: list[Tensor] = []
     wanted: list[Tensor] = []
     with evaluation_mode(model), torch.no_grad():
-        for batch in checked(loader, "train_loader"):
+        for batch in batches:
             inputs, labels = split_batch(batch)
             _, heads = call_view(model, view, view.run_heads, move(inputs, device))
             log_probs = torch.stack([F.log_softmax(logits.float(), -1) for logits in heads], 1)

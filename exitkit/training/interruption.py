@@ -1,4 +1,5 @@
-"""SIGTERM, which cluster schedulers send before they kill a job: noted, and acted on where a checkpoint can be written."""
+"""SIGTERM, which cluster schedulers send before they kill a job, and Ctrl-C: noted, and acted on where a checkpoint can be
+written."""
 
 from __future__ import annotations
 
@@ -8,24 +9,37 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+TERMINATED = 143
+"""The exit status that shells give a process ended by SIGTERM."""
+
 
 @contextmanager
-def sigterm_noted(active: bool) -> Iterator[Callable[[], bool]]:
-    """While open and ``active``, SIGTERM does not end the process; the yielded function tells whether it has come.
+def stop_noted(active: bool) -> Iterator[Callable[[], int | None]]:
+    """While open and ``active``, neither SIGTERM nor the first Ctrl-C ends the process; what is yielded tells which came.
 
     Only the main thread can receive signals; elsewhere nothing changes.
     """
     if not active or threading.current_thread() is not threading.main_thread():
-        yield lambda: False
+        yield lambda: None
         return
-    came = False
+    came: int | None = None
 
     def note(number: int, frame: FrameType | None) -> None:
         nonlocal came
-        came = True
+        if came == number == signal.SIGINT:
+            raise KeyboardInterrupt
+        came = number
 
-    before = signal.signal(signal.SIGTERM, note)
+    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield lambda: came
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if came is not None:
+        raise ending(came)
+
+
+def ending(number: int) -> BaseException:
+    """What ends the process as the signal would have."""
+    return KeyboardInterrupt() if number == signal.SIGINT else SystemExit(TERMINATED)

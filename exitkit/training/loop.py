@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
+from signal import SIGTERM
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,6 +20,7 @@ from exitkit.training.distributed import length, random_state, seed_everything, 
 from exitkit.training.early_stopping import EarlyStopping
 from exitkit.training.feature_cache.heads_alone import HeadsAlone
 from exitkit.training.freezing import Stages
+from exitkit.training.interruption import ending
 from exitkit.training.objective import Objective
 from exitkit.training.options import Options
 from exitkit.training.progress import Epoch, write_log
@@ -29,9 +31,6 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
     from exitkit.training.display import Display
-
-TERMINATED = 143
-"""The exit status that shells give a process ended by SIGTERM."""
 
 
 @dataclass
@@ -61,7 +60,7 @@ class Run:
     Attributes:
         settings: what must be the same for a checkpoint to be continued.
         view: what the loaders' batches are for: the model, or its heads alone where features are cached.
-        interrupted: whether SIGTERM has come.
+        interrupted: SIGTERM or SIGINT, where it has come.
         phase: index of the phase that is trained.
         history: the finished epochs.
     """
@@ -73,7 +72,7 @@ class Run:
     val_loader: Iterable[Any] | None
     stages: Stages | None
     display: Display
-    interrupted: Callable[[], bool]
+    interrupted: Callable[[], int | None]
     settings: dict[str, Any]
     history: list[Epoch] = field(default_factory=list)
     phase: int = 0
@@ -117,7 +116,7 @@ class Run:
                 with disk_errors_as_warnings(self.options.directory):
                     write_log(self.options.directory, self.options.log, self.history)
             self._save(learner)
-            self._stop_if_terminated(learner)
+            self._stop_if_asked(learner)
             done += 1
         if self.best is not None:
             self.model.load_state_dict(self.best, strict=False)
@@ -138,7 +137,7 @@ class Run:
             losses, samples = learner.step(group, weights, epoch, step)
             self.tally.add(learner.phase.exits_at(epoch, step), losses, len(group), samples)
             self.display.step(losses / len(group), samples * self.accelerator.num_processes)
-            self._stop_if_terminated(learner)
+            self._stop_if_asked(learner)
         seconds = time.monotonic() - started
         speed = (self.tally.samples - before) * self.accelerator.num_processes / max(seconds, 1e-9)
         return self._record(learner, epoch, speed)
@@ -158,7 +157,7 @@ class Run:
     def _validate(self, loader: Iterable[Any], learner: Learner) -> tuple[tuple[float, ...] | None, tuple[float, ...]]:
         channels_last = self.options.channels_last
         return validate(
-            self.model, self.view, loader, self.accelerator, channels_last, lambda: self._stop_if_terminated(learner)
+            self.model, self.view, loader, self.accelerator, channels_last, lambda: self._stop_if_asked(learner)
         )
 
     def _keep_best(self, record: Epoch) -> None:
@@ -177,18 +176,18 @@ class Run:
             if name.startswith(trained)
         }
 
-    def _stop_if_terminated(self, learner: Learner) -> None:
-        """After SIGTERM: write down where the epoch stands and end the process. All processes leave at one step."""
+    def _stop_if_asked(self, learner: Learner) -> None:
+        """After SIGTERM or Ctrl-C: write down where the epoch stands and end. All processes leave at one step."""
         if self.options.directory is None:
             return
-        asked = self.interrupted()
+        came = self.interrupted()
         if self.accelerator.num_processes > 1:
-            if asked:
+            if came is not None:
                 self.accelerator.set_trigger()
-            asked = self.accelerator.check_trigger()
-        if asked:
+            came = (came or SIGTERM) if self.accelerator.check_trigger() else None
+        if came is not None:
             self._save(learner)
-            raise SystemExit(TERMINATED)
+            raise ending(came)
 
     def _save(self, learner: Learner) -> None:
         if self.options.directory is None:

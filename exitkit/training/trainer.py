@@ -17,7 +17,7 @@ from exitkit.training.distributed import length, make_accelerator, own_part, see
 from exitkit.training.ensemble import fit_ensemble_on
 from exitkit.training.feature_cache.cache import Data, cached
 from exitkit.training.freezing import Stages, check_learning, flags_restored, stages_of
-from exitkit.training.interruption import sigterm_noted
+from exitkit.training.interruption import stop_noted
 from exitkit.training.loop import Run
 from exitkit.training.options import Options
 from exitkit.training.progress import Epoch
@@ -73,7 +73,8 @@ class Trainer(Options):
         cache_gb: how many gigabytes (10⁹ bytes) of disk that may take; more is not cached, with a warning.
         seed: every epoch is seeded from it, so that a killed run continues to the same weights.
         output_dir: where a checkpoint and a log go after every epoch; nothing is written by default. With it, SIGTERM
-            writes a checkpoint after the current step and ends the process with status 143.
+            writes a checkpoint after the current step and ends the process with status 143, and Ctrl-C writes one and
+            raises ``KeyboardInterrupt`` (a second Ctrl-C does not wait). A process that is killed loses the epoch it is in.
         resume: ``"auto"`` continues from the checkpoint in ``output_dir``, which must be of the same model, options and data
             (samples of the data sets, their number, batch sizes and lengths are compared, where they can be known without
             beginning a pass); ``"never"`` starts again.
@@ -127,14 +128,15 @@ class Trainer(Options):
             with (
                 _gradient_checkpointing(self.model.backbone, self.gradient_checkpointing),
                 _in_evaluation_mode(self.teacher),
-                sigterm_noted(self.directory is not None) as interrupted,
+                stop_noted(self.directory is not None) as interrupted,
                 self._display(accelerator.is_main_process, length(train)) as display,
             ):
                 Run(self, accelerator, *data, stages, display, interrupted, settings, self.history).train(checkpoint)
             self.model.combiners.requires_grad_(True)
             held_out = data.train if data.val is None else data.val
             seed_everything(held_out, self.seed)  # the same images, whatever was drawn before
-            fit_ensemble_on(self.model, data.view, held_out, accelerator.gather_for_metrics)
+            shown = self.show_progress and accelerator.is_main_process
+            fit_ensemble_on(self.model, data.view, held_out, accelerator.gather_for_metrics, shown)
         return self.history
 
     def _settings(self, train: Iterable[Any], val: Iterable[Any] | None, processes: int) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from exitkit.common.batches import check_training_labels, checked, split_batch
+from exitkit.common.console import tracked
 from exitkit.common.errors import ArgumentError
 from exitkit.common.files import replacing
 from exitkit.common.hashes import hash_samples
@@ -132,7 +133,8 @@ class _Cache:
         with ExitStack() as stack:
             with _storing(path):
                 temporary = stack.enter_context(replacing(path))
-            for batch in checked(self._in_order(loader), "the loader to cache"):
+            batches, shown = self._in_order(loader), self.options.show_progress
+            for batch in tracked(checked(batches, "the loader to cache"), "batches cached", batches, shown):
                 inputs, labels = self._added(content, batch)
                 parts = self._parts(inputs, labels)
                 if not first:
@@ -165,7 +167,8 @@ class _Cache:
 
     def _key(self, loader: DataLoader[Any]) -> str:
         content = self._about()
-        for batch in self._in_order(loader):
+        batches = self._in_order(loader)
+        for batch in tracked(batches, "batches compared with the cache", shown=self.options.show_progress):
             self._added(content, batch)
         return content.hexdigest()
 

@@ -1,7 +1,8 @@
-"""How many threads a command computes with."""
+"""What a command computes on: the device, and how many threads."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -16,6 +17,23 @@ from exitkit.surgery.macs import count_macs
 
 _SMALL = 100e6
 """MACs of a sample up to which one thread trains about as fast as several."""
+
+
+def train_on(device: str | None) -> None:
+    """Have accelerate, which places what Trainer trains, use this device in this process; None leaves it the choice.
+
+    Raises:
+        ArgumentError: a device that is none, or that is not here.
+    """
+    if device is None:
+        return
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # what torch was built without is an AssertionError
+        raise ArgumentError(
+            f"--device {device!r} cannot be used here ({str(error).splitlines()[0][:120]}); give cpu, cuda or cuda:N"
+        ) from error
+    os.environ["ACCELERATE_TORCH_DEVICE"] = device
 
 
 @contextmanager

@@ -1,0 +1,243 @@
+"""``exitkit bench`` and ``exitkit train``: what trains exits."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from exitkit.cli.options import Cache, Classes, Data, Device, Model, Threads, Weights, check_folder, check_least
+from exitkit.common.console import make_console, printable
+from exitkit.common.errors import ArgumentError, ExitkitError
+
+if TYPE_CHECKING:
+    from exitkit.cli.bench import Trained
+
+INTERRUPTED = 130
+"""The exit status of a command that Ctrl-C ended."""
+_METHODS = "sdn, pbee, ztw, gpf, branchynet"
+
+
+def bench(
+    model: Model,
+    data: Data,
+    out: Annotated[Path, typer.Option(help="Folder for the exits, results.json, curve.png and the outputs")],
+    test: Annotated[str | None, typer.Option(help="Test samples; by default a fifth of --data is held out")] = None,
+    methods: Annotated[str, typer.Option(help=f"Comma-separated: {_METHODS}")] = "sdn,pbee,ztw",
+    weights: Weights = None,
+    num_classes: Classes = None,
+    every: Annotated[int | None, typer.Option(help="An exit after every n-th block; 1 by default")] = None,
+    at: Annotated[
+        str | None, typer.Option(help="Exits after these: names or numbers of exitkit inspect, as 0,3")
+    ] = None,
+    head: Annotated[
+        str, typer.Option(help="auto, 1L, 2L-WIDTH, conv, separable, strided, tail or branch-BLOCKS")
+    ] = "auto",
+    epochs: Annotated[int, typer.Option(help="Passes over the training samples")] = 15,
+    lr: Annotated[float, typer.Option(help="Adam's learning rate")] = 1e-3,
+    batch_size: Annotated[int, typer.Option(help="Training batch size")] = 64,
+    limit: Annotated[int | None, typer.Option(help="Use at most so many training samples")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of initialisation, order and subset")] = 0,
+    cache: Cache = False,
+    device: Device = None,
+    threads: Threads = None,
+) -> None:
+    """Train exits by several methods on a frozen backbone.
+
+    Accuracy against compute is printed and written, with the exits, so that calibrate, report and export go on from there.
+    """
+    check_least(batch_size=batch_size, limit=limit)
+    if seed < 0:
+        raise ArgumentError(f"--seed {seed} must be at least 0")
+    check_folder(out)
+    from exitkit.cli.bench import compare
+    from exitkit.cli.data import load_data
+    from exitkit.cli.machine import computing_with, threads_for, train_on
+    from exitkit.cli.sources import load_model
+    from exitkit.common.allocator import keep_memory
+    from exitkit.methods.presets import as_method
+
+    train_on(device)
+    say = make_console().print
+    chosen = [as_method(name.strip()) for name in methods.split(",")]
+    backbone = load_model(model, weights, num_classes)
+    _say_if_random(model, weights)
+    split = load_data(data, backbone, test, model.removeprefix("hf:") if model.startswith("hf:") else None)
+    train_loader, test_loader = split.loaders(batch_size, limit, seed)
+    example = _data_example(backbone, train_loader)
+    about = {
+        "model": model,
+        "weights": weights,
+        "num_classes": num_classes,
+        "data": data,
+        "test": test,
+        "epochs": epochs,
+        "every": every,
+        "at": at,
+    }
+    keep_memory()
+    with computing_with(threads_for(backbone, example, threads, say)):
+        compared = compare(
+            backbone,
+            chosen,
+            train_loader,
+            test_loader,
+            placement={"every": every, "at": None if at is None else _places(at), "head": head},
+            training={"epochs": epochs, "lr": lr, "seed": seed, "cache": cache},
+            example_inputs=example,
+            report=say,
+        )
+        _keep(compared, out, about, split, f"{model} on {data}")
+
+
+def _places(at: str) -> list[str | int]:
+    return [int(part) if part.isdecimal() else part for part in map(str.strip, at.split(","))]
+
+
+def _keep(compared: Any, out: Path, about: dict[str, Any], split: Any, title: str) -> None:
+    """Write every method that was finished, also where an error or Ctrl-C ends the others."""
+    from exitkit.cli.bench import comparison_table
+    from exitkit.cli.writing import next_steps, write_results, written
+
+    say = make_console().print
+    results: dict[str, Trained] = {}
+    stopped: BaseException | None = None
+    try:
+        results.update(compared)
+    except (KeyboardInterrupt, ExitkitError) as error:
+        stopped = error
+    if results:
+        say(comparison_table({name: one.outputs for name, one in results.items()}, title))
+        written(out, lambda folder: write_results(results, folder, about, split))
+        for line in next_steps(out):
+            say(line)
+    if isinstance(stopped, KeyboardInterrupt):
+        typer.echo(
+            f"stopped; kept in {out}: {', '.join(results) or 'nothing, since no method was finished'}", err=True
+        )
+        raise typer.Exit(INTERRUPTED)
+    if stopped is not None:
+        raise stopped
+
+
+def train(
+    recipe: Annotated[Path, typer.Argument(help="A .toml file, such as those in benchmarks/recipes/")],
+    out: Annotated[Path, typer.Option(help="Folder for the exits, results.json, curve.png and the outputs")],
+    model: Annotated[str | None, typer.Option(help="Instead of the recipe's, as are all below")] = None,
+    weights: Weights = None,
+    data: Annotated[str | None, typer.Option(help="As for exitkit bench")] = None,
+    test: Annotated[str | None, typer.Option(help="Test samples")] = None,
+    limit: Annotated[int | None, typer.Option(help="Use at most so many training samples")] = None,
+    epochs: Annotated[int | None, typer.Option(help="Passes over the training samples")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of initialisation, order and subset")] = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", help="KEY=VALUE, such as trainer.lr=1e-4")] = None,
+    trust: Annotated[
+        bool, typer.Option("--trust", help="Call the function that the recipe names as its model")
+    ] = False,
+    cache: Cache = False,
+    device: Device = None,
+    threads: Threads = None,
+) -> None:
+    """Train exits as a recipe says.
+
+    All that it writes lies in --out, also a checkpoint after every epoch: the same command goes on from there after
+    Ctrl-C, or when it was killed, and only writes the results where they could not be written.
+    """
+    check_folder(out)
+    from exitkit.cli.machine import computing_with, threads_for, train_on
+    from exitkit.cli.recipe import output_within, parse_override, read_recipe
+    from exitkit.cli.training import prepared, train_recipe
+    from exitkit.cli.writing import next_steps
+    from exitkit.common.allocator import keep_memory
+
+    train_on(device)
+    say = make_console().print
+    flags = {"model": model, "weights": weights, "data": data, "test": test, "limit": limit}
+    flags |= {"trainer.epochs": epochs, "trainer.seed": seed, "trainer.cache": cache or None}
+    flags |= dict(map(parse_override, set_ or ()))
+    chosen = read_recipe(recipe, {key: value for key, value in flags.items() if value is not None})
+    if model is None and not trust:
+        ask_for(chosen.model, "recipe")
+    kept = output_within(out, chosen.trainer)
+    backbone, split = prepared(chosen)
+    _say_if_random(chosen.model, chosen.weights)
+    example = _data_example(backbone, split.loaders(1, None, 0)[1])
+    keep_memory()
+    with computing_with(threads_for(backbone, example, threads, say)), _saying_what_is_kept(kept):
+        train_recipe(chosen, backbone, split, example, out, say)
+    for line in next_steps(out):
+        say(line)
+
+
+@contextmanager
+def _saying_what_is_kept(folder: Path) -> Iterator[None]:
+    """Of a run that Ctrl-C or SIGTERM ends."""
+    from exitkit.training.checkpoint import NAME
+
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit) as stop:
+        if (folder / NAME).exists():
+            typer.echo(
+                f"stopped; kept in {folder / NAME}. The same command goes on from there; with --set trainer.resume=never it "
+                "starts again",
+                err=True,
+            )
+        else:
+            typer.echo(
+                "stopped before the first checkpoint, so nothing is kept; the same command starts again", err=True
+            )
+        raise typer.Exit(INTERRUPTED if isinstance(stop, KeyboardInterrupt) else int(stop.code or 0)) from None
+
+
+def init(
+    recipe: Annotated[Path, typer.Argument(help="The .toml file to write")] = Path("recipe.toml"),
+) -> None:
+    """Write a recipe to start from, every key explained."""
+    from exitkit.common.files import replacing
+
+    if recipe.exists():
+        raise ArgumentError(f"{str(recipe)!r} exists, and would be lost; name another file")
+    with replacing(recipe) as temporary:
+        temporary.write_bytes(files("exitkit.cli").joinpath("recipe.toml").read_bytes())
+    say = make_console().print
+    say(f"Written to {recipe}. Set model and data in it, then:")
+    say(f"  exitkit train {shlex.quote(str(recipe))} --out runs/mine")
+
+
+def ask_for(model: str, source: str) -> None:
+    """A recipe or a run whose model is a function runs code of this machine: ask once, or be told by --trust."""
+    from exitkit.cli.sources import is_code
+
+    if not is_code(model):
+        return
+    question = f"The {source} imports and calls {printable(model)}. Run it?"
+    if not sys.stdin.isatty() or not typer.confirm(question):
+        raise ArgumentError(f"the {source}'s model is the function {printable(model)!r}; --trust lets it run")
+
+
+def _say_if_random(model: str, weights: str | None) -> None:
+    """Only of libraries' models: a function may load weights of its own, and Hugging Face's bring theirs."""
+    if weights is None and model.startswith(("torchvision:", "timm:")):
+        make_console().print("note: no --weights, so the backbone has random weights")
+
+
+def _data_example(backbone: Any, loader: Any) -> Any:
+    """Two samples of the data for a model that does not declare its inputs; None for one that does."""
+    import torch
+
+    from exitkit.common.batches import split_batch
+    from exitkit.surgery.default_inputs import example_for
+
+    try:
+        example_for(backbone)
+    except ExitkitError:
+        inputs, _ = split_batch(next(iter(loader)))
+        return inputs[:2] if isinstance(inputs, torch.Tensor) else {key: value[:2] for key, value in inputs.items()}
+    return None

@@ -1,0 +1,219 @@
+"""What ``exitkit export`` writes: of a run everything that it knows, of a folder of exits what the flags add."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from exitkit.cli.data import MAX_TOKENS, load_tokenizer
+from exitkit.cli.experiments import ask_for
+from exitkit.cli.sources import load_model
+from exitkit.common.errors import ArgumentError, FileError, unknown_name
+from exitkit.methods.policy import ExitPolicy
+from exitkit.multi_exit.model import MultiExitModel
+from exitkit.multi_exit.preprocessing import Preprocessing, TextPreprocessing, preprocessing_from_json
+from exitkit.multi_exit.saving.configuration import CONFIG
+from exitkit.packages import export
+from exitkit.report.run import BACKBONE, Run, exits_folder, read_run
+
+
+@dataclass(frozen=True)
+class Source:
+    """Exits that can be exported, and what is known of them.
+
+    Attributes:
+        exits: their folder, or a name on the Hub.
+        model, weights, num_classes: the backbone, as for ``exitkit bench``; None where nothing tells.
+        policy: what ``exitkit calibrate`` chose, or None.
+        classes: names of the classes, or None.
+        preprocessing: of images, or None.
+        max_tokens: of texts.
+        method: of the run, or None.
+    """
+
+    exits: str
+    model: str | None = None
+    weights: str | None = None
+    num_classes: int | None = None
+    policy: ExitPolicy | None = None
+    classes: Sequence[str] | None = None
+    preprocessing: Preprocessing | None = None
+    max_tokens: int = MAX_TOKENS
+    method: str | None = None
+
+
+def find_source(place: str, method: str | None) -> Source:
+    """The exits in ``place``: a run's folder, a folder of exits, or a name on the Hub.
+
+    Args:
+        place: as typed.
+        method: of a run with several; by default the cheapest of those that something is promised for.
+
+    Raises:
+        ArgumentError: a run without exits, without such a method, or with several and no promise.
+        FileError: a damaged file.
+    """
+    folder = Path(place)
+    if (folder / CONFIG).is_file() or not folder.is_dir():
+        return Source(place)
+    if not any(folder.glob("outputs-*.safetensors")):
+        inside = sorted(path.parent for path in (*folder.glob(f"exits/*/{CONFIG}"), *folder.glob(f"*/{CONFIG}")))
+        return Source(str(_one(inside, folder)))
+    run = read_run(folder)
+    name = _chosen(run, method)
+    exits = exits_folder(folder, name)
+    if not exits.is_dir():
+        raise ArgumentError(
+            f"RUN_DIR {place!r} holds no exits of {name!r}: there is no {str(exits)!r}. Run exitkit bench or train again, "
+            "which keep them, or name another folder by --exits"
+        )
+    return _known(run, name, str(exits))
+
+
+def flags_over(
+    source: Source, model: str | None, weights: str | None, num_classes: int | None, labels: str | None, trust: bool
+) -> Source:
+    """The source with what was typed in place of what was found.
+
+    Raises:
+        ArgumentError: nothing tells the model, or a run names a function as its model, and ``trust`` is not given.
+    """
+    if model is None and source.model is None:
+        raise ArgumentError(
+            f"--model is missing: {source.exits!r} does not say on which backbone its exits were trained"
+        )
+    if model is None and not trust:
+        ask_for(str(source.model), "run")
+    return replace(
+        source,
+        model=source.model if model is None else model,
+        weights=source.weights if weights is None else weights,
+        num_classes=source.num_classes if num_classes is None else num_classes,
+        classes=source.classes if labels is None else read_labels(labels),
+    )
+
+
+def export_source(source: Source, out: Path, threshold: float | None, optimize: bool) -> list[str]:
+    """Write the package; what was written, in lines.
+
+    Raises:
+        ArgumentError: there is no threshold, or what :func:`exitkit.export` raises.
+    """
+    model = str(source.model)
+    ee = MultiExitModel.from_pretrained(load_model(model, source.weights, source.num_classes).eval(), source.exits)
+    if threshold is None and source.method is not None and source.policy is None:
+        raise ArgumentError(
+            f"no threshold that was calibrated holds a promise for {source.method!r}; run exitkit calibrate on the run (with "
+            "a larger --max-drop where nothing was found), or give --threshold"
+        )
+    export(
+        ee,
+        out,
+        source.policy if threshold is None else threshold,
+        optimize=optimize,
+        labels=source.classes,
+        preprocessing=_preprocessing(source, ee),
+    )
+    written = f"Written to {out} ({out.stat().st_size / 2**20:.1f} MiB)"
+    if threshold is not None or source.policy is None:
+        return [written]
+    promise = source.policy.guarantee
+    return [
+        f"{source.method}: τ = {source.policy.shown()}",
+        *([f"  {promise}"] if promise else []),
+        written,
+        *next_with(out),
+    ]
+
+
+def _preprocessing(source: Source, ee: MultiExitModel) -> Preprocessing | None:
+    """Of texts with the model's own tokenizer; of images as the run had them. None: as the model declares."""
+    model = str(source.model)
+    if not (model.startswith("hf:") and ee.example.text):
+        return source.preprocessing
+    keys = [str(key) for key in ee.example.spec.keys]
+    return TextPreprocessing.of(load_tokenizer(model.removeprefix("hf:")), keys, source.max_tokens, ee.backbone)
+
+
+def next_with(out: Path) -> list[str]:
+    """What to do with a package that was written, in lines."""
+    package = shlex.quote(str(out))
+    return [
+        "To go on:",
+        f"  exitkit run {package} INPUTS      # classify images or texts with it",
+        f"  exitkit bench-latency {package}   # time it on this machine",
+    ]
+
+
+def _known(run: Run, name: str, exits: str) -> Source:
+    about, calibrated = run.about, run.results[name].calibrated
+    count = run.results[name].outputs.log_probs.shape[2]
+    weights = run.directory / BACKBONE
+    found = calibrated is not None and calibrated.chosen.found
+    return Source(
+        exits,
+        _text(run, "model"),
+        str(weights) if weights.exists() else _text(run, "weights"),
+        about.get("num_classes") if isinstance(about.get("num_classes"), int) else None,
+        calibrated.chosen if found and calibrated is not None else None,
+        run.classes if run.classes is not None and len(run.classes) == count else None,
+        preprocessing_from_json(about.get("preprocessing")),
+        about["max_tokens"] if isinstance(about.get("max_tokens"), int) else MAX_TOKENS,
+        name,
+    )
+
+
+def _chosen(run: Run, method: str | None) -> str:
+    if method is not None:
+        if method not in run.results:
+            raise unknown_name("--method", method, run.results)
+        return method
+    promised = {
+        name: one.calibrated.chosen.cost or 1.0
+        for name, one in run.results.items()
+        if one.calibrated is not None and one.calibrated.chosen.found
+    }
+    if promised:
+        return min(promised, key=promised.__getitem__)
+    if len(run.results) == 1:
+        return next(iter(run.results))
+    raise ArgumentError(
+        f"RUN_DIR {str(run.directory)!r} has the methods {', '.join(run.results)}, and nothing is promised of any: run "
+        f"exitkit calibrate {run.directory} first, or give --method and --threshold"
+    )
+
+
+def _one(found: list[Path], folder: Path) -> Path:
+    if len(found) == 1:
+        return found[0]
+    if not found:
+        raise ArgumentError(
+            f"--exits {str(folder)!r} holds no exits; name a folder that save_pretrained wrote, or a run of exitkit bench"
+        )
+    raise ArgumentError(
+        f"--exits {str(folder)!r} holds those of {', '.join(path.name for path in found)}; name one folder"
+    )
+
+
+def _text(run: Run, name: str) -> str | None:
+    value = run.about.get(name)
+    if not isinstance(value, str | None):
+        raise FileError(f"the results in {str(run.directory)!r} have {name} = {value!r}, which is no text; run again")
+    return value
+
+
+def read_labels(given: str) -> list[str]:
+    """Names of classes: a file of one name a line, or names with commas between.
+
+    Raises:
+        FileError: a file that is not UTF-8.
+    """
+    path = Path(given)
+    if not path.is_file():
+        return [name.strip() for name in given.split(",")]
+    try:
+        return [line.strip() for line in path.read_text("utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise FileError(f"--labels {given!r} cannot be read as UTF-8 text: {error}") from error

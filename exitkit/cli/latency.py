@@ -1,0 +1,145 @@
+"""``exitkit bench-latency``: what a package takes on real inputs."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.table import Table
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from exitkit.cli.inference import tensors_of
+from exitkit.common.batches import move
+from exitkit.common.console import tracked
+from exitkit.common.errors import ArgumentError, FileError
+from exitkit.engine import Engine
+from exitkit.engine.profiling import decision_seconds
+from exitkit.packages.onnx_branches import OnnxBranches
+from exitkit.report.run import INPUTS
+from exitkit.surgery.inputs import Example, call_on
+
+_REPEATS = 30
+_MOST = 64
+"""Samples that are timed on."""
+
+
+def latency_table(package: Engine | OnnxBranches, samples: Any, batches: Sequence[int]) -> Table:
+    """Mean and 95th percentile of the time of a batch, beside the mean of a run in which no sample leaves.
+
+    Every run takes other samples, in turn: what a batch costs depends on where its samples leave, so that the mean, and not
+    the median, is the time of many. The last column is what an exit adds to its stage and head: the decision and the
+    compaction, half of the batch leaving, in microseconds, mean over the exits.
+
+    Args:
+        package: a loaded package.
+        samples: inputs, at least one.
+        batches: batch sizes; samples are repeated in turn.
+    """
+    example = Example.of(samples)
+    count = min(_MOST, len(example.tensors[0]))
+    table = Table(title=f"milliseconds per batch, {torch.get_num_threads()} threads, {count} different samples")
+    for heading in ("batch", "mean", "95%", "no exits", "speedup", "average exit", "exit µs"):
+        table.add_column(heading, justify="right")
+    for size in batches:
+        runs = max(_REPEATS, -(-count // size))  # so that every sample is seen
+        given = [_taken(example, range(run * size, (run + 1) * size), count) for run in range(runs)]
+        times = _times(lambda batch: call_on(package, batch), given)
+        mean = float(np.mean(times))
+        row = [f"{size}", f"{1e3 * mean:.2f}", f"{1e3 * float(np.quantile(times, 0.95)):.2f}"]
+        if isinstance(package, Engine):
+            full = package.at(float("inf"))
+            whole = float(np.mean(_times(lambda batch, full=full: call_on(full, batch), given)))  # type: ignore[misc]
+            row += [f"{1e3 * whole:.2f}", f"{whole / mean:.2f}×"]
+        else:
+            row += ["", ""]  # a graph's thresholds are fixed
+        exits = torch.cat([call_on(package, batch).exit.cpu() for batch in given[: -(-count // size)]])
+        table.add_row(*row, f"{float(exits[:count].float().mean()):.2f}", _exit_microseconds(package, given[0]))
+    return table
+
+
+def _taken(example: Example, numbers: range, count: int) -> Any:
+    """Samples of these numbers; those from ``count`` on are the first ones again."""
+    rows = torch.tensor(numbers) % count
+    return example.spec.batch(tuple(tensor[rows.to(tensor.device)] for tensor in example.tensors))
+
+
+def _times(run: Callable[[Any], Any], batches: Sequence[Any]) -> list[float]:
+    """Seconds of each batch, after two to warm up."""
+    for batch in batches[:2]:
+        run(batch)
+    times = []
+    for batch in tracked(batches, "runs timed"):
+        started = time.perf_counter()
+        run(batch)
+        times.append(time.perf_counter() - started)
+    return times
+
+
+def _exit_microseconds(package: Engine | OnnxBranches, samples: Any) -> str:
+    if not isinstance(package, Engine):
+        return ""
+    with torch.inference_mode():
+        seconds = decision_seconds(package.loop, package.inputs.spec.tensors(samples))
+    return f"{1e6 * statistics.mean(seconds):.0f}"
+
+
+def batch_sizes(given: str) -> list[int]:
+    """``"1,8,64"`` as numbers.
+
+    Raises:
+        ArgumentError: something else, or a number below 1.
+    """
+    parts = [part.strip() for part in given.split(",")]
+    if not all(part.isdecimal() and len(part) < 7 and int(part) > 0 for part in parts):
+        raise ArgumentError(
+            f"--batches {given[:80]!r} must be numbers of at least 1 and below a million, such as 1,8,64"
+        )
+    return [int(part) for part in parts]
+
+
+def samples_for(package: Engine | OnnxBranches, path: Path, inputs: Sequence[str]) -> Any:
+    """What a package is timed on, on its device: images or texts, tensors in an ``.npy``, a run's own test samples.
+
+    Args:
+        package: a loaded package.
+        path: its file; without ``inputs``, the test samples of a run in the same folder are taken.
+        inputs: as typed.
+
+    Raises:
+        ArgumentError: there is nothing to time on.
+        FileError: a file that cannot be read.
+    """
+    places = [Path(one) for one in inputs] or [path.parent]
+    if len(places) == 1 and (places[0] / INPUTS).is_file():
+        return move(_of_a_run(places[0] / INPUTS), package.inputs.device)
+    if not inputs:
+        raise ArgumentError(
+            f"there is nothing to time {str(path)!r} on: noise would not leave where real samples do. Give images, folders or "
+            "texts, an .npy of tensors, or a folder that exitkit bench or train wrote"
+        )
+    if len(places) == 1 and places[0].suffix == ".npy":
+        return move(_of_an_array(inputs[0]), package.inputs.device)
+    return tensors_of(package, inputs, _MOST)
+
+
+def _of_a_run(path: Path) -> Any:
+    try:
+        tensors = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise FileError(f"{str(path)!r} cannot be read as safetensors: {error}; run its command again") from error
+    if all(name.isdecimal() for name in tensors):
+        return tuple(tensors[name] for name in sorted(tensors, key=int))
+    return tensors
+
+
+def _of_an_array(path: str) -> torch.Tensor:
+    try:
+        return torch.from_numpy(np.load(path, allow_pickle=False))
+    except Exception as error:  # numpy raises a dozen kinds on a damaged file
+        raise FileError(f"{path!r} cannot be read as .npy: {str(error)[:200]}") from error

@@ -1,0 +1,46 @@
+"""Options that several commands share."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from exitkit.common.errors import ArgumentError
+
+_MODEL = "torchvision:NAME, timm:NAME, hf:NAME_OR_DIR or package.module:function"
+
+ModelName = Annotated[str, typer.Argument(metavar="MODEL", help=_MODEL)]
+Model = Annotated[str, typer.Option(help=_MODEL)]
+Data = Annotated[str, typer.Option(help="Image folder, .npz, .csv/.tsv of text and label, or torchvision data set")]
+Package = Annotated[Path, typer.Argument(help="What exitkit export wrote: .pt2, .onnx, .onnx.zip or .pte")]
+Trust = Annotated[bool, typer.Option("--trust", help="You trust the code in a .pt2; without, there is a warning")]
+Weights = Annotated[str | None, typer.Option(help="State-dict file (.safetensors, .pth), or 'pretrained'")]
+Threads = Annotated[int | None, typer.Option(help="CPU threads; by default one for a backbone below 100 MMACs")]
+Classes = Annotated[int | None, typer.Option(help="Size of the model's classifier, where not its library's default")]
+Cache = Annotated[
+    bool,
+    typer.Option("--cache", help="Run the backbone once, and train on its features from a file; as augmented then"),
+]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N; by default a GPU where there is one")]
+PackageDevice = Annotated[str | None, typer.Option(help="cpu or cuda; by default cpu, or what it was compiled for")]
+Tau = Annotated[float | None, typer.Option(help="Another τ than the package's")]
+RunDirectory = Annotated[Path, typer.Argument(metavar="RUN_DIR", help="What exitkit bench, train or demo wrote")]
+
+
+def check_folder(out: Path) -> None:
+    """Refuse what cannot become a folder, before anything is trained for it."""
+    there = next(path for path in (out, *out.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise ArgumentError(f"--out {str(out)!r}: {str(there)!r} is a file; name a folder")
+    if not os.access(there, os.W_OK):
+        raise ArgumentError(f"--out {str(out)!r}: you may not write to {str(there)!r}; name another folder")
+
+
+def check_least(**numbers: int | None) -> None:
+    """Refuse numbers below 1; None is left out."""
+    for name, number in numbers.items():
+        if number is not None and number < 1:
+            raise ArgumentError(f"--{name.replace('_', '-')} {number} must be at least 1")

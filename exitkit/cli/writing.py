@@ -1,0 +1,136 @@
+"""What a run leaves in its folder (:mod:`exitkit.report.run` reads it); in another one where its own cannot be written to."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from tempfile import mkdtemp
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+from torch.utils.data import DataLoader, Subset
+
+from exitkit.cli.bench import Trained, machine
+from exitkit.cli.data import Split
+from exitkit.common.batches import split_batch
+from exitkit.common.errors import ExitkitError, FileError
+from exitkit.common.files import replacing
+from exitkit.evaluation import RegressionOutputs, plot_curves, plot_hindsight
+from exitkit.multi_exit.preprocessing import preprocessing_to_json
+from exitkit.report import write_samples
+from exitkit.report.run import BACKBONE, INPUTS, RESULTS, THRESHOLDS, exits_folder
+from exitkit.surgery.inputs import Example
+
+_SAMPLES, _BYTES = 64, 32 * 2**20
+"""Of the test samples that are kept to time a package on: how many, and of what size together, at most."""
+
+
+def written(out: Path, write: Callable[[Path], None]) -> None:
+    """Call ``write`` with the folder ``out``; where it cannot be written to any more, with a temporary one, so that what
+    was computed is not lost.
+
+    Raises:
+        FileError: ``out`` could not be written to; it says where the results are instead.
+    """
+    try:
+        write(out)
+        return
+    except OSError as error:
+        reason = str(error).removesuffix("; what was there is unchanged")
+    try:
+        instead = Path(mkdtemp(prefix=f"{out.resolve().name}-"))
+        write(instead)
+    except (OSError, ExitkitError) as error:
+        raise FileError(
+            f"--out {str(out)!r}: {reason}. A temporary folder could not be written to either ({error}); make room, "
+            "and run the command again"
+        ) from error
+    raise FileError(f"--out {str(out)!r}: {reason}. The results are in {str(instead)!r} instead; move them from there")
+
+
+def write_results(
+    results: Mapping[str, Trained],
+    directory: Path,
+    about: Mapping[str, Any],
+    split: Split,
+    backbone: nn.Module | None = None,
+) -> None:
+    """Write every method's exits and outputs, a few test inputs, ``results.json``, and pictures of it.
+
+    ``backbone``: whose weights are written too, because they are not those that it was loaded with.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / THRESHOLDS).unlink(missing_ok=True)  # chosen on the outputs before these
+    _write_backbone(directory / BACKBONE, backbone)
+    for name, one in results.items():
+        one.model.save_pretrained(exits_folder(directory, name), outputs=one.outputs)
+        one.outputs.save(directory / f"outputs-{name}.safetensors")
+    _write_inputs(directory / INPUTS, split)
+    preprocessing = None if split.preprocessing is None else preprocessing_to_json(split.preprocessing)
+    facts = {**about, "preprocessing": preprocessing, **machine()}
+    methods = {} if _regression(results) else {name: _summary(one) for name, one in results.items()}
+    with replacing(directory / RESULTS) as temporary:
+        temporary.write_text(json.dumps({"about": facts, "methods": methods}, indent=2))
+    if methods:
+        outputs = {name: one.outputs for name, one in results.items()}
+        write_samples(directory, split.test, outputs)
+        plot_curves({name: one.curve() for name, one in outputs.items()}, directory / "curve.png")
+        plot_hindsight(
+            {name: one.hindsight_improvability() for name, one in outputs.items()}, directory / "hindsight.png"
+        )
+
+
+def next_steps(out: Path) -> list[str]:
+    """What to do with a run that was written, in lines."""
+    folder = shlex.quote(str(out))
+    return [
+        f"Written to {out}/. To go on:",
+        f"  exitkit calibrate {folder}   # choose τ, with a guarantee",
+        f"  exitkit report {folder}      # a page to look at",
+        f"  exitkit export {folder}      # one file that runs without the model's code",
+    ]
+
+
+def _regression(results: Mapping[str, Trained]) -> bool:
+    return any(isinstance(one.outputs, RegressionOutputs) for one in results.values())
+
+
+def _summary(trained: Trained) -> dict[str, Any]:
+    outputs = trained.outputs
+    rows = outputs.curve().budget_table().rows
+    return {
+        "criterion": outputs.criterion,
+        "backbone_macs": outputs.backbone_macs,
+        "cost_per_exit": outputs.costs.tolist(),
+        "accuracy_per_exit": outputs.accuracy().tolist(),
+        "hindsight_improvability": outputs.hindsight_improvability().tolist(),
+        "budgets": {name: None if point is None else point.to_dict() for name, point in rows.items()},
+        "stages": [asdict(stage) for stage in trained.stages],
+    }
+
+
+def _write_backbone(path: Path, backbone: nn.Module | None) -> None:
+    if backbone is None:
+        path.unlink(missing_ok=True)  # of a run before this one
+        return
+    with replacing(path) as temporary:
+        save_file({name: value.cpu().contiguous().clone() for name, value in backbone.state_dict().items()}, temporary)
+
+
+def _write_inputs(path: Path, split: Split) -> None:
+    """Test samples drawn at random, as the model takes them."""
+    total = len(split.test)  # type: ignore[arg-type]
+    rows = torch.randperm(total, generator=torch.Generator().manual_seed(0))[:_SAMPLES].tolist()
+    example = Example.of(
+        split_batch(next(iter(DataLoader(Subset(split.test, rows), len(rows), collate_fn=split.collate))))[0]
+    )
+    bytes_each = sum(tensor.nbytes for tensor in example.tensors) // len(rows)
+    kept = example.with_batch(min(len(rows), max(1, _BYTES // max(1, bytes_each))))
+    tensors = {str(key): tensor.contiguous() for key, tensor in zip(kept.spec.keys, kept.tensors, strict=True)}
+    with replacing(path) as temporary:
+        save_file(tensors, temporary)
