@@ -20,6 +20,7 @@ from exitkit.cli.options import (
     check_least,
 )
 from exitkit.cli.results import calibrate, compare, report
+from exitkit.cli.retrofitting import retrofit
 from exitkit.common.console import make_console, printable
 from exitkit.common.errors import ArgumentError
 
@@ -57,6 +58,7 @@ def inspect(
     exitkit.inspect(backbone, example)
 
 
+app.command()(retrofit)
 app.command()(bench)
 app.command()(init)
 app.command()(train)

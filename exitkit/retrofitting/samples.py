@@ -80,14 +80,6 @@ def batch_size_of(batch: Any) -> int:
     return len(Example.of(split_batch(batch)[0]).tensors[0])
 
 
-def labels_of(loader: Iterable[Any], name: str) -> Tensor | None:
-    """All labels (N,) in one pass, or None where there are none."""
-    found = [split_batch(batch)[1] for batch in checked(loader, name)]
-    if any(labels is None for labels in found):
-        return None
-    return torch.cat([torch.as_tensor(labels) for labels in found])
-
-
 def part_of(loader: Iterable[Any], share: float) -> Iterable[Any]:
     """About a share of what ``loader`` yields in a pass, the same samples in every pass; all, where they cannot be told."""
     if share >= 1:

@@ -1,0 +1,126 @@
+"""``exitkit retrofit``: from a pretrained model and data to exits with a guarantee, or an honest no."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from exitkit.cli.experiments import INTERRUPTED
+from exitkit.cli.options import Classes, Data, Device, Model, Threads, Weights, check_folder, check_least
+from exitkit.common.console import make_console
+from exitkit.common.errors import ArgumentError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+def retrofit(
+    model: Model,
+    data: Data,
+    out: Annotated[
+        Path, typer.Option(help="Folder for the exits, the verdict, report.html and what is found on the way")
+    ],
+    calibration: Annotated[
+        str | None, typer.Option(help="Samples that nothing has seen; by default a fifth of --data is held out")
+    ] = None,
+    max_drop: Annotated[float, typer.Option(help="What may be lost against the model, between 0 and 1")] = 0.01,
+    confidence: Annotated[float, typer.Option(help="How often the promise is to hold")] = 0.95,
+    cost: Annotated[str, typer.Option(help="What is to be saved: macs, or time on this device")] = "macs",
+    batch_size: Annotated[int, typer.Option(help="How many samples are answered together in use")] = 1,
+    effort: Annotated[str, typer.Option(help="What the search may cost: quick, standard or thorough")] = "standard",
+    heads: Annotated[str | None, typer.Option(help="Comma-separated kinds, such as 2L-256,branch-2")] = None,
+    at: Annotated[str | None, typer.Option(help="Comma-separated boundaries, as exitkit inspect names them")] = None,
+    alternative: Annotated[
+        list[str] | None,
+        typer.Option(help="A smaller model to stand beside, as --model; MODEL=WEIGHTS with its weights"),
+    ] = None,
+    weights: Weights = None,
+    num_classes: Classes = None,
+    training_batch_size: Annotated[int, typer.Option(help="Training batch size")] = 64,
+    limit: Annotated[int | None, typer.Option(help="Use at most so many training samples")] = None,
+    mixed_precision: Annotated[str, typer.Option(help="What exits learn in: no, fp16 or bf16")] = "no",
+    optimize: Annotated[bool, typer.Option(help="Compile engine and model to be timed, as they will be used")] = True,
+    seed: Annotated[int, typer.Option(help="All random numbers follow from it")] = 0,
+    device: Device = None,
+    threads: Threads = None,
+) -> None:
+    """Find, train and guarantee the exits that save most, or say that none pays.
+
+    The same command goes on where it was stopped or killed. Afterwards: exitkit export --model MODEL --exits OUT/exits.
+    """
+    check_least(batch_size=batch_size, training_batch_size=training_batch_size, limit=limit)
+    check_folder(out)
+    import exitkit
+    from exitkit.cli.data import load_data
+    from exitkit.cli.machine import computing_with, threads_for, train_on
+    from exitkit.cli.sources import load_model
+    from exitkit.cli.writing import written
+    from exitkit.common.batches import split_batch
+
+    train_on(device)
+    exitkit.keep_memory()
+    say = make_console().print
+    backbone = load_model(model, weights, num_classes)
+    tokenizer = model.removeprefix("hf:") if model.startswith("hf:") else None
+    train_loader, held_out = load_data(data, backbone, calibration, tokenizer).loaders(
+        training_batch_size, limit, seed
+    )
+    example = split_batch(next(iter(held_out)))[0]
+    given: Any = {"cost": cost, "effort": effort, "mixed_precision": mixed_precision}  # checked by retrofit
+    with computing_with(threads_for(backbone, example, threads, say)), _stopped_by_hand():
+        result = exitkit.retrofit(
+            backbone,
+            train_loader,
+            held_out,
+            max_drop=max_drop,
+            confidence=confidence,
+            batch_size=batch_size,
+            heads=_listed(heads),
+            boundaries=_listed(at),
+            alternatives=_alternatives(alternative or [], num_classes),
+            output_dir=out / "search",
+            seed=seed,
+            optimize=optimize,
+            **given,
+        )
+    say(str(result))
+
+    def write(folder: Path) -> None:
+        result.save(folder)
+        result.report(folder / "report.html")
+
+    written(out, write)
+    say(f"Written to {out}/: retrofit.json, report.html{', exits' if result.model is not None else ''}")
+    if result.verdict == "exits":
+        told = "" if weights is None else f" --weights {weights}"
+        say(f"To make a file of it that runs anywhere: exitkit export --model {model}{told} --exits {out / 'exits'}")
+
+
+@contextmanager
+def _stopped_by_hand() -> Iterator[None]:
+    """Ctrl-C, of which the search has said what is kept, ends the command with its own status."""
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        raise typer.Exit(INTERRUPTED) from error
+
+
+def _listed(given: str | None) -> list[str] | None:
+    return None if given is None else [part.strip() for part in given.split(",")]
+
+
+def _alternatives(given: list[str], num_classes: int | None) -> dict[str, nn.Module]:
+    """Models by the names that were given; ``MODEL=WEIGHTS`` with its weights."""
+    from exitkit.cli.sources import load_model
+
+    found = {}
+    for text in given:
+        name, _, weights = text.partition("=")
+        if name in found:
+            raise ArgumentError(f"--alternative {name!r} was given twice; give each once")
+        found[name] = load_model(name, weights or None, num_classes)
+    return found

@@ -1,0 +1,96 @@
+"""``exitkit retrofit`` as a user types it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import exitkit
+from tests.test_cli import invoke, refused, run  # noqa: F401 - fixtures
+from tests.toy import TinyNet
+
+Run = Callable[..., str]
+MODEL = "tests.test_cli_retrofit:trained"
+
+
+def patterns(count: int, seed: int) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """Grey 8×8 images whose brightest quarter is their class, of three."""
+    generator = np.random.default_rng(seed)
+    labels = generator.integers(0, 3, count)
+    images = generator.integers(0, 120, (count, 8, 8, 1))
+    for number, label in enumerate(labels):
+        images[number, 4 * (label // 2) :, 4 * (label % 2) :][:4, :4] += 100
+    return images.astype(np.uint8), labels
+
+
+def trained() -> nn.Module:
+    """A small network that tells the patterns apart."""
+    torch.manual_seed(0)
+    images, labels = (torch.from_numpy(part) for part in patterns(600, 1))
+    model = TinyNet()
+    optimizer = torch.optim.Adam(model.parameters(), 3e-3)
+    for _ in range(150):
+        rows = torch.randint(len(labels), (64,))
+        inputs = images[rows].permute(0, 3, 1, 2).float() / 255
+        optimizer.zero_grad()
+        F.cross_entropy(model(inputs), labels[rows]).backward()
+        optimizer.step()
+    return model.eval()
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    images, labels = patterns(900, 2)
+    more, their_labels = patterns(500, 3)
+    np.savez(tmp_path / "images.npz", images=images, labels=labels)
+    np.savez(tmp_path / "calibration.npz", images=more, labels=their_labels)
+    return tmp_path
+
+
+def test_a_model_and_data_become_exits_a_verdict_and_a_page(run: Run, data: Path) -> None:  # noqa: F811
+    out = data / "out"
+    arguments = (
+        "retrofit",
+        "--model",
+        MODEL,
+        "--data",
+        data / "images.npz",
+        "--calibration",
+        data / "calibration.npz",
+    )
+    options = ("--max-drop", 0.05, "--effort", "quick", "--no-optimize", "--out", out)
+    printed = run(*arguments, *options)
+    found = json.loads((out / "retrofit.json").read_text())
+    assert found["verdict"] in ("exits", "backbone")
+    assert found["reason"] in " ".join(printed.split())
+    page = (out / "report.html").read_text()
+    assert found["reason"][1:] in page
+    assert "http" not in page.replace("http-equiv", "").replace("http://www.w3.org", "")
+    model = exitkit.MultiExitModel.from_pretrained(trained(), out / "exits", torch.zeros(2, 1, 8, 8))
+    assert model.policy is not None
+    assert list(model.policy.thresholds) == list(found["policy"]["thresholds"])
+    again = run(*arguments, *options)  # everything is there already
+    assert json.loads((out / "retrofit.json").read_text())["policy"] == found["policy"]
+    assert found["verdict"] in again
+
+
+def test_wrong_arguments_are_said_in_a_line_or_two(refused: Run, data: Path) -> None:  # noqa: F811
+    def said(*options: object, model: str = MODEL) -> str:
+        return refused("retrofit", "--model", model, "--data", data / "images.npz", "--out", data / "out", *options)
+
+    assert "effort='hard' is unknown" in said("--effort", "hard")
+    assert "--batch-size 0 must be at least 1" in said("--batch-size", 0)
+    assert "max_drop=0.0 must be" in said("--max-drop", 0)
+    assert "too few for max_drop=0.001" in said("--max-drop", 0.001)
+    assert "no better than chance" in said("--max-drop", 0.1, model="tests.toy:net")
+    assert "was given twice" in said("--alternative", MODEL, "--alternative", MODEL)
+    (data / "file").write_text("")
+    assert "is a file" in refused("retrofit", "--model", MODEL, "--data", data, "--out", data / "file")
