@@ -8,11 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from exitkit.common.batches import check_training_labels, split_batch
+from exitkit.multi_exit.loss import classification
 from exitkit.multi_exit.model import MultiExitModel
 from exitkit.surgery.capturing import logits_of
 from exitkit.surgery.inputs import call_on
 from exitkit.training.freezing import Stages
-from exitkit.training.objective import Objective, classification
+from exitkit.training.objective import Objective
 from exitkit.training.step import batch_norm_explained, placed
 
 GROUP_BYTES = 256 * 2**20
