@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import exitkit
 from exitkit.common.errors import ArgumentError
 from exitkit.retrofitting.alternatives import Alternative
-from exitkit.retrofitting.candidates import propose
+from exitkit.retrofitting.candidates import GRIDS, propose
 from exitkit.retrofitting.choice import Answers, cheapest, cost_at_price
 from exitkit.retrofitting.rounds import BUDGETS
 from exitkit.retrofitting.samples import Data, held_out, part_of
@@ -208,7 +208,7 @@ def test_the_limit_is_what_the_test_of_the_promise_passes_half_of_the_time() -> 
 
 def test_candidates_cost_what_their_layers_cost_and_leave_something_to_save(net: nn.Module) -> None:
     captured = capture(net, torch.zeros(2, 16))
-    pool, places = propose(captured, ["1L", "2L-8"], None, 8, seed=0)
+    pool, places = propose(captured, ["1L", "2L-8"], None, GRIDS["standard"], seed=0)
     whole = 16 * 32 + 6 * 2 * 32 * 32 + 32 * CLASSES
     assert pool.anatomy.macs == whole
     for place in places:
@@ -221,7 +221,9 @@ def test_candidates_cost_what_their_layers_cost_and_leave_something_to_save(net:
 
 
 def test_several_candidates_at_one_boundary_answer_as_each_alone(net: nn.Module) -> None:
-    pool, places = propose(capture(net, torch.zeros(2, 16)), ["1L", "2L-8"], ["blocks.0", "blocks.2"], 8, seed=0)
+    pool, places = propose(
+        capture(net, torch.zeros(2, 16)), ["1L", "2L-8"], ["blocks.0", "blocks.2"], GRIDS["standard"], seed=0
+    )
     inputs = easy(5, 4)[0]
     together = pool.eval()(inputs)
     for k, place in enumerate(places):

@@ -10,11 +10,12 @@ from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
 
 from exitkit.common.files import replacing
-from exitkit.exits.classifiers import HeadSpec, InternalClassifier
+from exitkit.exits.classifiers import InternalClassifier
 from exitkit.multi_exit.attaching import attach
 from exitkit.multi_exit.model import MultiExitModel
+from exitkit.retrofitting.candidates import Effort, is_light
 from exitkit.retrofitting.choice import Choice, cheapest, cheapest_threshold
-from exitkit.retrofitting.rounds import Effort, Search, remove_run
+from exitkit.retrofitting.rounds import Search, remove_run
 
 EPOCHS: dict[Effort, int] = {"quick": 5, "standard": 30, "thorough": 60}
 """At most so many, with early stopping."""
@@ -59,9 +60,7 @@ def _train(search: Search, model: MultiExitModel, name: str, epochs: int) -> Non
         return
     search.say(f"{name.replace('-', ' ')}: {len(model.classifiers)} exits, at most {epochs} epochs")
     names = (model.head,) if isinstance(model.head, str) else model.head
-    cache = isinstance(search.split.train, DataLoader) and all(
-        HeadSpec.parse(head).kind in ("auto", "linear") for head in names
-    )
+    cache = isinstance(search.split.train, DataLoader) and all(is_light(head) for head in names)
     val = search.split.search if search.labelled else None
     search.fit(model, search.split.train, epochs, cache, name, val, None if val is None else max(3, epochs // 3))
     if path is not None:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,9 +22,8 @@ from exitkit.common.errors import DivergedError
 from exitkit.common.files import replacing
 from exitkit.evaluation.collecting import collect
 from exitkit.evaluation.outputs import ExitOutputs
-from exitkit.exits.classifiers import HeadSpec
 from exitkit.multi_exit.model import MultiExitModel
-from exitkit.retrofitting.candidates import Place
+from exitkit.retrofitting.candidates import Effort, Place, is_light
 from exitkit.retrofitting.choice import Answers, choices, cost_at_price
 from exitkit.retrofitting.prices import Prices
 from exitkit.retrofitting.samples import Split, part_of
@@ -33,12 +32,8 @@ from exitkit.surgery.inputs import call_on
 from exitkit.training.distributed import random_state, seed_everything, set_random_state
 from exitkit.training.trainer import Trainer
 
-Effort = Literal["quick", "standard", "thorough"]
 BUDGETS: dict[Effort, float] = {"quick": 8.0, "standard": 30.0, "thorough": 90.0}
 """What the search may cost, in epochs of the backbone's forward over the samples that are learned from."""
-
-BOUNDARIES: dict[Effort, int] = {"quick": 4, "standard": 8, "thorough": 8}
-"""Where candidates are tried, at most, unless the user names boundaries."""
 
 PRICES = (3.0, 10.0)
 """What a mistake costs, in backbones, where candidates are compared after the first and the second of three rounds: less
@@ -109,7 +104,7 @@ class Search:
 
     def run(self) -> tuple[list[int], ExitOutputs]:
         """Train; the candidates that are left, and their answers to the samples of the search."""
-        light = [k for k, place in enumerate(self.places) if HeadSpec.parse(place.head).kind in ("auto", "linear")]
+        light = [k for k, place in enumerate(self.places) if is_light(place.head)]
         heavy = [k for k in range(len(self.places)) if k not in light]
         left = []
         if light:

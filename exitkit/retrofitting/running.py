@@ -27,12 +27,12 @@ from exitkit.evaluation.outputs import ExitOutputs
 from exitkit.methods.policy import ExitPolicy
 from exitkit.multi_exit.model import MultiExitModel
 from exitkit.retrofitting.alternatives import Alternative, beside, captured_alternatives, named, weighed
-from exitkit.retrofitting.candidates import Place, propose
+from exitkit.retrofitting.candidates import GRIDS, Effort, Place, propose
 from exitkit.retrofitting.choice import cheapest
 from exitkit.retrofitting.finishing import EPOCHS, finish
 from exitkit.retrofitting.prices import Cost, Prices, in_macs, in_time, kept_prices
 from exitkit.retrofitting.result import Candidate, Retrofit
-from exitkit.retrofitting.rounds import BOUNDARIES, BUDGETS, Effort, Search
+from exitkit.retrofitting.rounds import BUDGETS, Search
 from exitkit.retrofitting.samples import Data
 from exitkit.retrofitting.verdict import Times, decide, engines, timed
 from exitkit.surgery.capturing import Capture, capture
@@ -163,7 +163,7 @@ def _search(
     say: Callable[[str], None],
 ) -> Search:
     """The search before its first round: candidates, prices, and the backbone found better than chance."""
-    pool, places = propose(captured, heads, boundaries, BOUNDARIES[wanted.effort], wanted.seed)
+    pool, places = propose(captured, heads, boundaries, GRIDS[wanted.effort], wanted.seed)
     settings = {**asdict(wanted), "backbone": weights_digest(captured.backbone), "samples": data.split.samples}
     settings |= {"calibration": digest(data.hashes), "candidates": [place.name for place in places]}
     prices = kept_prices(
