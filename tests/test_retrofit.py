@@ -25,6 +25,7 @@ from exitkit.common.errors import ArgumentError
 from exitkit.retrofitting.alternatives import Alternative
 from exitkit.retrofitting.candidates import GRIDS, propose
 from exitkit.retrofitting.choice import Answers, cheapest, cost_at_price
+from exitkit.retrofitting.finishing import linked_from
 from exitkit.retrofitting.rounds import BUDGETS
 from exitkit.retrofitting.samples import Data, held_out, part_of
 from exitkit.retrofitting.verdict import decide
@@ -583,3 +584,15 @@ def test_a_candidate_whose_loss_is_not_finite_is_dropped_and_the_others_learn_on
     dropped = {one.head: one.dropped for one in result.candidates}
     assert "not finite" in str(dropped["2L-8"])
     assert dropped["1L"] is None
+
+
+def test_a_cascade_begins_as_the_exits_that_it_links(net: nn.Module) -> None:
+    train, calibration = loaders()
+    apart = exitkit.attach(net, torch.zeros(2, 16), at=["blocks.0", "blocks.2"], head=["1L", "2L-8"], method="sdn")
+    exitkit.Trainer(apart, epochs=2, show_progress=False).fit(train)
+    linked = linked_from(apart, seed=0)
+    for batch in calibration:
+        with torch.no_grad():
+            first, second = apart.eval()(batch[0]).heads, linked.eval()(batch[0]).heads
+        assert all(torch.allclose(one, other, atol=1e-5) for one, other in zip(first, second, strict=True))
+    assert linked.method.cascade

@@ -39,7 +39,7 @@ def finish(search: Search, chosen: Sequence[int]) -> tuple[MultiExitModel | None
     if len(kept) < 2:
         return (search.part(kept), kept) if kept else (None, ())
     apart = search.part(kept)
-    linked = _cascade(apart, search)
+    linked = linked_from(apart, search.seed)
     _train(search, linked, "finish-cascade", max(1, EPOCHS[search.effort] // 2))
     together = search.collected(linked, search.product("finish-cascade-outputs"))
     alone = torch.tensor([exit_.macs_fraction for exit_ in apart.exits]).numpy()
@@ -75,10 +75,10 @@ def _train(search: Search, model: MultiExitModel, name: str, epochs: int) -> Non
         remove_run(path.with_suffix(""))
 
 
-def _cascade(model: MultiExitModel, search: Search) -> MultiExitModel:
+def linked_from(model: MultiExitModel, seed: int) -> MultiExitModel:
     """The same exits with links and an ensemble, which begin as what they were without."""
     with torch.random.fork_rng():
-        torch.manual_seed(search.seed)
+        torch.manual_seed(seed)
         linked = attach(
             model.backbone,
             model.example.spec.batch(model.example.tensors),
@@ -89,11 +89,14 @@ def _cascade(model: MultiExitModel, search: Search) -> MultiExitModel:
     for new, old in zip(linked.classifiers, model.classifiers, strict=True):
         target, source = cast("InternalClassifier", new), cast("InternalClassifier", old)
         target.body.load_state_dict(source.body.state_dict())
-        with torch.no_grad():
-            width = source.linear.in_features
-            target.linear.weight.zero_()
-            target.linear.weight[:, :width] = source.linear.weight
-            target.linear.bias.copy_(source.linear.bias)
+        widened = target.linear.state_dict()
+        for key, value in source.linear.state_dict().items():
+            if widened[key].shape == value.shape:
+                widened[key] = value
+            else:  # the link's inputs come last, and weigh nothing yet
+                widened[key][..., : value.shape[-1]] = value
+                widened[key][..., value.shape[-1] :] *= 0 if key == "weight" else 1
+        target.linear.load_state_dict(widened)
     return linked
 
 
