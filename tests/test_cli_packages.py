@@ -135,7 +135,7 @@ def test_texts(tmp_path: Path) -> None:
         (["run", "nowhere.pt2", "0.png"], r"'nowhere\.pt2' does not exist"),
         (["bench-latency", "PACKAGE", "--batches", "1,x"], r"--batches '1,x' must be numbers"),
         (["bench-latency", "PACKAGE", "notes.npy"], r"notes\.npy' cannot be read as \.npy"),
-        (["bench-latency", "PACKAGE", "notes.txt"], r"notes\.txt' cannot be read as an image"),
+        (["bench-latency", "PACKAGE", "notes.txt"], r"notes\.txt' holds texts, and this package takes images"),
         (["bench-latency", "PACKAGE", "no/folder"], r"'no/folder' does not exist"),
         (["run", "PACKAGE", "0.png", "--device", "gpu"], r"device='gpu' is not a device of torch"),
     ],

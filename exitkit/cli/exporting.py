@@ -29,7 +29,7 @@ class Source:
         policy: what ``exitkit calibrate`` chose, or None.
         classes: names of the classes, or None.
         preprocessing: of images, or None.
-        max_tokens: of texts.
+        max_tokens: after which a text is cut; None for as many as the model takes.
         method: of the run, or None.
     """
 
@@ -40,7 +40,7 @@ class Source:
     policy: ExitPolicy | None = None
     classes: Sequence[str] | None = None
     preprocessing: Preprocessing | None = None
-    max_tokens: int = MAX_TOKENS
+    max_tokens: int | None = None
     method: str | None = None
 
 
