@@ -105,9 +105,9 @@
     const last = chosen.names.length - 1, { label, answer, answers, exit } = sample, name = data.classes[label];
     const said = sample.right ? name : `${data.classes[answer]} instead of ${name}`;
     if (exit === last) return said;
-    const backbone = answers[last] === label ? "the backbone is right" : answers[last] === answer ? "so says the backbone"
-      : `the backbone says ${data.classes[answers[last]]}`;
-    return `${said}, at ${chosen.names[exit]}` + (sample.right ? "" : `; ${backbone}`);
+    const backbone = answers[last] === label ? "" : answers[last] === answer ? "; so says the backbone"
+      : `; the backbone says ${data.classes[answers[last]]}`;
+    return `${said}, at ${chosen.names[exit]}` + (sample.right ? "" : backbone);
   }
 
   function picture(sample, chosen) {
