@@ -221,3 +221,44 @@ def test_results_are_files_tables_and_pictures(tmp_path: Path) -> None:
         GradientDominance.load(tmp_path / "d.safetensors")
     with pytest.raises(exitkit.FileError, match="cannot be read"):
         GradientDominance.load(tmp_path / "none.safetensors")
+
+
+def separable(samples: int = 48) -> torch.utils.data.DataLoader[tuple[Tensor, ...]]:
+    generator = torch.Generator().manual_seed(2)
+    labels = torch.arange(samples) % 3
+    images = torch.randn(samples, 1, 8, 8, generator=generator) + labels.view(-1, 1, 1, 1) - 1
+    return torch.utils.data.DataLoader(torch.utils.data.TensorDataset(images, labels), batch_size=8, shuffle=True)
+
+
+def trained(folder: Path | None = None, **options: Any) -> tuple[exitkit.MultiExitModel, list[Any]]:
+    torch.manual_seed(0)
+    ee = exitkit.attach(TinyNet(), torch.randn(2, 1, 8, 8), every=1, method="sdn")
+    trainer = exitkit.Trainer(ee, epochs=3, output_dir=folder, show_progress=False, **{"regime": "mixed", **options})
+    return ee, trainer.fit(separable())
+
+
+def test_a_run_records_it_and_trains_the_same_weights(tmp_path: Path) -> None:
+    plain, _ = trained()
+    measured, history = trained(tmp_path, analyse="gradient_dominance", analyse_every=2)
+    for name, value in plain.state_dict().items():
+        assert torch.equal(value, measured.state_dict()[name]), name
+    assert [record.dominance is None for record in history] == [True, False, True]
+    record = history[1]
+    assert len(record.dominance) == len(record.ceiling) == 4
+    assert all(one <= most + 1e-9 for one, most in zip(record.dominance, record.ceiling, strict=True))
+    assert record.ceiling[-1] == pytest.approx(1)
+    log = (tmp_path / "metrics.csv").read_text().splitlines()
+    assert "dominance/exit0" in log[0]
+    assert "dominance_ceiling/exit3" in log[0]
+
+
+def test_phases_count_their_own_exits() -> None:
+    _, history = trained(regime="mixed-gradual", analyse="gradient_dominance")
+    assert [len(record.dominance) for record in history] == [2, 3, 4]
+
+
+def test_a_frozen_backbone_is_refused_by_the_trainer(tiny_ee: exitkit.MultiExitModel) -> None:
+    with pytest.raises(exitkit.ArgumentError, match="freezes the backbone"):
+        exitkit.Trainer(tiny_ee, analyse="gradient_dominance")
+    with pytest.raises(exitkit.ArgumentError, match="analyse"):
+        exitkit.Trainer(tiny_ee, "mixed", analyse="rank")  # type: ignore[arg-type]

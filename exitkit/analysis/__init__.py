@@ -2,16 +2,23 @@
 
 from exitkit.analysis.dominance import GradientDominance, gradient_dominance
 from exitkit.analysis.information import Information, mutual_information
+from exitkit.analysis.paths import Connectivity, Plane, connectivity, plane
+from exitkit.analysis.permutations.matching import align
 from exitkit.analysis.rank import Rank, numerical_rank
 from exitkit.analysis.surface import Landscape, landscape
 
 __all__ = [
+    "Connectivity",
     "GradientDominance",
     "Information",
     "Landscape",
+    "Plane",
     "Rank",
+    "align",
+    "connectivity",
     "gradient_dominance",
     "landscape",
     "mutual_information",
     "numerical_rank",
+    "plane",
 ]

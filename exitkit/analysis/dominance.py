@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from exitkit.analysis.measurement import Array, Measurement, Table, exit_names, joined, spread
-from exitkit.analysis.samples import check_multi_exit, in_float32, left_as_found, loader_kept, size_of, tracked
+from exitkit.analysis.samples import check_multi_exit, in_float32, size_of, tracked
 from exitkit.common.batches import checked, split_batch
 from exitkit.common.checks import Count, Index, check, numbers_in
 from exitkit.common.errors import ArgumentError
@@ -20,6 +20,7 @@ from exitkit.multi_exit.model import MultiExitModel
 from exitkit.training.distributed import seed_everything
 from exitkit.training.freezing import stages_of
 from exitkit.training.gradients import blocks_of, dominance_of, gram_on, objective_weights
+from exitkit.training.left_alone import left_as_found, loader_kept
 from exitkit.training.losses import Loss
 from exitkit.training.objective import Objective
 

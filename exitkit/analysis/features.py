@@ -9,13 +9,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from exitkit.analysis.samples import backbone_of, in_float32, left_as_found, read_samples, tracked
+from exitkit.analysis.samples import backbone_of, in_float32, read_samples, tracked
 from exitkit.common.batches import move
 from exitkit.common.errors import ArgumentError
 from exitkit.multi_exit.model import MultiExitModel
 from exitkit.surgery.boundaries import Boundary, find_boundaries
 from exitkit.surgery.capturing import capture
 from exitkit.surgery.partition import Partition, partition_at
+from exitkit.training.left_alone import left_as_found
 
 Reading = Literal["flat", "pooled", "positions"]
 """Of a feature with positions (pixels, tokens): all values as one row, their mean over the positions as one row, or a row for

@@ -1,12 +1,11 @@
-"""What measurements share: the samples they are made on, and a model that is left as it was found."""
+"""What measurements share: the samples they are made on, and a model in float32."""
 
 from __future__ import annotations
 
 import copy
 import sys
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -16,50 +15,13 @@ from torch.utils._pytree import tree_map_only
 from exitkit.common.batches import checked, split_batch
 from exitkit.common.errors import ArgumentError
 from exitkit.multi_exit.model import MultiExitModel
-from exitkit.surgery.capturing import evaluation_mode
-from exitkit.training.distributed import random_state, set_random_state
-from exitkit.training.freezing import flags_restored
+from exitkit.training.left_alone import loader_kept
 
 T = TypeVar("T")
 M = TypeVar("M", bound=nn.Module)
 
 Batch = tuple[Any, Tensor | None]
 """Inputs and labels."""
-
-
-@contextmanager
-def left_as_found(*models: nn.Module) -> Iterator[None]:
-    """In eval mode meanwhile; afterwards buffers, modes, ``requires_grad``, ``.grad`` and random states are as they were."""
-    random = random_state()
-    gradients = [(parameter, parameter.grad) for model in models for parameter in model.parameters()]
-    with ExitStack() as stack:
-        for model in models:
-            stack.enter_context(flags_restored(model))
-            stack.enter_context(evaluation_mode(model))
-            stack.enter_context(_buffers_restored(model))
-        try:
-            yield
-        finally:
-            for parameter, gradient in gradients:
-                parameter.grad = gradient
-            set_random_state(random)
-
-
-@contextmanager
-def _buffers_restored(model: nn.Module) -> Iterator[None]:
-    """The same tensors with the same values; BatchNorm's kernels write into them without raising their version."""
-    saved = [
-        (module, name, buffer, buffer.clone())
-        for module in model.modules()
-        for name, buffer in module._buffers.items()
-        if buffer is not None
-    ]
-    try:
-        yield
-    finally:
-        for module, name, buffer, values in saved:
-            module._buffers[name] = buffer
-            buffer.data.copy_(values)
 
 
 def check_multi_exit(model: Any, measurement: str, name: str = "ee") -> None:
@@ -93,21 +55,6 @@ def in_float32(model: M) -> M:
     kind = str(halves.pop()).removeprefix("torch.")
     warnings.warn(f"the model is in {kind}; measured on a copy of it in float32", stacklevel=3)
     return copy.deepcopy(model).float()
-
-
-@contextmanager
-def loader_kept(loader: Iterable[Any]) -> Iterator[None]:
-    """Afterwards the loader's own generators and those of torch, numpy and Python stand where they stood."""
-    owners = (loader, *(getattr(loader, name, None) for name in ("sampler", "batch_sampler")))
-    found = (getattr(owner, "generator", None) for owner in owners)
-    generators = [(g, g.get_state()) for g in found if isinstance(g, torch.Generator)]
-    random = random_state()
-    try:
-        yield
-    finally:
-        for generator, state in generators:
-            generator.set_state(state)
-        set_random_state(random)
 
 
 def read_samples(loader: Iterable[Any], samples: int | None, labelled: bool = True) -> list[Batch]:

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from exitkit.analysis.losses import Evaluation
 from exitkit.analysis.measurement import Array, Measurement, Table, exit_names, joined
-from exitkit.analysis.samples import check_multi_exit, count, in_float32, left_as_found, read_samples, tracked
+from exitkit.analysis.samples import check_multi_exit, count, in_float32, read_samples, tracked
 from exitkit.common.checks import Bounds, Count, Index, Positive, check
 from exitkit.evaluation.plots import new_figure
 from exitkit.multi_exit.model import MultiExitModel
+from exitkit.training.left_alone import left_as_found
 from exitkit.training.losses import Loss
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ class Landscape(Measurement):
 
     def table(self) -> Table:
         """For every exit the loss at the centre, and its mean rise at half and at the whole of the span, on all sides."""
-        rows = []
+        rows: list[tuple[str | float, ...]] = []
         stacked = np.concatenate([self.loss, self.objective[..., None]], axis=-1)
         centre = np.append(self.centre, self.centre_objective)
         distance = np.hypot(self.axis[:, None], self.axis[None, :])

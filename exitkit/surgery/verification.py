@@ -32,7 +32,7 @@ def verify(captured: Capture, boundaries: Sequence[Boundary], partition: Partiti
     other = captured.example.with_batch(_OTHER_BATCH)
     if captured.example.text and _takes_other_lengths(captured) and other.tensors[0].shape[1] > _FEWER_TOKENS + 2:
         other = other.shorter(_FEWER_TOKENS)
-    with untouched(captured.backbone), torch.no_grad(), _exact_attention():
+    with untouched(captured.backbone), torch.no_grad(), exact_attention():
         points = _compare(captured, boundaries, partition, captured.example)
         if _compare(captured, boundaries, partition, other) != points:
             raise NotCapturableError(
@@ -43,7 +43,7 @@ def verify(captured: Capture, boundaries: Sequence[Boundary], partition: Partiti
 
 
 @contextmanager
-def _exact_attention() -> Iterator[None]:
+def exact_attention() -> Iterator[None]:
     """Without ``nn.MultiheadAttention``'s inference fast path, a fused kernel that rounds differently (1e-6)."""
     enabled = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)

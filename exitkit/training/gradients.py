@@ -19,6 +19,9 @@ from exitkit.training.step import batch_norm_explained, placed
 GROUP_BYTES = 256 * 2**20
 """The gradients, of all exits, that are kept at once; one parameter alone may need more."""
 
+ANALYSED = 4
+"""Batches that are measured after an epoch (``Trainer(analyse=)``)."""
+
 _CHUNK = 2**20
 """Entries of a gradient that are multiplied at once in float64."""
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from copy import copy
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from signal import SIGTERM
 from typing import TYPE_CHECKING, Any
@@ -19,8 +20,10 @@ from exitkit.training.checkpoint import disk_errors_as_warnings, save_checkpoint
 from exitkit.training.distributed import length, random_state, seed_everything, set_random_state
 from exitkit.training.early_stopping import EarlyStopping
 from exitkit.training.feature_cache.heads_alone import HeadsAlone
-from exitkit.training.freezing import Stages
+from exitkit.training.freezing import Stages, learn
+from exitkit.training.gradients import ANALYSED, blocks_of, dominance_of, gram_on, objective_weights
 from exitkit.training.interruption import ending
+from exitkit.training.left_alone import left_as_found, loader_kept
 from exitkit.training.objective import Objective
 from exitkit.training.options import Options
 from exitkit.training.progress import Epoch, write_log
@@ -108,6 +111,7 @@ class Run:
         while done < epochs and not self.stopping.stop:
             record = self._epoch(learner, progress=done / epochs)
             learner.end_epoch(record.epoch)
+            record = self._analysed(record, learner, progress=done / epochs)
             self.history.append(record)
             self._keep_best(record)
             self.tally = Tally.empty(len(self.model.exits))
@@ -158,6 +162,33 @@ class Run:
         channels_last = self.options.channels_last
         return validate(
             self.model, self.view, loader, self.accelerator, channels_last, lambda: self._stop_if_asked(learner)
+        )
+
+    def _analysed(self, record: Epoch, learner: Learner, progress: float) -> Epoch:
+        """The record with gradient dominance, where it is asked for; the run goes on as it would have without."""
+        options = self.options
+        if options.analyse is None or self.stages is None or (record.epoch + 1) % options.analyse_every:
+            return record
+        weights = [
+            weight if m in record.exits else 0.0
+            for m, weight in enumerate(options.loss.weights_at(progress, self.shares))
+        ]
+        with left_as_found(self.model), loader_kept(self.train_loader), self.accelerator.autocast():
+            learn(self.model, learner.phase, self.stages)
+            blocks = [[p for p in block if p.requires_grad] for block in blocks_of(self.model, self.stages)]
+            if not any(blocks):
+                return record
+            seed_everything(self.train_loader, options.seed, record.epoch)
+            alpha = torch.tensor([*objective_weights(self.objective, weights), 1.0], dtype=torch.float64)
+            each = [
+                dominance_of(gram_on(self.model, copy(self.objective), batch, weights, blocks), alpha, len(weights))
+                for batch in islice(self.train_loader, ANALYSED)
+            ]
+        dominance, ceiling = (torch.stack([one[at] for one in each]).mean(0).tolist() for at in (0, 2))
+        return replace(
+            record,
+            dominance=tuple(dominance[m] for m in record.exits),
+            ceiling=tuple(ceiling[m] for m in record.exits),
         )
 
     def _keep_best(self, record: Epoch) -> None:

@@ -58,6 +58,8 @@ class Options:
     output_dir: str | Path | None = None
     resume: Literal["auto", "never"] = "auto"
     log: Literal["csv", "tensorboard"] = "csv"
+    analyse: Literal["gradient_dominance"] | None = None
+    analyse_every: Count = 1
     show_progress: bool = True
 
     def __post_init__(self) -> None:
@@ -72,6 +74,11 @@ class Options:
         self.lengths = epochs_of(self.phases, self.epochs)
         if self.backbone_lr is not None and not self.trains_backbone:
             raise ArgumentError(f"backbone_lr={self.backbone_lr!r} is set, but the regime freezes the backbone")
+        if self.analyse is not None and not self.trains_backbone:
+            raise ArgumentError(
+                f"analyse={self.analyse!r} compares the exits' gradients on the weights that they share, but the regime "
+                "freezes the backbone; use regime='mixed', or leave it out"
+            )
         check_loss(self.loss, self.phases, self.model)
         self._check_cache()
         probe = self.make_optimizer([nn.Parameter(torch.zeros(1))], [])

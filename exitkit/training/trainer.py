@@ -79,6 +79,10 @@ class Trainer(Options):
             (samples of the data sets, their number, batch sizes and lengths are compared, where they can be known without
             beginning a pass); ``"never"`` starts again.
         log: ``"csv"`` or ``"tensorboard"``.
+        analyse: ``"gradient_dominance"`` measures after an epoch, on the first batches of the training set, which exits'
+            gradients the steps follow, for the history and the log (:func:`exitkit.analysis.gradient_dominance`). The weights
+            that are trained are the same with it and without.
+        analyse_every: after every so many epochs.
         show_progress: draw a table where there is a terminal, print a line per epoch (to stderr) where there is none.
 
     Attributes:
