@@ -58,7 +58,12 @@ def test_at_cost_never_takes_a_block_twice(tiny_net: TinyNet) -> None:
     )
 
 
-def test_every_block_by_default(tiny_net: TinyNet) -> None:
+def test_by_default_three_exits_are_spread_over_the_cost(resnet50: Anatomy) -> None:
+    shares = torch.tensor([block.share for block in resnet50.blocks[:-1]])
+    assert indices(resnet50) == [int((shares - share).abs().argmin()) for share in (0.15, 0.45, 0.75)]
+
+
+def test_by_default_every_block_where_there_are_no_more_than_three(tiny_net: TinyNet) -> None:
     assert names(exitkit.attach(tiny_net, images())) == ["blocks.0", "blocks.1", "blocks.2"]
 
 

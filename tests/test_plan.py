@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import math
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 import exitkit
 from exitkit import ExitkitError, ExitOutputs
 from exitkit.engine.lowering import program_of
-from exitkit.engine.plan import Plan, Timings
+from exitkit.engine.plan import Measurement, Plan, Timings
 from exitkit.engine.profiling import measure
 from exitkit.engine.program import Program, Run
 from exitkit.evaluation import ShiftMonitor
@@ -78,6 +81,28 @@ def test_an_exit_gains_what_the_leavers_would_have_cost() -> None:
     assert PLAN.gain(0, 20) == pytest.approx(2.4 - 0.5 - 0.2)
     # Of the 18 that come to exit 1, 10 leave: 18 seconds behind it, and head and decision take 2.1.
     assert PLAN.gain(1, 20) == pytest.approx(18 * 5 / 9 - 1.8 - 0.3)
+
+
+def test_all_exits_together_gain_what_each_of_those_kept_does() -> None:
+    assert PLAN.total_gain(20) == pytest.approx(1.7 + 7.9)
+    assert replace(PLAN, skipped=(1,)).total_gain(20) == pytest.approx(1.7)
+
+
+@pytest.mark.parametrize(("head", "threshold", "said"), [(2.0, 0.5, True), (0.2, 0.5, False), (2.0, math.inf, False)])
+def test_exits_that_cost_more_time_than_they_save_are_said_plainly(
+    ee: exitkit.MultiExitModel, monkeypatch: pytest.MonkeyPatch, head: float, threshold: float, said: bool
+) -> None:
+    """Half of the samples leave at exit 0, and save 3 of 4 seconds; every exit takes as much as its head."""
+    heads = ((head, head),) * 3 + ((0.0, 0.0),)
+    timings = Timings((1, 8), ((1.0, 1.0),) * 4, heads, ((0.0, 0.0),) * 4, (0.0,) * 3)
+    measured = Measurement(timings, np.array([[1.0] * 3, [0.0] * 3] * 4))
+    monkeypatch.setattr("exitkit.engine.compiling.measure", lambda *_: measured)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        exitkit.compile(ee, threshold, samples=images(8))
+    words = [str(one.message) for one in caught if "more than they save" in str(one.message)]
+    assert bool(words) == said
+    assert all(caught[0].filename == __file__ and "4500.00 ms" in word for word in words)
 
 
 def test_the_host_waits_where_the_next_step_gets_faster_by_more_than_the_wait() -> None:

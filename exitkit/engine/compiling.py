@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import warnings
 from dataclasses import replace
 from typing import Any
 
@@ -47,7 +49,8 @@ def compile(
             folded into convolutions, on CUDA replayed from CUDA graphs, with decision and compaction in Triton. Takes seconds
             to minutes; later changes of the model's weights have no effect.
         samples: inputs as they come in use, on which the steps are timed on this device, as one batch. Samples then leave
-            a batch only where going on without them is faster. :meth:`Engine.plan` shows it.
+            a batch only where going on without them is faster. :meth:`Engine.plan` shows it. A warning says where all exits
+            together cost more time than they save.
         skip_unprofitable: leave out the exits that cost more time than they save, by these times and for these samples;
             worked out anew by :meth:`Engine.at`. For exits that do not read one another.
         monitor: is told of every answer, so that it can say when production is no longer like calibration.
@@ -72,6 +75,7 @@ def compile(
     if samples is not None:
         engine = _measured(engine, eager, samples)
     engine = planned(replace(engine, whole=engine.loop.program if skip_unprofitable else None))
+    _warn_of_loss(engine)
     return engine if monitor is None else engine.watched(monitor)
 
 
@@ -87,6 +91,20 @@ def fastest(program: Program, policy: ExitPolicy) -> Loop:
     from exitkit.engine.cuda.graphs import graph_loop
 
     return graph_loop(program, policy)
+
+
+def _warn_of_loss(engine: Engine) -> None:
+    """Say where the exits cost more time than they save; not where no sample may leave, as to measure times."""
+    if engine.measured is None or math.inf in engine.policy.thresholds:
+        return
+    plan = engine.plan()
+    batch = plan.timings.sizes[-1]
+    if (gain := plan.total_gain(batch)) < 0:
+        warnings.warn(
+            f"on these {batch} samples the exits cost {-1e3 * gain:.2f} ms more than they save; engine.plan() shows each. "
+            "Attach fewer exits, use optimize=True, or choose a lower threshold",
+            stacklevel=3,
+        )
 
 
 def _measured(engine: Engine, eager: Program, samples: Any) -> Engine:

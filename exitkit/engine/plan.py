@@ -87,6 +87,11 @@ class Plan:
         own = _at(times.sizes, times.heads[exit_], come) + times.decisions[exit_]
         return rest * leave / max(self.reached[exit_], 1e-9) - own
 
+    def total_gain(self, batch: int) -> float:
+        """Seconds that all exits together save on a batch of that size; negative where they cost more."""
+        kept = (m for m in range(len(self.reached) - 1) if m not in self.skipped)
+        return sum(self.gain(m, batch) for m in kept)
+
     def waits(self) -> tuple[bool, ...]:
         """For each exit, whether waiting for its decision pays: whether the next step gets faster by more than that takes."""
         times, batch = self.timings, self.timings.sizes[-1]

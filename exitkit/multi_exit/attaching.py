@@ -36,10 +36,12 @@ def attach(
         model: any classifier whose output is logits (B, C): torchvision, timm, Hugging Face or your own.
         example_inputs: a tensor, a tuple of tensors or a dict of tensors, batch first. Inferred for torchvision, timm
             and Hugging Face models.
-        every: an exit after blocks n, 2n, …, never after the last one.
+        every: an exit after blocks n, 2n, …, never after the last one; 1 for every block. Without this argument and the next
+            three there are three exits (or fewer, where there are fewer blocks): after the blocks nearest to 15, 45 and 75%
+            of the backbone's MACs. Each exit takes time from every sample that comes by, on one sample as much as a block.
         at: boundaries by name, or blocks by number, as ``exitkit.inspect(model)`` lists them; each once.
         at_cost: shares of the backbone's MACs, such as ``[.15, .3, .45]``; the nearest block is taken.
-        placement: ``"dense-sparse"`` or ``"sparse-dense"`` (Kubaty et al.). By default every block gets an exit.
+        placement: ``"dense-sparse"`` or ``"sparse-dense"`` (Kubaty et al.).
         method: ``"sdn"``, ``"pbee"``, ``"ztw"``, ``"gpf"``, ``"branchynet"``, or a config such as
             ``exitkit.ZTW(ensemble="additive")``.
         head: ``"auto"`` (``"2L-256"`` on maps, else ``"1L"``), ``"1L"`` (pooling and a linear layer), ``"2L-<width>"`` (one

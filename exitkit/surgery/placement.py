@@ -11,6 +11,9 @@ from exitkit.common.errors import ArgumentError, unknown_name
 from exitkit.surgery.boundaries import Anatomy, Boundary
 
 Pattern = Literal["dense-sparse", "sparse-dense"]
+SPREAD = (0.15, 0.45, 0.75)
+"""Shares of the backbone's MACs near which exits are by default: few, as each takes time from every sample that comes by."""
+
 _LISTED = "exitkit.inspect(model) lists the boundaries"
 
 
@@ -21,7 +24,8 @@ def place(
     at_cost: Sequence[float] | None = None,
     placement: str | None = None,
 ) -> tuple[Boundary, ...]:
-    """The boundaries chosen by exactly one of the four arguments, in execution order; all blocks by default.
+    """The boundaries chosen by one of the four arguments, in execution order; by default the blocks nearest to
+    :data:`SPREAD`.
 
     Raises:
         ExitkitError: several arguments at once, a value out of range, or an unknown boundary name.
@@ -38,6 +42,8 @@ def place(
         return _at_cost(anatomy, at_cost)
     if placement is not None:
         return _patterned(anatomy, placement)
+    if every is None and len(anatomy.blocks) - 1 > len(SPREAD):
+        return _at_cost(anatomy, SPREAD)
     return _every(anatomy, 1 if every is None else every)
 
 
