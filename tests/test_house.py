@@ -178,6 +178,13 @@ def test_every_public_name_is_where_it_is_said_to_be() -> None:
     assert set(exitkit.__all__) <= set(dir(exitkit))
 
 
+def test_torchvision_can_be_imported_either_way() -> None:
+    """By the user after exitkit, and by exitkit first."""
+    guard = "from exitkit.common.torchvision_guard import import_torchvision; import_torchvision('models')"
+    for code in ("import exitkit, torchvision.models", f"import exitkit; {guard}; import torchvision.models"):
+        subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, check=True, cwd=ROOT)
+
+
 def test_help_is_there_at_once() -> None:
     """Without torch, in less than a second of CPU."""
     code = """

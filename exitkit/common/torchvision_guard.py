@@ -15,7 +15,6 @@ import importlib.util
 import sys
 import warnings
 from collections.abc import Sequence
-from contextlib import suppress
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from pathlib import Path
@@ -37,8 +36,6 @@ class _BeforeTorchvision(MetaPathFinder):
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
         if name == "torchvision":
-            with suppress(ValueError):  # another thread was here first
-                sys.meta_path.remove(self)
             make_torchvision_importable()
         return None
 
@@ -58,6 +55,8 @@ def make_torchvision_importable() -> torch.library.Library | None:
     """
     import torch
 
+    # looking for torchvision below must not come back here
+    sys.meta_path[:] = [finder for finder in sys.meta_path if not isinstance(finder, _BeforeTorchvision)]
     try:
         version = importlib.metadata.version("torchvision")
     except importlib.metadata.PackageNotFoundError:
