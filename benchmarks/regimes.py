@@ -68,10 +68,11 @@ def main() -> None:
     write(args.out / f"{args.backbone}.json", args, runs=numbers(runs), seconds=time.perf_counter() - started)
 
 
-def _untrained(args: argparse.Namespace, seed: int) -> nn.Module:
+def untrained(name: str, seed: int) -> nn.Module:
+    """The backbone with random weights."""
     torch.manual_seed(seed)
-    if args.backbone in DEPTHS:
-        return cifar_resnet(DEPTHS[args.backbone])
+    if name in DEPTHS:
+        return cifar_resnet(DEPTHS[name])
     from timm.models import VisionTransformer
 
     size: dict[str, Any] = {
@@ -89,7 +90,7 @@ def _trained(args: argparse.Namespace, train: tuple[Tensor, Tensor], seed: int) 
     """The backbone that disjoint and mixed start from."""
     if args.backbone in DEPTHS:
         return cifar_resnet(DEPTHS[args.backbone], weights=args.weights)
-    ee = _attached(args, _untrained(args, seed))
+    ee = _attached(args, untrained(args.backbone, seed))
     last = len(ee.classifiers)
     alone = Phase((last,), tuple(range(last + 1)))
     _fit(ee, args, train, regime=[alone], epochs=args.pretraining, seed=seed)
@@ -116,7 +117,7 @@ def _run(
 ) -> ExitOutputs:
     epochs, options = args.epochs, {}
     if regime == "joint":
-        start = _untrained(args, seed)
+        start = untrained(args.backbone, seed)
         epochs += args.pretraining
     else:
         start = copy.deepcopy(backbone)

@@ -181,15 +181,15 @@ def _measure_peak(name: str, what: str) -> float:
     model, loader = case.model(), _loader(case, 2 * BATCH)
     batches = list(loader)
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew from here
-    before = _status("VmRSS")
+    before = resident("VmRSS")
     if what == "fit":
         _fit(model, batches, epochs=1)
     else:
         _least(model, batches)
-    return (_status("VmHWM") - before) / 1024
+    return (resident("VmHWM") - before) / 1024
 
 
-def _status(entry: str) -> int:
+def resident(entry: str) -> int:
     """Of this process, in KiB."""
     return int(Path("/proc/self/status").read_text().partition(f"{entry}:")[2].split()[0])
 

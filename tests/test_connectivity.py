@@ -471,3 +471,30 @@ def test_half_precision_is_measured_in_float32(tiny_ee: exitkit.MultiExitModel) 
         found = connectivity(tiny_ee.half(), tiny_ee, data(16), points=2, align=False)
     assert found.barrier.max() == 0
     assert tiny_ee.dtype == torch.float16
+
+
+@pytest.mark.parametrize("build", [resnet_b, vgg, mobilenet])
+def test_groups_are_those_of_torch_pruning(build: Callable[[], exitkit.MultiExitModel]) -> None:
+    """Which channels must be pruned together and which can be permuted together is one question; it answers the first."""
+    pruning = pytest.importorskip("torch_pruning")
+    ee = build()
+    names = {id(module): name for name, module in ee.backbone.named_modules()}
+    graph = pruning.DependencyGraph().build_dependency(ee.backbone.eval(), example_inputs=ee.example.tensors[0])
+    theirs = []
+    for group in graph.get_all_groups(root_module_types=[nn.Conv2d, nn.Linear]):
+        pairs = [(names.get(id(dep.target.module)), dep.handler.__name__) for dep, _ in group]
+        axes = {(f"backbone.{name}.weight", int("in_channels" in handler)) for name, handler in pairs if name}
+        depthwise = {name for name, axis in axes if ee.state_dict()[name].shape[1:2] == (1,)}
+        theirs.append({(name, axis) for name, axis in axes if not (axis and name in depthwise)})
+    ours = [
+        {
+            axis
+            for part in group.parts
+            for axis in part.indices
+            if axis[0].endswith(".weight") and "backbone" in axis[0]
+        }
+        for group in symmetries_of(ee).groups
+    ]
+    last = [name for name, module in ee.backbone.named_modules() if isinstance(module, nn.Linear)][-1]
+    theirs = [one for one in theirs if one != {(f"backbone.{last}.weight", 0)}]  # the classes
+    assert sorted(map(sorted, theirs)) == sorted(sorted(one) for one in ours if one)

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from exitkit.cli.analysing import analyse
 from exitkit.cli.experiments import bench, init, train
 from exitkit.cli.options import (
     Classes,
@@ -188,6 +189,7 @@ def bench_latency(
 app.command()(calibrate)
 app.command()(compare)
 app.command()(report)
+app.command()(analyse)
 
 
 @app.command()

@@ -6,7 +6,7 @@ import base64
 import hashlib
 import re
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.resources import files
 from itertools import accumulate
 from pathlib import Path
@@ -16,6 +16,8 @@ import jinja2
 import matplotlib
 from markupsafe import Markup
 
+from exitkit.analysis.measurement import Table, shown
+from exitkit.analysis.overview import FOLDER, KINDS, Kind, Overview
 from exitkit.common.console import printable
 from exitkit.common.errors import ArgumentError
 from exitkit.common.files import replacing
@@ -127,7 +129,23 @@ def _page(
         reliability=[_pictures(name, outputs[name], points[name], classes, path) for name in outputs],
         stages=[(name, _stage_rows(result)) for name, result in results.items() if result.stages],
         guarantees=[(name, one.calibrated) for name, one in results.items() if one.calibrated is not None],
+        analysis=_analysis(runs[0].directory / FOLDER),
     )
+
+
+def _analysis(folder: Path) -> list[tuple[Kind, list[figures.Drawn], list[Table]]]:
+    """What ``exitkit analyse`` measured: for each measurement a picture and a table of every model."""
+    found = Overview.read(folder)
+    rows = []
+    for name, models in ({} if found is None else found.rows).items():
+        assert found is not None
+        drawn = [
+            figures.embedded(figure, f"analysis-{name}-{number}", f"{KINDS[name].title} of {printable(model)}")
+            for number, (model, figure) in enumerate(found.figures(name).items())
+        ]
+        tables = [replace(one.table(), title=printable(model)) for model, one in models.items()]
+        rows.append((KINDS[name], drawn, tables))
+    return rows
 
 
 def _render(**values: Any) -> str:
@@ -136,6 +154,7 @@ def _render(**values: Any) -> str:
     script = base64.b64encode(hashlib.sha256(js.encode()).digest()).decode()
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     environment.filters["interval"] = _interval
+    environment.filters["shown"] = shown
     return environment.from_string(page).render(
         **values, css=Markup(css), js=Markup(js), script=script, version=installed_versions()["exitkit"]
     )

@@ -1,0 +1,132 @@
+"""``exitkit analyse``: measurements of runs, side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from exitkit.cli.options import check_folder, check_least
+from exitkit.common.console import make_console, printable
+from exitkit.common.errors import ArgumentError, unknown_name
+
+if TYPE_CHECKING:
+    from exitkit.analysis.measurement import Measurement
+    from exitkit.multi_exit.model import MultiExitModel
+
+WHAT = "dominance,rank,information,connectivity,landscape"
+
+
+def analyse(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN_DIR...", help="What exitkit bench or train wrote")],
+    what: Annotated[
+        str, typer.Option(help="Comma-separated; connectivity is from the first run to each other")
+    ] = WHAT,
+    out: Annotated[Path | None, typer.Option(help="Folder; by default analysis in the first RUN_DIR")] = None,
+    data: Annotated[str | None, typer.Option(help="Training samples; by default those of the first run")] = None,
+    method: Annotated[str | None, typer.Option(help="Of runs with several")] = None,
+    samples: Annotated[int, typer.Option(help="How many are measured on")] = 2000,
+    points: Annotated[int, typer.Option(help="Of each axis of the landscape")] = 21,
+    seed: Annotated[int, typer.Option(help="Of noise, directions and orders")] = 0,
+    trust: Annotated[bool, typer.Option("--trust", help="Call the function that a run names as its model")] = False,
+) -> None:
+    """Measure what training did to the models of one or several runs, such as of several regimes.
+
+    Writes pictures and tables, which exitkit report shows too. On the training samples as they are, without augmentation.
+    """
+    kinds = [name.strip() for name in what.split(",")]
+    for name in kinds:
+        if name not in WHAT.split(","):
+            raise unknown_name("--what", name, WHAT.split(","))
+    check_least(samples=samples, points=points)
+    folder = runs[0] / "analysis" if out is None else out
+    check_folder(folder)
+    if kinds == ["connectivity"] and len(runs) < 2:
+        raise ArgumentError("--what connectivity needs two runs; name another RUN_DIR")
+    from exitkit.analysis.overview import Overview
+
+    models = {_name(run, runs): _model(run, method, trust) for run in runs}
+    loader = _samples(runs[0], next(iter(models.values())), data, samples)
+    rows: dict[str, dict[str, Measurement]] = {}
+    say = make_console().print
+    for kind in kinds:
+        rows[kind] = measured(kind, models, loader, samples, points, seed, say)
+    found = Overview({kind: row for kind, row in rows.items() if row})
+    found.write(folder)
+    say(f"Written to {folder}/: PNG, CSV and arrays. To look at them: exitkit report {runs[0]}")
+
+
+def measured(
+    kind: str,
+    models: dict[str, MultiExitModel],
+    loader: Iterable[Any],
+    samples: int,
+    points: int,
+    seed: int,
+    say: Callable[[Any], None],
+) -> dict[str, Measurement]:
+    """One measurement of every model by name; of connectivity, of every model but the first."""
+    from exitkit import analysis
+
+    first, *others = models.items()
+    if kind == "connectivity":
+        pairs = {f"{first[0]} to {name}": (first[1], model) for name, model in others}
+        calls: dict[str, Callable[[], Measurement]] = {
+            name: lambda pair=pair: analysis.connectivity(*pair, loader, samples=samples, seed=seed)  # type: ignore[misc]
+            for name, pair in pairs.items()
+        }
+    else:
+        how: dict[str, Callable[[MultiExitModel], Measurement]] = {
+            "dominance": lambda ee: analysis.gradient_dominance(ee, loader, as_if_unfrozen=True, seed=seed),
+            "rank": lambda ee: analysis.numerical_rank(ee, loader, samples=samples, seed=seed),
+            "information": lambda ee: analysis.mutual_information(ee, loader, samples=samples, seed=seed),
+            "landscape": lambda ee: analysis.landscape(ee, loader, samples=samples, points=points, seed=seed),
+        }
+        calls = {name: lambda model=model: how[kind](model) for name, model in models.items()}  # type: ignore[misc]
+    made = {}
+    for name, call in calls.items():
+        made[name] = call()
+        say(f"{name}: {made[name].table()}\n")
+    return made
+
+
+def _name(run: Path, runs: list[Path]) -> str:
+    """What a run is called: its folder."""
+    names = [printable(one.resolve().name) for one in runs]
+    if len(set(names)) < len(names):
+        raise ArgumentError(f"RUN_DIR: {names} holds a name twice; give each run once, under a name of its own")
+    return printable(run.resolve().name)
+
+
+def _model(run: Path, method: str | None, trust: bool) -> MultiExitModel:
+    from exitkit.cli.exporting import find_source, flags_over
+    from exitkit.cli.sources import load_model
+    from exitkit.multi_exit.model import MultiExitModel
+
+    source = flags_over(find_source(str(run), method), None, None, None, None, trust)
+    backbone = load_model(str(source.model), source.weights, source.num_classes).eval()
+    return MultiExitModel.from_pretrained(backbone, source.exits)
+
+
+def _samples(run: Path, model: MultiExitModel, data: str | None, samples: int) -> Iterable[Any]:
+    """Batches of training samples, the same for every model and measurement."""
+    from exitkit.cli.data import MAX_TOKENS, load_data
+    from exitkit.report.run import read_run
+
+    about = read_run(run).about
+    chosen = about.get("data") if data is None else data
+    if not isinstance(chosen, str):
+        raise ArgumentError(f"RUN_DIR {str(run)!r} does not say what data it was trained on; give --data")
+    name, test, tokens = str(about.get("model")), about.get("test"), about.get("max_tokens")
+    split = load_data(
+        chosen,
+        model.backbone,
+        test if isinstance(test, str) and data is None else None,
+        name.removeprefix("hf:") if name.startswith("hf:") else None,
+        numbers=model.regression,
+        pairs=about.get("pairs") is True,
+        max_tokens=tokens if isinstance(tokens, int) else MAX_TOKENS,
+    )
+    return split.loaders(64, samples, 0)[0]
