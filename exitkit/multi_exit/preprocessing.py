@@ -227,7 +227,9 @@ class TextPreprocessing:
         """Texts → int64 tensors (N, T), and how many of them were cut."""
         encoded = self._encoder.encode_batch(list(texts))
         columns = {"input_ids": "ids", "attention_mask": "attention_mask", "token_type_ids": "type_ids"}
-        tensors: dict[str, Tensor] = {key: torch.tensor([getattr(text, columns[key]) for text in encoded]) for key in self.keys}
+        tensors: dict[str, Tensor] = {
+            key: torch.tensor([getattr(text, columns[key]) for text in encoded]) for key in self.keys
+        }
         return tensors, sum(bool(text.overflowing) for text in encoded)
 
     def __call__(self, texts: Sequence[str]) -> dict[str, Tensor]:
