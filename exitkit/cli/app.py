@@ -21,7 +21,7 @@ from exitkit.cli.inputs import Losses
 from exitkit.cli.recipe import output_within, parse_override, read_recipe
 from exitkit.cli.results import calibrate, report
 from exitkit.cli.results import compare as compare_runs
-from exitkit.cli.sources import is_code, load_model
+from exitkit.cli.sources import is_code, load_model, load_pretrained
 from exitkit.cli.threads import computing_with, threads_for
 from exitkit.cli.training import prepared, train_recipe
 from exitkit.common.allocator import keep_memory
@@ -76,7 +76,10 @@ def bench(
     test: Annotated[str | None, typer.Option(help="Test samples; by default a fifth of --data is held out")] = None,
     methods: Annotated[str, typer.Option(help=f"Comma-separated: {', '.join(PRESETS)}")] = "sdn,pbee,ztw",
     weights: Weights = None,
-    num_classes: Classes = None,
+    num_classes: Annotated[
+        int | None, typer.Option(help="Classes of the data; a last layer of other ones is replaced, and trained")
+    ] = None,
+    max_length: Annotated[int | None, typer.Option(help="Tokens after which a text is cut")] = None,
     every: Annotated[int, typer.Option(help="An exit after every n-th block")] = 1,
     head: Annotated[
         str, typer.Option(help="auto, 1L, 2L-WIDTH, conv, separable, strided, tail or branch-BLOCKS")
@@ -96,10 +99,13 @@ def bench(
     if seed < 0:
         raise ArgumentError(f"--seed {seed} must be at least 0")
     _check_folder(out)
-    backbone = load_model(model, weights, num_classes)
+    backbone = load_pretrained(model, weights, num_classes)
     if weights is None and not model.startswith("hf:"):
         _console.print("note: no --weights, so the backbone has random weights")
-    split = load_data(data, backbone, test, model.removeprefix("hf:") if model.startswith("hf:") else None)
+    tokenizer = model.removeprefix("hf:") if model.startswith("hf:") else None
+    split = load_data(data, backbone, test, tokenizer, max_length=max_length)
+    if split.note:
+        _console.print(f"note: {split.note}")
     train_loader, test_loader = split.loaders(batch_size, limit, seed)
     example = _data_example(backbone, train_loader)
     stages: dict[str, tuple[Stage, ...]] = {}
@@ -110,11 +116,12 @@ def bench(
             chosen,
             train_loader,
             test_loader,
-            placement={"every": every, "head": head},
+            placement={"every": every, "head": head, "num_classes": num_classes},
             training={"epochs": epochs, "lr": lr, "seed": seed},
             example_inputs=example,
             report=_console.print,
             stages=stages,
+            classes=split.classes,
         )
     about = {"model": model, "weights": weights, "data": data, "epochs": epochs, "every": every}
     write_results(results, out, about, stages, split.test)
@@ -155,6 +162,8 @@ def train(
     trainer = {**chosen.trainer, **output_within(out, chosen.trainer)}
     chosen = replace(chosen, trainer=trainer)
     backbone, split = prepared(chosen)
+    if split.note:
+        _console.print(f"note: {split.note}")
     if chosen.weights is None and not chosen.model.startswith("hf:"):
         _console.print("note: no weights, so the backbone has random weights")
     example = _data_example(backbone, split.loaders(1, None, 0)[1])
@@ -175,13 +184,16 @@ def export(
     optimize: Annotated[bool, typer.Option(help="Compile the stages for this device (.pt2; takes minutes)")] = False,
     weights: Weights = None,
     num_classes: Classes = None,
+    max_length: Annotated[
+        int | None, typer.Option(help="Tokens after which a text is cut; by default as many as the model takes")
+    ] = None,
 ) -> None:
     """Write a backbone and its saved exits as one file that runs without the model's code."""
     backbone = load_model(model, weights, num_classes).eval()
     ee = exitkit.MultiExitModel.from_pretrained(backbone, exits)
     text = model.startswith("hf:") and ee.example.text
     tokenizer = load_tokenizer(model.removeprefix("hf:")) if text else None
-    exitkit.export(ee, out, threshold, optimize=optimize, tokenizer=tokenizer)
+    exitkit.export(ee, out, threshold, optimize=optimize, tokenizer=tokenizer, max_length=max_length)
     _console.print(f"Written to {out} ({out.stat().st_size / 2**20:.1f} MiB)")
 
 

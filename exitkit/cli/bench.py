@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import platform
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -14,8 +15,9 @@ from rich.table import Table
 from torch import nn
 
 from exitkit.common.batches import move, split_batch
-from exitkit.common.errors import ExitkitError
+from exitkit.common.errors import ArgumentError, ExitkitError
 from exitkit.common.files import replacing
+from exitkit.common.intervals import with_interval
 from exitkit.evaluation import ExitOutputs, collect, plot_curves, plot_hindsight
 from exitkit.methods.presets import Method
 from exitkit.multi_exit.attaching import attach
@@ -38,11 +40,15 @@ def compare(
     example_inputs: Any = None,
     report: Callable[[str], None] = print,
     stages: dict[str, tuple[Stage, ...]] | None = None,
+    classes: int | None = None,
 ) -> dict[str, ExitOutputs]:
     """Train every method's exits on the frozen backbone and collect their outputs on ``test``.
 
     Methods that differ in their criterion alone (SDN and PBEE) share their trained exits. ``stages``, where given, is
-    filled with every method's stages, timed on the first test samples.
+    filled with every method's stages, timed on the first test samples. ``classes`` are those of the data, where known.
+
+    Raises:
+        ArgumentError: the model tells other classes apart than the data have, and ``placement`` does not say how many.
     """
     trained: dict[Method, tuple[ExitOutputs, tuple[Stage, ...]]] = {}
     results = {}
@@ -50,7 +56,9 @@ def compare(
         parts = replace(method, name="", criterion="confidence")
         if parts not in trained:
             torch.manual_seed(training.get("seed", 0))
-            model = attach(backbone, example_inputs, method=method, **placement)
+            own = backbone if placement.get("num_classes") is None else copy.deepcopy(backbone)  # a new layer for each
+            model = attach(own, example_inputs, method=method, **placement)
+            check_classes(model.num_classes, classes, placement.get("num_classes"), "--num-classes {}")
             report(
                 f"{method.name}: {len(model.boundaries)} exits, heads add {head_share(model):.1%} of the backbone's MACs"
             )
@@ -62,6 +70,31 @@ def compare(
         if stages is not None:
             stages[method.name] = timed
     return results
+
+
+def check_classes(model: int, data: int | None, asked: int | None, option: str) -> None:
+    """Refuse labels that mean something else to the model, unless its number of classes was asked for.
+
+    Args:
+        model: classes (1: regression) of the model with its exits.
+        data: those of the data, or None where nothing tells.
+        asked: how many the user asked for.
+        option: how to ask for a number, to be put into it.
+
+    Raises:
+        ArgumentError: the numbers differ.
+    """
+    if data is None or data == model or 1 in (model, asked) or (asked is not None and data < asked):
+        return
+    if asked is not None:
+        raise ArgumentError(
+            f"the data have {data} classes, but {option.format(asked)} was given; give {option.format(data)}"
+        )
+    own = f"; {option.format(model)} if the labels are the model's own" if model > data else ""
+    raise ArgumentError(
+        f"the data have {data} classes, but the model tells {model} apart\n"
+        f"{option.format(data)} trains a new last layer for those of the data{own}"
+    )
 
 
 def timed_stages(model: MultiExitModel, test: Iterable[Any], report: Callable[[str], None]) -> tuple[Stage, ...]:
@@ -94,9 +127,10 @@ def comparison_table(results: Mapping[str, ExitOutputs], title: str) -> Table:
 
 
 def _caption(results: Mapping[str, ExitOutputs]) -> str:
-    accuracy = next(iter(results.values())).accuracy()[-1]
+    outputs = next(iter(results.values()))
+    accuracy = with_interval(float(outputs.accuracy()[-1]), len(outputs))
     return (
-        f"backbone: {accuracy:.2%}. Accuracy at the highest τ whose average cost stays under each share of the unmodified "
+        f"backbone: {accuracy}. Accuracy at the highest τ whose average cost stays under each share of the unmodified "
         "backbone's MACs."
     )
 

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from exitkit.cli.bench import compare, comparison_table, write_results
 from exitkit.common.errors import ExitkitError
+from exitkit.common.intervals import with_interval
 from exitkit.methods.presets import PBEE, SDN, ZTW
 from exitkit.models import cifar_resnet
 from exitkit.report import Stage
@@ -46,8 +47,8 @@ def run_demo(out: Path, console: Console) -> None:
     console.print(comparison_table(results, "Accuracy for a share of the compute"))
     point = results["ztw"].curve().at_budget(0.5)
     console.print(
-        f"With ZTW and τ = {point.policy.shown(4)} the network spends {point.cost:.0%} of its compute "
-        f"at {point.accuracy:.1%} accuracy; alone it has {results['ztw'].accuracy()[-1]:.1%}."
+        f"With ZTW and τ = {point.policy.shown()} the network spends {point.cost:.0%} of its compute "
+        f"at {with_interval(point.accuracy, _TEST)} accuracy; alone it has {results['ztw'].accuracy()[-1]:.1%}."
     )
     console.print(f"Written to {out}/: curve.png, hindsight.png, results.json ({time.perf_counter() - started:.0f} s)")
 

@@ -9,11 +9,14 @@ import typer
 
 from exitkit.common.console import make_console
 from exitkit.common.errors import ArgumentError
+from exitkit.common.intervals import with_interval
 from exitkit.evaluation import paired_tests
 from exitkit.report import calibrated, read_comparison, read_run, write_report, write_thresholds
 from exitkit.report.run import calibration_outputs, named
 
 _console = make_console()
+_SHARES = ("accuracy_drop", "disagreement")
+"""Risks that are shares of the samples."""
 
 RunDirectory = Annotated[Path, typer.Argument(metavar="RUN_DIR", help="What exitkit bench or exitkit demo wrote")]
 
@@ -61,9 +64,10 @@ def calibrate(
         _console.print(f"{name}: τ = {one.chosen.shown()}, cost {one.chosen.cost:.1%} of the backbone's MACs")
         _console.print(f"  {one.chosen.guarantee}")
         if one.check is not None:
-            _console.print(
-                f"  On {one.check.samples} other samples: {risk} {one.check.risk:.2%}, cost {one.check.cost:.1%}."
-            )
+            measured = f"{one.check.risk:.2%}"
+            if risk in _SHARES:
+                measured = with_interval(one.check.risk, one.check.samples)
+            _console.print(f"  On {one.check.samples} other samples: {risk} {measured}, cost {one.check.cost:.1%}.")
     _console.print(f"Written to {write_thresholds(run, chosen)}")
 
 
