@@ -1,7 +1,7 @@
 """exitkit: early exits for pretrained classifiers, with the saved compute made real."""
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from exitkit.common.torchvision_guard import make_torchvision_importable as _make_torchvision_importable
 
@@ -30,6 +30,9 @@ from exitkit.multi_exit.preprocessing import ImagePreprocessing, TextPreprocessi
 from exitkit.packages import export, load  # noqa: E402
 from exitkit.retrofitting import Retrofit, retrofit  # noqa: E402
 from exitkit.training import Trainer  # noqa: E402
+
+if TYPE_CHECKING:
+    from exitkit import rl
 
 __all__ = [
     "GPF",
@@ -68,13 +71,14 @@ __all__ = [
     "load",
     "models",
     "retrofit",
+    "rl",
     "time_exits",
     "training",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    """``exitkit.analysis`` is imported when it is asked for."""
-    if name == "analysis":
-        return importlib.import_module("exitkit.analysis")
+    """Rooms that few need are imported when they are asked for."""
+    if name in ("analysis", "rl"):
+        return importlib.import_module(f"exitkit.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
