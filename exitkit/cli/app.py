@@ -18,6 +18,7 @@ from exitkit.cli.data import load_data, load_tokenizer
 from exitkit.cli.demo import run_demo
 from exitkit.cli.inference import batch_sizes, latency_table, made_up, predict, read_samples
 from exitkit.cli.inputs import Losses
+from exitkit.cli.policies import app as policies
 from exitkit.cli.recipe import output_within, parse_override, read_recipe
 from exitkit.cli.results import calibrate, report
 from exitkit.cli.results import compare as compare_runs
@@ -245,6 +246,7 @@ def bench_latency(
 app.command()(calibrate)
 app.command("compare")(compare_runs)
 app.command()(report)
+app.add_typer(policies, name="rl")
 
 
 @app.command()
