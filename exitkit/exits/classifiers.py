@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from exitkit.common.errors import ArgumentError
 from exitkit.exits.convolution import Convolution, map_body
+from exitkit.exits.legal_actions import without_illegal
 from exitkit.exits.links import CascadeLink
 from exitkit.exits.pooling import ReadoutKind, TokenPool
 
@@ -93,7 +94,12 @@ class HeadOutput(NamedTuple):
 
 
 class InternalClassifier(nn.Module):
-    """Body (feature → vector) → cascade link, if any → linear layer: logits (B, C), which are carried on."""
+    """Body (feature → vector) → cascade link, if any → linear layer: logits (B, C), which are carried on.
+
+    Attributes:
+        masked: whether the last of the inputs is a mask of legal actions; those of the others are then put out of reach, but
+            for what is carried on.
+    """
 
     def __init__(self, body: nn.Module, width: int, num_classes: int, cascade: bool) -> None:
         super().__init__()
@@ -101,9 +107,24 @@ class InternalClassifier(nn.Module):
         self.link = CascadeLink(num_classes) if cascade else None
         self.linear = nn.Linear(width + (num_classes if cascade else 0), num_classes)
         self.carries = num_classes
+        self.masked = False
 
     def forward(self, feature: Tensor, previous: Tensor | None = None, inputs: Sequence[Tensor | None] = ()) -> Tensor:
-        """Logits from a feature, the logits of the exit before, and those inputs of the model that the body reads."""
+        """Logits from a feature, the logits of the exit before, and those inputs of the model that the head reads."""
+        return self.step(feature, previous, inputs).logits
+
+    def step(self, feature: Tensor, carried: Tensor | None, inputs: Sequence[Tensor | None]) -> HeadOutput:
+        """The logits, and what the next exit reads: these logits, of all actions where some are not legal."""
+        if not self.masked:
+            logits = self._logits(feature, carried, inputs)
+            return HeadOutput(logits, logits)
+        *others, legal = inputs
+        if legal is None:
+            raise ArgumentError("this policy takes a mask of legal actions beside the observation; give both")
+        logits = self._logits(feature, carried, others)
+        return HeadOutput(without_illegal(logits, legal), logits)
+
+    def _logits(self, feature: Tensor, previous: Tensor | None, inputs: Sequence[Tensor | None]) -> Tensor:
         vector: Tensor = self.body(feature, *inputs)
         if self.link is not None:
             if previous is None:
@@ -113,11 +134,6 @@ class InternalClassifier(nn.Module):
             vector = self.link(vector, previous)
         logits: Tensor = self.linear(vector)
         return logits
-
-    def step(self, feature: Tensor, carried: Tensor | None, inputs: Sequence[Tensor | None]) -> HeadOutput:
-        """The logits, and what the next exit reads: these logits."""
-        logits = self(feature, carried, inputs)
-        return HeadOutput(logits, logits)
 
 
 class TokenBody(nn.Module):
