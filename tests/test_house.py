@@ -55,7 +55,7 @@ NAMES = {
     "exitkit.training": "Distillation Epoch Loss Phase Trainer fit_ensemble",
     "exitkit.models": "cifar_resnet msdnet",
     "exitkit.exits": """AdditiveEnsemble CascadeLink GeometricEnsemble HeadOutput InternalClassifier MeanEnsemble PastFuture
-        PastFutureClassifier SDNPool TokenPool""",
+        PastFutureClassifier SDNPool StandardisedLinear TokenPool""",
     "exitkit.report": """Calibrated Check Result Run Sample Stage calibrated read_comparison read_run stages_of write_report
         write_samples write_thresholds""",
 }

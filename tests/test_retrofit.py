@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import exitkit
 from exitkit.common.errors import ArgumentError
 from exitkit.retrofitting.alternatives import Alternative
-from exitkit.retrofitting.candidates import propose
+from exitkit.retrofitting.candidates import GRIDS, propose
 from exitkit.retrofitting.choice import Answers, cheapest, cost_at_price
 from exitkit.retrofitting.rounds import BUDGETS
 from exitkit.retrofitting.samples import Data, held_out, part_of
@@ -208,7 +208,7 @@ def test_the_limit_is_what_the_test_of_the_promise_passes_half_of_the_time() -> 
 
 def test_candidates_cost_what_their_layers_cost_and_leave_something_to_save(net: nn.Module) -> None:
     captured = capture(net, torch.zeros(2, 16))
-    pool, places = propose(captured, ["1L", "2L-8"], None, 8, seed=0)
+    pool, places = propose(captured, ["1L", "2L-8"], None, GRIDS["standard"], seed=0)
     whole = 16 * 32 + 6 * 2 * 32 * 32 + 32 * CLASSES
     assert pool.anatomy.macs == whole
     for place in places:
@@ -221,7 +221,9 @@ def test_candidates_cost_what_their_layers_cost_and_leave_something_to_save(net:
 
 
 def test_several_candidates_at_one_boundary_answer_as_each_alone(net: nn.Module) -> None:
-    pool, places = propose(capture(net, torch.zeros(2, 16)), ["1L", "2L-8"], ["blocks.0", "blocks.2"], 8, seed=0)
+    pool, places = propose(
+        capture(net, torch.zeros(2, 16)), ["1L", "2L-8"], ["blocks.0", "blocks.2"], GRIDS["standard"], seed=0
+    )
     inputs = easy(5, 4)[0]
     together = pool.eval()(inputs)
     for k, place in enumerate(places):
@@ -515,3 +517,69 @@ def test_stopped_by_hand_it_says_how_to_go_on(
         quick(net, *loaders(), output_dir=tmp_path / "kept", show_progress=True)
     assert "kept" in (said := " ".join(capsys.readouterr().err.split()))
     assert "the same call goes on from there" in said
+
+
+# --- texts -----------------------------------------------------------------------------------------------------------------
+
+
+def texts(count: int, seed: int) -> list[dict[str, Tensor]]:
+    """Batches of token ids whose class is which of three tokens stands among the others, padded."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(10, 40, (count, 12), generator=generator)
+    labels = torch.randint(3, (count,), generator=generator)
+    places = torch.randint(1, 8, (count,), generator=generator)
+    ids[torch.arange(count), places] = labels + 1
+    mask = torch.ones_like(ids)
+    mask[:, 9:] = torch.randint(2, (count, 1), generator=generator)
+    rows = torch.arange(count).split(40)
+    return [{"input_ids": ids[r] * mask[r], "attention_mask": mask[r], "labels": labels[r]} for r in rows]
+
+
+def test_texts_pass_as_dicts_with_heads_that_read_the_mask() -> None:
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.BertConfig(
+        vocab_size=40, hidden_size=32, num_hidden_layers=4, num_attention_heads=2, intermediate_size=64, num_labels=3,
+        max_position_embeddings=16, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+    )  # fmt: skip
+    model = transformers.BertForSequenceClassification(config)
+    optimizer = torch.optim.Adam(model.parameters(), 1e-3)
+    for batch in texts(6_000, 1):
+        optimizer.zero_grad()
+        model(**batch).loss.backward()
+        optimizer.step()
+    model.eval()
+    result = quick(model, texts(600, 2), texts(800, 3), max_drop=0.05)
+    assert {one.head for one in result.candidates} >= {"1L", "2L-256", "tail"}
+    assert result.policy is not None
+    assert result.model is not None
+    fresh = texts(2_000, 4)
+    lost = []
+    engine = exitkit.compile(result.model, result.policy)
+    for batch in fresh:
+        labels = batch.pop("labels")
+        right = model(**batch).logits.argmax(1) == labels
+        lost += (right & (engine(**batch).logits.argmax(1) != labels)).tolist()
+    assert np.mean(lost) <= 0.05
+
+
+# --- candidates that do not learn ------------------------------------------------------------------------------------------
+
+
+def test_a_candidate_whose_loss_is_not_finite_is_dropped_and_the_others_learn_on(
+    net: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fit = exitkit.Trainer.fit
+
+    def diverging(self: exitkit.Trainer, *loaders: Any) -> Any:
+        heads = [self.model.head] if isinstance(self.model.head, str) else list(self.model.head)
+        if "2L-8" in heads and len(heads) > 1:
+            raise exitkit.DivergedError("the loss is nan", exit=heads.index("2L-8"))
+        return fit(self, *loaders)
+
+    monkeypatch.setattr("exitkit.retrofitting.rounds.Trainer.fit", diverging)
+    options: dict[str, Any] = {"heads": ["1L", "2L-8"], "boundaries": ["blocks.0"], "output_dir": tmp_path}
+    result = quick(net, *loaders(), **options)
+    dropped = {one.head: one.dropped for one in result.candidates}
+    assert "not finite" in str(dropped["2L-8"])
+    assert dropped["1L"] is None

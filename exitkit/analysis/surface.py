@@ -55,7 +55,7 @@ class Landscape(Measurement):
 
     def table(self) -> Table:
         """For every exit the loss at the centre, and its mean rise at half and at the whole of the span, on all sides."""
-        rows = []
+        rows: list[tuple[str | float, ...]] = []
         stacked = np.concatenate([self.loss, self.objective[..., None]], axis=-1)
         centre = np.append(self.centre, self.centre_objective)
         distance = np.hypot(self.axis[:, None], self.axis[None, :])

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from exitkit.engine.program import Inputs, Program, Step
+from exitkit.exits.standardised import FoldedLinear, replaced
 from exitkit.methods.criteria import Criterion
 from exitkit.methods.policy import ExitPolicy
 from exitkit.multi_exit.model import MultiExitModel
@@ -118,7 +119,7 @@ def program_of(model: MultiExitModel, policy: ExitPolicy, removable: bool = Fals
     partition, criterion = model.partition(), policy.score
     names = dict(zip(model.example.spec.keys, partition.inputs, strict=True))
     reads = [[names[key] for key in spec.inputs] for spec in model.specs] + [[]]
-    classifiers = [*_in_eval(model.classifiers), None]
+    classifiers = [*map(_folded, _in_eval(model.classifiers)), None]
     combiners = [*_in_eval(model.combiners), *(None for _ in classifiers)]
     temperatures = policy.temperatures or (None,) * len(classifiers)
     steps: list[Step] = []
@@ -147,6 +148,11 @@ def _in_eval(modules: nn.ModuleList) -> list[nn.Module]:
     """The modules in eval mode, their weights shared and their own mode left alone."""
     tensors = (*modules.parameters(), *modules.buffers())
     return list(deepcopy(modules, {id(tensor): tensor for tensor in tensors}).eval())
+
+
+def _folded(classifier: nn.Module) -> nn.Module:
+    replaced(classifier, lambda _, learned: FoldedLinear(learned))
+    return classifier
 
 
 def _inputs(model: MultiExitModel, partition: Partition) -> Inputs:

@@ -5,6 +5,7 @@ from exitkit.exits.ensembles import AdditiveEnsemble, GeometricEnsemble, MeanEns
 from exitkit.exits.gpf import PastFuture, PastFutureClassifier
 from exitkit.exits.links import CascadeLink
 from exitkit.exits.pooling import SDNPool, TokenPool
+from exitkit.exits.standardised import StandardisedLinear
 
 __all__ = [
     "AdditiveEnsemble",
@@ -16,5 +17,6 @@ __all__ = [
     "PastFuture",
     "PastFutureClassifier",
     "SDNPool",
+    "StandardisedLinear",
     "TokenPool",
 ]

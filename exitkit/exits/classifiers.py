@@ -15,6 +15,7 @@ from exitkit.exits.convolution import Convolution, map_body
 from exitkit.exits.legal_actions import without_illegal
 from exitkit.exits.links import CascadeLink
 from exitkit.exits.pooling import ReadoutKind, TokenPool
+from exitkit.exits.standardised import StandardisedLinear
 
 _HEADS = (
     "'auto', 'conv', 'separable' and 'strided' (maps only), '1L' (pooling and one linear layer), '2L-1024' (one hidden layer "
@@ -96,16 +97,21 @@ class HeadOutput(NamedTuple):
 class InternalClassifier(nn.Module):
     """Body (feature → vector) → cascade link, if any → linear layer: logits (B, C), which are carried on.
 
+    Args:
+        linear: the kind of that layer; :class:`StandardisedLinear` behind a body without layers of its own.
+
     Attributes:
         masked: whether the last of the inputs is a mask of legal actions; those of the others are then put out of reach, but
             for what is carried on.
     """
 
-    def __init__(self, body: nn.Module, width: int, num_classes: int, cascade: bool) -> None:
+    def __init__(
+        self, body: nn.Module, width: int, num_classes: int, cascade: bool, linear: type[nn.Linear] = nn.Linear
+    ) -> None:
         super().__init__()
         self.body = body
         self.link = CascadeLink(num_classes) if cascade else None
-        self.linear = nn.Linear(width + (num_classes if cascade else 0), num_classes)
+        self.linear = linear(width + (num_classes if cascade else 0), num_classes)
         self.carries = num_classes
         self.masked = False
 
@@ -162,21 +168,22 @@ def make_head(feature: Feature, num_classes: int, spec: HeadSpec, cascade: bool)
         raise ArgumentError(
             f"head={spec.kind!r} needs feature maps, but this boundary's is {feature.layout} {feature.shape}; use head='auto'"
         )
-    if is_map:
-        convolution = cast("Convolution", spec.kind) if spec.kind in get_args(Convolution) else None
-        body, width = map_body(feature.shape, feature.layout == "channels_last", feature.image_side, convolution)
-    elif feature.layout in ("tokens", "sequence"):
+    convolution = cast("Convolution", spec.kind) if spec.kind in get_args(Convolution) else None
+    if feature.layout in ("tokens", "sequence"):
         sequence = feature.layout == "sequence"
         hidden, width = _hidden(feature.shape[0 if sequence else -1], spec.hidden)
-        pool = TokenPool(feature.readout, feature.skip, channels_first=sequence)
-        return InternalClassifier(TokenBody(pool, hidden), width, num_classes, cascade)
+        body: nn.Module = TokenBody(TokenPool(feature.readout, feature.skip, channels_first=sequence), hidden)
     else:
-        body, width = nn.Sequential(nn.Flatten()), math.prod(feature.shape)
-    hidden, width = _hidden(width, spec.hidden)
-    return InternalClassifier(nn.Sequential(*body, hidden), width, num_classes, cascade)
+        layers, width = nn.Sequential(nn.Flatten()), math.prod(feature.shape)
+        if is_map:
+            layers, width = map_body(feature.shape, feature.layout == "channels_last", feature.image_side, convolution)
+        hidden, width = _hidden(width, spec.hidden)
+        body = nn.Sequential(*layers, hidden)
+    linear = StandardisedLinear if spec.hidden is None and convolution is None else nn.Linear
+    return InternalClassifier(body, width, num_classes, cascade, linear)
 
 
 def _hidden(width: int, hidden: int | None) -> tuple[nn.Module, int]:
     if hidden is None:
         return nn.Identity(), width
-    return nn.Sequential(nn.Linear(width, hidden), nn.ReLU()), hidden
+    return nn.Sequential(StandardisedLinear(width, hidden), nn.ReLU()), hidden

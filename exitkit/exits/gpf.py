@@ -68,15 +68,18 @@ class PastFuture(nn.Module):
 class PastFutureClassifier(nn.Module):
     """Body (feature → vector) → state (B, D) → the answer of :class:`PastFuture`.
 
-    The shared part is registered in the first exit's classifier alone, so that it is saved once.
+    The shared part is registered in the first exit's classifier alone, so that it is saved once. ``linear`` is the kind of
+    the layer between body and state, as in :class:`InternalClassifier`.
     """
 
     shared: PastFuture
 
-    def __init__(self, body: nn.Module, width: int, exit_: int, shared: PastFuture) -> None:
+    def __init__(
+        self, body: nn.Module, width: int, exit_: int, shared: PastFuture, linear: type[nn.Linear] = nn.Linear
+    ) -> None:
         super().__init__()
         self.body = body
-        self.state = nn.Linear(width, shared.width)
+        self.state = linear(width, shared.width)
         self.exit = exit_
         self.carries = 2 * shared.num_classes
         if exit_ == 0:

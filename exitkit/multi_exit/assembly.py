@@ -161,4 +161,7 @@ def _past_future(
     tokens = {boundary.shape[-1] if boundary.layout == "tokens" else 0 for boundary in boundaries}
     width = method.width or (tokens.pop() if len(tokens) == 1 else 0) or STATE_WIDTH
     shared = PastFuture(len(heads), width, num_classes, method.past_future)
-    return [PastFutureClassifier(head.body, head.linear.in_features, m, shared) for m, head in enumerate(heads)]
+    return [
+        PastFutureClassifier(head.body, head.linear.in_features, m, shared, type(head.linear))
+        for m, head in enumerate(heads)
+    ]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
@@ -21,15 +22,40 @@ from exitkit.surgery.placement import place
 from exitkit.surgery.replace_classifier import outputs_of
 from exitkit.surgery.verification import verify
 
+Effort = Literal["quick", "standard", "thorough"]
 HEADS = ("1L", "2L-256", "strided", "tail", "branch-1", "branch-2", "branch-3")
 """From the cheapest to the dearest: pooling alone, a convolution, copies of the backbone's own layers."""
 
 _DEAREST = 0.75
 """An answer that costs more than this share of the backbone leaves too little to save."""
 
-_SPREAD = (0.08, 0.04, 0.2, 0.13, 0.4, 0.3, 0.6, 0.5)
-"""Where boundaries are looked for, as shares of the backbone's cost: closer together early, where more is saved. Every
-second is a coarser spread of its own."""
+_COARSE = (0.08, 0.2, 0.4, 0.6)
+_FINE = (0.04, 0.08, 0.13, 0.2, 0.3, 0.4, 0.5, 0.6)
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Where boundaries are looked for, as shares of the backbone's cost: closer together early, where more is saved.
+
+    Attributes:
+        light: for heads that shrink their feature first, which learn from a cache.
+        heavy: for the others, which are dear to train.
+    """
+
+    light: tuple[float, ...]
+    heavy: tuple[float, ...]
+
+
+GRIDS: dict[Effort, Grid] = {
+    "quick": Grid(_COARSE, _COARSE[::2]),
+    "standard": Grid(_FINE, _COARSE),
+    "thorough": Grid(_FINE, _FINE),
+}
+
+
+def is_light(head: str) -> bool:
+    """Whether a head pools its feature before anything learns, so that a cache of it is small."""
+    return HeadSpec.parse(head).kind in ("auto", "linear")
 
 
 @dataclass(frozen=True)
@@ -52,14 +78,15 @@ class Place:
 
 
 def propose(
-    captured: Capture, heads: Sequence[str] | None, boundaries: Sequence[str] | None, most: int, seed: int
+    captured: Capture, heads: Sequence[str] | None, boundaries: Sequence[str] | None, grid: Grid, seed: int
 ) -> tuple[MultiExitModel, tuple[Place, ...]]:
     """All candidates, untrained, as the independent exits of one model on the captured backbone, and what they are.
 
     Args:
         captured: the backbone; nothing of it changes.
         heads: their kinds; by default :data:`HEADS`. One that a boundary cannot have is left out there.
-        boundaries: names; by default up to ``most`` blocks, spread over the first 60% of the cost.
+        boundaries: names; by default the blocks nearest to the shares of ``grid``.
+        grid: where light and heavy heads are tried.
         seed: the heads' weights follow from it.
 
     Raises:
@@ -67,10 +94,15 @@ def propose(
     """
     anatomy = find_boundaries(captured)
     specs = HeadSpec.parse_all(HEADS if heads is None else heads)
-    at = _spread(anatomy, most) if boundaries is None else place(anatomy, at=boundaries)
+    if boundaries is None:
+        light, heavy = _nearest(anatomy, grid.light), _nearest(anatomy, grid.heavy)
+    else:
+        light = heavy = place(anatomy, at=boundaries)
+    at = [boundary for boundary in anatomy.boundaries if boundary in (*light, *heavy)]
+    tried = {boundary: [s for s in specs if boundary in (light if is_light(s.name) else heavy)] for boundary in at}
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        made = list(_made(HeadMaker(captured, anatomy, outputs_of(captured)), at, specs))
+        made = list(_made(HeadMaker(captured, anatomy, outputs_of(captured)), tried))
     if not made:
         raise ArgumentError(
             f"no head of {[spec.name for spec in specs]} at {[boundary.name for boundary in at]} costs, with the backbone "
@@ -83,10 +115,10 @@ def propose(
 _Made = tuple[Place, InternalClassifier, tuple[int | str, ...]]
 
 
-def _made(maker: HeadMaker, at: Iterable[Boundary], specs: Sequence[HeadSpec]) -> Iterator[_Made]:
+def _made(maker: HeadMaker, tried: Mapping[Boundary, Sequence[HeadSpec]]) -> Iterator[_Made]:
     """Heads in order of their boundaries."""
     like = next(maker.captured.backbone.parameters())
-    for boundary in at:
+    for boundary, specs in tried.items():
         seen: set[int] = set()
         for spec in specs:
             try:
@@ -102,16 +134,12 @@ def _made(maker: HeadMaker, at: Iterable[Boundary], specs: Sequence[HeadSpec]) -
                 yield Place(boundary, spec.name, macs), head, inputs
 
 
-def _spread(anatomy: Anatomy, most: int) -> tuple[Boundary, ...]:
-    """The blocks nearest to the shares of :data:`_SPREAD`, or to every n-th of these; fewer where blocks are few."""
+def _nearest(anatomy: Anatomy, shares: Sequence[float]) -> tuple[Boundary, ...]:
+    """The blocks nearest to some shares of the cost; fewer where blocks are few."""
     inner = [boundary for boundary in anatomy.blocks[:-1] if boundary.layout != "other"]
     inner = inner or [boundary for boundary in anatomy.boundaries if boundary.layout != "other"]
-    chosen = {
-        min(inner, key=lambda boundary: abs(boundary.share - share)).position: None
-        for share in _SPREAD[:: max(1, len(_SPREAD) // most)]
-        if inner
-    }
-    return tuple(boundary for boundary in inner if boundary.position in chosen)
+    chosen = {min(inner, key=lambda boundary: abs(boundary.share - share)) for share in shares if inner}
+    return tuple(boundary for boundary in inner if boundary in chosen)
 
 
 def _model(captured: Capture, anatomy: Anatomy, made: Sequence[_Made]) -> MultiExitModel:

@@ -7,14 +7,16 @@ from typing import Any, cast
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch.utils.data import DataLoader
 
+from exitkit.common.errors import DivergedError
 from exitkit.common.files import replacing
-from exitkit.exits.classifiers import HeadSpec, InternalClassifier
+from exitkit.exits.classifiers import InternalClassifier
 from exitkit.multi_exit.attaching import attach
 from exitkit.multi_exit.model import MultiExitModel
-from exitkit.retrofitting.choice import Choice, cheapest, cheapest_threshold
-from exitkit.retrofitting.rounds import Effort, Search, remove_run
+from exitkit.retrofitting.candidates import Effort, is_light
+from exitkit.retrofitting.choice import cheapest, cheapest_threshold
+from exitkit.retrofitting.rounds import Search, remove_run
+from exitkit.retrofitting.samples import has_numbers
 
 EPOCHS: dict[Effort, int] = {"quick": 5, "standard": 30, "thorough": 60}
 """At most so many, with early stopping."""
@@ -23,47 +25,50 @@ _LEAST_GAIN = 0.01
 """What a cascade must save more, as a share of the backbone: less would be chance."""
 
 
-def finish(search: Search, chosen: Sequence[int]) -> tuple[MultiExitModel, tuple[int, ...], Choice]:
-    """The trained model, the candidates that are its exits, and what it does on the samples of the search.
+def finish(search: Search, chosen: Sequence[int]) -> tuple[MultiExitModel | None, tuple[int, ...]]:
+    """The trained model, and the candidates that are its exits; None and none where they save nothing any more.
 
     After training the best subset is chosen again; of several exits a cascade with a geometric ensemble (Zero Time Waste)
     begins from the trained heads, and is kept where it saves more.
     """
     model = search.part(chosen)
     _train(search, model, "finish", EPOCHS[search.effort])
-    outputs = search.collected(model, search.product("finish-outputs"))
-    table = search.table(outputs, chosen)
+    table = search.table(search.collected(model, search.product("finish-outputs")), chosen)
     best = cheapest(table, search.limit)
     kept = tuple(chosen[slot] for slot in best.exits)
     if len(kept) < 2:
-        return search.part(kept or chosen), kept, best
-    linked = _cascade(search.part(kept), search)
+        return (search.part(kept), kept) if kept else (None, ())
+    apart = search.part(kept)
+    linked = _cascade(apart, search)
     _train(search, linked, "finish-cascade", max(1, EPOCHS[search.effort] // 2))
     together = search.collected(linked, search.product("finish-cascade-outputs"))
-    alone = torch.tensor([exit_.macs_fraction for exit_ in search.part(kept).exits]).numpy()
+    alone = torch.tensor([exit_.macs_fraction for exit_ in apart.exits]).numpy()
     costs = table.costs(best.exits) + together.costs - alone  # links and ensemble by their MACs
     scores = together.scores()[:, :-1].numpy()
-    trial = cheapest_threshold(scores, search.losses(together), costs, search.limit, best.exits)
-    if trial.cost <= best.cost - _LEAST_GAIN:
-        search.say(f"cascade and ensemble: {trial.cost:.1%} of the backbone against {best.cost:.1%}; kept")
-        return linked, kept, trial
-    search.say(f"cascade and ensemble: {trial.cost:.1%} of the backbone against {best.cost:.1%}; not kept")
-    return search.part(kept), kept, best
+    cost = cheapest_threshold(scores, search.losses(together), costs, search.limit, best.exits).cost
+    better = cost <= best.cost - _LEAST_GAIN
+    search.say(
+        f"cascade and ensemble: {cost:.1%} of the backbone against {best.cost:.1%}; {'' if better else 'not '}kept"
+    )
+    return (linked if better else apart), kept
 
 
 def _train(search: Search, model: MultiExitModel, name: str, epochs: int) -> None:
-    """To the end, with early stopping where there are labels to stop by."""
+    """To the end, with early stopping where there are labels to stop by; where it diverges, heads stay as they were."""
     path = search.product(name)
     if path is not None and path.exists():
         _load(model, load_file(path))
         return
     search.say(f"{name.replace('-', ' ')}: {len(model.classifiers)} exits, at most {epochs} epochs")
     names = (model.head,) if isinstance(model.head, str) else model.head
-    cache = isinstance(search.split.train, DataLoader) and all(
-        HeadSpec.parse(head).kind in ("auto", "linear") for head in names
-    )
+    cache = has_numbers(search.split.train) and all(is_light(head) for head in names)
     val = search.split.search if search.labelled else None
-    search.fit(model, search.split.train, epochs, cache, name, val, None if val is None else max(3, epochs // 3))
+    before = {key: value.clone() for key, value in _state(model).items()}
+    try:
+        search.fit(model, search.split.train, epochs, cache, name, val, None if val is None else max(3, epochs // 3))
+    except DivergedError as error:
+        search.say(f"{name.replace('-', ' ')}: {error}. The exits stay as the search left them")
+        _load(model, before)
     if path is not None:
         with replacing(path) as temporary:
             save_file(_state(model), temporary)

@@ -33,7 +33,7 @@ class Candidate:
         head: what kind of head it is.
         macs: MACs per sample to answer there, with the backbone before it and no other head.
         cost: the same as a share of the backbone's cost; in time where ``cost="time"`` was asked for.
-        epochs: trained, in passes over the samples that are learned from, finishing included.
+        epochs: trained in the search, in passes over the samples that are learned from.
         accuracy: of it alone on the samples of the search; agreement with the backbone where there are no labels.
         saving: what it alone saves there within the promise.
         dropped: why it is not among the exits; None for one that is.

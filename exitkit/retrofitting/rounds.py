@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,23 +22,18 @@ from exitkit.common.errors import DivergedError
 from exitkit.common.files import replacing
 from exitkit.evaluation.collecting import collect
 from exitkit.evaluation.outputs import ExitOutputs
-from exitkit.exits.classifiers import HeadSpec
 from exitkit.multi_exit.model import MultiExitModel
-from exitkit.retrofitting.candidates import Place
+from exitkit.retrofitting.candidates import Effort, Place, is_light
 from exitkit.retrofitting.choice import Answers, choices, cost_at_price
 from exitkit.retrofitting.prices import Prices
-from exitkit.retrofitting.samples import Split, part_of
+from exitkit.retrofitting.samples import Split, has_numbers, part_of
 from exitkit.surgery.capturing import evaluation_mode
 from exitkit.surgery.inputs import call_on
 from exitkit.training.distributed import random_state, seed_everything, set_random_state
 from exitkit.training.trainer import Trainer
 
-Effort = Literal["quick", "standard", "thorough"]
 BUDGETS: dict[Effort, float] = {"quick": 8.0, "standard": 30.0, "thorough": 90.0}
 """What the search may cost, in epochs of the backbone's forward over the samples that are learned from."""
-
-BOUNDARIES: dict[Effort, int] = {"quick": 4, "standard": 8, "thorough": 8}
-"""Where candidates are tried, at most, unless the user names boundaries."""
 
 PRICES = (3.0, 10.0)
 """What a mistake costs, in backbones, where candidates are compared after the first and the second of three rounds: less
@@ -107,9 +102,9 @@ class Search:
     def __post_init__(self) -> None:
         self.trials = [Trial() for _ in self.places]
 
-    def run(self) -> tuple[list[int], ExitOutputs]:
-        """Train; the candidates that are left, and their answers to the samples of the search."""
-        light = [k for k, place in enumerate(self.places) if HeadSpec.parse(place.head).kind in ("auto", "linear")]
+    def run(self) -> tuple[list[int], ExitOutputs | None]:
+        """Train; the candidates that are left, and their answers to the samples of the search; None where none is left."""
+        light = [k for k, place in enumerate(self.places) if is_light(place.head)]
         heavy = [k for k in range(len(self.places)) if k not in light]
         left = []
         if light:
@@ -117,29 +112,33 @@ class Search:
         if heavy:
             left += self._halved(heavy)
         left.sort()
-        return left, self.answers_of(left, "search")
+        return left, self.answers_of(left, "search") if left else None
 
     def _trained_once(self, name: str, candidates: list[int]) -> list[int]:
         """Heads that shrink their feature first learn from a cache: one pass of the backbone, then next to nothing."""
         epochs = _LIGHT_EPOCHS[self.effort]
-        cached = isinstance(self.split.train, torch.utils.data.DataLoader)
+        cached = has_numbers(self.split.train)
         if not cached:
             epochs = max(1, int(BUDGETS[self.effort] / _SHARE_OF_LIGHT / self._cost(candidates)))
         left = self._train(name, candidates, epochs, 1.0, cached)
         passes = 1 if cached else epochs
-        self._spend(passes * self._prefix(left) + epochs * _BACKWARD * self._heads(left))
+        self._spend(passes * self._prefix(candidates) + epochs * _BACKWARD * self._heads(candidates))
         return self._keep(left, name, PRICES[-1])
 
     def _halved(self, candidates: list[int]) -> list[int]:
         """Rounds of about equal cost, in each of which fewer candidates learn for longer."""
         left = candidates
         for number, price in enumerate((*PRICES, None), 1):
+            if not left:
+                break
             name = f"round-{number}"
             each = (BUDGETS[self.effort] - self.spent) / (len(PRICES) + 2 - number)
             passes = each / self._cost(left)
             epochs = max(1, int(passes))
-            left = self._train(name, left, epochs, min(1.0, passes / epochs), cache=False)
-            self._spend(epochs * min(1.0, passes / epochs) * self._cost(left))
+            share = min(1.0, passes / epochs)
+            cost = epochs * share * self._cost(left)
+            left = self._train(name, left, epochs, share, cache=False)
+            self._spend(cost)
             left = self._keep(left, name, price)
         return left
 
@@ -173,7 +172,8 @@ class Search:
             part = self.part(candidates)
             before = [_copied(head) for head in part.classifiers]
             try:
-                self.fit(part, part_of(self.split.train, share), epochs, cache, name)
+                # a run of its own for each number of candidates, so that one that is continued finds its own checkpoint
+                self.fit(part, part_of(self.split.train, share), epochs, cache, f"{name}-{len(candidates)}")
                 break
             except DivergedError as error:
                 if error.exit is None:
@@ -186,7 +186,8 @@ class Search:
         if path is not None:
             with replacing(path) as temporary:
                 save_file(self._weights(candidates), temporary)
-            remove_run(path.with_suffix(""))
+            for run in path.parent.glob(f"{name}-[0-9]*"):
+                remove_run(run)
         for k in candidates:
             self.trials[k].epochs += epochs * share
         return candidates
@@ -261,7 +262,9 @@ class Search:
 
         Kinds are not compared with one another before the choice, since they learn at different speeds.
         """
-        candidates = self._finite(candidates, name)
+        candidates = self._finite(candidates, name) if candidates else []
+        if not candidates:
+            return []
         outputs = self.answers_of(candidates, name)
         table = self.table(outputs, candidates)
         accuracy = (outputs if self.labelled else outputs.against_backbone()).accuracy()
@@ -313,7 +316,7 @@ def _copied(module: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def remove_run(folder: Path) -> None:
-    """Checkpoints and cached features of a run whose product is written."""
+    """Remove checkpoints and cached features of a run whose product is written."""
     if folder.is_dir():
         for file in folder.iterdir():
             file.unlink(missing_ok=True)

@@ -27,12 +27,12 @@ from exitkit.evaluation.outputs import ExitOutputs
 from exitkit.methods.policy import ExitPolicy
 from exitkit.multi_exit.model import MultiExitModel
 from exitkit.retrofitting.alternatives import Alternative, beside, captured_alternatives, named, weighed
-from exitkit.retrofitting.candidates import Place, propose
+from exitkit.retrofitting.candidates import GRIDS, Effort, Place, propose
 from exitkit.retrofitting.choice import cheapest
 from exitkit.retrofitting.finishing import EPOCHS, finish
 from exitkit.retrofitting.prices import Cost, Prices, in_macs, in_time, kept_prices
 from exitkit.retrofitting.result import Candidate, Retrofit
-from exitkit.retrofitting.rounds import BOUNDARIES, BUDGETS, Effort, Search
+from exitkit.retrofitting.rounds import BUDGETS, Search
 from exitkit.retrofitting.samples import Data
 from exitkit.retrofitting.verdict import Times, decide, engines, timed
 from exitkit.surgery.capturing import Capture, capture
@@ -163,7 +163,7 @@ def _search(
     say: Callable[[str], None],
 ) -> Search:
     """The search before its first round: candidates, prices, and the backbone found better than chance."""
-    pool, places = propose(captured, heads, boundaries, BOUNDARIES[wanted.effort], wanted.seed)
+    pool, places = propose(captured, heads, boundaries, GRIDS[wanted.effort], wanted.seed)
     settings = {**asdict(wanted), "backbone": weights_digest(captured.backbone), "samples": data.split.samples}
     settings |= {"calibration": digest(data.hashes), "candidates": [place.name for place in places]}
     prices = kept_prices(
@@ -245,18 +245,8 @@ class _Run:
 
     def result(self) -> Retrofit:
         search = self.search
-        left, outputs = search.run()
-        best = cheapest(search.table(outputs, left), search.limit)
-        chosen = [left[slot] for slot in best.exits]
-        search.say(
-            f"searched for {search.spent:.1f} epochs; best set: "
-            f"{' and '.join(search.places[k].name for k in chosen) or 'no exit'}, {best.cost:.1%} of the backbone"
-        )
-        model: MultiExitModel | None = None
-        kept: tuple[int, ...] = ()
-        if chosen:
-            model, kept, best = finish(search, chosen)
-            model = model if kept else None
+        chosen = self._chosen()
+        model, kept = finish(search, chosen) if chosen else (None, ())
         answers = self._calibrated(model)
         policy = None if model is None else self._policy(answers)
         device = next(self.captured.backbone.parameters()).device
@@ -272,8 +262,21 @@ class _Run:
         cost = policy.guarantee.cost if verdict == "exits" and policy is not None and policy.guarantee else 1.0
         return Retrofit(
             verdict, reason, model, policy, engine, cost, self._drop(answers, policy), self._accuracy(answers, policy),
-            times, self._candidates(left, kept), alternatives, search.spent, (time.monotonic() - self.started) / 60,
+            times, self._candidates(kept), alternatives, search.spent, (time.monotonic() - self.started) / 60,
         )  # fmt: skip
+
+    def _chosen(self) -> list[int]:
+        """The candidates of the best set; none where no exit saves anything."""
+        left, outputs = self.search.run()
+        if outputs is None:
+            return []
+        best = cheapest(self.search.table(outputs, left), self.search.limit)
+        chosen = [left[slot] for slot in best.exits]
+        names = " and ".join(self.search.places[k].name for k in chosen) or "no exit"
+        self.search.say(
+            f"searched for {self.search.spent:.1f} epochs; best set: {names}, {best.cost:.1%} of the backbone"
+        )
+        return chosen
 
     def _calibrated(self, model: MultiExitModel | None) -> ExitOutputs:
         """The answers to the calibration samples; of the cheapest candidate too where no exit was chosen."""
@@ -314,7 +317,7 @@ class _Run:
             )
         return tuple(found)
 
-    def _candidates(self, left: Sequence[int], kept: Sequence[int]) -> tuple[Candidate, ...]:
+    def _candidates(self, kept: Sequence[int]) -> tuple[Candidate, ...]:
         search, found = self.search, []
         for k, (place, trial) in enumerate(zip(search.places, search.trials, strict=True)):
             dropped = None if k in kept else trial.dropped or "the best set does without it"

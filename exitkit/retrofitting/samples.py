@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 import torch
@@ -53,7 +53,7 @@ def held_out(train_loader: Iterable[Any], search_loader: Iterable[Any] | None, s
     if search_loader is not None:
         check_iterable(search_loader, "search_loader")
         return Split(train_loader, search_loader, samples_in(train_loader, "train_loader"))
-    if isinstance(train_loader, DataLoader) and _has_numbers(train_loader):
+    if has_numbers(train_loader):
         return _by_number(train_loader, seed)
     if isinstance(train_loader, list | tuple):
         return _by_batch(train_loader)
@@ -66,7 +66,7 @@ def held_out(train_loader: Iterable[Any], search_loader: Iterable[Any] | None, s
 
 def samples_in(loader: Iterable[Any], name: str) -> int:
     """How many samples a pass has: a data set's length where it is known, else counted in one pass."""
-    if isinstance(loader, DataLoader) and _has_numbers(loader) and not loader.drop_last:
+    if has_numbers(loader) and not loader.drop_last:
         return len(loader.sampler)  # type: ignore[arg-type]
     return sum(batch_size_of(batch) for batch in checked(loader, name))
 
@@ -84,7 +84,7 @@ def part_of(loader: Iterable[Any], share: float) -> Iterable[Any]:
     """About a share of what ``loader`` yields in a pass, the same samples in every pass; all, where they cannot be told."""
     if share >= 1:
         return loader
-    if isinstance(loader, DataLoader) and _has_numbers(loader):
+    if has_numbers(loader):
         size = int(loader.batch_size or 1)
         rows = max(size, int(share * len(loader.dataset)) // size * size)  # type: ignore[arg-type]
         return loader if rows >= len(loader.dataset) else _over(loader, range(rows), shuffle=True)  # type: ignore[arg-type]
@@ -93,7 +93,10 @@ def part_of(loader: Iterable[Any], share: float) -> Iterable[Any]:
     return loader
 
 
-def _has_numbers(loader: DataLoader[Any]) -> bool:
+def has_numbers(loader: Iterable[Any]) -> TypeGuard[DataLoader[Any]]:
+    """Whether samples can be told by their numbers."""
+    if not isinstance(loader, DataLoader):
+        return False
     plain = loader.batch_size is not None and hasattr(loader.dataset, "__len__")
     return plain and not isinstance(loader.dataset, IterableDataset)
 

@@ -36,14 +36,16 @@ WEIGHTS = f"exits-{'[0-9a-f]' * 16}.safetensors"
 """Pattern of the name of the weights file, which the configuration holds."""
 
 _FAMILY = "exitkit-exits-"
-_FORMAT, OLDER = f"{_FAMILY}4", f"{_FAMILY}3"
+_FORMAT, _PLAIN, OLDER = (f"{_FAMILY}{number}" for number in (5, 4, 3))
+"""Format 4 is the same, of exits that did not standardise what they read."""
 _REMEDY = "give what save_pretrained or push_to_hub wrote"
 _AGAIN = "Copy or download it again"
 _LARGEST_INPUT = 2**27
 """Values of one sample; larger inputs are not made up."""
 
 _SHAPE = "[0-9a-z×]+"
-_LINES = {_FORMAT: f"{_SHAPE}( [0-9a-f]{{16}}){{3}}", OLDER: _SHAPE}
+_HASHED = f"{_SHAPE}( [0-9a-f]{{16}}){{3}}"
+_LINES = {_FORMAT: _HASHED, _PLAIN: _HASHED, OLDER: _SHAPE}
 """Patterns of what is known of each tensor of the backbone: its shape, and digests of its values."""
 
 InputDType = Literal["float", "bool", "uint8", "int8", "int16", "int32", "int64", "complex64", "complex128"]
@@ -160,7 +162,7 @@ def to_text(config: Configuration) -> str:
 
 
 def read_configuration(path: Path) -> Configuration:
-    """A checked configuration, of this format or of the one before (:data:`OLDER`).
+    """A checked configuration, of this format or of the two before it.
 
     Raises:
         FileError: no file, no JSON, a foreign one, one of another format, or a damaged one.
@@ -168,13 +170,13 @@ def read_configuration(path: Path) -> Configuration:
     """
     config = read_json(path, _REMEDY)
     given = config.get("format") if isinstance(config, dict) else None
-    if given not in (_FORMAT, OLDER) and str(given).startswith(_FAMILY):
+    if given not in _LINES and str(given).startswith(_FAMILY):
         raise FileError(
             f"{str(path)!r} is of format {given!r}, saved by {saved_by(config.get('versions'))}; exitkit "
             f"{installed_versions()['exitkit']} reads {_FORMAT!r}. Load it with the version that saved it, or train and save "
             "the exits again"
         )
-    if given not in (_FORMAT, OLDER):
+    if given not in _LINES:
         raise FileError(f"{str(path)!r} is not a configuration of exits; {_REMEDY}")
     if given == OLDER:
         return _built(_from_older(config, path), path)

@@ -12,6 +12,7 @@ import os
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 from exitkit.common.checks import PATH, check
 from exitkit.common.errors import ArgumentError, ExitkitError, FileError
 from exitkit.common.files import locked, read_together, replacing
+from exitkit.exits.standardised import StandardisedLinear, replaced
 from exitkit.methods.policy import ExitPolicy
 from exitkit.multi_exit.assembly import Parts, assemble
 from exitkit.multi_exit.saving import hub
@@ -111,11 +113,19 @@ def load_exits(
     _compare(config.tensors, without(tensor_lines(backbone), config.new_head), source, backbone)
     with unchanged_on_error(backbone):
         model = build(_parts(backbone, inputs, config, source))
+        replaced(model.classifiers, partial(_as_saved, weights))
         _compare(config.blocks, block_lines(model.anatomy.blocks), source, backbone)
         _fill(model, weights, getattr(torch, config.dtype), folder / config.weights)
     if config.policy is not None:
         _set_policy(model, config.policy, folder / CONFIG)
     return model
+
+
+def _as_saved(saved: Mapping[str, Tensor], name: str, layer: StandardisedLinear) -> nn.Module:
+    """The layer; a plain one where it was saved by a version that did not standardise."""
+    if f"classifiers.{name}.deviation" in saved:
+        return layer
+    return nn.Linear(layer.in_features, layer.out_features).to(layer.weight)
 
 
 def _set_policy(model: MultiExitModel, policy: ExitPolicy, path: Path) -> None:
