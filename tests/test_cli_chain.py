@@ -81,6 +81,22 @@ def test_export_of_one_method_at_a_threshold_of_ones_own(run: Any, bench: Path, 
     assert (policy.criterion, policy.threshold, policy.guarantee) == ("confidence", 0.4, None)
 
 
+def test_a_run_with_a_new_last_layer_is_exported(run: Any, images: Path, tmp_path: Path) -> None:
+    """The model tells three classes apart, and is asked for five; whether the backbone learns makes no difference."""
+    given = ("--data", images, "--test", images)
+    run("bench", "--model", TOY, *given, "--out", tmp_path / "bench", *BENCH, "--num-classes", 5)
+    recipe = tmp_path / "mine.toml"
+    recipe.write_text(
+        f'model = "{TOY}"\ndata = {json.dumps(str(images))}\n[exits]\nevery = 2\nnum_classes = 5\nmethod = "ztw"\n'
+        '[trainer]\nepochs = 1\nregime = "mixed"\n'
+    )
+    run("train", recipe, "--trust", "--out", tmp_path / "train")
+    for made in (tmp_path / "bench", tmp_path / "train"):
+        run("export", made, "--method", "ztw", "--threshold", 0.3, "--trust")
+        answers = exitkit.load(made / "model.pt2", trust=True)(torch.ones(2, 1, 8, 8))
+        assert answers.logits.shape == (2, 5)
+
+
 def test_exits_are_found_inside_a_run(run: Any, bench: Path, tmp_path: Path) -> None:
     written = []
     for place in (bench / "exits" / "ztw", bench):

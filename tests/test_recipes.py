@@ -223,7 +223,7 @@ def test_pairs_of_texts_are_encoded_by_the_tokenizer(tmp_path: Path, bert: Path)
 
     path = tmp_path / "pairs.tsv"
     path.write_text("one\ttwo\tscore\ngood film\tbad\t4.5\nfilm\tgood good film\t1\n")
-    split = load_data(str(path), nn.Linear(1, 1), str(path), str(bert), numbers=True, pairs=True, max_tokens=6)
+    split = load_data(str(path), nn.Linear(1, 1), str(path), str(bert), numbers=True, pairs=True, max_length=6)
     assert split.collate is not None
     batch = split.collate(list(split.train))
     assert batch["labels"].tolist() == [4.5, 1.0]
@@ -285,7 +285,7 @@ def test_a_regression_on_text(run: Any, bert: Path, tmp_path: Path) -> None:  # 
         ("", "limit = 0", ["limit", "at least 1"]),
         ("", "augment = ['flop']", ["augment", "'flip'"]),
         ("", "pairs = 1", ["pairs", "true or false"]),
-        ("", "max_tokens = 0", ["max_tokens", "at least 1"]),
+        ("", "max_length = 0", ["max_length", "at least 1"]),
         ("[schedule]\nname = 'cosin'\n", "", ["schedule.name", "'cosine'"]),
         ("[schedule]\nwarm = 0.1\n", "", ["schedule.warm", "'schedule.warmup'"]),
         ("[schedule]\nwarmup = 1.0\n", "", ["schedule.warmup", "below 1"]),

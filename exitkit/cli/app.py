@@ -11,6 +11,7 @@ from exitkit.cli.analysing import analyse
 from exitkit.cli.experiments import bench, init, train
 from exitkit.cli.options import (
     Classes,
+    MaxLength,
     ModelName,
     Package,
     PackageDevice,
@@ -20,6 +21,7 @@ from exitkit.cli.options import (
     check_folder,
     check_least,
 )
+from exitkit.cli.policies import app as policies
 from exitkit.cli.results import calibrate, compare, report
 from exitkit.cli.retrofitting import retrofit
 from exitkit.common.console import make_console, printable
@@ -99,6 +101,7 @@ def export(
     optimize: Annotated[bool, typer.Option(help="Compile the stages for this device (.pt2; takes minutes)")] = False,
     weights: Weights = None,
     num_classes: Classes = None,
+    max_length: MaxLength = None,
     trust: Annotated[bool, typer.Option("--trust", help="Call the function that the run names as its model")] = False,
 ) -> None:
     """Write a model with exits as one file that runs on its own.
@@ -117,7 +120,7 @@ def export(
         )
     if run is None and out is None:
         raise ArgumentError("--out is missing: name the file to write, such as model.pt2")
-    source = flags_over(find_source(str(run or exits), method), model, weights, num_classes, labels, trust)
+    source = flags_over(find_source(str(run or exits), method), model, weights, num_classes, max_length, labels, trust)
     target = out or Path(str(run)) / "model.pt2"
     for line in export_source(source, target, threshold, optimize):
         make_console().print(line)
@@ -190,6 +193,7 @@ app.command()(calibrate)
 app.command()(compare)
 app.command()(report)
 app.command()(analyse)
+app.add_typer(policies, name="rl")
 
 
 @app.command()

@@ -12,12 +12,24 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from exitkit.cli.options import Cache, Classes, Data, Device, Model, Threads, Weights, check_folder, check_least
+from exitkit.cli.options import (
+    Cache,
+    Data,
+    DataClasses,
+    Device,
+    MaxLength,
+    Model,
+    Threads,
+    Weights,
+    check_folder,
+    check_least,
+)
 from exitkit.common.console import make_console, printable
 from exitkit.common.errors import ArgumentError, ExitkitError
 
 if TYPE_CHECKING:
     from exitkit.cli.bench import Trained
+    from exitkit.cli.data import Split
 
 INTERRUPTED = 130
 """The exit status of a command that Ctrl-C ended."""
@@ -31,7 +43,8 @@ def bench(
     test: Annotated[str | None, typer.Option(help="Test samples; by default a fifth of --data is held out")] = None,
     methods: Annotated[str, typer.Option(help=f"Comma-separated: {_METHODS}")] = "sdn,pbee,ztw",
     weights: Weights = None,
-    num_classes: Classes = None,
+    num_classes: DataClasses = None,
+    max_length: MaxLength = None,
     every: Annotated[int | None, typer.Option(help="An exit after every n-th block; 1 by default")] = None,
     at: Annotated[
         str | None, typer.Option(help="Exits after these: names or numbers of exitkit inspect, as 0,3")
@@ -52,29 +65,32 @@ def bench(
 
     Accuracy against compute is printed and written, with the exits, so that calibrate, report and export go on from there.
     """
-    check_least(batch_size=batch_size, limit=limit)
+    check_least(batch_size=batch_size, limit=limit, max_length=max_length)
     if seed < 0:
         raise ArgumentError(f"--seed {seed} must be at least 0")
     check_folder(out)
     from exitkit.cli.bench import compare
     from exitkit.cli.data import load_data
     from exitkit.cli.machine import computing_with, threads_for, train_on
-    from exitkit.cli.sources import load_model
+    from exitkit.cli.sources import load_pretrained
     from exitkit.common.allocator import keep_memory
     from exitkit.methods.presets import as_method
 
     train_on(device)
     say = make_console().print
     chosen = [as_method(name.strip()) for name in methods.split(",")]
-    backbone = load_model(model, weights, num_classes)
+    backbone, built_with = load_pretrained(model, weights, num_classes)
     _say_if_random(model, weights)
-    split = load_data(data, backbone, test, model.removeprefix("hf:") if model.startswith("hf:") else None)
+    tokenizer = model.removeprefix("hf:") if model.startswith("hf:") else None
+    split = load_data(data, backbone, test, tokenizer, max_length=max_length)
+    say_what_is_lost(split)
     train_loader, test_loader = split.loaders(batch_size, limit, seed)
     example = _data_example(backbone, train_loader)
     about = {
         "model": model,
         "weights": weights,
-        "num_classes": num_classes,
+        "num_classes": built_with,
+        "max_length": max_length,
         "data": data,
         "test": test,
         "epochs": epochs,
@@ -88,10 +104,16 @@ def bench(
             chosen,
             train_loader,
             test_loader,
-            placement={"every": every, "at": None if at is None else _places(at), "head": head},
+            placement={
+                "every": every,
+                "at": None if at is None else _places(at),
+                "head": head,
+                "num_classes": num_classes,
+            },
             training={"epochs": epochs, "lr": lr, "seed": seed, "cache": cache},
             example_inputs=example,
             report=say,
+            classes=split.classes,
         )
         _keep(compared, out, about, split, f"{model} on {data}")
 
@@ -166,6 +188,7 @@ def train(
         ask_for(chosen.model, "recipe")
     kept = output_within(out, chosen.trainer)
     backbone, split = prepared(chosen)
+    say_what_is_lost(split)
     _say_if_random(chosen.model, chosen.weights)
     example = _data_example(backbone, split.loaders(1, None, 0)[1])
     keep_memory()
@@ -226,6 +249,12 @@ def _say_if_random(model: str, weights: str | None) -> None:
     """Only of libraries' models: a function may load weights of its own, and Hugging Face's bring theirs."""
     if weights is None and model.startswith(("torchvision:", "timm:")):
         make_console().print("note: no --weights, so the backbone has random weights")
+
+
+def say_what_is_lost(split: Split) -> None:
+    """Texts that are cut, before anything is trained on them."""
+    if split.note:
+        make_console().print(f"note: {split.note}")
 
 
 def _data_example(backbone: Any, loader: Any) -> Any:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from exitkit.cli.data import MAX_TOKENS, load_tokenizer
+from exitkit.cli.data import load_tokenizer
 from exitkit.cli.experiments import ask_for
 from exitkit.cli.sources import load_model
 from exitkit.common.errors import ArgumentError, FileError, unknown_name
@@ -29,7 +29,7 @@ class Source:
         policy: what ``exitkit calibrate`` chose, or None.
         classes: names of the classes, or None.
         preprocessing: of images, or None.
-        max_tokens: after which a text is cut; None for as many as the model takes.
+        max_length: of texts: tokens after which one is cut, or None for as many as the model takes.
         method: of the run, or None.
     """
 
@@ -40,7 +40,7 @@ class Source:
     policy: ExitPolicy | None = None
     classes: Sequence[str] | None = None
     preprocessing: Preprocessing | None = None
-    max_tokens: int | None = None
+    max_length: int | None = None
     method: str | None = None
 
 
@@ -73,7 +73,13 @@ def find_source(place: str, method: str | None) -> Source:
 
 
 def flags_over(
-    source: Source, model: str | None, weights: str | None, num_classes: int | None, labels: str | None, trust: bool
+    source: Source,
+    model: str | None,
+    weights: str | None,
+    num_classes: int | None,
+    max_length: int | None,
+    labels: str | None,
+    trust: bool,
 ) -> Source:
     """The source with what was typed in place of what was found.
 
@@ -91,6 +97,7 @@ def flags_over(
         model=source.model if model is None else model,
         weights=source.weights if weights is None else weights,
         num_classes=source.num_classes if num_classes is None else num_classes,
+        max_length=source.max_length if max_length is None else max_length,
         classes=source.classes if labels is None else read_labels(labels),
     )
 
@@ -134,7 +141,7 @@ def _preprocessing(source: Source, ee: MultiExitModel) -> Preprocessing | None:
     if not (model.startswith("hf:") and ee.example.text):
         return source.preprocessing
     keys = [str(key) for key in ee.example.spec.keys]
-    return TextPreprocessing.of(load_tokenizer(model.removeprefix("hf:")), keys, source.max_tokens, ee.backbone)
+    return TextPreprocessing.of(load_tokenizer(model.removeprefix("hf:")), keys, source.max_length, ee.backbone)
 
 
 def next_with(out: Path) -> list[str]:
@@ -156,11 +163,11 @@ def _known(run: Run, name: str, exits: str) -> Source:
         exits,
         _text(run, "model"),
         str(weights) if weights.exists() else _text(run, "weights"),
-        about.get("num_classes") if isinstance(about.get("num_classes"), int) else None,
+        _number(run, "num_classes"),
         calibrated.chosen if found and calibrated is not None else None,
         run.classes if run.classes is not None and len(run.classes) == count else None,
         preprocessing_from_json(about.get("preprocessing")),
-        about["max_tokens"] if isinstance(about.get("max_tokens"), int) else MAX_TOKENS,
+        _number(run, "max_length"),
         name,
     )
 
@@ -202,6 +209,11 @@ def _text(run: Run, name: str) -> str | None:
     if not isinstance(value, str | None):
         raise FileError(f"the results in {str(run.directory)!r} have {name} = {value!r}, which is no text; run again")
     return value
+
+
+def _number(run: Run, name: str) -> int | None:
+    value = run.about.get(name)
+    return value if isinstance(value, int) else None
 
 
 def read_labels(given: str) -> list[str]:

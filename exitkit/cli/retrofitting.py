@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from exitkit.cli.experiments import INTERRUPTED
+from exitkit.cli.experiments import INTERRUPTED, say_what_is_lost
 from exitkit.cli.options import Classes, Data, Device, Model, Threads, Weights, check_folder, check_least
 from exitkit.common.console import make_console
 from exitkit.common.errors import ArgumentError
@@ -66,9 +66,9 @@ def retrofit(
     say = make_console().print
     backbone = load_model(model, weights, num_classes)
     tokenizer = model.removeprefix("hf:") if model.startswith("hf:") else None
-    train_loader, held_out = load_data(data, backbone, calibration, tokenizer).loaders(
-        training_batch_size, limit, seed
-    )
+    split = load_data(data, backbone, calibration, tokenizer)
+    say_what_is_lost(split)
+    train_loader, held_out = split.loaders(training_batch_size, limit, seed)
     example = split_batch(next(iter(held_out)))[0]
     given: Any = {"cost": cost, "effort": effort, "mixed_precision": mixed_precision}  # checked by retrofit
     with computing_with(threads_for(backbone, example, threads, say)), _stopped_by_hand():

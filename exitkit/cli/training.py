@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.data import DataLoader, random_split
 
 from exitkit.cli.augmentation import augmented
-from exitkit.cli.bench import Trained, comparison_table, head_share, timed_stages
+from exitkit.cli.bench import Trained, check_classes, comparison_table, head_share, timed_stages
 from exitkit.cli.data import Split, load_data
 from exitkit.cli.recipe import Recipe, described, output_within
 from exitkit.cli.sources import load_model
@@ -31,9 +31,9 @@ def prepared(recipe: Recipe) -> tuple[nn.Module, Split]:
     backbone = load_model(recipe.model, recipe.weights, recipe.num_classes)
     tokenizer = recipe.model.removeprefix("hf:") if recipe.model.startswith("hf:") else None
     regression = 1 in (recipe.num_classes, recipe.exits.get("num_outputs"))
-    pairs, length = recipe.pairs, recipe.max_tokens
+    pairs, length = recipe.pairs, recipe.max_length
     return backbone, load_data(
-        recipe.data, backbone, recipe.test, tokenizer, numbers=regression, pairs=pairs, max_tokens=length
+        recipe.data, backbone, recipe.test, tokenizer, numbers=regression, pairs=pairs, max_length=length
     )
 
 
@@ -53,6 +53,8 @@ def train_recipe(
     method = recipe.make_method()
     placement = {key: value for key, value in recipe.exits.items() if key != "method"}
     model = attach(backbone, example, method=method, **placement)
+    asked = recipe.exits.get("num_classes", recipe.num_classes)
+    check_classes(model.num_classes, split.classes, asked, "exits.num_classes = {}")
     report(f"{method.name}: {len(model.boundaries)} exits, heads add {head_share(model):.1%} of the backbone's MACs")
     kept = output_within(out, recipe.trainer)
     trainer = Trainer(
@@ -74,8 +76,10 @@ def train_recipe(
     else:
         stages = timed_stages(model, test, report)
     results = {method.name: Trained(model, outputs, stages)}
-    learned = backbone if trainer.trains_backbone else None
-    written(out, lambda folder: write_results(results, folder, described(recipe), split, learned))
+    learned, about = (backbone if trainer.trains_backbone else None), described(recipe)
+    if learned is not None and model.new_head:
+        about["num_classes"] = model.num_classes  # what is written has the new layer
+    written(out, lambda folder: write_results(results, folder, about, split, learned))
     if "output_dir" not in recipe.trainer:
         remove_checkpoint(kept)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
@@ -33,6 +33,7 @@ class Epoch:
         dominance: after the epoch, the cosine of the gradient of each exit that counts with the objective's, on the learning
             part of the backbone; None where it was not measured (``Trainer(analyse=)``).
         ceiling: the most that each of these cosines can be, as an exit has no gradient behind it.
+        measured: numbers of the loader's own, by name.
     """
 
     epoch: int
@@ -45,6 +46,7 @@ class Epoch:
     temperature: float | None = None
     dominance: tuple[float, ...] | None = None
     ceiling: tuple[float, ...] | None = None
+    measured: Mapping[str, float] = field(default_factory=dict)
 
     def scalars(self) -> dict[str, float]:
         """What the logs hold, by name."""
@@ -55,7 +57,7 @@ class Epoch:
         named |= {} if self.temperature is None else {"temperature": self.temperature}
         for name, values in (("dominance", self.dominance), ("dominance_ceiling", self.ceiling)):
             named |= {f"{name}/exit{m}": value for m, value in zip(self.exits, values or (), strict=False)}
-        return named | {"phase": float(self.phase), "samples_per_second": self.speed}
+        return named | {"phase": float(self.phase), "samples_per_second": self.speed} | dict(self.measured)
 
     def line(self) -> str:
         """In words: losses and validation results of at most six exits."""
@@ -63,9 +65,15 @@ class Epoch:
             f"{m}: {number(value, 4)}" for m, value in spread(list(zip(self.exits, self.loss, strict=True)))
         )
         tau = "" if self.temperature is None else f"  τ {self.temperature:.2f}"
+        measured = f"  {self.measured_line()}" if self.measured else ""
         return (
-            f"epoch {self.epoch + 1}  phase {self.phase + 1}  loss {loss}{tau}{self._validated()}  {self.speed:,.0f}/s"
+            f"epoch {self.epoch + 1}  phase {self.phase + 1}  loss {loss}{tau}{self._validated()}{measured}"
+            f"  {self.speed:,.0f}/s"
         )
+
+    def measured_line(self) -> str:
+        """The loader's own numbers."""
+        return "  ".join(f"{name} {value:.4g}" for name, value in self.measured.items())
 
     def _validated(self) -> str:
         if self.accuracy is not None:
