@@ -19,8 +19,8 @@ import exitkit
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "exitkit"
-ROOMS = """common models surgery exits methods multi_exit training evaluation analysis calibration engine packages report
-    retrofitting cli integrations""".split()
+ROOMS = """common models surgery exits methods multi_exit training evaluation analysis calibration engine packages rl
+    report retrofitting cli integrations""".split()
 """A room imports from those before it."""
 
 KEPT = {("evaluation", "calibration")}
@@ -39,6 +39,8 @@ HEAVY = (
     "onnx",
     "rich",
     "lightning",
+    "gymnasium",
+    "stable_baselines3",
 )
 
 NAMES = {

@@ -386,4 +386,5 @@ def check_outputs(outputs: object, name: str = "outputs") -> None:
         ArgumentError: anything else than :class:`ExitOutputs`.
     """
     if not isinstance(outputs, ExitOutputs):
-        raise ArgumentError(f"{name} is {type(outputs).__name__}; give what exitkit.collect(ee, loader) returned")
+        remedy = getattr(outputs, "why_not_outputs", "give what exitkit.collect(ee, loader) returned")
+        raise ArgumentError(f"{name} is {type(outputs).__name__}; {remedy}")

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from exitkit.common.errors import ArgumentError
 from exitkit.exits.convolution import Convolution, map_body
+from exitkit.exits.legal_actions import without_illegal
 from exitkit.exits.links import CascadeLink
 from exitkit.exits.pooling import ReadoutKind, TokenPool
 from exitkit.exits.standardised import StandardisedLinear
@@ -98,6 +99,10 @@ class InternalClassifier(nn.Module):
 
     Args:
         linear: the kind of that layer; :class:`StandardisedLinear` behind a body without layers of its own.
+
+    Attributes:
+        masked: whether the last of the inputs is a mask of legal actions; those of the others are then put out of reach, but
+            for what is carried on.
     """
 
     def __init__(
@@ -108,9 +113,24 @@ class InternalClassifier(nn.Module):
         self.link = CascadeLink(num_classes) if cascade else None
         self.linear = linear(width + (num_classes if cascade else 0), num_classes)
         self.carries = num_classes
+        self.masked = False
 
     def forward(self, feature: Tensor, previous: Tensor | None = None, inputs: Sequence[Tensor | None] = ()) -> Tensor:
-        """Logits from a feature, the logits of the exit before, and those inputs of the model that the body reads."""
+        """Logits from a feature, the logits of the exit before, and those inputs of the model that the head reads."""
+        return self.step(feature, previous, inputs).logits
+
+    def step(self, feature: Tensor, carried: Tensor | None, inputs: Sequence[Tensor | None]) -> HeadOutput:
+        """The logits, and what the next exit reads: these logits, of all actions where some are not legal."""
+        if not self.masked:
+            logits = self._logits(feature, carried, inputs)
+            return HeadOutput(logits, logits)
+        *others, legal = inputs
+        if legal is None:
+            raise ArgumentError("this policy takes a mask of legal actions beside the observation; give both")
+        logits = self._logits(feature, carried, others)
+        return HeadOutput(without_illegal(logits, legal), logits)
+
+    def _logits(self, feature: Tensor, previous: Tensor | None, inputs: Sequence[Tensor | None]) -> Tensor:
         vector: Tensor = self.body(feature, *inputs)
         if self.link is not None:
             if previous is None:
@@ -120,11 +140,6 @@ class InternalClassifier(nn.Module):
             vector = self.link(vector, previous)
         logits: Tensor = self.linear(vector)
         return logits
-
-    def step(self, feature: Tensor, carried: Tensor | None, inputs: Sequence[Tensor | None]) -> HeadOutput:
-        """The logits, and what the next exit reads: these logits."""
-        logits = self(feature, carried, inputs)
-        return HeadOutput(logits, logits)
 
 
 class TokenBody(nn.Module):

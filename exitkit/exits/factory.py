@@ -11,6 +11,7 @@ from exitkit.exits.classifiers import Feature, HeadSpec, InternalClassifier, mak
 from exitkit.exits.copied.head import tail_head
 from exitkit.exits.copied.shorten import gaps
 from exitkit.exits.copied.tail import Tail, find_tail
+from exitkit.exits.legal_actions import LegalActions
 from exitkit.surgery.boundaries import Anatomy, Boundary
 from exitkit.surgery.capturing import Capture
 from exitkit.surgery.inputs import Example
@@ -33,7 +34,14 @@ class HeadMaker:
     outputs: int
 
     def make(self, boundary: Boundary, spec: HeadSpec, cascade: bool) -> Made:
-        """The head at ``boundary``."""
+        """The head at ``boundary``; of a policy with a mask of legal actions, one that reads it too."""
+        head, reads = self._made(boundary, spec, cascade)
+        if not isinstance(self.captured.backbone, LegalActions):
+            return head, reads
+        head.masked = True
+        return head, (*reads, self.captured.spec.keys[1])
+
+    def _made(self, boundary: Boundary, spec: HeadSpec, cascade: bool) -> Made:
         if spec.kind in ("tail", "branch"):
             tail = self._tail if spec.blocks is None else self._branch(boundary, spec.blocks)
             feature, target = Feature(boundary.shape, boundary.layout), Feature(tail.shape, tail.layout)

@@ -13,6 +13,7 @@ from exitkit.exits.classifiers import HeadSpec, InternalClassifier
 from exitkit.exits.ensembles import COMBINERS
 from exitkit.exits.factory import HeadMaker
 from exitkit.exits.gpf import Classifier, PastFuture, PastFutureClassifier
+from exitkit.exits.legal_actions import LegalActions
 from exitkit.methods.presets import Method, as_method, for_outputs
 from exitkit.multi_exit.cost import ExitSpec
 from exitkit.surgery.boundaries import Anatomy, Boundary, find_boundaries
@@ -98,6 +99,11 @@ def _parts(
     """Exits at ``boundaries``, once the cut model was found to equal the model."""
     outputs = outputs_of(captured)
     method = for_outputs(method, outputs, type(captured.backbone).__name__)
+    if isinstance(captured.backbone, LegalActions) and (method.past_future or method.ensemble == "additive"):
+        raise ArgumentError(
+            f"method={method.name!r} would give illegal actions a probability: an additive ensemble has a prior, and gpf's "
+            "heads read no mask; use 'ztw', 'sdn' or 'pbee'"
+        )
     points = verify(captured, boundaries, partition_at(captured, boundaries))
     maker = HeadMaker(captured, anatomy, outputs)
     placed = list(zip(boundaries, _one_each(heads, len(boundaries)), strict=True))

@@ -55,7 +55,9 @@ class Display:
 
     def _table(self) -> Table:
         table = Table(box=None, pad_edge=False)
-        for heading in ("epoch", *(["phase"] if self.phases > 1 else []), "loss per exit", "validation", "samples/s"):
+        named = ["measured"] if any(record.measured for record in self.records) else []
+        phased = ["phase"] if self.phases > 1 else []
+        for heading in ("epoch", *phased, "loss per exit", "validation", *named, "samples/s"):
             table.add_column(heading, justify="right" if heading in ("epoch", "samples/s") else "left")
         for record in self.records[-_ROWS:]:
             phase = [f"{record.phase + 1} of {self.phases}"] if self.phases > 1 else []
@@ -63,7 +65,8 @@ class Display:
             validated = " ".join(f"{value:.1%}" for value in spread(record.accuracy or ())) or " ".join(
                 f"{value:.3f}" for value in spread(record.val_loss or ())
             )
-            table.add_row(str(record.epoch + 1), *phase, loss, validated, f"{record.speed:,.0f}")
+            measured = [record.measured_line()] if named else []
+            table.add_row(str(record.epoch + 1), *phase, loss, validated, *measured, f"{record.speed:,.0f}")
         return table
 
     def _restart(self, over: int) -> None:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from signal import SIGTERM
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -31,6 +31,27 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
     from exitkit.training.display import Display
+
+
+@runtime_checkable
+class StatefulLoader(Protocol):
+    """A training loader whose passes follow from those before, as where samples are collected with what was learned.
+
+    A pass begun again after :meth:`restore` yields the same batches from its beginning.
+
+    Attributes:
+        measured: numbers for the record of an epoch, by name.
+    """
+
+    measured: Mapping[str, float]
+
+    def __iter__(self) -> Iterator[Any]: ...
+
+    def state(self) -> dict[str, Any]:
+        """What is kept in checkpoints: tensors and plain values."""
+
+    def restore(self, state: dict[str, Any] | None) -> None:
+        """Go on from what :meth:`state` gave; None from a checkpoint of a loader without."""
 
 
 @dataclass
@@ -152,7 +173,8 @@ class Run:
         loss = tuple(float(totals[m] / batches[m]) if batches[m] else None for m in learner.phase.exits)
         accuracy, val_loss = (None, None) if self.val_loader is None else self._validate(self.val_loader, learner)
         temperature = None if self.options.loss.distillation is None else self.objective.temperature
-        return Epoch(epoch, loss, accuracy, self.phase, learner.phase.exits, val_loss, speed, temperature)
+        measured = dict(self.train_loader.measured) if isinstance(self.train_loader, StatefulLoader) else {}
+        return Epoch(epoch, loss, accuracy, self.phase, learner.phase.exits, val_loss, speed, temperature, measured)
 
     def _validate(self, loader: Iterable[Any], learner: Learner) -> tuple[tuple[float, ...] | None, tuple[float, ...]]:
         channels_last = self.options.channels_last
@@ -210,6 +232,7 @@ class Run:
                 "history": [dict(vars(record)) for record in self.history],
                 "tally": {**vars(self.tally), "totals": totals, "batches": batches},
                 "random": random_state(),
+                "loader": self.train_loader.state() if isinstance(self.train_loader, StatefulLoader) else None,
             }
             save_checkpoint(self.options.directory, self.settings, state)
         self.accelerator.wait_for_everyone()
@@ -220,6 +243,8 @@ class Run:
             raise self._foreign("other heads")
         if any(own[name].shape != value.shape for name, value in stored.items()):
             raise self._foreign("other heads")
+        if isinstance(self.train_loader, StatefulLoader):
+            self.train_loader.restore(state["loader"])
         try:
             learner.optimizer.load_state_dict(state["optimizer"])
         except ValueError as error:

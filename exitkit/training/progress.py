@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
@@ -30,6 +30,7 @@ class Epoch:
         val_loss: validation loss of every exit; None without validation.
         speed: training samples per second.
         temperature: τ of the distillation, at the end; None without distillation.
+        measured: numbers of the loader's own, by name.
     """
 
     epoch: int
@@ -40,6 +41,7 @@ class Epoch:
     val_loss: tuple[float, ...] | None = None
     speed: float = field(default=0.0, compare=False)
     temperature: float | None = None
+    measured: Mapping[str, float] = field(default_factory=dict)
 
     def scalars(self) -> dict[str, float]:
         """What the logs hold, by name."""
@@ -48,7 +50,7 @@ class Epoch:
         named |= {f"accuracy/exit{m}": value for m, value in enumerate(self.accuracy or ())}
         named |= {f"val_loss/exit{m}": value for m, value in enumerate(self.val_loss or ())}
         named |= {} if self.temperature is None else {"temperature": self.temperature}
-        return named | {"phase": float(self.phase), "samples_per_second": self.speed}
+        return named | {"phase": float(self.phase), "samples_per_second": self.speed} | dict(self.measured)
 
     def line(self) -> str:
         """In words: losses and validation results of at most six exits."""
@@ -56,9 +58,15 @@ class Epoch:
             f"{m}: {number(value, 4)}" for m, value in spread(list(zip(self.exits, self.loss, strict=True)))
         )
         tau = "" if self.temperature is None else f"  τ {self.temperature:.2f}"
+        measured = f"  {self.measured_line()}" if self.measured else ""
         return (
-            f"epoch {self.epoch + 1}  phase {self.phase + 1}  loss {loss}{tau}{self._validated()}  {self.speed:,.0f}/s"
+            f"epoch {self.epoch + 1}  phase {self.phase + 1}  loss {loss}{tau}{self._validated()}{measured}"
+            f"  {self.speed:,.0f}/s"
         )
+
+    def measured_line(self) -> str:
+        """The loader's own numbers."""
+        return "  ".join(f"{name} {value:.4g}" for name, value in self.measured.items())
 
     def _validated(self) -> str:
         if self.accuracy is not None:

@@ -109,17 +109,24 @@ class Trainer(Options):
             FileError: a checkpoint that is damaged or of another version.
             DivergedError: a loss, weights or answers that are not finite.
         """
-        if self.patience is not None and val_loader is None:
+        return self.fit_on(Data(self.model, train_loader, val_loader))
+
+    def fit_on(self, data: Data) -> list[Epoch]:
+        """:meth:`fit` on loaders whose batches may be for the heads alone, as those of a feature cache are.
+
+        The state of a :class:`~exitkit.training.loop.StatefulLoader` is kept in checkpoints.
+        """
+        if self.patience is not None and data.val is None:
             raise ArgumentError("patience is set, but there is no val_loader to measure improvement on; give one")
         self._make_directory()
         accelerator = make_accelerator(self.mixed_precision)
-        train = own_part(accelerator, train_loader, "train_loader")
-        val = None if val_loader is None else own_part(accelerator, val_loader, "val_loader")
+        train = own_part(accelerator, data.train, "train_loader")
+        val = None if data.val is None else own_part(accelerator, data.val, "val_loader")
         self._place(accelerator.device)
         self.history = []
         settings = {} if self.directory is None else self._settings(train, val, accelerator.num_processes)
         checkpoint = self._checkpoint(settings, accelerator.is_main_process)
-        data = Data(self.model, train, val)
+        data = Data(data.view, train, val)
         with (
             flags_restored(self.model),
             cached(self, accelerator, data) if self.cache else nullcontext(data) as data,

@@ -13,6 +13,7 @@ from torch.fx import GraphModule, Node
 from exitkit.common.errors import ArgumentError
 from exitkit.exits.copied.norms import with_norms
 from exitkit.exits.copied.shorten import Gap, without
+from exitkit.exits.legal_actions import LegalActions, legal_in
 from exitkit.surgery.boundaries import Boundary
 from exitkit.surgery.capturing import Capture, untouched
 from exitkit.surgery.layout import Layout
@@ -44,6 +45,8 @@ def find_tail(captured: Capture, boundary: Boundary, num_classes: int, left_out:
     nodes = list(graph.graph.nodes)
     feature = next(node for node in nodes if node.name == boundary.node)
     logits = nodes[-1].all_input_nodes[0]
+    if isinstance(captured.backbone, LegalActions):
+        logits = logits.all_input_nodes[0]  # before the mask, which the head applies itself
     linear, vector = _last_linear(graph, logits, num_classes)
     piece = Piece(_between(nodes, feature, boundary.position, vector), feature)
     stage = build(graph, piece, [vector], ())
@@ -65,6 +68,9 @@ def _check(captured: Capture, boundary: Boundary, tail: Tail) -> None:
         given = dict(zip(captured.spec.keys, captured.example.tensors, strict=True))
         (vector,) = tail.body(feature, *(given[key] for key in tail.inputs))
         again = tail.linear(vector)
+    if isinstance(captured.backbone, LegalActions):
+        legal = legal_in(logits)
+        again, logits = again[legal], logits[legal]
     if not torch.allclose(again, logits, rtol=1e-2, atol=1e-2 * float(logits.abs().max())):
         raise ArgumentError(
             f"head='tail': the copied read-out of {type(captured.backbone).__name__} differs from it by up to "

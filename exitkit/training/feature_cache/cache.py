@@ -21,12 +21,11 @@ from exitkit.common.console import tracked
 from exitkit.common.errors import ArgumentError
 from exitkit.common.files import replacing
 from exitkit.common.hashes import hash_samples
-from exitkit.multi_exit.calling import call_model
 from exitkit.multi_exit.model import MultiExitModel
 from exitkit.surgery.capturing import evaluation_mode
 from exitkit.surgery.fingerprint import weights_digest
 from exitkit.training.distributed import in_order, seed_everything
-from exitkit.training.feature_cache.heads_alone import HeadsAlone, body_inputs
+from exitkit.training.feature_cache.heads_alone import HeadsAlone
 from exitkit.training.feature_cache.store import Writer, read_store, row_bytes
 from exitkit.training.options import Options
 from exitkit.training.step import placed
@@ -157,12 +156,10 @@ class _Cache:
     def _parts(self, inputs: Any, labels: Tensor | None) -> dict[str, Tensor]:
         """A batch's rows: reduced features, the backbone's logits, and labels where there are some."""
         model = self.options.model
-        with evaluation_mode(model), torch.no_grad(), self.accelerator.autocast(), body_inputs(model) as read:
-            _, heads = call_model(
-                model, model.run_heads, placed(inputs, self.accelerator.device, self.options.channels_last)
-            )
-            reduced = [reduce(*args) for reduce, args in zip(self.view.reductions, read, strict=True)]
-        parts = {**{f"exit{m}": part for m, part in enumerate(reduced)}, _LOGITS: heads[-1]}
+        with evaluation_mode(model), torch.no_grad(), self.accelerator.autocast():
+            given = placed(inputs, self.accelerator.device, self.options.channels_last)
+            (*reduced, logits), _ = self.view.read(model, given)
+        parts = {**{f"exit{m}": part for m, part in enumerate(reduced)}, _LOGITS: logits}
         return parts if labels is None else {**parts, _LABELS: labels}
 
     def _key(self, loader: DataLoader[Any]) -> str:

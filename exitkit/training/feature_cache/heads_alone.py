@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from exitkit.common.errors import ArgumentError
 from exitkit.exits.classifiers import HeadOutput, TokenBody
 from exitkit.exits.gpf import Classifier, imitation_losses
+from exitkit.exits.legal_actions import legal_in
 from exitkit.exits.pooling import SDNPool, pooled_size, two_pools
 from exitkit.multi_exit.calling import call_model
 from exitkit.multi_exit.model import MultiExitModel
@@ -45,7 +46,7 @@ class HeadsAlone(nn.Module):
         self.reductions: list[nn.Module] = []
         self.heads = nn.ModuleList()
         for spec, classifier in zip(model.specs, model.classifiers, strict=True):
-            if spec.inputs and not isinstance(classifier.body, TokenBody):
+            if len(spec.inputs) > is_masked(classifier) and not isinstance(classifier.body, TokenBody):
                 raise ArgumentError(
                     f"cache=True: the head at {spec.boundary.name!r} reads inputs of the model beside its feature "
                     f"(head={model.head!r}), and cannot be fed from a cache; use head='auto' or leave cache out"
@@ -59,6 +60,13 @@ class HeadsAlone(nn.Module):
         auxiliary = imitation_losses(steps) if torch.is_grad_enabled() else None
         return HeadsOutput((*(step.logits for step in steps), parts[-1]), auxiliary)
 
+    def read(self, model: MultiExitModel, inputs: Any) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """What this is called with for a batch of inputs of the model, and every head's logits, the backbone's last."""
+        with body_inputs(model) as read:
+            _, heads = call_model(model, model.run_heads, inputs)
+            reduced = [reduce(*args) for reduce, args in zip(self.reductions, read, strict=True)]
+        return (*reduced, heads[-1]), heads
+
     def run_heads(self, *parts: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         """The reduced features, and every head's logits (the backbone's last)."""
         return parts[:-1], (*(step.logits for step in self._steps(parts)), parts[-1])
@@ -66,8 +74,14 @@ class HeadsAlone(nn.Module):
     def _steps(self, parts: tuple[Tensor, ...]) -> list[HeadOutput]:
         steps: list[HeadOutput] = []
         for head, part in zip(self.heads, parts[:-1], strict=True):
-            steps.append(head.step(part, steps[-1].carried if steps else None, ()))  # type: ignore[operator]
+            legal = (legal_in(parts[-1]),) if is_masked(head) else ()  # as the backbone's own logits say
+            steps.append(head.step(part, steps[-1].carried if steps else None, legal))  # type: ignore[operator]
         return steps
+
+
+def is_masked(classifier: nn.Module) -> bool:
+    """Whether a head reads a mask of legal actions."""
+    return bool(getattr(classifier, "masked", False))
 
 
 def body_inputs(model: MultiExitModel) -> AbstractContextManager[list[tuple[Any, ...]]]:
