@@ -131,6 +131,20 @@ def test_the_log_has_returns_and_agreement(tmp_path: Path) -> None:
     assert 0 <= float(last["agreement/exit2"]) <= 1
 
 
+def test_each_exit_plays_alone_from_time_to_time() -> None:
+    """Exit m always takes action m: its return is how often the observation names that action."""
+    ee, other = always(with_exits("sdn")), Walk(length=7)
+    history = exitkit.rl.clone(ee, walks(2), 64, eval_env=other, eval_every=2, eval_episodes=3, lr=1e-9, **QUIET)
+    names = {f"return/exit{m}" for m in range(3)}
+    assert [names <= set(record.measured) for record in history] == [False, True, False, True]
+    seen, taken = np.array(other.seen), np.array(other.taken)
+    named = (np.abs(seen[:, 3]) * 10).astype(int) % ACTIONS
+    first = [slice(21 * m, 21 * (m + 1)) for m in range(3)]  # three episodes of seven steps each
+    assert [set(taken[rows]) for rows in first] == [{0}, {1}, {2}]
+    wanted = [(named[rows] == taken[rows]).sum() / 3 for rows in first]
+    assert [history[1].measured[f"return/exit{m}"] for m in range(3)] == pytest.approx(wanted)
+
+
 def test_a_checkpoint_is_continued_with_the_same_plan_alone(tmp_path: Path) -> None:
     run(tmp_path, walks(3))
     with pytest.raises(exitkit.ArgumentError, match="acting"):

@@ -19,6 +19,7 @@ from exitkit.cli.options import (
     check_folder,
     check_least,
 )
+from exitkit.cli.policies import app as policies
 from exitkit.cli.results import calibrate, compare, report
 from exitkit.cli.retrofitting import retrofit
 from exitkit.common.console import make_console, printable
@@ -188,6 +189,7 @@ def bench_latency(
 app.command()(calibrate)
 app.command()(compare)
 app.command()(report)
+app.add_typer(policies, name="rl")
 
 
 @app.command()

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
-from exitkit.common.checks import Positive, check
+from exitkit.common.checks import Count, Positive, check
+from exitkit.engine import compile
 from exitkit.multi_exit.model import MultiExitModel
 from exitkit.rl.environments import Games
+from exitkit.rl.episodes import play
+from exitkit.rl.evaluation import through
 from exitkit.rl.rollouts import Acting, Plan, Rollouts
+from exitkit.surgery.capturing import evaluation_mode
 from exitkit.training import Distillation, Epoch, Loss, Trainer
 from exitkit.training.feature_cache.cache import Data
 
@@ -30,6 +36,9 @@ def clone(
     batch_size: int = 64,
     lr: float = 1e-2,
     seed: int = 0,
+    eval_env: Any = None,
+    eval_every: int = 50,
+    eval_episodes: int = 10,
     output_dir: str | Path | None = None,
     resume: Literal["auto", "never"] = "auto",
     show_progress: bool = True,
@@ -54,6 +63,9 @@ def clone(
         batch_size: states in one step of the optimiser.
         lr: of Adam; divided by ten after a tenth and after three quarters of the rounds.
         seed: of environments, draws and order.
+        eval_env: another such environment, in which each exit plays alone from time to time: its mean return is in the record.
+        eval_every: rounds between two such times.
+        eval_episodes: that each exit plays.
         output_dir: where a checkpoint and a log go after every round, in which one round is one epoch.
         resume: as for :class:`exitkit.Trainer`. The environments are brought back to where they were by the actions taken.
         show_progress: a table or a line for every round: loss of each exit, how often its action was the policy's, and the
@@ -70,8 +82,11 @@ def clone(
         ExitkitError: gymnasium is not installed.
     """
     check("lr", lr, Positive)
-    games = Games(env, ee)
-    rollouts = Rollouts(games, Plan(steps, rollout, epochs, batch_size, acting, seed))
+    check("eval_every", eval_every, Count)
+    check("eval_episodes", eval_episodes, Count)
+    rollouts = Rollouts(Games(env, ee), Plan(steps, rollout, epochs, batch_size, acting, seed))
+    if eval_env is not None:
+        rollouts.watch = _each_alone(Games(eval_env, ee), eval_every, eval_episodes, seed)
     falls = sorted({max(1, round(share * rollouts.rounds)) for share in _RATE_FALLS})
     trainer = Trainer(
         ee,
@@ -88,3 +103,21 @@ def clone(
     if rollouts.failure is not None:
         raise rollouts.failure
     return history
+
+
+def _each_alone(games: Games, every: int, episodes: int, seed: int) -> Callable[[int], dict[str, float]]:
+    """Mean returns of the exits, each acting alone, after every so many rounds."""
+    ee, count = games.model, len(games.model.classifiers)
+    engine = compile(ee, 0.0)
+
+    def watch(rounds: int) -> dict[str, float]:
+        if rounds % every:
+            return {}
+        found = {}
+        for m in range(count):
+            alone = engine.at([math.inf] * m + [-math.inf] * (count - m))
+            with evaluation_mode(ee):
+                found[f"return/exit{m}"] = play(games, through(alone), episodes, seed).mean_return().value
+        return found
+
+    return watch

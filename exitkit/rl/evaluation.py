@@ -86,6 +86,24 @@ class Returns:
     def __str__(self) -> str:
         return self.table()
 
+    def to_dict(self) -> dict[str, Any]:
+        """Every episode's return and exits at each threshold, and what follows from them, as values that JSON holds."""
+        return {
+            "method": self.name,
+            "policy": _plain(self.backbone) | {"mean": self.backbone.mean_return()},
+            "points": [
+                {
+                    "thresholds": list(point.policy.thresholds),
+                    "criterion": point.policy.criterion,
+                    "mean": point.mean,
+                    "cost": point.cost,
+                    "disagreement": point.disagreement,
+                    **_plain(point.episodes),
+                }
+                for point in self.points
+            ],
+        }
+
     def plot(self, path: str | Path) -> None:
         """Write the picture of return against average MACs (Zero Time Waste, figure 3) to ``path`` (png, svg or pdf)."""
         plot_returns([self], path)
@@ -134,6 +152,14 @@ def returns(
                 raise EnvironmentFailedError(f"at τ = {policy.shown()} {error}") from error
             points.append(ReturnPoint(policy, played, played.mean_return(), played.cost(costs), played.disagreement()))
         return Returns(ee.method.name, tuple(points), play(games, policy_itself(games), episodes, seed))
+
+
+def _plain(episodes: Episodes) -> dict[str, Any]:
+    return {
+        "returns": episodes.totals.tolist(),
+        "exits": episodes.exits.tolist(),
+        "milliseconds": episodes.milliseconds,
+    }
 
 
 def _listed(thresholds: Any) -> list[Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, NamedTuple
@@ -69,6 +69,7 @@ class Rollouts:
     anything to unpickle. The result is the same to the bit where an environment's course follows from its seed and actions.
 
     Attributes:
+        watch: told after every round how many there were; what it returns is for the record.
         view: the heads alone; batches are reduced features and the policy's logits, from the forward that chose the actions.
         round: how many rollouts were learned from.
         measured: of the last rollout: the mean return of the episodes that ended in it, and how often each exit's answer was
@@ -78,6 +79,7 @@ class Rollouts:
 
     games: Games
     plan: Plan
+    watch: Callable[[int], dict[str, float]] = lambda _: {}
     view: HeadsAlone = field(init=False)
     round: int = field(init=False, default=0)
     measured: dict[str, float] = field(init=False, default_factory=dict)
@@ -104,6 +106,7 @@ class Rollouts:
         yield from self._batches(self._collected(), self.plan.epochs)
         self._rollout = []
         self.round += 1
+        self.measured |= self.watch(self.round)
 
     def state(self) -> dict[str, Any]:
         taken = np.array(self._taken, np.int32).reshape(-1, self.games.count)
