@@ -79,6 +79,12 @@ def test_several_choices_are_their_combinations() -> None:
         torch.testing.assert_close(ours[:, number], theirs.log_prob(torch.tensor([combination] * 6)))
 
 
+def test_a_module_is_a_policy_as_it_is() -> None:
+    network = actor()
+    network.policy = nn.Identity()  # a part of it by that name, as others may have
+    assert exitkit.rl.policy(network) is network
+
+
 def test_the_value_head_stays_out() -> None:
     model = ppo("MlpPolicy", NUMBERS, spaces.Discrete(3))
     own = {id(parameter) for parameter in exitkit.rl.policy(model).parameters()}

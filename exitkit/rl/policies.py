@@ -84,7 +84,7 @@ def policy(model: Any, *, masked: bool = False) -> nn.Module:
         ArgumentError: not a policy, a recurrent one, continuous actions, observations in a dict, or more combinations than
             1,024.
     """
-    given = getattr(model, "policy", model)
+    given = model if isinstance(model, nn.Module) else getattr(model, "policy", None)
     if not isinstance(given, nn.Module):
         raise ArgumentError(
             f"model is {type(model).__name__}; give a Stable-Baselines3 actor-critic (PPO, A2C) or a module from observations "
