@@ -1,4 +1,4 @@
-"""Reversi: its rules on many boards at once, games as a gymnasium environment, and a policy network of four residual blocks."""
+"""Reversi: its rules on many boards at once, games as a gymnasium environment, and a policy of four residual blocks."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ Opponent = Callable[[Boards, Boards], NDArray[np.int64]]
 
 
 class Reversi(gymnasium.vector.VectorEnv[Any, Any, Any]):  # type: ignore[misc]
-    """Games after eight random moves. An observation is a board as who is to move sees it; ``info["action_mask"]``: legal moves.
+    """Games after eight random moves. An observation is a board as who is to move sees it, ``info["action_mask"]`` what is legal.
 
     With an opponent every opening is played twice, in both colours, and the reward at the end is 1 for a win and 0.5 for a
     draw. Without one every move is asked for, of both sides in turn, and there is no reward.
@@ -129,7 +129,9 @@ class Reversi(gymnasium.vector.VectorEnv[Any, Any, Any]):  # type: ignore[misc]
     def _begin(self, rows: NDArray[np.int64]) -> None:
         """Random openings, none of which ends a game; of two games in one colour each where there is an opponent."""
         for row in rows:
-            opening, white = divmod(int(self.games[row]), 2) if self.opponent is not None else (int(self.games[row]), 0)
+            opening, white = (
+                divmod(int(self.games[row]), 2) if self.opponent is not None else (int(self.games[row]), 0)
+            )
             self.boards[row] = _opened(np.random.default_rng((self.seed, int(row), opening)))
             if white:
                 self._answer(np.array([row]))
