@@ -84,10 +84,11 @@ Opponent = Callable[[Boards, Boards], NDArray[np.int64]]
 
 
 class Reversi(gymnasium.vector.VectorEnv[Any, Any, Any]):  # type: ignore[misc]
-    """Games after eight random moves. An observation is a board as who is to move sees it, ``info["action_mask"]`` what is legal.
+    """Games after eight random moves.
 
-    With an opponent every opening is played twice, in both colours, and the reward at the end is 1 for a win and 0.5 for a
-    draw. Without one every move is asked for, of both sides in turn, and there is no reward.
+    An observation is a board as who is to move sees it, and ``info["action_mask"]`` says which moves are legal. With an
+    opponent every opening is played twice, in both colours, and the reward at the end is 1 for a win and 0.5 for a draw.
+    Without one every move is asked for, of both sides in turn, and there is no reward.
     """
 
     metadata = {"autoreset_mode": gymnasium.vector.AutoresetMode.SAME_STEP}  # noqa: RUF012 - as gymnasium has it

@@ -7,7 +7,7 @@
 
 In each, exits are cloned from the policy and then played through the engine at every τ, from the same openings and seeds. What
 is written to ``--out``: the exits of every method, every episode's return (JSON), and a picture. Started again, a row goes on
-where it was: what is written is not done again, and a method that was killed while it learned goes on from its last checkpoint.
+where it was: what is written is not done again, and a method that was killed while it learned goes on from its checkpoint.
 
 * **reversi**: a pretrained AlphaZero policy of four residual blocks, three exits. The return is the share of games won against
   the whole policy, every opening played in both colours: exactly one half where the exits change nothing. Legal moves are
