@@ -83,7 +83,7 @@ Opponent = Callable[[Boards, Boards], NDArray[np.int64]]
 """From boards and legal moves to moves."""
 
 
-class Reversi(gymnasium.vector.VectorEnv[Any, Any, Any]):  # type: ignore[misc]
+class Reversi(gymnasium.vector.VectorEnv[Any, Any, Any]):
     """Games after eight random moves.
 
     An observation is a board as who is to move sees it, and ``info["action_mask"]`` says which moves are legal. With an

@@ -25,7 +25,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -111,7 +111,7 @@ def with_exits(row: Row, method: str, name: str, args: argparse.Namespace) -> ex
     if folder.exists():
         return exitkit.MultiExitModel.from_pretrained(row.agent, folder, row.example)
     ee = exitkit.attach(row.agent, row.example, method=method, **row.options).to(args.device)
-    acting = "policy" if name.endswith("-policy") else "exits"
+    acting: Literal["policy", "exits"] = "policy" if name.endswith("-policy") else "exits"
     output = args.out / f"{row.name}-{name}-training"
     rl.clone(ee, row.games(), args.steps, acting=acting, seed=args.seed, output_dir=output, **row.clone)
     ee.save_pretrained(folder)

@@ -62,7 +62,7 @@ def minatar_network(planes: int, actions: int) -> nn.Sequential:
     )
 
 
-class Features(BaseFeaturesExtractor):  # type: ignore[misc]
+class Features(BaseFeaturesExtractor):
     """All of :func:`minatar_network` but its last layer."""
 
     def __init__(self, space: gymnasium.spaces.Box) -> None:
@@ -128,7 +128,7 @@ def atari(game: str, count: int, training: bool) -> Any:
     )
 
 
-class ForSB3(VecEnv):  # type: ignore[misc]
+class ForSB3(VecEnv):
     """A gymnasium vector environment that resets itself in the same step, as Stable-Baselines3 takes it."""
 
     def __init__(self, env: Any) -> None:
@@ -199,9 +199,11 @@ def train_minatar(game: str, steps: int, out: Path, device: str = "cpu", envs: i
     model = train(
         out / f"minatar_{game.lower()}_ppo.zip", ForSB3(minatar(game, envs, same_step=True)), steps, make, device
     )
-    network = minatar_network(*(int(size) for size in (model.observation_space.shape[0], model.action_space.n)))
-    network[:-1].load_state_dict(model.policy.features_extractor.layers.state_dict())
-    network[-1].load_state_dict(model.policy.action_net.state_dict())
+    state = model.policy.state_dict()
+    layers = {name.removeprefix("features_extractor.layers."): value for name, value in state.items()}
+    layers |= {f"actions.{part}": state[f"action_net.{part}"] for part in ("weight", "bias")}
+    network = minatar_network(layers["conv1.weight"].shape[1], len(layers["actions.bias"]))
+    network.load_state_dict({name: layers[name] for name in network.state_dict()})
     with replacing(weights) as temporary:
         save_file({name: value.cpu().contiguous() for name, value in network.state_dict().items()}, temporary)
     return weights
