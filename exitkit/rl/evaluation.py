@@ -78,7 +78,7 @@ class Returns:
             differs = "-" if point.disagreement is None else f"{point.disagreement.value:.1%}"
             shares = " ".join(f"{share:.0%}" for share in point.episodes.shares())
             lines.append(
-                f"{point.policy.shown(3):>8}{_shown(point.mean)}{point.cost.value:>9.1%}{point.milliseconds:>9.3f}"
+                f"{point.policy.shown():>8}{_shown(point.mean)}{point.cost.value:>9.1%}{point.milliseconds:>9.3f}"
                 f"{differs:>9}  {shares}"
             )
         return "\n".join(lines)

@@ -191,7 +191,8 @@ class Rollouts:
 
     def _looked_at(self, moment: Moment) -> tuple[tuple[Tensor, ...], NDArray[np.int64]]:
         """What the heads read where an action counts, and the action (M + 1, n) that each exit would take everywhere."""
-        parts, heads = self.view.read(self.model, moment.inputs)
+        device = self.model.example.tensors[0].device  # the trainer moves the model there
+        parts, heads = self.view.read(self.model, tuple(tensor.to(device) for tensor in moment.inputs))
         rows = torch.from_numpy(np.flatnonzero(moment.counts)).to(heads[-1].device)
         return tuple(part[rows] for part in parts), torch.stack([logits.argmax(1) for logits in heads]).cpu().numpy()
 
