@@ -199,9 +199,8 @@ def minatar(args: argparse.Namespace) -> Row:
     games = environments(args.game, args.envs)
     example = torch.as_tensor(games.reset(seed=0)[0])
     options = {"at": ["relu1", "relu2", "relu3"], "head": args.head or "1L"}
-    return Row(
-        f"minatar-{args.game.lower()}", agent, example, lambda: games, lambda: games, options, {"lr": args.lr or 1e-2}
-    )
+    clone = {"lr": args.lr or 1e-2, "rollout": args.rollout, "batch_size": 256}
+    return Row(f"minatar-{args.game.lower()}", agent, example, lambda: games, lambda: games, options, clone)
 
 
 def mlp(args: argparse.Namespace) -> Row:
@@ -243,6 +242,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--env", default="CartPole-v1", help="mlp: its environment")
     parser.add_argument("--train", type=int, default=2_000_000, help="minatar and atari: steps of PPO")
     parser.add_argument("--steps", type=int, default=200_000, help="of cloning")
+    parser.add_argument("--rollout", type=int, default=32, help="minatar: steps between two times of learning")
     parser.add_argument("--episodes", type=int, default=100, help="at each τ")
     parser.add_argument("--taus", type=float, nargs="+", default=TAUS)
     parser.add_argument("--envs", type=int, default=8)

@@ -323,7 +323,7 @@ def test_missing_and_empty_masks_are_refused() -> None:
     ("options", "words"),
     [
         ({"acting": "nobody"}, "acting='nobody'"),
-        ({"rollout": 0}, "rollout=0"),
+        ({"rollout": 1}, "rollout=1"),
         ({"lr": 0.0}, "lr=0.0"),
         ({"seed": -1}, "seed=-1"),
     ],

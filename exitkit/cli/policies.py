@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from exitkit.cli.options import Threads, check_folder, check_least
+from exitkit.cli.options import Device, Threads, check_folder, check_least
 from exitkit.common.console import make_console
 from exitkit.common.errors import ArgumentError, ExitkitError
 
@@ -20,7 +20,6 @@ app = typer.Typer(help="Policies with exits (needs exitkit[rl]).", no_args_is_he
 Policy = Annotated[Path, typer.Option(help="A .zip that Stable-Baselines3 saved: PPO or A2C, discrete actions")]
 Env = Annotated[str, typer.Option(help="A gymnasium id, MODULE:ID where a module registers it")]
 Envs = Annotated[int, typer.Option(help="Environments played at once")]
-Out = Annotated[Path, typer.Option(help="Folder for what is written")]
 Trust = Annotated[bool, typer.Option("--trust", help="You trust the pickles that the policy file may hold")]
 
 
@@ -28,7 +27,7 @@ Trust = Annotated[bool, typer.Option("--trust", help="You trust the pickles that
 def clone(
     policy: Policy,
     env: Env,
-    out: Out,
+    out: Annotated[Path, typer.Option(help="Folder for the exits and the checkpoint")],
     steps: Annotated[int, typer.Option(help="In all environments together")] = 100_000,
     envs: Envs = 8,
     method: Annotated[str, typer.Option(help="sdn, pbee or ztw")] = "ztw",
@@ -37,27 +36,29 @@ def clone(
     acting: Annotated[str, typer.Option(help="exits, exits+policy or policy: whose action is taken")] = "exits",
     seed: Annotated[int, typer.Option(help="Of heads, environments and order")] = 0,
     trust: Trust = False,
+    device: Device = None,
     threads: Threads = None,
 ) -> None:
     """Teach exits to act as a policy does, on the states that they come to; writes them to OUT/exits.
 
-    Started again, it continues where it stopped.
+    The same command goes on where it was stopped or killed.
     """
-    check_least(envs=envs)
+    check_least(envs=envs, steps=steps)
     check_folder(out)
     import torch
 
-    from exitkit import rl
-    from exitkit.cli.machine import computing_with, threads_for
-    from exitkit.multi_exit.attaching import attach
+    import exitkit
+    from exitkit.cli.machine import computing_with, threads_for, train_on
 
+    train_on(device)
     say = make_console().print
     games = _environments(env, envs)
     agent, example = _agent(policy, games, trust)
     torch.manual_seed(max(seed, 0))
-    ee = attach(agent, example, every=every, method=method, head=head)
+    ee = exitkit.attach(agent, example, every=every, method=method, head=head)
+    given: Any = {"acting": acting}  # checked by clone
     with computing_with(threads_for(agent, example, threads, say)):
-        rl.clone(ee, games, steps, acting=acting, seed=seed, output_dir=out / "training")  # type: ignore[arg-type]
+        exitkit.rl.clone(ee, games, steps, seed=seed, output_dir=out / "training", **given)
     ee.save_pretrained(out / "exits")
     say(f"{ee!r}\nWritten to {out / 'exits'}/")
 
@@ -67,7 +68,7 @@ def evaluate(
     policy: Policy,
     env: Env,
     exits: Annotated[Path, typer.Option(help="Folder of exits, such as OUT/exits of exitkit rl clone")],
-    out: Out,
+    out: Annotated[Path, typer.Option(help="Folder for returns.json and returns.png")],
     thresholds: Annotated[str, typer.Option(help="Comma-separated τ")] = "0.3,0.5,0.7,0.9,0.99,2",
     episodes: Annotated[int, typer.Option(help="Whole episodes at each τ")] = 100,
     envs: Envs = 8,
@@ -76,32 +77,36 @@ def evaluate(
     trust: Trust = False,
     threads: Threads = None,
 ) -> None:
-    """Play a policy with exits at several τ; print and write return against compute (returns.json, returns.png)."""
-    try:
-        taus = [float(tau) for tau in thresholds.split(",")]
-        if not all(map(math.isfinite, taus)):
-            raise ValueError("not finite")
-    except ValueError as error:
-        raise ArgumentError(f"--thresholds {thresholds!r} must be numbers, such as 0.5,0.9,2") from error
-    check_least(envs=envs)
+    """Play a policy with exits at several τ; print and write return against compute."""
+    taus = _thresholds(thresholds)
+    check_least(envs=envs, episodes=episodes)
     check_folder(out)
-    from exitkit import rl
+    import exitkit
     from exitkit.cli.machine import computing_with, threads_for
     from exitkit.common.files import replacing
     from exitkit.common.schema import to_json
-    from exitkit.multi_exit.model import MultiExitModel
 
     say = make_console().print
     games = _environments(env, envs)
     agent, example = _agent(policy, games, trust)
-    ee = MultiExitModel.from_pretrained(agent, exits, example)
+    ee = exitkit.MultiExitModel.from_pretrained(agent, exits, example)
     with computing_with(threads_for(agent, example, threads, say)):
-        result = rl.returns(ee, games, taus, episodes, disagreement=disagreement, seed=seed)
+        result = exitkit.rl.returns(ee, games, taus, episodes, disagreement=disagreement, seed=seed)
     say(result.table(), soft_wrap=True)
     with replacing(out / "returns.json") as temporary:
         temporary.write_text(to_json(result.to_dict(), indent=1), encoding="utf-8")
     result.plot(out / "returns.png")
     say(f"Written to {out}/: returns.json, returns.png")
+
+
+def _thresholds(text: str) -> list[float]:
+    try:
+        taus = [float(tau) for tau in text.split(",")]
+    except ValueError:
+        taus = []
+    if not taus or not all(map(math.isfinite, taus)):
+        raise ArgumentError(f"--thresholds {text!r} must be numbers, such as 0.5,0.9,2")
+    return taus
 
 
 def _environments(name: str, count: int) -> Any:

@@ -108,12 +108,11 @@ def clone(
 def _each_alone(games: Games, every: int, episodes: int, seed: int) -> Callable[[int], dict[str, float]]:
     """Mean returns of the exits, each acting alone, after every so many rounds."""
     ee, count = games.model, len(games.model.classifiers)
-    engine = compile(ee, 0.0)
 
     def watch(rounds: int) -> dict[str, float]:
         if rounds % every:
             return {}
-        found = {}
+        found, engine = {}, compile(ee, 0.0)  # on the device that the trainer has chosen
         for m in range(count):
             alone = engine.at([math.inf] * m + [-math.inf] * (count - m))
             with evaluation_mode(ee):

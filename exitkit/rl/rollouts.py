@@ -6,14 +6,14 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from exitkit.common.checks import Count, Index, check_fields
+from exitkit.common.checks import Bounds, Count, Index, check_fields
 from exitkit.common.errors import ArgumentError
 from exitkit.common.hashes import digest
 from exitkit.rl.environments import Bools, EnvironmentFailedError, Games
@@ -37,7 +37,7 @@ class Plan:
     """
 
     steps: Count
-    rollout: Count
+    rollout: Annotated[int, Bounds(least=2)]  # of two steps at most one begins an episode anew
     epochs: Count
     batch_size: Count
     acting: Acting
@@ -191,7 +191,8 @@ class Rollouts:
 
     def _looked_at(self, moment: Moment) -> tuple[tuple[Tensor, ...], NDArray[np.int64]]:
         """What the heads read where an action counts, and the action (M + 1, n) that each exit would take everywhere."""
-        parts, heads = self.view.read(self.model, moment.inputs)
+        device = self.model.example.tensors[0].device  # the trainer moves the model there
+        parts, heads = self.view.read(self.model, tuple(tensor.to(device) for tensor in moment.inputs))
         rows = torch.from_numpy(np.flatnonzero(moment.counts)).to(heads[-1].device)
         return tuple(part[rows] for part in parts), torch.stack([logits.argmax(1) for logits in heads]).cpu().numpy()
 
