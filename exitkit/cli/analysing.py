@@ -112,14 +112,14 @@ def _model(run: Path, method: str | None, trust: bool) -> MultiExitModel:
 
 def _samples(run: Path, model: MultiExitModel, data: str | None, samples: int) -> Iterable[Any]:
     """Batches of training samples, the same for every model and measurement."""
-    from exitkit.cli.data import MAX_TOKENS, load_data
+    from exitkit.cli.data import load_data
     from exitkit.report.run import read_run
 
     about = read_run(run).about
     chosen = about.get("data") if data is None else data
     if not isinstance(chosen, str):
         raise ArgumentError(f"RUN_DIR {str(run)!r} does not say what data it was trained on; give --data")
-    name, test, tokens = str(about.get("model")), about.get("test"), about.get("max_tokens")
+    name, test, length = str(about.get("model")), about.get("test"), about.get("max_length")
     split = load_data(
         chosen,
         model.backbone,
@@ -127,6 +127,6 @@ def _samples(run: Path, model: MultiExitModel, data: str | None, samples: int) -
         name.removeprefix("hf:") if name.startswith("hf:") else None,
         numbers=model.regression,
         pairs=about.get("pairs") is True,
-        max_tokens=tokens if isinstance(tokens, int) else MAX_TOKENS,
+        max_length=length if isinstance(length, int) else None,
     )
     return split.loaders(64, samples, 0)[0]
