@@ -150,9 +150,9 @@ def _between(
         call = lambda one=models[first], other=models[second]: analysis.connectivity(one, other, data)  # noqa: E731
         found.setdefault(name, []).append(_kept(path, analysis.Connectivity, call))
     path = args.out / args.backbone / "plane.safetensors"
-    three = [models[regime, 0] for regime in REGIMES]
+    one, two, three = (models[regime, 0] for regime in REGIMES)
     few = data[: args.landscape_batches]
-    _kept(path, analysis.Plane, lambda: analysis.plane(*three, few)).plot(path.with_suffix(".png"))
+    _kept(path, analysis.Plane, lambda: analysis.plane(one, two, three, few)).plot(path.with_suffix(".png"))
     return found
 
 
@@ -286,8 +286,10 @@ def _costs(what: str, depth: int, every: int, samples: int, share: float) -> tup
         analysis.gradient_dominance(ee, data, batches=len(data))
     elif what == "landscape":
         analysis.landscape(ee, data, samples=samples)
+    elif what == "rank":
+        analysis.numerical_rank(ee, data, samples=samples)
     else:
-        {"rank": analysis.numerical_rank, "information": analysis.mutual_information}[what](ee, data, samples=samples)
+        analysis.mutual_information(ee, data, samples=samples)
     return time.perf_counter() - started, (resident("VmHWM") - before) / 1024
 
 

@@ -80,7 +80,9 @@ BROUGHT_ABOUT: dict[str, Callable[[Path], object]] = {
     "The example input does not fit": lambda _: exitkit.attach(TinyNet(), torch.randn(2, 4)),
     "The model cannot be captured": attached_to(lambda linear, x: linear(x) if x.sum() > 0 else linear(-x)),
     "The forward fixes the batch size": attached_to(lambda linear, x: linear(x).view(1, 3)),
-    "The model returns something else than logits": attached_to(lambda linear, x: linear(x)[:, None].expand(-1, 5, -1)),
+    "The model returns something else than logits": attached_to(
+        lambda linear, x: linear(x)[:, None].expand(-1, 5, -1)
+    ),
     "There is no such boundary": lambda _: exitkit.attach(TinyNet(), X, at=["layer9"]),
     "Inputs of another kind than at attach": lambda _: exitkit.compile(tiny(), 0.5)(torch.zeros(2, 1, 8, 8).byte()),
     "Labels that the model has not": lambda _: exitkit.Trainer(tiny(), epochs=1).fit(pairs(32, classes=10)),

@@ -74,8 +74,8 @@ def measured(
     if kind == "connectivity":
         pairs = {f"{first[0]} to {name}": (first[1], model) for name, model in others}
         calls: dict[str, Callable[[], Measurement]] = {
-            name: lambda pair=pair: analysis.connectivity(*pair, loader, samples=samples, seed=seed)  # type: ignore[misc]
-            for name, pair in pairs.items()
+            name: lambda a=a, b=b: analysis.connectivity(a, b, loader, samples=samples, seed=seed)  # type: ignore[misc]
+            for name, (a, b) in pairs.items()
         }
     else:
         how: dict[str, Callable[[MultiExitModel], Measurement]] = {
@@ -105,7 +105,7 @@ def _model(run: Path, method: str | None, trust: bool) -> MultiExitModel:
     from exitkit.cli.sources import load_model
     from exitkit.multi_exit.model import MultiExitModel
 
-    source = flags_over(find_source(str(run), method), None, None, None, None, trust)
+    source = flags_over(find_source(str(run), method), None, None, None, None, None, trust)
     backbone = load_model(str(source.model), source.weights, source.num_classes).eval()
     return MultiExitModel.from_pretrained(backbone, source.exits)
 

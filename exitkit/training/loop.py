@@ -178,7 +178,8 @@ class Run:
         accuracy, val_loss = (None, None) if self.val_loader is None else self._validate(self.val_loader, learner)
         temperature = None if self.options.loss.distillation is None else self.objective.temperature
         measured = dict(self.train_loader.measured) if isinstance(self.train_loader, StatefulLoader) else {}
-        return Epoch(epoch, loss, accuracy, self.phase, learner.phase.exits, val_loss, speed, temperature, measured)
+        exits = learner.phase.exits
+        return Epoch(epoch, loss, accuracy, self.phase, exits, val_loss, speed, temperature, measured=measured)
 
     def _validate(self, loader: Iterable[Any], learner: Learner) -> tuple[tuple[float, ...] | None, tuple[float, ...]]:
         channels_last = self.options.channels_last
