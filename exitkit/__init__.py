@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from exitkit.retrofitting import Retrofit, retrofit
     from exitkit.training import Trainer
 
+__version__ = "0.2.0"
+
 make_torchvision_importable_when_asked()
 
 __all__ = [

@@ -11,10 +11,11 @@ from typing import Any
 
 import pytest
 
-import exitkit
-
 ROOT = Path(__file__).resolve().parents[1]
+README, HOME = ROOT / "README.md", ROOT / "docs" / "index.md"
 PAGES = sorted((ROOT / "docs").rglob("*.md"))
+RUN = [README, *(page for page in PAGES if page != HOME)]
+"""Pages whose code is run; that of the site's first page is the README's."""
 _FENCE = re.compile(r"^([ \t]*)```[ \t]*(\w*)[^\n]*\n(.*?)^\1```[ \t]*$", re.DOTALL | re.MULTILINE)
 
 
@@ -26,9 +27,9 @@ def blocks(page: Path, language: str) -> Iterator[tuple[int, str]]:
             yield text.count("\n", 0, found.start()) + 2, textwrap.dedent(found[3])
 
 
-def run(page: Path, namespace: dict[str, Any], skip: int = 0) -> None:
+def run(page: Path, namespace: dict[str, Any]) -> None:
     """The page's blocks in order, in one namespace; errors point at the page's own lines."""
-    for line, block in list(blocks(page, "python"))[skip:]:
+    for line, block in blocks(page, "python"):
         exec(compile("\n" * (line - 1) + block, str(page), "exec"), namespace)
 
 
@@ -42,29 +43,13 @@ def commands(page: Path) -> list[str]:
     return [line.strip().removeprefix("$ ") for line in text.splitlines() if line.strip().startswith("$ exitkit ")]
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if any(blocks(page, "python"))], ids=name)
+@pytest.mark.parametrize("page", [page for page in RUN if any(blocks(page, "python"))], ids=name)
 def test_the_code_of_a_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     run(page, {"__name__": "page"})
 
 
-def test_the_readme_runs(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_ee: exitkit.MultiExitModel, loader: Any
-) -> None:
-    """All but its first block, which loads ImageNet weights, on a tiny model and tiny data."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(exitkit.MultiExitModel, "push_to_hub", lambda *_, **__: "address")
-    data, images = loader(96), [batch for batch, _ in loader(96)]
-    outputs = exitkit.collect(tiny_ee, loader(600))
-    first = images[0]
-    prediction = exitkit.compile(tiny_ee, 0.5)(first)
-    namespace = {"exitkit": exitkit, "ee": tiny_ee, "model": tiny_ee.backbone, "train": data, "val": data}
-    namespace |= {"images_without_labels": images, "loader": images, "x": first, "images": first}
-    namespace |= {"outputs": outputs, "held_out": outputs, "prediction": prediction}
-    run(ROOT / "README.md", namespace, skip=1)
-
-
-@pytest.mark.parametrize("page", [page for page in [*PAGES, ROOT / "README.md"] if commands(page)], ids=name)
+@pytest.mark.parametrize("page", [page for page in [README, *PAGES] if commands(page)], ids=name)
 def test_the_commands_of_a_page_exist(page: Path) -> None:
     typer = pytest.importorskip("typer")
     from exitkit.cli.app import app

@@ -120,6 +120,8 @@ def test_there_are_twenty_and_most_are_brought_about() -> None:
 @pytest.mark.parametrize("title", BROUGHT_ABOUT)
 def test_the_page_has_what_is_said(title: str, tmp_path: Path) -> None:
     """``…`` on the page stands for anything: torch's own words, say, or numbers that are not the point."""
+    if torch.cuda.is_available() and "device" in title:
+        pytest.skip("its words are those of a machine without a GPU")
     with pytest.raises(exitkit.ExitkitError) as caught:
         BROUGHT_ABOUT[title](tmp_path)
     said = " ".join(str(caught.value).split())

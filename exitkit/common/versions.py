@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from importlib.metadata import PackageNotFoundError, version
-
 import torch
+
+import exitkit
 
 
 def installed_versions() -> dict[str, str]:
     """Of exitkit and torch."""
-    try:
-        own = version("exitkit")
-    except PackageNotFoundError:  # run from a checkout that is not installed
-        own = "unknown"
-    return {"exitkit": own, "torch": torch.__version__}
+    return {"exitkit": exitkit.__version__, "torch": torch.__version__}
