@@ -192,7 +192,8 @@ def connectivity(
     that between two seeds of the same regime.
 
     Args:
-        a, b: models of one architecture with the same exits. Neither is changed.
+        a: a model.
+        b: another of the same architecture, with the same exits. Neither is changed.
         loader: as for :class:`exitkit.Trainer`; the same samples are taken at every point, and for BatchNorm's statistics.
         points: values of λ, from 0 to 1.
         align: permute the hidden units of ``b`` to fit ``a`` first, see :func:`exitkit.analysis.align`.
