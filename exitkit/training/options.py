@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -15,6 +15,7 @@ from exitkit.common.checks import Count, Index, NonNegative, Positive, check, ch
 from exitkit.common.errors import ArgumentError, ExitkitError
 from exitkit.multi_exit.model import MultiExitModel
 from exitkit.training.losses import Loss, check_loss
+from exitkit.training.rates import MakeOptimizer, rates_for
 from exitkit.training.regimes import Phase, epochs_of, phases_of
 from exitkit.training.schedules import Schedule, check_schedule
 
@@ -26,6 +27,7 @@ class Options:
     Attributes:
         phases: those of the regime.
         lengths: the epochs of each.
+        rates: the optimiser's kind, and the learning rate of each kind of part.
         directory: ``output_dir`` as a path.
         optimizer_name: the optimiser's type and what it was given, for a checkpoint to compare.
 
@@ -38,10 +40,10 @@ class Options:
     regime: str | Sequence[Phase] = "disjoint"
     _: KW_ONLY
     epochs: Count = 15
-    lr: Positive = 1e-3
+    lr: Positive | None = None
     backbone_lr: Positive | None = None
-    weight_decay: NonNegative = 0.0
-    optimizer: Callable[[list[dict[str, Any]]], torch.optim.Optimizer] = torch.optim.Adam
+    weight_decay: NonNegative | None = None
+    optimizer: MakeOptimizer | None = None
     milestones: Sequence[int] | None = None
     schedule: Schedule | None = None
     loss: Loss = field(default_factory=Loss)
@@ -81,7 +83,15 @@ class Options:
             )
         check_loss(self.loss, self.phases, self.model)
         self._check_cache()
-        probe = self.make_optimizer([nn.Parameter(torch.zeros(1))], [])
+        self.rates = rates_for(
+            self.model, not self.trains_backbone, self.optimizer, self.lr, self.backbone_lr, self.weight_decay
+        )
+        some = {
+            "params": [nn.Parameter(torch.zeros(1))],
+            "lr": self.rates.heads,
+            "weight_decay": self.rates.weight_decay,
+        }
+        probe = self._made([some])
         self.optimizer_name = _name(probe)
         check_schedule(self.schedule, self.milestones, probe)
         self.directory = None if self.output_dir is None else Path(self.output_dir)
@@ -97,20 +107,17 @@ class Options:
         teachers = None if distillation is None else distillation.teachers
         return teachers if isinstance(teachers, nn.Module) else None
 
-    def make_optimizer(self, heads: Sequence[nn.Parameter], backbone: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
-        """The user's optimiser, or Adam: the heads at ``lr``, the backbone at ``backbone_lr``."""
-        rates = ((heads, self.lr), (backbone, self.lr if self.backbone_lr is None else self.backbone_lr))
-        groups = [
-            {"params": list(part), "lr": float(rate), "weight_decay": float(self.weight_decay)}
-            for part, rate in rates
-            if part
-        ]
-        if not callable(self.optimizer):
+    def make_optimizer(self) -> torch.optim.Optimizer:
+        """An optimiser of what learns now, at the rates of its kinds."""
+        return self._made(self.rates.groups(self.model))
+
+    def _made(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+        if not callable(self.rates.make):
             raise ArgumentError(
                 f"optimizer= is a {type(self.optimizer).__name__}; give a function that makes one, such as torch.optim.AdamW"
             )
         try:
-            optimizer = self.optimizer(groups)
+            optimizer = self.rates.make(groups)
         except (TypeError, ValueError) as error:
             raise ArgumentError(
                 f"optimizer= cannot be called with parameter groups ({error}); give other options by functools.partial, such "

@@ -69,9 +69,7 @@ class Learner:
         self.options, self.accelerator, self.phase, self.stages = options, accelerator, phase, stages
         self.objective = objective
         learn(options.model, phase, stages)
-        self.optimizer = options.make_optimizer(
-            *(_learning(part) for part in (options.model.classifiers, options.model.backbone))
-        )
+        self.optimizer = options.make_optimizer()
         self.scheduler = make_scheduler(self.optimizer, options.schedule, options.milestones, epochs, steps)
         accelerator.free_memory()  # forgets the optimiser of the phase before
         self.stepper = accelerator.prepare_optimizer(self.optimizer)
@@ -202,10 +200,6 @@ class Learner:
         if self.options.max_grad_norm is not None:
             learning = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
             self.accelerator.clip_grad_norm_(learning, self.options.max_grad_norm)
-
-
-def _learning(part: nn.Module) -> list[nn.Parameter]:
-    return [parameter for parameter in part.parameters() if parameter.requires_grad]
 
 
 def _wrapped(model: nn.Module, compiled: bool, accelerator: Accelerator) -> nn.Module:

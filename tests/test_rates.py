@@ -1,0 +1,77 @@
+"""Which optimiser and which rates train the heads where none are given, and that what is given is taken as it is."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+
+import exitkit
+from exitkit.training.options import Options
+from tests.toy import TinyNet, images
+
+
+def attached(*heads: str) -> exitkit.MultiExitModel:
+    places = ["blocks.0", "blocks.1", "blocks.2"][: len(heads)]
+    return exitkit.attach(TinyNet(), images(), at=places, head=list(heads), method="sdn")
+
+
+def groups(model: exitkit.MultiExitModel, **options: Any) -> tuple[type, list[tuple[float, float, int]]]:
+    """The optimiser's type, and each group's rate, weight decay and number of values."""
+    made = Options(model, **options).make_optimizer()
+    return type(made), [
+        (group["lr"], group["weight_decay"], sum(p.numel() for p in group["params"])) for group in made.param_groups
+    ]
+
+
+def size(module: torch.nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def test_heads_alone_learn_by_adam() -> None:
+    ee = attached("1L", "2L-8", "conv")
+    ee.backbone.requires_grad_(False)
+    assert groups(ee) == (torch.optim.Adam, [(1e-3, 0.0, size(ee.classifiers))])
+
+
+def test_copies_with_batch_norm_learn_by_sgd_and_other_heads_beside_them_at_a_rate_of_their_own() -> None:
+    ee = attached("branch-2", "1L")
+    ee.backbone.requires_grad_(False)
+    branch, plain = map(size, ee.classifiers)
+    assert groups(ee) == (torch.optim.SGD, [(0.03, 5e-4, plain), (0.1, 5e-4, branch)])
+    optimizer = Options(ee).make_optimizer()
+    assert (optimizer.defaults["momentum"], optimizer.defaults["nesterov"]) == (0.9, True)
+    assert groups(ee, weight_decay=0.0)[1] == [(0.03, 0.0, plain), (0.1, 0.0, branch)]
+
+
+def test_copies_without_batch_norm_or_of_a_backbone_that_learns_stay_with_adam() -> None:
+    tail, branch = attached("tail", "1L"), attached("branch-2", "1L")
+    assert groups(tail)[0] == groups(branch, regime="mixed")[0] == torch.optim.Adam
+    assert {rate for rate, _, _ in groups(branch, regime="mixed", backbone_lr=1e-4)[1]} == {1e-3, 1e-4}
+
+
+@pytest.mark.parametrize(
+    ("options", "kind", "rate", "decay"),
+    [
+        ({"lr": 0.01}, torch.optim.Adam, 0.01, 0.0),
+        ({"lr": 0.01, "weight_decay": 0.1}, torch.optim.Adam, 0.01, 0.1),
+        ({"optimizer": torch.optim.AdamW}, torch.optim.AdamW, 1e-3, 0.0),
+        ({"optimizer": partial(torch.optim.SGD, momentum=0.5), "lr": 0.2}, torch.optim.SGD, 0.2, 0.0),
+    ],
+)
+def test_what_is_given_is_for_all_heads(options: dict[str, Any], kind: type, rate: float, decay: float) -> None:
+    ee = attached("branch-2", "1L")
+    ee.backbone.requires_grad_(False)
+    assert groups(ee, **options) == (kind, [(rate, decay, size(ee.classifiers))])
+
+
+def test_every_parameter_is_in_one_group_even_where_heads_share_it() -> None:
+    ee = attached("1L", "branch-2")
+    ee.classifiers[1].linear.weight = torch.nn.Parameter(torch.zeros(3, 128))
+    ee.classifiers[0].linear.weight = ee.classifiers[1].linear.weight
+    found = [p for group in Options(ee).make_optimizer().param_groups for p in group["params"]]
+    learning = [p for p in ee.parameters() if p.requires_grad]
+    assert {id(p) for p in found} == {id(p) for p in learning}
+    assert len(found) == len(learning)
