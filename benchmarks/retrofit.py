@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -92,12 +91,6 @@ def _by_hand(way: Way, task: Task, seed: int, args: argparse.Namespace) -> dict[
     ee = exitkit.attach(task.model, at=at, head=heads, method=method, example_inputs=_example(task))
     split = held_out(task.train, None, seed)
     epochs = EPOCHS[args.effort]
-    copies = any(head.startswith("branch") for head in heads)
-    sgd: dict[str, Any] = {
-        "lr": 0.1,
-        "weight_decay": 5e-4,
-        "optimizer": partial(torch.optim.SGD, momentum=0.9, nesterov=True),
-    }
     exitkit.Trainer(
         ee,
         epochs=epochs,
@@ -106,7 +99,6 @@ def _by_hand(way: Way, task: Task, seed: int, args: argparse.Namespace) -> dict[
         mixed_precision=args.mixed_precision,
         channels_last=args.channels_last,
         show_progress=False,
-        **(sgd if copies else {}),
     ).fit(split.train, split.search)
     policy = exitkit.choose_threshold(exitkit.collect(ee, task.calibration), max_drop=task.max_drop)
     return {

@@ -6,7 +6,6 @@ import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -203,11 +202,9 @@ class Search:
         patience: int | None = None,
     ) -> None:
         """One run of the trainer, whose checkpoints lie in a folder of its own."""
-        names = (model.head,) if isinstance(model.head, str) else model.head
-        sgd = {"lr": 0.1, "weight_decay": 5e-4, "optimizer": partial(torch.optim.SGD, momentum=0.9, nesterov=True)}
-        options = self.training | (sgd if any(head.startswith("branch") for head in names) else {})
         directory = None if self.directory is None else self.directory / name
-        Trainer(model, epochs=epochs, cache=cache, patience=patience, output_dir=directory, **options).fit(train, val)
+        options = self.training | {"epochs": epochs, "cache": cache, "patience": patience, "output_dir": directory}
+        Trainer(model, **options).fit(train, val)
 
     def part(self, candidates: Sequence[int]) -> MultiExitModel:
         """The pool with some candidates alone; weights are shared."""
