@@ -256,8 +256,9 @@ def _text(name: str, data: Path, out: Path, rows: list[tuple[str, int]], classes
     for layers in (6, 3):
         models[layers] = _minilm(source, classes, layers)
         _trained(models[layers], loader, out / f"{name}-{layers}-layers.safetensors", _fine_tune)
-    known = {_plain(text) for text, _ in rows[:learned]}
-    rest = Texts([row for row in rows[learned:] if _plain(row[0]) not in known])  # some texts occur twice
+    ids = tokenizer([text for text, _ in rows], truncation=True, max_length=length)["input_ids"]
+    known = {tuple(one) for one in ids[:learned]}
+    rest = Texts([row for row, one in zip(rows, ids, strict=True) if tuple(one) not in known])  # some texts occur twice
     return Task(
         models[6],
         loader,
@@ -269,11 +270,6 @@ def _text(name: str, data: Path, out: Path, rows: list[tuple[str, int]], classes
         ),
         alternatives={"first 3 layers": models[3]},
     )
-
-
-def _plain(text: str) -> str:
-    """A text as its tokens show it: without capitals and spaces."""
-    return "".join(text.lower().split())
 
 
 def _rows(path: Path) -> list[tuple[str, int]]:
