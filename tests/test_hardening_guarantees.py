@@ -140,7 +140,7 @@ def test_found_where_nobody_leaves_says_so() -> None:
     log_probs = outputs.log_probs.clone()
     log_probs[:, 0] = torch.tensor([0.4, 0.6]).log()  # exit 0 is always wrong, at 0.6
     policy = choose_threshold(replace(outputs, log_probs=log_probs), 0.01)
-    assert policy.found
+    assert not policy.found
     assert policy.cost == 1.0
     assert "nothing is saved" in str(policy.guarantee)
     assert "nothing is saved" not in str(choose_threshold(outputs, MAX_DROP).guarantee)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +12,16 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from typer.testing import CliRunner
 
 import exitkit
+from exitkit.cli.app import app
+from exitkit.cli.bench import check_classes
 from exitkit.cli.unpacking import opened_image
+from exitkit.common.errors import FileError
+from exitkit.common.intervals import share_interval
 from exitkit.multi_exit.preprocessing import ImagePreprocessing, TextPreprocessing, preprocessing_from_json
+from tests.toy import TinyNet, images
 
 Image = pytest.importorskip("PIL.Image")
 
@@ -186,3 +195,241 @@ def test_a_length_of_ones_own(tmp_path: Path) -> None:
         with pytest.raises(exitkit.ExitkitError, match=message):
             exitkit.export(ee, tmp_path / "other.pt2", 0.5, **options)  # type: ignore[arg-type]
     assert not (tmp_path / "other.pt2").exists()
+
+
+# classes of the data, and of the model ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("model", "data", "asked", "message"),
+    [
+        (
+            1000,
+            10,
+            None,
+            r"have 10 classes, but the model tells 1000 apart\n--num-classes 10 trains.*; --num-classes 1000 if",
+        ),
+        (
+            3,
+            10,
+            None,
+            r"have 10 classes, but the model tells 3 apart\n--num-classes 10 trains a new last layer [a-z ]*$",
+        ),
+        (5, 10, 5, r"have 10 classes, but --num-classes 5 was given; give --num-classes 10"),
+    ],
+)
+def test_other_classes_are_refused(model: int, data: int, asked: int | None, message: str) -> None:
+    with pytest.raises(exitkit.ExitkitError, match=message):
+        check_classes(model, data, asked, "--num-classes {}")
+
+
+@pytest.mark.parametrize(
+    ("model", "data", "asked"), [(10, 10, None), (1000, 10, 1000), (10, None, None), (1, 5, None), (10, 10, 10)]
+)
+def test_classes_that_fit_or_were_asked_for(model: int, data: int | None, asked: int | None) -> None:
+    check_classes(model, data, asked, "--num-classes {}")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Ten photos of four classes, as people have them: turned, of 16 bits, CMYK, with transparency."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for index in range(40):
+        place = tmp_path / "photos" / "abcd"[index % 4]
+        place.mkdir(parents=True, exist_ok=True)
+        image = photo(40 + index, 50, index)
+        if index % 5 == 0:
+            image.save(place / f"{index}.jpg", exif=exif)
+        elif index % 5 == 1:
+            Image.fromarray(np.asarray(image.convert("L")).astype(np.uint16) * 257).save(place / f"{index}.png")
+        elif index % 5 == 2:
+            image.convert("CMYK").save(place / f"{index}.jpg")
+        elif index % 5 == 3:
+            image.convert("P").save(place / f"{index}.png", transparency=0)
+        else:
+            image.save(place / f"{index}.webp")
+    return tmp_path / "photos"
+
+
+def command(*arguments: object) -> Any:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def test_bench_on_a_folder_of_other_classes_than_the_models(folder: Path, tmp_path: Path) -> None:
+    pytest.importorskip("timm")
+    pytest.importorskip("torchvision")
+    given = ("bench", "--model", "timm:test_vit", "--data", folder, "--out", tmp_path / "run", "--epochs", 1)
+    given += ("--methods", "sdn,ztw", "--head", "1L", "--every", 2)
+    refused = command(*given)
+    assert "the data have 4 classes, but the model tells 1000 apart" in str(refused.exception)
+    assert not (tmp_path / "run" / "results.json").exists()
+    done = command(*given, "--num-classes", 4)
+    assert done.exit_code == 0, done.output
+    assert "95% interval" in done.output
+    accuracies = json.loads((tmp_path / "run" / "results.json").read_text())["methods"]["ztw"]["accuracy_per_exit"]
+    assert all(0 <= accuracy <= 1 for accuracy in accuracies)
+
+
+def test_a_damaged_file_is_named_before_or_in_training(folder: Path, tmp_path: Path) -> None:
+    pytest.importorskip("timm")
+    pytest.importorskip("torchvision")
+    whole = next((folder / "a").glob("*.jpg"))
+    whole.write_bytes(whole.read_bytes()[: whole.stat().st_size // 2])
+    given = ("bench", "--model", "timm:test_vit", "--data", folder, "--out", tmp_path / "run", "--num-classes", 4)
+    refused = command(*given, "--epochs", 1, "--methods", "sdn", "--every", 2)
+    assert isinstance(refused.exception, FileError)
+    assert f"'{whole}' cannot be read as an image" in str(refused.exception)
+
+
+# exitkit run -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("package") / "model.pt2"
+    torch.manual_seed(0)
+    ee = exitkit.attach(TinyNet().eval(), images(), every=2, method="sdn")
+    exitkit.export(ee, path, 0.34, preprocessing=ImagePreprocessing((1, 8, 8), (0.5,), (0.5,)))
+    return path
+
+
+@pytest.fixture(scope="module")
+def text_package(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("package") / "text.pt2"
+    exitkit.export(exitkit.attach(bert("Bert", 64), every=1, method="sdn"), path, 0.5, tokenizer=tokenizer())
+    return path
+
+
+def test_run_goes_on_after_bad_files_and_says_so(package: Path, folder: Path) -> None:
+    (folder / "a" / "cut.jpg").write_bytes((folder / "a" / "0.jpg").read_bytes()[:300])
+    (folder / "b" / "text.jpg").write_text("no image")
+    (folder / "b" / "empty.png").write_bytes(b"")
+    Image.new("F", (8, 8)).save(folder / "c" / "depth.tiff")
+    done = command("run", package, folder, "--trust", "--batch-size", 7)
+    assert done.exit_code == 3
+    assert len(done.stdout.splitlines()) == 40
+    assert "4 images were skipped" in done.stderr
+    for name in ("cut.jpg", "text.jpg", "empty.png", "depth.tiff"):
+        assert name in done.stderr
+
+
+def test_the_same_photo_has_the_same_answer_however_it_is_turned(package: Path, tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 8
+    photo(48, 32).save(tmp_path / "a.png")
+    photo(48, 32).transpose(Image.Transpose.ROTATE_270).save(tmp_path / "b.png", exif=exif)
+    first, second = map(json.loads, command("run", package, tmp_path, "--trust").stdout.splitlines())
+    assert {**first, "input": ""} == {**second, "input": ""}
+
+
+def test_images_and_texts_from_stdin(package: Path, text_package: Path, tmp_path: Path) -> None:
+    photo(20, 20).save(tmp_path / "a.png")
+    named = command("run", package, tmp_path / "a.png", "--trust")
+    content = (tmp_path / "a.png").read_bytes()
+    piped = CliRunner().invoke(app, ["run", str(package), "-", "--trust"], input=content)
+    assert {**json.loads(piped.stdout), "input": ""} == {**json.loads(named.stdout), "input": ""}
+    assert json.loads(piped.stdout)["input"] == "-"
+    lines = CliRunner().invoke(app, ["run", str(text_package), "-", "--trust"], input="good film\n\nbad\n")
+    assert [json.loads(line)["input"] for line in lines.stdout.splitlines()] == ["good film", "bad"]
+
+
+def test_run_says_how_many_texts_were_cut(text_package: Path) -> None:
+    done = command("run", text_package, "good " * 500, "bad", "film " * 65, "film " * 64, "--trust")
+    assert done.exit_code == 0, done.output
+    assert "2 texts were longer than the package takes, and cut" in done.stderr
+
+
+def test_the_other_kind_of_input_is_refused(package: Path, text_package: Path, tmp_path: Path) -> None:
+    photo(20, 20).save(tmp_path / "a.png")
+    (tmp_path / "report.pdf").write_bytes(b"%PDF")
+    (tmp_path / "notes.txt").write_text("good film")
+    for given, message in (
+        ((text_package, tmp_path / "a.png"), "is an image, and this package takes texts: write the text itself"),
+        ((text_package, "nowhere.jpg"), "is an image, and this package takes texts"),
+        ((text_package, tmp_path), "is a file or folder, and this package takes texts"),
+        ((text_package, tmp_path / "report.pdf"), "is a file or folder, and this package takes texts"),
+        ((package, tmp_path / "notes.txt"), "holds texts, and this package takes images"),
+        ((package, tmp_path / "a.png", "good film"), "'good film' does not exist; this package takes images"),
+    ):
+        done = command("run", *given, "--trust")
+        assert message in str(done.exception)
+        assert done.stdout == ""
+
+
+def test_texts_without_the_tokenizers_library(text_package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    done = command("run", text_package, "good film", "--trust")
+    assert "texts need the tokenizers library: pip install tokenizers" in str(done.exception)
+
+
+def test_images_need_neither_torchvision_nor_transformers(package: Path, tmp_path: Path) -> None:
+    """In a process of its own, in which neither can be imported."""
+    photo(20, 20).save(tmp_path / "a.png")
+    hidden = "sys.modules.update(torchvision=None, transformers=None, timm=None)"
+    code = f"import sys; {hidden}; import exitkit.cli as cli; cli.main()"
+    given = [sys.executable, "-W", "ignore", "-c", code, "run", str(package), str(tmp_path / "a.png"), "--trust"]
+    done = subprocess.run(given, capture_output=True, text=True)
+    assert json.loads(done.stdout)["exit"] in (0, 1), done.stderr
+
+
+# τ as it is printed ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tau", [0.99999953, 1 - 2**-53, 0.1 + 0.2, 1.0, -1e-9, 5e-324, float("inf"), 2.0])
+def test_what_is_printed_can_be_typed(tau: float) -> None:
+    shown = exitkit.ExitPolicy((tau, tau), "confidence").shown()
+    assert float(shown) == tau
+
+
+def test_a_tau_of_the_budget_table_decides_as_its_row_says() -> None:
+    """Scores of one sample next to another's, as of a model that is sure of everything: six digits would be 1."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(200, 3, 4, generator=generator) * torch.tensor([8.0, 20, 30]).view(3, 1)
+    outputs = exitkit.ExitOutputs(
+        logits.log_softmax(-1), torch.randint(4, (200,), generator=generator), torch.tensor([1, 2, 4]), 4
+    )
+    table = outputs.curve().budget_table()
+    assert any(point is not None and 0.9999995 <= point.policy.thresholds[0] < 1 for point in table.rows.values())
+    printed = {line[:15].strip(): line.split()[-1] for line in str(table).splitlines()[1:]}
+    for name, point in table.rows.items():
+        if point is not None:
+            exits = outputs.exits_at(float(printed[name]))
+            assert outputs.costs[exits].mean() == pytest.approx(point.cost, rel=1e-12)
+            assert outputs.correct.numpy()[np.arange(200), exits].mean() == pytest.approx(point.accuracy)
+
+
+def test_the_tau_of_a_point_has_as_few_decimals_as_can_be() -> None:
+    """Both samples leave below 0.6, one below 0.71828: nothing shorter than 0.6 and 1 lies between."""
+    probabilities = torch.tensor([[0.71828, 0.28172], [0.6, 0.4]])
+    log_probs = torch.stack([probabilities, torch.tensor([[0.9, 0.1]] * 2)], 1).log()
+    outputs = exitkit.ExitOutputs(log_probs, torch.tensor([0, 0]), torch.tensor([1, 2]), 2)
+    curve = outputs.curve()
+    assert [curve.short_threshold(index) for index in range(3)] == pytest.approx([0.0, 0.7, 1.0])
+
+
+@pytest.mark.parametrize(("right", "samples"), [(7, 10), (0, 25), (480, 500)])
+def test_the_interval_of_an_accuracy_is_wilsons(right: int, samples: int) -> None:
+    """His formula, written out."""
+    z, share = 1.959963984540054, right / samples
+    middle = (share + z**2 / (2 * samples)) / (1 + z**2 / samples)
+    half = z / (1 + z**2 / samples) * (share * (1 - share) / samples + z**2 / (4 * samples**2)) ** 0.5
+    assert share_interval(share, samples) == pytest.approx((middle - half, middle + half), abs=1e-9)
+
+
+def test_no_guarantee_is_praised_that_saves_nothing() -> None:
+    """Half of the samples leave at an exit that costs 90%, the others pay for its head: 1.05 of the backbone."""
+    logits = torch.zeros(1000, 2, 2)
+    logits[:500, :, 0] = 9
+    logits[500:, 1, 1] = 9
+    labels = (torch.arange(1000) >= 500).long()  # the unsure half is wrong at exit 0
+    outputs = exitkit.ExitOutputs(logits.log_softmax(-1), labels, torch.tensor([90, 120]), 100)
+    policy = exitkit.choose_threshold(outputs, max_drop=0.01)
+    assert policy.guarantee is not None
+    assert policy.cost == pytest.approx(1.05)
+    assert not policy.found
+    assert "But nothing is saved: with the exits the cost is 105.0% of the backbone's" in str(policy.guarantee)
+    cheap = exitkit.ExitOutputs(outputs.log_probs, outputs.labels, torch.tensor([40, 120]), 100)
+    chosen = exitkit.choose_threshold(cheap, max_drop=0.01)
+    assert chosen.found
+    assert "nothing is saved" not in str(chosen.guarantee)

@@ -46,6 +46,7 @@ def torchvision_model(name: str) -> Callable[[], nn.Module]:
 MODELS = {
     "resnet18": (torchvision_model("resnet18"), ["fc.weight", "fc.bias"]),
     "mobilenet_v3_small": (torchvision_model("mobilenet_v3_small"), ["classifier.3.weight", "classifier.3.bias"]),
+    "squeezenet1_1": (torchvision_model("squeezenet1_1"), ["classifier.1.weight", "classifier.1.bias"]),
     "timm resnet10t": (timm_model("resnet10t"), ["fc.weight", "fc.bias"]),
     "timm without classifier": (timm_model("resnet10t", num_classes=0), ["fc.weight", "fc.bias"]),
     "timm levit, two heads": (
@@ -114,6 +115,20 @@ def test_one_output_in_place_of_classes_is_regression(tiny_net: TinyNet) -> None
 def test_the_tail_is_that_of_the_new_layer(tiny_net: TinyNet) -> None:
     ee = exitkit.attach(tiny_net, X, method="sdn", head="tail", num_classes=5)
     assert torch.equal(ee.classifiers[0].linear.weight, tiny_net.linear.weight)
+
+
+@pytest.mark.parametrize("head", ["branch-1", "tail"])
+def test_a_classifier_that_is_a_convolution_is_copied_into_exits(head: str, tmp_path: Path) -> None:
+    """SqueezeNet's classes are the channels of its last 1 × 1 convolution: a copy of the new one answers as it does."""
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 64, 64)
+    model = torchvision_model("squeezenet1_1")().eval()
+    ee = exitkit.attach(model, x, at=["features.12"], method="sdn", head=head, num_classes=6)
+    assert torch.allclose(ee(x).logits[0], ee(x).logits[1], atol=1e-5)
+    assert ee(x).logits[1].shape == (2, 6)
+    exitkit.Trainer(ee, epochs=1, show_progress=False).fit([(x, torch.tensor([0, 5]))])
+    exitkit.export(ee, tmp_path / "model.pt2", 0.2)
+    assert torch.equal(exitkit.load(tmp_path / "model.pt2", trust=True)(x).exit, exitkit.compile(ee, 0.2)(x).exit)
 
 
 # saved ---------------------------------------------------------------------------------------------------------------
@@ -196,13 +211,13 @@ def test_a_refused_timm_or_hugging_face_model_keeps_its_number_of_classes() -> N
 
 
 class Odd(TinyNet):
-    """Logits from something that is no linear layer of their own."""
+    """Logits from something that is no layer of their own."""
 
     def __init__(self, kind: str) -> None:
         super().__init__()
         self.kind = kind
         self.weight = nn.Parameter(torch.randn(3, 8))
-        self.conv = nn.Conv2d(8, 3, 1)
+        self.conv = nn.Conv2d(8, 3, 3)
 
     def forward(self, x: Tensor) -> Tensor:
         maps = self.blocks(self.stem(x))
@@ -219,9 +234,7 @@ class Odd(TinyNet):
 def test_no_final_linear_layer(kind: str) -> None:
     model = Odd(kind)
     parameters = [id(parameter) for parameter in model.parameters()]
-    with pytest.raises(
-        ExitkitError, match=r"Odd has other outputs than the 5.*no single final linear layer.*build it"
-    ):
+    with pytest.raises(ExitkitError, match=r"Odd has other outputs than the 5.*no single final layer.*build it"):
         exitkit.attach(model, X, num_classes=5)
     assert [id(parameter) for parameter in model.parameters()] == parameters
 

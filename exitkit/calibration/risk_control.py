@@ -116,11 +116,11 @@ def choose_threshold(
     last, exits = _walk(scores, losses, rows, passes, monotone=method == "crc")
     cost = outputs.costs[exits]
     spread = _NORMAL_95 * float(cost.std()) / math.sqrt(len(cost))
+    saves = last > 0 and float(cost.mean()) < 1
+    promise = _words(chosen, method, max_drop, confidence, len(distinct), last)
     guarantee = Guarantee(
-        words=_words(
-            chosen, method, max_drop, confidence, len(distinct), last, bool((exits < losses.shape[1] - 1).any())
-        ),
-        found=last > 0,
+        words=promise if saves or last <= 0 else f"{promise} {_nothing_saved(exits, outputs)}",
+        found=saves,
         risk=chosen.name,
         method=method,
         max_drop=max_drop,
@@ -277,18 +277,25 @@ def check_count(samples: int, passes: Certifies, risk: Risk, max_drop: float) ->
         )
 
 
-def _words(
-    risk: Risk, method: Procedure, max_drop: float, confidence: float, samples: int, last: int, leaving: bool
-) -> str:
+def _nothing_saved(exits: NDArray[np.int64], outputs: ExitOutputs) -> str:
+    if (exits == len(outputs.macs) - 1).all():
+        return "No calibration sample leaves early, so that nothing is saved: the full model alone is cheaper."
+    return (
+        f"But nothing is saved: with the exits the cost is {outputs.costs[exits].mean():.1%} of the backbone's, and the full "
+        "model alone is cheaper."
+    )
+
+
+def _words(risk: Risk, method: Procedure, max_drop: float, confidence: float, samples: int, last: int) -> str:
     if last < 0:
         return f"None: not even the full model passed the test that {risk.words} is at most {max_drop:g}."
     if last == 0:
         return (
-            "No threshold passed the test. No sample leaves: the full model answers everything, and nothing is saved."
+            "No threshold passed the test. No sample leaves: the full model answers everything, and nothing is saved; alone "
+            "it is cheaper."
         )
-    saved = "" if leaving else " No calibration sample leaves early, so that nothing is saved."
     surety = "On average" if method == "crc" else f"With probability {confidence:g}"
     return (
         f"{surety} over the choice of the {samples} calibration samples, {risk.words} is at most {max_drop:g} for new "
-        f"samples from the same distribution.{saved}"
+        f"samples from the same distribution."
     )

@@ -10,6 +10,7 @@ import typer
 from exitkit.cli.experiments import bench, init, train
 from exitkit.cli.options import (
     Classes,
+    MaxTokens,
     ModelName,
     Package,
     PackageDevice,
@@ -96,6 +97,7 @@ def export(
     optimize: Annotated[bool, typer.Option(help="Compile the stages for this device (.pt2; takes minutes)")] = False,
     weights: Weights = None,
     num_classes: Classes = None,
+    max_tokens: MaxTokens = None,
     trust: Annotated[bool, typer.Option("--trust", help="Call the function that the run names as its model")] = False,
 ) -> None:
     """Write a model with exits as one file that runs on its own.
@@ -114,7 +116,7 @@ def export(
         )
     if run is None and out is None:
         raise ArgumentError("--out is missing: name the file to write, such as model.pt2")
-    source = flags_over(find_source(str(run or exits), method), model, weights, num_classes, labels, trust)
+    source = flags_over(find_source(str(run or exits), method), model, weights, num_classes, labels, max_tokens, trust)
     target = out or Path(str(run)) / "model.pt2"
     for line in export_source(source, target, threshold, optimize):
         make_console().print(line)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from copy import copy
+from copy import copy, deepcopy
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,7 +13,8 @@ from rich.table import Table
 from torch import nn
 
 from exitkit.common.batches import move, split_batch
-from exitkit.common.errors import ExitkitError
+from exitkit.common.errors import ArgumentError, ExitkitError
+from exitkit.common.intervals import with_interval
 from exitkit.evaluation import ExitOutputs, collect
 from exitkit.methods.presets import Method
 from exitkit.multi_exit.attaching import attach
@@ -43,17 +44,24 @@ def compare(
     training: Mapping[str, Any],
     example_inputs: Any = None,
     report: Callable[[str], None] = print,
+    labelled: int | None = None,
 ) -> Iterator[tuple[str, Trained]]:
     """Train every method's exits on the frozen backbone and collect their outputs on ``test``; one method after another.
 
-    Methods that differ in their criterion alone (SDN and PBEE) share their trained exits.
+    Methods that differ in their criterion alone (SDN and PBEE) share their trained exits. ``labelled`` is how many classes
+    the data have, where that is known.
+
+    Raises:
+        ArgumentError: the model tells other classes apart, and ``placement`` does not say how many.
     """
     trained: dict[Method, Trained] = {}
     for method in methods:
         parts = replace(method, name="", criterion="confidence")
         if parts not in trained:
             torch.manual_seed(training.get("seed", 0))
-            model = attach(backbone, example_inputs, method=method, **placement)
+            own = backbone if placement.get("num_classes") is None else deepcopy(backbone)  # a new layer for each
+            model = attach(own, example_inputs, method=method, **placement)
+            check_classes(model.num_classes, labelled, placement.get("num_classes"), "--num-classes {}")
             report(
                 f"{method.name}: {len(model.boundaries)} exits, heads add {head_share(model):.1%} of the backbone's MACs"
             )
@@ -67,6 +75,31 @@ def _scored_by(method: Method, trained: Trained) -> Trained:
     model = copy(trained.model)
     model.method = method
     return replace(trained, model=model, outputs=replace(trained.outputs, criterion=method.score.name))
+
+
+def check_classes(model: int, data: int | None, asked: int | None, option: str) -> None:
+    """Refuse labels that mean something else to the model, unless its number of classes was asked for.
+
+    Args:
+        model: classes (1: regression) of the model with its exits.
+        data: those of the data, or None where nothing tells.
+        asked: how many the user asked for.
+        option: how to ask for a number, to be put into it.
+
+    Raises:
+        ArgumentError: the numbers differ.
+    """
+    if data is None or data == model or 1 in (model, asked) or (asked is not None and data < asked):
+        return
+    if asked is not None:
+        raise ArgumentError(
+            f"the data have {data} classes, but {option.format(asked)} was given; give {option.format(data)}"
+        )
+    own = f"; {option.format(model)} if the labels are the model's own" if model > data else ""
+    raise ArgumentError(
+        f"the data have {data} classes, but the model tells {model} apart\n"
+        f"{option.format(data)} trains a new last layer for those of the data{own}"
+    )
 
 
 def timed_stages(model: MultiExitModel, test: Iterable[Any], report: Callable[[str], None]) -> tuple[Stage, ...]:
@@ -99,9 +132,10 @@ def comparison_table(results: Mapping[str, ExitOutputs], title: str) -> Table:
 
 
 def _caption(results: Mapping[str, ExitOutputs]) -> str:
-    accuracy = next(iter(results.values())).accuracy()[-1]
+    outputs = next(iter(results.values()))
+    accuracy = with_interval(float(outputs.accuracy()[-1]), len(outputs))
     return (
-        f"backbone: {accuracy:.2%}. Accuracy at the highest τ whose average cost stays under each share of the unmodified "
+        f"backbone: {accuracy}. Accuracy at the highest τ whose average cost stays under each share of the unmodified "
         "backbone's MACs."
     )
 

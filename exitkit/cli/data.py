@@ -18,25 +18,35 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset, random_split
 
-from exitkit.cli.unpacking import check_inflation, prepared_image
+from exitkit.cli.unpacking import check_inflation, opened_image, prepared_image
 from exitkit.common.errors import ArgumentError, FileError
 from exitkit.common.torchvision_guard import import_torchvision
 from exitkit.multi_exit.preprocessing import ImagePreprocessing, default_statistics
 from exitkit.multi_exit.saving.hub import refuse_local_path
+from exitkit.multi_exit.text_length import longest_text
 
 _HELD_OUT = 0.2
-MAX_TOKENS = 128
 _LABEL_DIGITS = 9
+_SPECIAL_TOKENS = 8
+"""More than any tokenizer adds to a text or a pair."""
 
 
 @dataclass(frozen=True)
 class Split:
-    """Training and test samples, and how they become batches; of images, how they became tensors."""
+    """Training and test samples, and how they become batches.
+
+    Attributes:
+        preprocessing: of images, how they became tensors.
+        labelled: how many classes the labels name; None where nothing tells.
+        note: a word to the user on what was lost, or empty.
+    """
 
     train: Dataset[Any]
     test: Dataset[Any]
     collate: Callable[..., Any] | None = None
     preprocessing: ImagePreprocessing | None = None
+    labelled: int | None = None
+    note: str = ""
 
     @property
     def black(self) -> tuple[float, ...]:
@@ -64,7 +74,7 @@ def load_data(
     *,
     numbers: bool = False,
     pairs: bool = False,
-    max_tokens: int = MAX_TOKENS,
+    max_tokens: int | None = None,
 ) -> Split:
     """The data set that ``data`` names, prepared for ``model``.
 
@@ -76,7 +86,7 @@ def load_data(
         tokenizer: for text: a Hugging Face tokenizer's name or folder.
         numbers: for text: the last column holds numbers to predict instead of labels.
         pairs: for text: every sample is two texts, in the first two columns.
-        max_tokens: for text: longer ones are cut off.
+        max_tokens: for text: longer ones are cut off; by default as many as the tokenizer and the model take.
 
     Raises:
         ArgumentError: a path that does not exist, an unknown format, or contents that do not fit.
@@ -95,7 +105,7 @@ def load_data(
     if path.suffix == ".npz":
         return _arrays(path, model, test)
     if path.suffix in (".csv", ".tsv"):
-        return _text(path, test, tokenizer, numbers, pairs, max_tokens)
+        return _text(path, model, test, tokenizer, numbers, pairs, max_tokens)
     raise ArgumentError(f"--data {data!r} has an unknown format; give an image folder, .npz, .csv or .tsv")
 
 
@@ -154,7 +164,9 @@ def _arrays(path: Path, model: nn.Module, test: str | None) -> Split:
     shape = tuple(train[0][0].shape)
     centre, spread = default_statistics(shape[0])
     normal = tuple(mean or centre), tuple(std or spread)
-    return Split(train, held_out, preprocessing=ImagePreprocessing(shape, *normal, 1.0, "bilinear", "squash"))
+    preprocessing = ImagePreprocessing(shape, *normal, 1.0, "bilinear", "squash")
+    labels = [np.asarray(array).max() for name, array in arrays.items() if name.endswith("labels")]
+    return Split(train, held_out, preprocessing=preprocessing, labelled=int(max(labels)) + 1)
 
 
 def _read_npz(path: Path) -> dict[str, Any]:
@@ -185,7 +197,10 @@ def _image_folder(path: Path, model: nn.Module, test: str | None) -> Split:
     parts = {name: path / name for name in ("train", "val", "test") if (path / name).is_dir()}
     held_out = Path(test) if test is not None else parts.get("test", parts.get("val"))
     if held_out is None:
-        return Split(*_hold_out(folder(path)), preprocessing=preprocessing)
+        whole = folder(path)
+        train_part, test_part = _hold_out(whole)
+        _check_readable(whole.imgs[index][0] for index in test_part.indices)
+        return Split(train_part, test_part, preprocessing=preprocessing, labelled=len(whole.classes))
     train_set = folder(parts.get("train", path))
     option = "--data" if test is None else "--test"
     test_set = folder(held_out, option)
@@ -194,7 +209,14 @@ def _image_folder(path: Path, model: nn.Module, test: str | None) -> Split:
             f"{option} {str(held_out)!r} has the classes {test_set.classes[:5]}, but the training folder has "
             f"{train_set.classes[:5]} (first five of each); both need the same subfolders"
         )
-    return Split(train_set, test_set, preprocessing=preprocessing)
+    _check_readable(path for path, _ in test_set.imgs)
+    return Split(train_set, test_set, preprocessing=preprocessing, labelled=len(train_set.classes))
+
+
+def _check_readable(paths: Iterable[str]) -> None:
+    """Test images are needed after the training, which a damaged one would lose."""
+    for path in paths:
+        opened_image(path)
 
 
 def _torchvision_dataset(name: str, model: nn.Module) -> Split:
@@ -209,14 +231,23 @@ def _torchvision_dataset(name: str, model: nn.Module) -> Split:
         raise ArgumentError(
             f"--data {name}: {type(error).__name__}: {error}. Files are looked for in ./data"
         ) from error
-    return Split(train, test, preprocessing=preprocessing)
+    return Split(train, test, preprocessing=preprocessing, labelled=len(getattr(train, "classes", ())) or None)
 
 
-def _text(path: Path, test: str | None, tokenizer: str | None, numbers: bool, pairs: bool, max_tokens: int) -> Split:
+def _text(
+    path: Path,
+    model: nn.Module,
+    test: str | None,
+    tokenizer: str | None,
+    numbers: bool,
+    pairs: bool,
+    max_tokens: int | None,
+) -> Split:
     """Text in the first column (a pair in the first two), label in the last, a header above; labels may be words."""
     if tokenizer is None:
         raise ArgumentError(f"--data {str(path)!r} is text; use --model hf:NAME_OR_DIR, whose tokenizer splits it")
     encode = load_tokenizer(tokenizer)
+    longest = longest_text(encode, model, max_tokens)
     rows = _read_text(path, pairs)
     names = (_numbers if numbers else _label_indices)({label for _, label in rows})
     if not numbers and not all(label.strip().isdecimal() for label in names):
@@ -225,19 +256,29 @@ def _text(path: Path, test: str | None, tokenizer: str | None, numbers: bool, pa
     def collate(batch: list[tuple[Any, str]]) -> dict[str, Tensor]:
         texts = [text for text, _ in batch]
         columns = map(list, zip(*texts, strict=True)) if pairs else [texts]
-        tokens = encode(*columns, padding=True, truncation=True, max_length=max_tokens, return_tensors="pt")
+        tokens = encode(*columns, padding=True, truncation=True, max_length=longest, return_tensors="pt")
         kept = {key: tokens[key] for key in kinds if key in tokens}
         return kept | {"labels": torch.tensor([names[label] for _, label in batch])}
 
     kinds = ("input_ids", "attention_mask", *(["token_type_ids"] if pairs else []))
+    held_out = [] if test is None else _read_text(Path(test), pairs)
+    cut = _cut([text for text, _ in (*rows, *held_out)], encode, pairs, longest)
+    note = f"{cut} of {len(rows) + len(held_out)} texts are cut at {longest} tokens" if cut else ""
+    labelled = None if numbers else int(max(names.values())) + 1
     if test is None:
-        return Split(*_hold_out(rows), collate)
-    held_out = _read_text(Path(test), pairs)
+        return Split(*_hold_out(rows), collate, labelled=labelled, note=note)
     if numbers:
         names |= _numbers({label for _, label in held_out})
     if unknown := {label for _, label in held_out} - set(names):
         raise ArgumentError(f"--test {test!r} has labels that --data has not: {sorted(unknown)[:5]}")
-    return Split(rows, held_out, collate)  # type: ignore[arg-type]
+    return Split(rows, held_out, collate, labelled=labelled, note=note)  # type: ignore[arg-type]
+
+
+def _cut(texts: list[Any], encode: Any, pairs: bool, longest: int) -> int:
+    """How many texts have more tokens; no token is shorter than a byte, so that short ones need not be looked at."""
+    long = [text for text in texts if len("".join(text).encode()) + _SPECIAL_TOKENS > longest]
+    columns = map(list, zip(*long, strict=True)) if pairs else [long]
+    return sum(len(ids) > longest for ids in encode(*columns, verbose=False)["input_ids"]) if long else 0
 
 
 def load_tokenizer(name: str) -> Any:
@@ -309,7 +350,7 @@ def _numbers(labels: set[str]) -> dict[str, float]:
     return numbers
 
 
-def _hold_out(samples: Any) -> tuple[Dataset[Any], Dataset[Any]]:
+def _hold_out(samples: Any) -> tuple[Subset[Any], Subset[Any]]:
     train, test = random_split(samples, [1 - _HELD_OUT, _HELD_OUT], generator=_generator(0))
     return train, test
 

@@ -15,6 +15,7 @@ from exitkit.cli.bench import compare, comparison_table
 from exitkit.cli.data import Split
 from exitkit.cli.writing import next_steps, write_results, written
 from exitkit.common.errors import ExitkitError
+from exitkit.common.intervals import with_interval
 from exitkit.methods.presets import PBEE, SDN, ZTW
 from exitkit.models import cifar_resnet
 from exitkit.multi_exit.preprocessing import ImagePreprocessing
@@ -48,8 +49,8 @@ def run_demo(out: Path, console: Console) -> None:
     console.print(comparison_table(outputs, "Accuracy for a share of the compute"))
     point = outputs["ztw"].curve().at_budget(0.5)
     console.print(
-        f"With ZTW and τ = {point.policy.shown(4)} the network spends {point.cost:.0%} of its compute "
-        f"at {point.accuracy:.1%} accuracy; alone it has {outputs['ztw'].accuracy()[-1]:.1%}. "
+        f"With ZTW and τ = {point.policy.shown()} the network spends {point.cost:.0%} of its compute "
+        f"at {with_interval(point.accuracy, _TEST)} accuracy; alone it has {outputs['ztw'].accuracy()[-1]:.1%}. "
         f"({time.perf_counter() - started:.0f} s)"
     )
     about = {"model": "exitkit.models:cifar_resnet", "data": f"scikit-learn digits, {_TEST} test images"}

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from exitkit.cli.options import Cache, Classes, Data, Device, Model, Threads, Weights, check_folder, check_least
+from exitkit.cli.options import Cache, Data, Device, MaxTokens, Model, Threads, Weights, check_folder, check_least
 from exitkit.common.console import make_console, printable
 from exitkit.common.errors import ArgumentError, ExitkitError
 
@@ -31,7 +31,10 @@ def bench(
     test: Annotated[str | None, typer.Option(help="Test samples; by default a fifth of --data is held out")] = None,
     methods: Annotated[str, typer.Option(help=f"Comma-separated: {_METHODS}")] = "sdn,pbee,ztw",
     weights: Weights = None,
-    num_classes: Classes = None,
+    num_classes: Annotated[
+        int | None, typer.Option(help="Classes of the data; a last layer of other ones is replaced, and trained")
+    ] = None,
+    max_tokens: MaxTokens = None,
     every: Annotated[int | None, typer.Option(help="An exit after every n-th block; 1 by default")] = None,
     at: Annotated[
         str | None, typer.Option(help="Exits after these: names or numbers of exitkit inspect, as 0,3")
@@ -52,34 +55,37 @@ def bench(
 
     Accuracy against compute is printed and written, with the exits, so that calibrate, report and export go on from there.
     """
-    check_least(batch_size=batch_size, limit=limit)
+    check_least(batch_size=batch_size, limit=limit, max_tokens=max_tokens)
     if seed < 0:
         raise ArgumentError(f"--seed {seed} must be at least 0")
     check_folder(out)
     from exitkit.cli.bench import compare
     from exitkit.cli.data import load_data
     from exitkit.cli.machine import computing_with, threads_for, train_on
-    from exitkit.cli.sources import load_model
+    from exitkit.cli.sources import load_pretrained
     from exitkit.common.allocator import keep_memory
     from exitkit.methods.presets import as_method
 
     train_on(device)
     say = make_console().print
     chosen = [as_method(name.strip()) for name in methods.split(",")]
-    backbone = load_model(model, weights, num_classes)
+    backbone, unlike = load_pretrained(model, weights, num_classes)
     _say_if_random(model, weights)
-    split = load_data(data, backbone, test, model.removeprefix("hf:") if model.startswith("hf:") else None)
+    tokenizer = model.removeprefix("hf:") if model.startswith("hf:") else None
+    split = load_data(data, backbone, test, tokenizer, max_tokens=max_tokens)
+    _say_note(split)
     train_loader, test_loader = split.loaders(batch_size, limit, seed)
     example = _data_example(backbone, train_loader)
     about = {
         "model": model,
         "weights": weights,
-        "num_classes": num_classes,
+        "num_classes": unlike,
         "data": data,
         "test": test,
         "epochs": epochs,
         "every": every,
         "at": at,
+        "max_tokens": max_tokens,
     }
     keep_memory()
     with computing_with(threads_for(backbone, example, threads, say)):
@@ -88,10 +94,16 @@ def bench(
             chosen,
             train_loader,
             test_loader,
-            placement={"every": every, "at": None if at is None else _places(at), "head": head},
+            placement={
+                "every": every,
+                "at": None if at is None else _places(at),
+                "head": head,
+                "num_classes": num_classes,
+            },
             training={"epochs": epochs, "lr": lr, "seed": seed, "cache": cache},
             example_inputs=example,
             report=say,
+            labelled=split.labelled,
         )
         _keep(compared, out, about, split, f"{model} on {data}")
 
@@ -167,6 +179,7 @@ def train(
     kept = output_within(out, chosen.trainer)
     backbone, split = prepared(chosen)
     _say_if_random(chosen.model, chosen.weights)
+    _say_note(split)
     example = _data_example(backbone, split.loaders(1, None, 0)[1])
     keep_memory()
     with computing_with(threads_for(backbone, example, threads, say)), _saying_what_is_kept(kept):
@@ -226,6 +239,11 @@ def _say_if_random(model: str, weights: str | None) -> None:
     """Only of libraries' models: a function may load weights of its own, and Hugging Face's bring theirs."""
     if weights is None and model.startswith(("torchvision:", "timm:")):
         make_console().print("note: no --weights, so the backbone has random weights")
+
+
+def _say_note(split: Any) -> None:
+    if split.note:
+        make_console().print(f"note: {split.note}")
 
 
 def _data_example(backbone: Any, loader: Any) -> Any:

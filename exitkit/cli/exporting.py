@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from exitkit.cli.data import MAX_TOKENS, load_tokenizer
+from exitkit.cli.data import load_tokenizer
 from exitkit.cli.experiments import ask_for
 from exitkit.cli.sources import load_model
 from exitkit.common.errors import ArgumentError, FileError, unknown_name
@@ -29,7 +29,7 @@ class Source:
         policy: what ``exitkit calibrate`` chose, or None.
         classes: names of the classes, or None.
         preprocessing: of images, or None.
-        max_tokens: of texts.
+        max_tokens: of texts; None for as many as the tokenizer and the model take.
         method: of the run, or None.
     """
 
@@ -40,7 +40,7 @@ class Source:
     policy: ExitPolicy | None = None
     classes: Sequence[str] | None = None
     preprocessing: Preprocessing | None = None
-    max_tokens: int = MAX_TOKENS
+    max_tokens: int | None = None
     method: str | None = None
 
 
@@ -73,7 +73,13 @@ def find_source(place: str, method: str | None) -> Source:
 
 
 def flags_over(
-    source: Source, model: str | None, weights: str | None, num_classes: int | None, labels: str | None, trust: bool
+    source: Source,
+    model: str | None,
+    weights: str | None,
+    num_classes: int | None,
+    labels: str | None,
+    max_tokens: int | None,
+    trust: bool,
 ) -> Source:
     """The source with what was typed in place of what was found.
 
@@ -92,6 +98,7 @@ def flags_over(
         weights=source.weights if weights is None else weights,
         num_classes=source.num_classes if num_classes is None else num_classes,
         classes=source.classes if labels is None else read_labels(labels),
+        max_tokens=source.max_tokens if max_tokens is None else max_tokens,
     )
 
 
@@ -160,7 +167,7 @@ def _known(run: Run, name: str, exits: str) -> Source:
         calibrated.chosen if found and calibrated is not None else None,
         run.classes if run.classes is not None and len(run.classes) == count else None,
         preprocessing_from_json(about.get("preprocessing")),
-        about["max_tokens"] if isinstance(about.get("max_tokens"), int) else MAX_TOKENS,
+        about["max_tokens"] if isinstance(about.get("max_tokens"), int) else None,
         name,
     )
 

@@ -20,6 +20,9 @@ Trust = Annotated[bool, typer.Option("--trust", help="You trust the code in a .p
 Weights = Annotated[str | None, typer.Option(help="State-dict file (.safetensors, .pth), or 'pretrained'")]
 Threads = Annotated[int | None, typer.Option(help="CPU threads; by default one for a backbone below 100 MMACs")]
 Classes = Annotated[int | None, typer.Option(help="Size of the model's classifier, where not its library's default")]
+MaxTokens = Annotated[
+    int | None, typer.Option(help="Tokens after which a text is cut; by default as many as the model takes")
+]
 Cache = Annotated[
     bool,
     typer.Option("--cache", help="Run the backbone once, and train on its features from a file; as augmented then"),

@@ -15,7 +15,6 @@ from typing import Any, get_args, get_type_hints
 import torch
 
 from exitkit.cli.augmentation import AUGMENTATIONS
-from exitkit.cli.data import MAX_TOKENS
 from exitkit.cli.schedule import by_name
 from exitkit.common.errors import ArgumentError, ExitkitError, FileError, unknown_name
 from exitkit.exits.classifiers import HeadSpec
@@ -46,7 +45,7 @@ class Recipe:
         weights: a state-dict file, ``"pretrained"``, or none for random ones.
         test: test samples; by default those that the data bring, or a held-out fifth.
         pairs: of text: every sample is two texts, in the first two columns.
-        max_tokens: of text: longer ones are cut off.
+        max_tokens: of text: longer ones are cut off; by default as many as the tokenizer and the model take.
         num_classes: size of the model's classifier, where it is not its own default.
         batch_size: of training.
         limit: use at most so many training samples.
@@ -65,7 +64,7 @@ class Recipe:
     weights: str | None = None
     test: str | None = None
     pairs: bool = False
-    max_tokens: int = MAX_TOKENS
+    max_tokens: int | None = None
     num_classes: int | None = None
     batch_size: int = 64
     limit: int | None = None
@@ -80,9 +79,8 @@ class Recipe:
     def __post_init__(self) -> None:
         for name, hint in get_type_hints(Recipe).items():
             _check_type(name, getattr(self, name), hint)
-        limit = 1 if self.limit is None else self.limit
-        for name, number in (("batch_size", self.batch_size), ("limit", limit), ("max_tokens", self.max_tokens)):
-            if number < 1:
+        for name, number in (("batch_size", self.batch_size), ("limit", self.limit), ("max_tokens", self.max_tokens)):
+            if number is not None and number < 1:
                 raise ArgumentError(f"{name} = {number} must be at least 1")
         if self.validation is not None and not 0 < self.validation < 1:
             raise ArgumentError(

@@ -10,6 +10,10 @@ import typer
 from exitkit.cli.options import RunDirectory
 from exitkit.common.console import make_console
 from exitkit.common.errors import ArgumentError
+from exitkit.common.intervals import with_interval
+
+_SHARES = ("accuracy_drop", "disagreement")
+"""Risks that are shares of the samples."""
 
 
 def report(
@@ -68,7 +72,10 @@ def calibrate(
         say(f"{name}: τ = {one.chosen.shown()}, cost {one.chosen.cost:.1%} of the backbone's MACs")
         say(f"  {one.chosen.guarantee}")
         if one.check is not None:
-            say(f"  On {one.check.samples} other samples: {risk} {one.check.risk:.2%}, cost {one.check.cost:.1%}.")
+            measured = f"{one.check.risk:.2%}"
+            if risk in _SHARES:
+                measured = with_interval(one.check.risk, one.check.samples)
+            say(f"  On {one.check.samples} other samples: {risk} {measured}, cost {one.check.cost:.1%}.")
     say(f"Written to {write_thresholds(run, chosen)}")
     say(f"To make a file of it that runs anywhere: exitkit export {run}")
 

@@ -59,6 +59,22 @@ def load_model(name: str, weights: str | None = None, num_classes: int | None = 
     return model
 
 
+def load_pretrained(name: str, weights: str | None, num_classes: int | None) -> tuple[nn.Module, int | None]:
+    """The model with its own classes, for :func:`exitkit.attach` to replace; with ``num_classes`` if ``weights`` have these.
+
+    Arguments and errors are those of :func:`load_model`.
+
+    Returns:
+        The model, and the classes that it was built with (None: its library's own).
+    """
+    try:
+        return load_model(name, weights), None
+    except ArgumentError:
+        if num_classes is None or weights in (None, PRETRAINED):
+            raise
+        return load_model(name, weights, num_classes), num_classes
+
+
 def is_code(name: str) -> bool:
     """Whether a model is a function that is imported and called, other than one of exitkit's own."""
     source = name.partition(":")[0]

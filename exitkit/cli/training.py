@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.data import DataLoader, random_split
 
 from exitkit.cli.augmentation import augmented
-from exitkit.cli.bench import Trained, comparison_table, head_share, timed_stages
+from exitkit.cli.bench import Trained, check_classes, comparison_table, head_share, timed_stages
 from exitkit.cli.data import Split, load_data
 from exitkit.cli.recipe import Recipe, described, output_within
 from exitkit.cli.sources import load_model
@@ -53,6 +53,8 @@ def train_recipe(
     method = recipe.make_method()
     placement = {key: value for key, value in recipe.exits.items() if key != "method"}
     model = attach(backbone, example, method=method, **placement)
+    asked = recipe.exits.get("num_classes", recipe.num_classes)
+    check_classes(model.num_classes, split.labelled, asked, "exits.num_classes = {}")
     report(f"{method.name}: {len(model.boundaries)} exits, heads add {head_share(model):.1%} of the backbone's MACs")
     kept = output_within(out, recipe.trainer)
     trainer = Trainer(

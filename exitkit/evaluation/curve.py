@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from decimal import ROUND_CEILING, Decimal
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,9 @@ from exitkit.evaluation.exit_times import ExitTimes, selected
 from exitkit.evaluation.plots import Array, plot_curves
 from exitkit.methods.policy import ExitPolicy, Threshold, as_policy, check_same_scores
 
+_DECIMALS = 17
+_WHOLE = 2**40
+"""From here on a threshold is not rounded."""
 BUDGETS = (0.25, 0.5, 0.75, 1.0)
 
 
@@ -171,6 +175,16 @@ class Curve:
         """Write the picture of accuracy against cost to ``path`` (png, svg or pdf)."""
         plot_curves({"early exits": self}, path, self.measure)
 
+    def short_threshold(self, index: int) -> float:
+        """The τ with the fewest decimals from ``thresholds[index]`` up to, not including, the next: the same decisions."""
+        low, high = float(self.thresholds[index]), float(np.append(self.thresholds, np.inf)[index + 1])
+        if abs(low) < _WHOLE:
+            for decimals in range(_DECIMALS):
+                tau = float(Decimal(low).quantize(Decimal(1).scaleb(-decimals), ROUND_CEILING)) + 0.0  # no −0
+                if low <= tau < high:
+                    return tau
+        return low
+
     def _under(self, budget: float) -> BudgetPoint:
         """The last point whose cost is below a share of the whole."""
         below = int(np.searchsorted(self.cost, budget, side="left")) - 1
@@ -182,7 +196,7 @@ class Curve:
         return self._point(below)
 
     def _point(self, index: int) -> BudgetPoint:
-        policy = self.no_exit.at(float(self.thresholds[index]))
+        policy = self.no_exit.at(self.short_threshold(index))
         return BudgetPoint(policy, float(self.accuracy[index]), float(self.cost[index]))
 
 
@@ -220,12 +234,11 @@ class BudgetTable:
     measure: str = "accuracy"
 
     def __str__(self) -> str:
-        lines = [f"{'budget':<15}{self.measure:>9}{'cost':>9}{'τ':>11}"]
+        width = max(9, *(len(point.policy.shown()) for point in self.rows.values() if point is not None)) + 2
+        lines = [f"{'budget':<15}{self.measure:>9}{'cost':>9}{'τ':>{width}}"]
         for name, point in self.rows.items():
             if point is None:
-                lines.append(f"{name:<15}{'-':>9}{'-':>9}{'-':>11}")
+                lines.append(f"{name:<15}{'-':>9}{'-':>9}{'-':>{width}}")
             else:
-                tau = point.policy.thresholds[0]
-                threshold = f"{tau:.6f}" if abs(tau) < 1e6 else f"{tau:.2e}"
-                lines.append(f"{name:<15}{point.accuracy:>9.2%}{point.cost:>9.1%}{threshold:>11}")
+                lines.append(f"{name:<15}{point.accuracy:>9.2%}{point.cost:>9.1%}{point.policy.shown():>{width}}")
         return "\n".join(lines)

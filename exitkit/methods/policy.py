@@ -26,7 +26,7 @@ class Guarantee:
 
     Attributes:
         words: the promise.
-        found: whether any threshold passed; if not, no sample leaves.
+        found: whether a threshold passed at which compute is saved; if not, the full model alone is cheaper.
         risk: the risk that is bounded.
         method: the procedure: ``"ltt"``, ``"ucb"`` or ``"crc"``.
         max_drop: the bound.
@@ -118,7 +118,7 @@ class ExitPolicy:
 
     @property
     def found(self) -> bool:
-        """Whether a threshold was found for which something is guaranteed."""
+        """Whether a threshold was found for which something is guaranteed, and compute is saved."""
         return self.guarantee is not None and self.guarantee.found
 
     def at(self, *thresholds: float) -> ExitPolicy:
@@ -130,10 +130,10 @@ class ExitPolicy:
         values = _thresholds(thresholds)
         return as_policy(values[0] if len(values) == 1 else values, self)
 
-    def shown(self, digits: int = 6) -> str:
-        """The thresholds in a few digits."""
+    def shown(self) -> str:
+        """The thresholds as they can be typed."""
         distinct = self.thresholds[:1] if len(set(self.thresholds)) == 1 else self.thresholds
-        return ", ".join(f"{tau:.{digits}g}" for tau in distinct)
+        return ", ".join(map(typed, distinct))
 
     def to_dict(self) -> dict[str, Any]:
         """Values that JSON holds.
@@ -163,6 +163,11 @@ class HasPolicy(Protocol):
 
     @property
     def policy(self) -> ExitPolicy: ...
+
+
+def typed(tau: float) -> str:
+    """The shortest text that, typed, is this very number: 0.99999953 stays below 1."""
+    return repr(float(tau)).removesuffix(".0")
 
 
 Threshold = float | Sequence[float] | ExitPolicy | HasPolicy

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from exitkit.common.files import replacing
 from exitkit.evaluation import ExitOutputs, calibration_error, reliability
 from exitkit.evaluation.plots import curves_figure, hindsight_figure, labelled, new_figure, write_figure
+from exitkit.methods.policy import typed
 from exitkit.report.points import MATRIX, Points
 
 _POINTS_PER_INCH = 72  # the unit of matplotlib's SVG
@@ -123,7 +124,7 @@ def still_exits(points: Points, beside: Path, name: str) -> None:
     shares = points.exits / points.exits.sum(1, keepdims=True)
     figure = new_figure(_WIDTH, _HEIGHT)
     axes = labelled(
-        figure.add_subplot(), "exit", f"share of the samples, τ = {points.curve.thresholds[points.start]:.4g}"
+        figure.add_subplot(), "exit", f"share of the samples, τ = {typed(points.curve.thresholds[points.start])}"
     )
     axes.bar([exit_name(exit_, shares.shape[1]) for exit_ in range(shares.shape[1])], shares[points.start])
     axes.tick_params(axis="x", labelrotation=30)
@@ -152,7 +153,7 @@ def still_confusion(points: Points, classes: Sequence[str], beside: Path, name: 
             [f"{label} → {answer}" for label, answer, _ in rows], [row[2] for row in rows]
         )
         axes.invert_yaxis()
-    axes.set_title(f"τ = {points.curve.thresholds[points.start]:.4g}")
+    axes.set_title(f"τ = {typed(points.curve.thresholds[points.start])}")
     _beside(figure, ["label", "answer", "samples"], rows, beside, name)
 
 

@@ -51,7 +51,8 @@ def points_of(outputs: ExitOutputs, chosen: float | None = None, most: int = POI
     """
     whole = outputs.curve()
     kept = _kept(whole, chosen, most)
-    curve = Curve(whole.thresholds[kept], whole.accuracy[kept], whole.cost[kept], whole.no_exit)
+    taus = np.array([whole.short_threshold(place) for place in kept])
+    curve = Curve(taus, whole.accuracy[kept], whole.cost[kept], whole.no_exit)
     highest = np.maximum.accumulate(outputs.scores()[:, :-1].numpy(), axis=1)
     passes = np.searchsorted(curve.thresholds, highest, side="left")
     exits = np.stack([(passes <= place).sum(1) for place in range(len(kept))])

@@ -19,6 +19,7 @@ from markupsafe import Markup
 from exitkit.common.console import printable
 from exitkit.common.errors import ArgumentError
 from exitkit.common.files import replacing
+from exitkit.common.intervals import share_interval
 from exitkit.common.versions import installed_versions
 from exitkit.evaluation import ExitOutputs
 from exitkit.evaluation.paired import check_comparable, same_backbone
@@ -178,6 +179,7 @@ def _method(name: str, result: Result, points: Points, rows: Sequence[int], plac
         "thresholds": points.curve.thresholds.tolist(),
         "cost": points.curve.cost.tolist(),
         "right": points.right.tolist(),
+        "interval": [share_interval(accuracy, len(outputs)) for accuracy in points.curve.accuracy],
         "exits": points.exits.tolist(),
         "confusion": points.confusion,
         "start": points.start,

@@ -1,4 +1,4 @@
-"""Transfer: the backbone's last linear layer, found in its graph and replaced by one with other outputs."""
+"""Transfer: the backbone's last layer (linear, or a 1 × 1 convolution), found in its graph and given other outputs."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ from exitkit.surgery.capturing import BACKBONE, Capture, capture
 from exitkit.surgery.liveness import op_name
 
 _PASSED = frozenset(
-    "index select slice view reshape flatten squeeze clone contiguous to _to_copy dropout alias detach".split()
+    """index select slice view reshape flatten squeeze clone contiguous to _to_copy dropout alias detach relu mean
+    adaptive_avg_pool2d avg_pool2d""".split()
 )
-"""Operations between the last linear layer and the logits that leave the classes where they are."""
+"""Operations between the last layer and the logits that leave the classes where they are, as SqueezeNet's do."""
 
 
 def outputs_of(captured: Capture) -> int:
@@ -28,15 +29,15 @@ def outputs_of(captured: Capture) -> int:
 def with_outputs(captured: Capture, outputs: int | None) -> tuple[Capture, tuple[str, ...]]:
     """The backbone with so many outputs, or as it is (None).
 
-    If it has others, its last linear layer is replaced in place by a freshly initialised one, and the graph captured anew.
-    timm models do it themselves (``reset_classifier``); elsewhere it is the layer that gives the logits. Hugging Face
-    configurations follow.
+    If it has others, its last layer is replaced in place by a freshly initialised one, and the graph captured anew. timm
+    models do it themselves (``reset_classifier``); elsewhere it is the linear layer, or the 1 × 1 convolution, that gives the
+    logits. Hugging Face configurations follow.
 
     Returns:
         The new capture, and the state-dict names of the new layer; none where nothing was replaced.
 
     Raises:
-        ExitkitError: no linear layer gives the logits, or it has another task too. The model may have been changed then:
+        ExitkitError: no such layer gives the logits, or it has another task too. The model may have been changed then:
             see :func:`unchanged_on_error`.
     """
     if outputs is None or outputs == outputs_of(captured):
@@ -85,16 +86,28 @@ def _replace(captured: Capture, outputs: int) -> None:
     model, node = captured.backbone, _logits(captured)
     while op_name(node) in _PASSED and isinstance(node.args[0], Node):
         node = node.args[0]
-    weight = node.args[1] if op_name(node) == "linear" else None
+    weight = node.args[1] if op_name(node) in ("linear", "conv2d") else None
     if not isinstance(weight, Node) or weight.op != "get_attr" or len(weight.users) > 1:
         raise _none_found(model, outputs)
     path = str(weight.target).removeprefix(f"{BACKBONE}.").removesuffix(".weight")
     parent, _, name = path.rpartition(".")
     layer = dict(model.named_modules(remove_duplicate=False)).get(path)
-    if not isinstance(layer, nn.Linear) or not path:
+    fresh = _fresh(layer, outputs)
+    if fresh is None or not path:
         raise _none_found(model, outputs)
-    kind = {"device": layer.weight.device, "dtype": layer.weight.dtype}
-    setattr(model.get_submodule(parent), name, nn.Linear(layer.in_features, outputs, layer.bias is not None, **kind))
+    setattr(model.get_submodule(parent), name, fresh)
+
+
+def _fresh(layer: nn.Module | None, outputs: int) -> nn.Module | None:
+    """A layer like this one with other outputs; None where it is no last layer that is known here."""
+    if not isinstance(layer, nn.Linear | nn.Conv2d):
+        return None
+    like: dict[str, Any] = {"device": layer.weight.device, "dtype": layer.weight.dtype, "bias": layer.bias is not None}
+    if isinstance(layer, nn.Linear):
+        return nn.Linear(layer.in_features, outputs, **like)
+    if (*layer.kernel_size, *layer.stride, *layer.padding, layer.groups) != (1, 1, 1, 1, 0, 0, 1):
+        return None
+    return nn.Conv2d(layer.in_channels, outputs, 1, **like)
 
 
 def _tell_config(model: nn.Module, outputs: int) -> None:
@@ -109,6 +122,6 @@ def _tell_config(model: nn.Module, outputs: int) -> None:
 
 def _none_found(model: nn.Module, outputs: int) -> NotCapturableError:
     return NotCapturableError(
-        f"{type(model).__name__} has other outputs than the {outputs} asked for, and no single final linear layer to replace; "
+        f"{type(model).__name__} has other outputs than the {outputs} asked for, and no single final layer to replace; "
         "build it with that many outputs, or replace its classifier before attaching"
     )

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from exitkit.common.errors import ArgumentError
-from exitkit.methods.policy import ExitPolicy
+from exitkit.common.intervals import with_interval
+from exitkit.methods.policy import ExitPolicy, typed
 from exitkit.multi_exit.saving.hub import is_name
 
 if TYPE_CHECKING:
@@ -99,6 +100,11 @@ def _shown(numbers: Any) -> str:
     return ", ".join(f"{number:.6g}" for number in (numbers if isinstance(numbers, list | tuple) else [numbers]))
 
 
+def _taus(thresholds: float | Sequence[float]) -> str:
+    """One or several thresholds, as they can be typed."""
+    return ", ".join(map(typed, thresholds if isinstance(thresholds, Sequence) else [thresholds]))
+
+
 def _new_head(model: MultiExitModel) -> str:
     return (
         f", and the backbone's last layer, which was replaced by one with {model.num_classes} outputs"
@@ -118,13 +124,16 @@ def _exits(model: MultiExitModel, metrics: Mapping[str, Any] | None) -> str:
 def _budgets(metrics: Mapping[str, Any]) -> str:
     chosen = {"τ as chosen": metrics["at_threshold"]} if metrics["at_threshold"] else {}
     rows = [
-        [name, f"{point['accuracy']:.2%}", f"{point['cost']:.1%}", _shown(point["threshold"])]
+        [name, f"{point['accuracy']:.2%}", f"{point['cost']:.1%}", _taus(point["threshold"])]
         if point
         else [name, "-", "-", "-"]
         for name, point in {**chosen, **metrics["budgets"]}.items()
     ]
+    sure = ""
+    if metrics["measure"] == "accuracy":
+        sure = f"The backbone's accuracy: {with_interval(metrics['accuracy'][-1], metrics['samples'])}.\n\n"
     return f"""
-On {metrics["samples"]:,} samples, each of which leaves at the first exit whose score is above τ{_divided(metrics)}:
+{sure}On {metrics["samples"]:,} samples, each of which leaves at the first exit whose score is above τ{_divided(metrics)}:
 
 {_table(["budget", metrics["measure"], "average cost", "τ"], rows)}
 """

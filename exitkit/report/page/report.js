@@ -18,8 +18,9 @@
 
   function showNumbers(chosen, at) {
     const accuracy = chosen.right[at] / data.samples, cost = chosen.cost[at];
-    element("threshold").textContent = String(Number(chosen.thresholds[at].toPrecision(6)));
+    element("threshold").textContent = String(chosen.thresholds[at]);
     element("accuracy").textContent = percent(accuracy, 2);
+    element("interval").textContent = chosen.interval[at].map((share) => percent(share, 1)).join(" to ");
     element("cost").textContent = percent(cost, 1);
     element("speedup").textContent = fixed(1 / cost, 2) + "×";
     element("timed").hidden = !chosen.milliseconds;
