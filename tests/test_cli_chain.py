@@ -87,7 +87,7 @@ def test_a_run_with_a_new_last_layer_is_exported(run: Any, images: Path, tmp_pat
     run("bench", "--model", TOY, *given, "--out", tmp_path / "bench", *BENCH, "--num-classes", 5)
     recipe = tmp_path / "mine.toml"
     recipe.write_text(
-        f'model = "{TOY}"\ndata = {json.dumps(str(images))}\n[exits]\nevery = 2\nnum_classes = 5\nmethod = "ztw"\n'
+        f'model = "tests.toy:TinyNet"\ndata = {json.dumps(str(images))}\n[exits]\nevery = 2\nnum_classes = 5\nmethod = "ztw"\n'
         '[trainer]\nepochs = 1\nregime = "mixed"\n'
     )
     run("train", recipe, "--trust", "--out", tmp_path / "train")

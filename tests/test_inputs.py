@@ -366,8 +366,8 @@ def test_texts_without_the_tokenizers_library(text_package: Path, monkeypatch: p
 def test_images_need_neither_torchvision_nor_transformers(package: Path, tmp_path: Path) -> None:
     """In a process of its own, in which neither can be imported."""
     photo(20, 20).save(tmp_path / "a.png")
-    hidden = "import sys; sys.modules.update(torchvision=None, transformers=None, timm=None)"
-    code = f"{hidden}; import exitkit.cli as cli; cli.main()"
+    hidden = "sys.modules.update(torchvision=None, transformers=None, timm=None)"
+    code = f"import sys; {hidden}; import exitkit.cli as cli; cli.main()"
     given = [sys.executable, "-W", "ignore", "-c", code, "run", str(package), str(tmp_path / "a.png"), "--trust"]
     done = subprocess.run(given, capture_output=True, text=True)
     assert json.loads(done.stdout)["exit"] in (0, 1), done.stderr
@@ -420,11 +420,10 @@ def test_the_interval_of_an_accuracy_is_wilsons(right: int, samples: int) -> Non
 def test_no_guarantee_is_praised_that_saves_nothing() -> None:
     """Half of the samples leave at an exit that costs 90%, the others pay for its head: 1.05 of the backbone."""
     logits = torch.zeros(1000, 2, 2)
-    logits[:, 1, 0] = 9
-    logits[:500, 0, 0] = 9
-    outputs = exitkit.ExitOutputs(
-        logits.log_softmax(-1), torch.zeros(1000, dtype=torch.long), torch.tensor([90, 120]), 100
-    )
+    logits[:500, :, 0] = 9
+    logits[500:, 1, 1] = 9
+    labels = (torch.arange(1000) >= 500).long()  # the unsure half is wrong at exit 0
+    outputs = exitkit.ExitOutputs(logits.log_softmax(-1), labels, torch.tensor([90, 120]), 100)
     policy = exitkit.choose_threshold(outputs, max_drop=0.01)
     assert policy.guarantee is not None
     assert policy.cost == pytest.approx(1.05)

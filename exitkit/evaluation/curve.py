@@ -234,10 +234,11 @@ class BudgetTable:
     measure: str = "accuracy"
 
     def __str__(self) -> str:
-        lines = [f"{'budget':<15}{self.measure:>9}{'cost':>9}{'τ':>11}"]
+        width = max([9, *(len(point.policy.shown()) for point in self.rows.values() if point is not None)]) + 2
+        lines = [f"{'budget':<15}{self.measure:>9}{'cost':>9}{'τ':>{width}}"]
         for name, point in self.rows.items():
             if point is None:
-                lines.append(f"{name:<15}{'-':>9}{'-':>9}{'-':>11}")
+                lines.append(f"{name:<15}{'-':>9}{'-':>9}{'-':>{width}}")
             else:
-                lines.append(f"{name:<15}{point.accuracy:>9.2%}{point.cost:>9.1%}{point.policy.shown():>11}")
+                lines.append(f"{name:<15}{point.accuracy:>9.2%}{point.cost:>9.1%}{point.policy.shown():>{width}}")
         return "\n".join(lines)
