@@ -13,6 +13,7 @@ from exitkit.multi_exit.model import MultiExitModel
 from exitkit.surgery.capturing import logits_of
 from exitkit.surgery.inputs import call_on
 from exitkit.training.freezing import Stages
+from exitkit.training.left_alone import buffers_restored
 from exitkit.training.objective import Objective
 from exitkit.training.step import batch_norm_explained, placed
 
@@ -142,11 +143,11 @@ def gram_on(
     weights: Sequence[float],
     blocks: Sequence[Sequence[nn.Parameter]],
 ) -> Tensor:
-    """:func:`inner_products` of :func:`loss_rows` on one batch, as the step sees them.
+    """:func:`inner_products` of :func:`loss_rows` on one batch, as the step sees them; statistics are as before afterwards.
 
     Under gradient equilibrium the gradient of stage b, of all M + 1, is divided by the M + 1 − b exits behind it.
     """
-    with torch.enable_grad():
+    with torch.enable_grad(), buffers_restored(model):
         gram = inner_products(loss_rows(model, objective, batch, weights), blocks)
     if objective.loss.gradient_equilibrium:
         exits = len(weights)

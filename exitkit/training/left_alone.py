@@ -23,7 +23,7 @@ def left_as_found(*models: nn.Module) -> Iterator[None]:
         for model in models:
             stack.enter_context(flags_restored(model))
             stack.enter_context(evaluation_mode(model))
-            stack.enter_context(_buffers_restored(model))
+            stack.enter_context(buffers_restored(model))
         try:
             yield
         finally:
@@ -33,7 +33,7 @@ def left_as_found(*models: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _buffers_restored(model: nn.Module) -> Iterator[None]:
+def buffers_restored(model: nn.Module) -> Iterator[None]:
     """The same tensors with the same values; BatchNorm's kernels write into them without raising their version."""
     saved = [
         (module, name, buffer, buffer.clone())

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
+from torch.nn import functional as F
 from torch.utils._pytree import tree_map
 
 from exitkit.analysis.permutations.groups import Group, groups_of
@@ -20,6 +21,7 @@ from exitkit.analysis.permutations.operators import Walk
 from exitkit.analysis.permutations.values import DIRECT, MOST_ELEMENTS, Value, values_in
 from exitkit.common.errors import NotCapturableError
 from exitkit.common.logs import quiet
+from exitkit.exits.standardised import StandardisedLinear, replaced
 from exitkit.multi_exit.model import MultiExitModel
 from exitkit.surgery.capturing import untouched
 from exitkit.surgery.liveness import op_name
@@ -122,6 +124,7 @@ def symmetries_of(model: MultiExitModel) -> Symmetries:
 def _probe(model: MultiExitModel) -> MultiExitModel:
     """A copy in float64 with other weights and statistics, in which no two channels are alike by chance."""
     probe = copy.deepcopy(model).double().eval()
+    replaced(probe, lambda _, layer: _Standardised(layer))
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for tensor in probe.state_dict().values():
@@ -135,6 +138,22 @@ def _probe(model: MultiExitModel) -> MultiExitModel:
     )
     object.__setattr__(probe.example, "tensors", tensors)
     return probe
+
+
+class _Standardised(nn.Module):
+    """A :class:`StandardisedLinear` as it reads: less the mean, over the deviation, times the matrix that was learned."""
+
+    mean: Tensor
+    deviation: Tensor
+
+    def __init__(self, layer: StandardisedLinear) -> None:
+        super().__init__()
+        self.weight, self.bias = layer.weight, layer.bias
+        for name, buffer in layer.named_buffers():
+            self.register_buffer(name, buffer)
+
+    def forward(self, vector: Tensor) -> Tensor:
+        return F.linear((vector - self.mean) / self.deviation, self.weight, self.bias)
 
 
 class _Heads(nn.Module):
