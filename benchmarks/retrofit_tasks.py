@@ -258,7 +258,9 @@ def _text(name: str, data: Path, out: Path, rows: list[tuple[str, int]], classes
         _trained(models[layers], loader, out / f"{name}-{layers}-layers.safetensors", _fine_tune)
     ids = tokenizer([text for text, _ in rows], truncation=True, max_length=length)["input_ids"]
     known = {tuple(one) for one in ids[:learned]}
-    rest = Texts([row for row, one in zip(rows, ids, strict=True) if tuple(one) not in known])  # some texts occur twice
+    rest = Texts(
+        [row for row, one in zip(rows, ids, strict=True) if tuple(one) not in known]
+    )  # some texts occur twice
     return Task(
         models[6],
         loader,
