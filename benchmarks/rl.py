@@ -184,7 +184,7 @@ def reversi(args: argparse.Namespace) -> Row:
         example,
         lambda: Reversi(args.envs),
         lambda: Reversi(args.envs, whole),
-        {"head": args.head or "tail"},
+        {"every": 1, "head": args.head or "tail"},
         {"lr": args.lr or 1e-3},
     )
 
@@ -209,7 +209,7 @@ def mlp(args: argparse.Namespace) -> Row:
     games = gymnasium.make_vec(args.env, num_envs=args.envs, vectorization_mode="sync")
     agent = rl.policy(rl.load_policy(args.policy, games))
     example = torch.as_tensor(games.reset(seed=0)[0])
-    options = {"head": args.head or "1L"}
+    options = {"every": 1, "head": args.head or "1L"}
     return Row(
         f"mlp-{args.env.lower()}", agent, example, lambda: games, lambda: games, options, {"lr": args.lr or 1e-2}
     )

@@ -31,7 +31,7 @@ def main(arguments: list[str] | None = None) -> None:
     results = []
     for method in ("ztw", "sdn"):
         torch.manual_seed(args.seed)
-        ee = exitkit.attach(agent, torch.as_tensor(observations), method=method)
+        ee = exitkit.attach(agent, torch.as_tensor(observations), every=1, method=method)
         rl.clone(ee, env, args.steps, seed=args.seed)
         results.append(rl.returns(ee, env, args.thresholds, args.episodes, disagreement=True, seed=args.seed))
         print(f"{method}: {ee!r}\n{results[-1]}\n")

@@ -94,7 +94,7 @@ def with_exits(method: str | exitkit.Method = "ztw", masked: bool = False, seed:
     observed = torch.randn(2, 4)
     torch.manual_seed(seed + 1)
     example: Any = (observed, torch.ones(2, ACTIONS, dtype=torch.bool)) if masked else observed
-    return exitkit.attach(agent, example, method=method)
+    return exitkit.attach(agent, example, every=1, method=method)
 
 
 def always(ee: exitkit.MultiExitModel) -> exitkit.MultiExitModel:

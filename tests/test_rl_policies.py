@@ -65,7 +65,7 @@ def test_a_policy_is_its_own_distribution(kind: str, observations: Any) -> None:
     ours = agent(x).log_softmax(-1)
     for action in range(3):
         torch.testing.assert_close(ours[:, action], theirs.log_prob(torch.full((6,), action)))
-    ee = exitkit.attach(agent, x[:2], head="1L")
+    ee = exitkit.attach(agent, x[:2], every=1, head="1L")
     assert torch.equal(exitkit.compile(ee, 2.0)(x).logits, agent(x))
 
 
@@ -105,12 +105,10 @@ def test_nature_cnn_is_the_network_of_stable_baselines3() -> None:
 
 def test_nature_cnn_is_cut_before_each_next_layer() -> None:
     """Costs by hand: 20², 9² and 7² places of filters over 8²·4, 4²·32 and 3²·64 numbers, then 3,136 · 512 and 512 · 6."""
-    ee = exitkit.attach(exitkit.models.nature_cnn(6), observed(PIXELS, 2), method="sdn", head="1L")
-    assert [boundary.name for boundary in ee.boundaries] == ["relu1", "relu2", "flatten", "relu4"][
-        : len(ee.boundaries)
-    ]
+    ee = exitkit.attach(exitkit.models.nature_cnn(6), observed(PIXELS, 2), every=1, method="sdn", head="1L")
+    assert [boundary.name for boundary in ee.boundaries] == ["relu1", "relu2", "flatten"]  # never after the last block
     stages = [400 * 32 * 256, 81 * 64 * 512, 49 * 64 * 576, 3136 * 512, 512 * 6]
-    assert [boundary.macs for boundary in ee.boundaries] == np.cumsum(stages)[: len(ee.boundaries)].tolist()
+    assert [boundary.macs for boundary in ee.boundaries] == np.cumsum(stages)[:3].tolist()
     assert ee.anatomy.macs == sum(stages)
 
 
@@ -146,7 +144,7 @@ def test_a_recurrent_policy_is_refused(real_data: Path) -> None:
     pong.load_state_dict(load_file(str(file)))
     with pytest.raises(exitkit.ArgumentError, match=r"recurrent \(gru is GRUCell\): .* leave its state behind"):
         exitkit.rl.policy(pong)
-    ee = exitkit.attach(pong.eval(), torch.randn(2, 1, 80, 80), head="1L", method="sdn")
+    ee = exitkit.attach(pong.eval(), torch.randn(2, 1, 80, 80), every=1, head="1L", method="sdn")
     with pytest.raises(exitkit.ArgumentError, match="recurrent"):
         exitkit.rl.returns(ee, Walk(), [0.5])
 
