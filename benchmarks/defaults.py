@@ -91,7 +91,7 @@ def _measure(
         output_dir=folder, resume="never", show_progress=False,
     )  # fmt: skip
     trainer.fit(train)
-    return (100 * exitkit.collect(ee, test).accuracy()).tolist()
+    return [100 * float(accuracy) for accuracy in exitkit.collect(ee, test).accuracy()]
 
 
 def _resnet56(args: argparse.Namespace) -> Case:
@@ -111,7 +111,7 @@ def _squeezenet(args: argparse.Namespace) -> Case:
     train, test = _cifar(args)
     backbone = squeezenet1_1(num_classes=10)
     backbone.features[0].stride = (1, 1)  # for images of 32 × 32
-    learned = DataLoader(train, 64, shuffle=True)
+    learned: DataLoader[Any] = DataLoader(train, 64, shuffle=True)
     _kept(backbone, args.out / "squeezenet.pt", learned, epochs=15, lr=5e-4)
     return Case(backbone.eval().requires_grad_(False), train, test)
 
@@ -121,7 +121,7 @@ def _efficientnet(args: argparse.Namespace) -> Case:
     from torchvision.datasets import ImageFolder
     from torchvision.transforms import v2
 
-    backbone = timm.create_model("tf_efficientnet_lite0")
+    backbone: Any = timm.create_model("tf_efficientnet_lite0")
     weights = load_file(args.data / "weights" / "imagenet_timm_tf_efficientnet_lite0.safetensors")
     backbone.load_state_dict({key: value.to(backbone.state_dict()[key].dtype) for key, value in weights.items()})
     classes = torch.tensor([0, 217, 482, 491, 497, 566, 569, 571, 574, 701])  # Imagenette's
@@ -151,7 +151,7 @@ def _minilm(args: argparse.Namespace) -> Case:
         return [(text, int(label)) for text, label in (line.rsplit("\t", 1) for line in lines)]
 
     train = read("train", args.images)
-    learned = DataLoader(train, 32, shuffle=True, collate_fn=collate)  # type: ignore[arg-type]
+    learned: DataLoader[Any] = DataLoader(train, 32, shuffle=True, collate_fn=collate)  # type: ignore[arg-type]
     _kept(backbone, args.out / "minilm.pt", learned, epochs=1, lr=5e-5)
     return Case(backbone.eval().requires_grad_(False), train, read("dev", 872), collate)
 
