@@ -103,6 +103,7 @@ def test_files_tables_and_pictures(tiny_ee: exitkit.MultiExitModel, tmp_path: Pa
     [
         ({"loader": [torch.randn(4, 1, 8, 8)]}, "labels"),
         ({"loader": [(torch.randn(2, 1, 8, 8), torch.tensor([0, 7]))]}, "labels"),
+        ({"loader": [(torch.randn(2, 1, 8, 8), torch.tensor([0]))]}, "labels"),
         ({"points": 2}, "points"),
         ({"normalisation": "layer"}, "normalisation"),
         ({"ee": TinyNet()}, "attach"),

@@ -413,7 +413,7 @@ def test_the_plan_is_printed_for_the_engines_threshold(
 
 @pytest.mark.parametrize(
     ("samples", "message"),
-    [(images(2)[:0], "samples is an empty batch"), (torch.zeros(2, 3, 8, 8), "compiled for")],
+    [(images(2)[:0], "samples is an empty batch"), (torch.zeros(2, 3, 8, 8), "give images of 1 channel")],
 )
 def test_samples_that_do_not_fit(ee: exitkit.MultiExitModel, samples: Any, message: str) -> None:
     with pytest.raises(ExitkitError, match=message):

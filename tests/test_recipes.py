@@ -7,6 +7,7 @@ import math
 import os
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -161,7 +162,10 @@ def test_what_comes_in_at_the_border_is_black(tmp_path: Path) -> None:
 def test_the_trainer_gets_what_the_recipe_says(recipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every table of it."""
     given: dict[str, Any] = {}
-    monkeypatch.setattr("exitkit.cli.training.Trainer", lambda model, **options: given.update(options))
+    monkeypatch.setattr(
+        "exitkit.cli.training.Trainer",
+        lambda model, **options: given.update(options) or SimpleNamespace(resume="never"),
+    )
     more = (
         '[optimizer]\nname = "sgd"\nmomentum = 0.9\n[schedule]\nname = "linear"\n[loss]\nlabel_smoothing = 0.1\n'
         "[loss.distillation]\nconfidence_limit = 0\n[loss.distillation.teachers]\n0 = [1]\n"

@@ -138,7 +138,7 @@ def test_the_table_names_the_measure() -> None:
     table = str(outputs.curve().budget_table())
     assert "pearson" in table
     assert "accuracy" not in table
-    assert {len(line) for line in table.splitlines()} == {44}  # also where τ is the lowest number there is
+    assert len({len(line) for line in table.splitlines()}) == 1  # also where τ is the lowest number there is
 
 
 # from model to outputs -----------------------------------------------------------------------------------------------

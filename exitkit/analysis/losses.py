@@ -12,7 +12,7 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from exitkit.analysis.measurement import Array
-from exitkit.analysis.samples import Batch
+from exitkit.analysis.samples import Batch, size_of
 from exitkit.common.batches import check_labels, move
 from exitkit.multi_exit.model import MultiExitModel
 from exitkit.multi_exit.output import MultiExitOutput
@@ -57,7 +57,7 @@ class Evaluation:
         objective = Objective(chosen, len(model.classifiers))
         weights = chosen.weights_at(1.0, [boundary.share for boundary in model.boundaries])
         placed = [
-            (move(inputs, device), check_labels(labels, model.num_classes, _rows(labels)).to(device))
+            (move(inputs, device), check_labels(labels, model.num_classes, size_of(inputs)).to(device))
             for inputs, labels in batches
         ]
         return cls(placed, objective_weights(objective, weights), chosen.label_smoothing)
@@ -89,7 +89,3 @@ def _wrong(answer: Tensor, labels: Tensor) -> float:
     if answer.shape[1] == 1:
         return float((answer[:, 0].double() - labels.double()).abs().sum())
     return float((answer.argmax(-1) != labels).sum())
-
-
-def _rows(labels: Tensor | None) -> int:
-    return 0 if labels is None else len(labels)

@@ -97,7 +97,8 @@ def _warn_of_loss(engine: Engine) -> None:
     """Say where the exits cost more time than they save; not where no sample may leave, as to measure times."""
     if engine.measured is None or math.inf in engine.policy.thresholds:
         return
-    plan = engine.plan()
+    assert engine.measured is not None
+    plan = engine.measured.plan(engine.policy, skipping=engine.whole is not None)
     batch = plan.timings.sizes[-1]
     if (gain := plan.total_gain(batch)) < 0:
         warnings.warn(
