@@ -45,7 +45,7 @@ def bench(
     weights: Weights = None,
     num_classes: DataClasses = None,
     max_length: MaxLength = None,
-    every: Annotated[int | None, typer.Option(help="An exit after every n-th block; 1 by default")] = None,
+    every: Annotated[int | None, typer.Option(help="An exit after every n-th block; by default three exits")] = None,
     at: Annotated[
         str | None, typer.Option(help="Exits after these: names or numbers of exitkit inspect, as 0,3")
     ] = None,
