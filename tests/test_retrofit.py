@@ -26,6 +26,7 @@ from exitkit.retrofitting.alternatives import Alternative
 from exitkit.retrofitting.candidates import GRIDS, propose
 from exitkit.retrofitting.choice import Answers, cheapest, cost_at_price
 from exitkit.retrofitting.finishing import linked_from
+from exitkit.retrofitting.prices import in_time
 from exitkit.retrofitting.rounds import BUDGETS
 from exitkit.retrofitting.samples import Data, held_out, part_of
 from exitkit.retrofitting.verdict import decide
@@ -596,3 +597,33 @@ def test_a_cascade_begins_as_the_exits_that_it_links(net: nn.Module) -> None:
             first, second = apart.eval()(batch[0]).heads, linked.eval()(batch[0]).heads
         assert all(torch.allclose(one, other, atol=1e-5) for one, other in zip(first, second, strict=True))
     assert linked.method.cascade
+
+
+def test_costs_in_time_rise_along_the_backbone_and_count_heads(net: nn.Module) -> None:
+    class Slow(nn.Module):
+        """Waits, so that time is what the test says it is."""
+
+        def __init__(self, block: nn.Module, seconds: float) -> None:
+            super().__init__()
+            self.block, self.seconds = block, seconds
+
+        def forward(self, x: Tensor) -> Tensor:
+            if not torch.compiler.is_exporting():
+                time.sleep(self.seconds)
+            return self.block(x)  # type: ignore[no-any-return]
+
+    slow = Net()
+    slow.blocks = nn.Sequential(
+        *(Slow(block, 0.02 if number == 2 else 0.002) for number, block in enumerate(slow.blocks))
+    )
+    slow.eval()
+    pool, places = propose(
+        capture(slow, torch.zeros(2, 16)), ["1L"], ["blocks.1", "blocks.2"], GRIDS["standard"], seed=0
+    )
+    prices = in_time(pool, places, torch.zeros(1, 16))
+    assert prices.until[0] == pytest.approx(0.004 / 0.030, abs=0.1)
+    assert prices.until[1] == pytest.approx(0.024 / 0.030, abs=0.1)
+    assert all(0 < head < 0.2 for head in prices.heads)
+    train, calibration = loaders()
+    options: dict[str, Any] = {"cost": "time", "batch_size": 8, "heads": ["1L"], "boundaries": ["blocks.0"]}
+    assert quick(net, train, calibration, **options).times.batch_size == 8

@@ -58,10 +58,10 @@ def _times(loop: Loop, eager: Program, tensors: Sequence[Tensor]) -> tuple[list[
     half = np.arange((len(batch) + 1) // 2)
     seconds, heads, gathers = [], [], []
     for index, step in enumerate(loop.program.steps):
-        gathers.append(_seconds(partial(batch.select, half, axes), device))
-        seconds.append(_seconds(staying.step_runner(index, batch), device))
+        gathers.append(median_seconds(partial(batch.select, half, axes), device))
+        seconds.append(median_seconds(staying.step_runner(index, batch), device))
         if step.stage is not None:  # run in the same way, without the exit
-            heads.append(max(0.0, seconds[-1] - _seconds(bare.step_runner(index, batch), device)))
+            heads.append(max(0.0, seconds[-1] - median_seconds(bare.step_runner(index, batch), device)))
         else:
             heads.append(_exit_seconds(eager, index, [batch.values[name] for name in step.inputs]))
         batch = staying.run_step(batch, index)[0] or batch
@@ -99,7 +99,7 @@ def decision_seconds(loop: Loop, tensors: Sequence[Tensor]) -> list[float]:
     for index, step in enumerate(loop.program.steps[:-1]):
         batch = staying.run_step(batch, index)[0] or batch
         run = halved.decision_runner(batch, index, answer, score)
-        seconds.append(_seconds(run, loop.program.inputs.device, _SHORT) if step.decides else 0.0)
+        seconds.append(median_seconds(run, loop.program.inputs.device, _SHORT) if step.decides else 0.0)
     return seconds
 
 
@@ -112,10 +112,10 @@ def _exit_seconds(eager: Program, index: int, values: Sequence[Any]) -> float:
     named = dict(zip(module.inputs, values, strict=True))
     feature = module.stage(*(named[name] for name in module.stage_inputs))[0]
     exit_ = module.exit
-    return _seconds(lambda: exit_(feature, dict(named)), eager.inputs.device)
+    return median_seconds(lambda: exit_(feature, dict(named)), eager.inputs.device)
 
 
-def _seconds(run: Callable[[], Any], device: torch.device, repeats: int = _REPEATS) -> float:
+def median_seconds(run: Callable[[], Any], device: torch.device, repeats: int = _REPEATS) -> float:
     """The median of several runs, until the device has done them, after one to warm up."""
     times = []
     for _ in range(repeats + 1):

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-import statistics
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,14 +16,15 @@ from numpy.typing import NDArray
 from exitkit.common.batches import move
 from exitkit.common.errors import ArgumentError, FileError
 from exitkit.common.files import replacing
+from exitkit.engine.profiling import median_seconds
 from exitkit.multi_exit.model import MultiExitModel
 from exitkit.retrofitting.candidates import Place
 from exitkit.surgery.capturing import evaluation_mode
-from exitkit.surgery.hooks import recording
+from exitkit.surgery.hooks import HookPoint, recording
 from exitkit.surgery.inputs import Example, argument, as_call
 
 Cost = Literal["macs", "time"]
-_ROUNDS = 5
+_REPEATS = 5
 _FORMAT = "exitkit-retrofit-1"
 
 
@@ -60,34 +60,21 @@ def in_time(pool: MultiExitModel, places: Sequence[Place], inputs: Any) -> Price
     with evaluation_mode(pool), torch.inference_mode():
         features, _ = pool.run_heads(*args, **kwargs)
 
-        def run_until(slot: int) -> None:
-            with recording(backbone, [pool.specs[slot].hook], stop=True):
+        def run_until(point: HookPoint) -> None:
+            with recording(backbone, [point], stop=True):
                 backbone(*args, **kwargs)
 
         def run_head(slot: int) -> None:
             reads = [argument(backbone.forward, key, args, kwargs) for key in pool.specs[slot].inputs]
             pool.classifiers[slot](features[slot], None, reads)
 
-        whole = _seconds(lambda: backbone(*args, **kwargs), device)
-        at: dict[int, float] = {}
-        for slot, place in enumerate(places):
-            if place.boundary.position not in at:
-                at[place.boundary.position] = _seconds(lambda slot=slot: run_until(slot), device) / whole  # type: ignore[misc]
-        heads = [_seconds(lambda slot=slot: run_head(slot), device) / whole for slot in range(len(places))]  # type: ignore[misc]
-    rising = dict(zip(sorted(at), np.maximum.accumulate([at[position] for position in sorted(at)]), strict=True))
-    return Prices(tuple(min(float(rising[place.boundary.position]), 1.0) for place in places), tuple(heads))
-
-
-def _seconds(run: Callable[[], Any], device: torch.device) -> float:
-    """The median of several runs after one to warm up."""
-    times = []
-    for _ in range(_ROUNDS + 1):
-        started = time.perf_counter()
-        run()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        times.append(time.perf_counter() - started)
-    return statistics.median(times[1:])
+        whole = median_seconds(lambda: backbone(*args, **kwargs), device, _REPEATS)
+        points = {spec.boundary.position: spec.hook for spec in pool.specs}  # in the order in which they run
+        until = [median_seconds(partial(run_until, point), device, _REPEATS) for point in points.values()]
+        heads = [median_seconds(partial(run_head, slot), device, _REPEATS) / whole for slot in range(len(places))]
+    rising = np.minimum(np.maximum.accumulate(until) / whole, 1.0).tolist()
+    at = dict(zip(points, rising, strict=True))
+    return Prices(tuple(at[place.boundary.position] for place in places), tuple(heads))
 
 
 def kept_prices(path: Path | None, settings: dict[str, Any], measure: Callable[[], Prices]) -> Prices:
