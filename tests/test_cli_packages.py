@@ -68,6 +68,17 @@ def test_images_and_folders(package: Path, pictures: Path) -> None:
     assert {json.loads(line)["exit"] for line in run("run", package, pictures, "--threshold", "2")} == {1}
 
 
+def test_the_likeliest_labels(package: Path, pictures: Path) -> None:
+    """With the probabilities of the exit that answered."""
+    (record,) = map(json.loads, run("run", package, pictures / "1.png", "--top", "3"))
+    probabilities = [one["probability"] for one in record["top"]]
+    assert len(record["top"]) == 3
+    assert record["top"][0]["label"] == record["label"]
+    assert probabilities[0] == pytest.approx(record["score"], abs=2e-6)  # sdn's score is the confidence
+    assert probabilities == sorted(probabilities, reverse=True)
+    assert "top" not in json.loads(run("run", package, pictures / "1.png")[0])
+
+
 def test_times_beside_a_run_in_which_nobody_leaves(package: Path, pictures: Path) -> None:
     shown = "\n".join(run("bench-latency", package, pictures, "--batches", "1,2"))
     assert "3 different samples" in shown

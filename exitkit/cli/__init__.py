@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import sys
+import traceback
+from itertools import takewhile
 
 
 def main() -> None:
@@ -17,5 +20,15 @@ def main() -> None:
     try:
         app()
     except ExitkitError as error:
+        if _asks_for_tracebacks(sys.argv[1:]):
+            traceback.print_exc()
         print(f"exitkit: {error}", file=sys.stderr)
         sys.exit(2)
+
+
+def _asks_for_tracebacks(arguments: list[str]) -> bool:
+    """Whether ``--verbose`` stands before the command's name."""
+    return any(
+        one == "--verbose" or re.fullmatch("-[qv]*v[qv]*", one)
+        for one in takewhile(lambda it: it[:1] == "-", arguments)
+    )

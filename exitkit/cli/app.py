@@ -9,7 +9,9 @@ import typer
 
 from exitkit.cli.analysing import analyse
 from exitkit.cli.experiments import bench, init, train
+from exitkit.cli.help import SectionedGroup, add
 from exitkit.cli.options import (
+    AsJson,
     Classes,
     MaxLength,
     ModelName,
@@ -24,29 +26,60 @@ from exitkit.cli.options import (
 from exitkit.cli.policies import app as policies
 from exitkit.cli.results import calibrate, compare, report
 from exitkit.cli.retrofitting import retrofit
-from exitkit.common.console import make_console, printable
+from exitkit.common.console import make_console, printable, without_progress
 from exitkit.common.errors import ArgumentError
+
+_STATUSES = """Exit status: 0 where all went well; 2 for what you can put right, said in a line or two; 3 where run left images
+out; 130 after Ctrl-C."""
 
 app = typer.Typer(
     help="Early exits for pretrained classifiers.",
+    epilog=_STATUSES,
+    cls=SectionedGroup,
     no_args_is_help=True,
-    add_completion=False,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
 _NAMED = 20
 """How many skipped inputs are named one by one."""
 _SKIPPED = 3
 """Exit status of ``run`` where images were left out."""
 
 
-@app.command()
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        import exitkit
+
+        typer.echo(f"exitkit {exitkit.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    context: typer.Context,
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit", callback=_print_version, is_eager=True)
+    ] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing of progress, and warn of nothing")] = False,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="Show where in the code an error was raised")
+    ] = False,
+) -> None:
+    """What holds for every command, before its name."""
+    if quiet:
+        context.with_resource(without_progress())
+    del version, verbose  # the one has been printed; main() looks for the other, as it sees the error
+
+
 def inspect(
     model: ModelName,
     weights: Weights = None,
     num_classes: Classes = None,
     image_size: Annotated[int | None, typer.Option(help="Side of the input image, for models that do not say")] = None,
     length: Annotated[int | None, typer.Option(help="Tokens per text; what a text model costs depends on it")] = None,
+    json: AsJson = False,
 ) -> None:
     """Show where exits can go, and what each stage costs.
 
@@ -55,19 +88,15 @@ def inspect(
     """
     import exitkit
     from exitkit.cli.sources import load_model
+    from exitkit.common.schema import to_json
 
     backbone = load_model(model, weights, num_classes)
     example = _image_example(backbone, image_size) if length is None else _text_example(backbone, length)
-    exitkit.inspect(backbone, example)
+    found = exitkit.inspect(backbone, example, show=not json)
+    if json:
+        typer.echo(to_json(found.to_dict()))
 
 
-app.command()(retrofit)
-app.command()(bench)
-app.command()(init)
-app.command()(train)
-
-
-@app.command()
 def export(
     run: Annotated[
         Path | None,
@@ -126,10 +155,10 @@ def export(
         make_console().print(line)
 
 
-@app.command()
 def run(
     package: Package,
     inputs: Annotated[list[str], typer.Argument(help="Images and folders; or texts, .txt, .csv, .tsv; - is stdin")],
+    top: Annotated[int, typer.Option(help="Above 1: add so many labels, the likeliest first, with probabilities")] = 1,
     batch_size: Annotated[int, typer.Option(help="Samples answered at once")] = 16,
     threshold: Tau = None,
     device: PackageDevice = None,
@@ -145,11 +174,11 @@ def run(
     from exitkit.cli.inputs import Losses
     from exitkit.common.schema import to_json
 
-    check_least(batch_size=batch_size)
+    check_least(batch_size=batch_size, top=top)
     exitkit.keep_memory()
     loaded = exitkit.load(package, threshold=threshold, device=device, trust=trust)
     losses = Losses()
-    for record in predict(loaded, inputs, batch_size, losses):
+    for record in predict(loaded, inputs, batch_size, losses, top):
         typer.echo(to_json(record))
     for reason in losses.skipped[:_NAMED]:
         typer.echo(f"skipped: {printable(reason)}", err=True)
@@ -160,7 +189,6 @@ def run(
         raise typer.Exit(_SKIPPED)
 
 
-@app.command()
 def bench_latency(
     package: Package,
     inputs: Annotated[
@@ -189,14 +217,6 @@ def bench_latency(
     make_console().print(latency_table(loaded, samples_for(loaded, package, inputs or []), sizes))
 
 
-app.command()(calibrate)
-app.command()(compare)
-app.command()(report)
-app.command()(analyse)
-app.add_typer(policies, name="rl")
-
-
-@app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for the exits, the numbers and the pictures")] = Path(
         "exitkit-demo"
@@ -238,3 +258,42 @@ def _text_example(backbone: Any, length: int) -> Any:
         raise ArgumentError(f"--length {length} must be at least 1, and the model one that reads tokens")
     positions = torch.arange(length) % example.tensors[0].shape[1]
     return example.spec.batch(tuple(tensor[:1, positions] for tensor in example.tensors))
+
+
+def doctor(
+    compiling: Annotated[bool, typer.Option(help="Try to compile too, which takes most of the time")] = True,
+    json: AsJson = False,
+) -> None:
+    """Say what is installed, what there is to run on, and whether attaching, compiling and exporting work here.
+
+    What an issue asks for. Nothing is downloaded, and nothing is kept.
+    """
+    from exitkit.cli.doctor import examine
+    from exitkit.common.schema import to_json
+
+    found = examine(compiling)
+    if json:
+        typer.echo(to_json(found))
+        return
+    for heading, lines in found.items():
+        typer.echo(f"{heading}\n" + "\n".join(f"  {name:<18}{text}" for name, text in lines.items()))
+
+
+_FIND, _LOOK, _RUN = "From a model to exits", "Looking at runs", "From exits to answers"
+add(
+    app, inspect, _FIND, "inspect timm:resnet18 --weights pretrained", "inspect hf:distilbert-base-uncased --length 64"
+)
+add(app, retrofit, _FIND, "retrofit --model timm:resnet18 --weights pretrained --data photos --out runs/a")
+add(app, bench, _FIND, "bench --model timm:resnet18 --weights pretrained --data photos --every 2 --out runs/a")
+add(app, init, _FIND, "init recipe.toml")
+add(app, train, _FIND, "train recipe.toml --set trainer.lr=1e-4 --out runs/a")
+add(app, calibrate, _LOOK, "calibrate runs/a --max-drop 0.01")
+add(app, report, _LOOK, "report runs/a")
+add(app, compare, _LOOK, "compare runs/a runs/b --budget 0.5")
+add(app, analyse, _LOOK, "analyse runs/a runs/b --what rank,connectivity")
+add(app, export, _RUN, "export runs/a", "export --model timm:resnet18 --exits my-exits --out model.onnx")
+add(app, run, _RUN, "run runs/a/model.pt2 --trust photo.jpg photos/")
+add(app, bench_latency, _RUN, "bench-latency runs/a/model.pt2 --trust --batches 1,16")
+add(app, demo, None, "demo --out demo")
+add(app, doctor, None, "doctor", "doctor --json")
+app.add_typer(policies, name="rl")

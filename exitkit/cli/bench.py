@@ -16,6 +16,7 @@ from exitkit.common.batches import move, split_batch
 from exitkit.common.errors import ArgumentError, ExitkitError
 from exitkit.common.intervals import with_interval
 from exitkit.evaluation import ExitOutputs, collect
+from exitkit.evaluation.curve import BUDGETS
 from exitkit.methods.presets import Method
 from exitkit.multi_exit.attaching import attach
 from exitkit.multi_exit.model import MultiExitModel
@@ -118,9 +119,9 @@ def head_share(model: MultiExitModel) -> float:
     return model.exits[-1].macs_fraction - 1
 
 
-def comparison_table(results: Mapping[str, ExitOutputs], title: str) -> Table:
-    """Accuracy of each method at the papers' budgets, beside the unmodified backbone."""
-    tables = {name: outputs.curve().budget_table().rows for name, outputs in results.items()}
+def comparison_table(results: Mapping[str, ExitOutputs], title: str, budgets: Sequence[float] = BUDGETS) -> Table:
+    """Accuracy of each method at the budgets, by default the papers', beside the unmodified backbone."""
+    tables = {name: outputs.curve().budget_table(budgets).rows for name, outputs in results.items()}
     columns = list(next(iter(tables.values())))
     table = Table(title=title, caption=_caption(results), caption_justify="left")
     for heading in ("method", "heads", *columns):
@@ -129,6 +130,20 @@ def comparison_table(results: Mapping[str, ExitOutputs], title: str) -> Table:
         heads = f"+{results[name].costs[-1] - 1:.1%}"
         table.add_row(name, heads, *("-" if point is None else f"{point.accuracy:.2%}" for point in rows.values()))
     return table
+
+
+def over_budget(results: Mapping[str, ExitOutputs], budgets: Sequence[float] = BUDGETS) -> list[str]:
+    """For each method whose first exit is over a budget, why the table has a ``-`` there and what would help."""
+    lines = []
+    for name, outputs in results.items():
+        cheapest = outputs.curve().cost[0]
+        missed = [budget for budget in budgets if budget <= cheapest]
+        if missed:
+            lines.append(
+                f"- at {100 * max(missed):g}%: the first exit of {name} costs {cheapest:.1%} already; an earlier one, or one "
+                "with a cheaper head, would be needed"
+            )
+    return lines
 
 
 def _caption(results: Mapping[str, ExitOutputs]) -> str:

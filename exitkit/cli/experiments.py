@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
@@ -13,6 +13,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from exitkit.cli.options import (
+    EXITS,
+    TRAINING,
+    Budgets,
     Cache,
     Data,
     DataClasses,
@@ -23,6 +26,7 @@ from exitkit.cli.options import (
     Weights,
     check_folder,
     check_least,
+    shares_of,
 )
 from exitkit.common.console import make_console, printable
 from exitkit.common.errors import ArgumentError, ExitkitError
@@ -41,22 +45,31 @@ def bench(
     data: Data,
     out: Annotated[Path, typer.Option(help="Folder for the exits, results.json, curve.png and the outputs")],
     test: Annotated[str | None, typer.Option(help="Test samples; by default a fifth of --data is held out")] = None,
-    methods: Annotated[str, typer.Option(help=f"Comma-separated: {_METHODS}")] = "sdn,pbee,ztw",
+    methods: Annotated[str, typer.Option(help=f"Comma-separated: {_METHODS}", rich_help_panel=EXITS)] = "sdn,pbee,ztw",
     weights: Weights = None,
     num_classes: DataClasses = None,
     max_length: MaxLength = None,
-    every: Annotated[int | None, typer.Option(help="An exit after every n-th block; by default three exits")] = None,
+    every: Annotated[
+        int | None, typer.Option(help="An exit after every n-th block; by default three exits", rich_help_panel=EXITS)
+    ] = None,
     at: Annotated[
-        str | None, typer.Option(help="Exits after these: names or numbers of exitkit inspect, as 0,3")
+        str | None,
+        typer.Option(help="Exits after these: names or numbers of exitkit inspect, as 0,3", rich_help_panel=EXITS),
     ] = None,
     head: Annotated[
-        str, typer.Option(help="auto, 1L, 2L-WIDTH, conv, separable, strided, tail or branch-BLOCKS")
+        str,
+        typer.Option(
+            help="auto, 1L, 2L-WIDTH, conv, separable, strided, tail or branch-BLOCKS", rich_help_panel=EXITS
+        ),
     ] = "auto",
-    epochs: Annotated[int, typer.Option(help="Passes over the training samples")] = 15,
-    lr: Annotated[float, typer.Option(help="Adam's learning rate")] = 1e-3,
-    batch_size: Annotated[int, typer.Option(help="Training batch size")] = 64,
-    limit: Annotated[int | None, typer.Option(help="Use at most so many training samples")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of initialisation, order and subset")] = 0,
+    epochs: Annotated[int, typer.Option(help="Passes over the training samples", rich_help_panel=TRAINING)] = 15,
+    budgets: Budgets = "25,50,75,100",
+    lr: Annotated[float, typer.Option(help="Adam's learning rate", rich_help_panel=TRAINING)] = 1e-3,
+    batch_size: Annotated[int, typer.Option(help="Training batch size", rich_help_panel=TRAINING)] = 64,
+    limit: Annotated[
+        int | None, typer.Option(help="Use at most so many training samples", rich_help_panel=TRAINING)
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of initialisation, order and subset", rich_help_panel=TRAINING)] = 0,
     cache: Cache = False,
     device: Device = None,
     threads: Threads = None,
@@ -68,6 +81,7 @@ def bench(
     check_least(batch_size=batch_size, limit=limit, max_length=max_length)
     if seed < 0:
         raise ArgumentError(f"--seed {seed} must be at least 0")
+    shares = shares_of(budgets)
     check_folder(out)
     from exitkit.cli.bench import compare
     from exitkit.cli.data import load_data
@@ -115,16 +129,16 @@ def bench(
             report=say,
             classes=split.classes,
         )
-        _keep(compared, out, about, split, f"{model} on {data}")
+        _keep(compared, out, about, split, f"{model} on {data}", shares)
 
 
 def _places(at: str) -> list[str | int]:
     return [int(part) if part.isdecimal() else part for part in map(str.strip, at.split(","))]
 
 
-def _keep(compared: Any, out: Path, about: dict[str, Any], split: Any, title: str) -> None:
+def _keep(compared: Any, out: Path, about: dict[str, Any], split: Any, title: str, budgets: Sequence[float]) -> None:
     """Write every method that was finished, also where an error or Ctrl-C ends the others."""
-    from exitkit.cli.bench import comparison_table
+    from exitkit.cli.bench import comparison_table, over_budget
     from exitkit.cli.writing import next_steps, write_results, written
 
     say = make_console().print
@@ -135,7 +149,10 @@ def _keep(compared: Any, out: Path, about: dict[str, Any], split: Any, title: st
     except (KeyboardInterrupt, ExitkitError) as error:
         stopped = error
     if results:
-        say(comparison_table({name: one.outputs for name, one in results.items()}, title))
+        outputs = {name: one.outputs for name, one in results.items()}
+        say(comparison_table(outputs, title, budgets))
+        for line in over_budget(outputs, budgets):
+            say(line)
         written(out, lambda folder: write_results(results, folder, about, split))
         for line in next_steps(out):
             say(line)

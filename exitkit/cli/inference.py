@@ -20,7 +20,7 @@ T = TypeVar("T")
 
 
 def predict(
-    package: Engine | OnnxBranches, inputs: Sequence[str], batch: int, losses: Losses
+    package: Engine | OnnxBranches, inputs: Sequence[str], batch: int, losses: Losses, top: int = 1
 ) -> Iterator[dict[str, Any]]:
     """One record for each image or text: the input, its label, the exit it left at, and the score there.
 
@@ -29,6 +29,7 @@ def predict(
         inputs: images and folders of them, or texts and files of them; ``-`` is stdin.
         batch: how many are answered at once.
         losses: is told of images that cannot be read, which are left out, and of texts that were cut.
+        top: above 1, so many labels are added, the most likely first, with their probabilities at that exit.
 
     Raises:
         ArgumentError: a package that does not say how inputs become tensors, images for texts or the other way round, a
@@ -37,15 +38,24 @@ def predict(
     labels = None if package.description is None else package.description.labels
     for names, made in _batches(_preprocessing(package), inputs, batch, losses):
         answer = call_on(package, move(made, package.inputs.device))
-        for name, label, exit_, score in zip(names, answer.logits.argmax(-1), answer.exit, answer.score, strict=True):
-            index = int(label)
-            shown = index if labels is None else labels[index]
-            yield {
+        for name, logits, exit_, score in zip(names, answer.logits, answer.exit, answer.score, strict=True):
+            record = {
                 "input": name,
-                "label": shown,
+                "label": _shown(int(logits.argmax()), labels),
                 "exit": int(exit_),
                 "score": round(float(score), 6) if score.isfinite() else None,
             }
+            yield record | ({"top": _most_likely(logits, top, labels)} if top > 1 else {})
+
+
+def _shown(index: int, labels: Sequence[str] | None) -> int | str:
+    return index if labels is None else labels[index]
+
+
+def _most_likely(logits: torch.Tensor, count: int, labels: Sequence[str] | None) -> list[dict[str, Any]]:
+    probabilities = logits.double().softmax(-1)
+    order = probabilities.argsort(descending=True)[:count]
+    return [{"label": _shown(int(i), labels), "probability": round(float(probabilities[i]), 6)} for i in order]
 
 
 def _batches(

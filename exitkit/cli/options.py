@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 from typing import Annotated
@@ -9,6 +10,9 @@ from typing import Annotated
 import typer
 
 from exitkit.common.errors import ArgumentError
+
+EXITS, PROMISE, SEARCH, TRAINING, MACHINE = "Exits", "Promise", "Search", "Training", "Machine"
+"""Sections of help that options stand in."""
 
 _MODEL = "torchvision:NAME, timm:NAME, hf:NAME_OR_DIR or package.module:function"
 
@@ -18,7 +22,10 @@ Data = Annotated[str, typer.Option(help="Image folder, .npz, .csv/.tsv of text a
 Package = Annotated[Path, typer.Argument(help="What exitkit export wrote: .pt2, .onnx, .onnx.zip or .pte")]
 Trust = Annotated[bool, typer.Option("--trust", help="You trust the code in a .pt2; without, there is a warning")]
 Weights = Annotated[str | None, typer.Option(help="State-dict file (.safetensors, .pth), or 'pretrained'")]
-Threads = Annotated[int | None, typer.Option(help="CPU threads; by default one for a backbone below 100 MMACs")]
+Threads = Annotated[
+    int | None,
+    typer.Option(help="CPU threads; by default one for a backbone below 100 MMACs", rich_help_panel=MACHINE),
+]
 Classes = Annotated[int | None, typer.Option(help="Size of the model's classifier, where not its library's default")]
 DataClasses = Annotated[
     int | None, typer.Option(help="Classes of the data; a last layer of other ones is replaced, and trained")
@@ -28,11 +35,21 @@ MaxLength = Annotated[
 ]
 Cache = Annotated[
     bool,
-    typer.Option("--cache", help="Run the backbone once, and train on its features from a file; as augmented then"),
+    typer.Option(
+        "--cache",
+        help="Run the backbone once, and train on its features from a file; as augmented then",
+        rich_help_panel=TRAINING,
+    ),
 ]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N; by default a GPU where there is one")]
-PackageDevice = Annotated[str | None, typer.Option(help="cpu or cuda; by default cpu, or what it was compiled for")]
+Device = Annotated[
+    str | None, typer.Option(help="cpu, cuda or cuda:N; by default a GPU where there is one", rich_help_panel=MACHINE)
+]
+PackageDevice = Annotated[
+    str | None, typer.Option(help="cpu or cuda; by default cpu, or what it was compiled for", rich_help_panel=MACHINE)
+]
 Tau = Annotated[float | None, typer.Option(help="Another τ than the package's")]
+Budgets = Annotated[str, typer.Option(help="Comma-separated: the table's columns, in % of the backbone's MACs")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for programs")]
 RunDirectory = Annotated[Path, typer.Argument(metavar="RUN_DIR", help="What exitkit bench, train or demo wrote")]
 
 
@@ -50,3 +67,18 @@ def check_least(**numbers: int | None) -> None:
     for name, number in numbers.items():
         if number is not None and number < 1:
             raise ArgumentError(f"--{name.replace('_', '-')} {number} must be at least 1")
+
+
+def shares_of(budgets: str) -> list[float]:
+    """``"25,35,50"`` as shares of 1.
+
+    Raises:
+        ArgumentError: something else, or a number that is not positive.
+    """
+    try:
+        found = [float(part) / 100 for part in budgets.split(",")]
+    except ValueError:
+        found = []
+    if not found or not all(0 < share < math.inf for share in found):
+        raise ArgumentError(f"--budgets {budgets[:80]!r} must be percentages of the backbone's MACs, such as 25,35,50")
+    return found

@@ -10,7 +10,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from exitkit.cli.experiments import INTERRUPTED, say_what_is_lost
-from exitkit.cli.options import Classes, Data, Device, Model, Threads, Weights, check_folder, check_least
+from exitkit.cli.options import (
+    PROMISE,
+    SEARCH,
+    TRAINING,
+    Classes,
+    Data,
+    Device,
+    Model,
+    Threads,
+    Weights,
+    check_folder,
+    check_least,
+)
 from exitkit.common.console import make_console
 from exitkit.common.errors import ArgumentError
 
@@ -25,26 +37,48 @@ def retrofit(
         Path, typer.Option(help="Folder for the exits, the verdict, report.html and what is found on the way")
     ],
     calibration: Annotated[
-        str | None, typer.Option(help="Samples that nothing has seen; by default a fifth of --data is held out")
+        str | None,
+        typer.Option(
+            help="Samples that nothing has seen; by default a fifth of --data is held out", rich_help_panel=PROMISE
+        ),
     ] = None,
-    max_drop: Annotated[float, typer.Option(help="What may be lost against the model, between 0 and 1")] = 0.01,
-    confidence: Annotated[float, typer.Option(help="How often the promise is to hold")] = 0.95,
-    cost: Annotated[str, typer.Option(help="What is to be saved: macs, or time on this device")] = "macs",
-    batch_size: Annotated[int, typer.Option(help="How many samples are answered together in use")] = 1,
-    effort: Annotated[str, typer.Option(help="What the search may cost: quick, standard or thorough")] = "standard",
-    heads: Annotated[str | None, typer.Option(help="Comma-separated kinds, such as 2L-256,branch-2")] = None,
-    at: Annotated[str | None, typer.Option(help="Comma-separated boundaries, as exitkit inspect names them")] = None,
+    max_drop: Annotated[
+        float, typer.Option(help="What may be lost against the model, between 0 and 1", rich_help_panel=PROMISE)
+    ] = 0.01,
+    confidence: Annotated[
+        float, typer.Option(help="How often the promise is to hold", rich_help_panel=PROMISE)
+    ] = 0.95,
+    cost: Annotated[
+        str, typer.Option(help="What is to be saved: macs, or time on this device", rich_help_panel=SEARCH)
+    ] = "macs",
+    batch_size: Annotated[
+        int, typer.Option(help="How many samples are answered together in use", rich_help_panel=SEARCH)
+    ] = 1,
+    effort: Annotated[
+        str, typer.Option(help="What the search may cost: quick, standard or thorough", rich_help_panel=SEARCH)
+    ] = "standard",
+    heads: Annotated[
+        str | None, typer.Option(help="Comma-separated kinds, such as 2L-256,branch-2", rich_help_panel=SEARCH)
+    ] = None,
+    at: Annotated[
+        str | None,
+        typer.Option(help="Comma-separated boundaries, as exitkit inspect names them", rich_help_panel=SEARCH),
+    ] = None,
     alternative: Annotated[
         list[str] | None,
         typer.Option(help="A smaller model to stand beside, as --model; MODEL=WEIGHTS with its weights"),
     ] = None,
     weights: Weights = None,
     num_classes: Classes = None,
-    training_batch_size: Annotated[int, typer.Option(help="Training batch size")] = 64,
-    limit: Annotated[int | None, typer.Option(help="Use at most so many training samples")] = None,
-    mixed_precision: Annotated[str, typer.Option(help="What exits learn in: no, fp16 or bf16")] = "no",
+    training_batch_size: Annotated[int, typer.Option(help="Training batch size", rich_help_panel=TRAINING)] = 64,
+    limit: Annotated[
+        int | None, typer.Option(help="Use at most so many training samples", rich_help_panel=TRAINING)
+    ] = None,
+    mixed_precision: Annotated[
+        str, typer.Option(help="What exits learn in: no, fp16 or bf16", rich_help_panel=TRAINING)
+    ] = "no",
     optimize: Annotated[bool, typer.Option(help="Compile engine and model to be timed, as they will be used")] = True,
-    seed: Annotated[int, typer.Option(help="All random numbers follow from it")] = 0,
+    seed: Annotated[int, typer.Option(help="All random numbers follow from it", rich_help_panel=TRAINING)] = 0,
     device: Device = None,
     threads: Threads = None,
 ) -> None:

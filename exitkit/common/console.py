@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import sys
 import time
+import warnings
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from operator import length_hint
 from typing import IO, TYPE_CHECKING, TypeVar
 
@@ -15,6 +18,26 @@ T = TypeVar("T")
 _WIDTH = 120
 _PAUSE = 10.0
 """Seconds between lines of progress where there is no terminal."""
+
+
+_quiet: ContextVar[bool] = ContextVar("quiet", default=False)
+
+
+@contextmanager
+def without_progress() -> Iterator[None]:
+    """Inside, nothing says how far it is, and nothing warns."""
+    before = _quiet.set(True)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        _quiet.reset(before)
+
+
+def shows_progress(wanted: bool) -> bool:
+    """Whether progress is to be shown where it is ``wanted``."""
+    return wanted and not _quiet.get()
 
 
 def make_console(file: IO[str] | None = None) -> Console:
@@ -39,7 +62,7 @@ def tracked(items: Iterable[T], doing: str, of: object = None, shown: bool = Tru
     ``of`` is what has the number of items as its length, where ``items`` has not.
     """
     total = length_hint(items if of is None else of, 0) or None
-    if not shown:
+    if not shows_progress(shown):
         yield from items
     elif sys.stderr.isatty():
         yield from _with_bar(items, doing, total)

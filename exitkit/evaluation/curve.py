@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from decimal import ROUND_CEILING, Decimal
 from pathlib import Path
@@ -164,10 +165,18 @@ class Curve:
         widths = np.diff(np.clip(np.append(self.cost, np.inf), low, high))
         return float((widths * self.accuracy).sum() / (high - low))
 
-    def budget_table(self) -> BudgetTable:
-        """The rows of the papers' tables: 25, 50, 75 and 100% of the unmodified backbone, and two readings of Max."""
+    def budget_table(self, budgets: Sequence[float] = BUDGETS) -> BudgetTable:
+        """The rows of the papers' tables: 25, 50, 75 and 100% of the unmodified backbone, and two readings of Max.
+
+        Args:
+            budgets: other shares of the backbone's cost.
+
+        Raises:
+            ArgumentError: a budget that is not a positive number.
+        """
+        shares = [positive("budgets", budget, "shares of the backbone's cost, such as 0.5") for budget in budgets]
         rows: dict[str, BudgetPoint | None] = {
-            f"{budget:.0%}": self.at_budget(budget) if self.cost[0] < budget else None for budget in BUDGETS
+            f"{100 * share:g}%": self.at_budget(share) if self.cost[0] < share else None for share in shares
         }
         return BudgetTable(rows | {"Max (no limit)": self.no_limit(), "Max (best τ)": self.best()}, self.measure)
 

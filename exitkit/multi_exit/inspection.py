@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -72,6 +72,15 @@ class Inspection:
         """The backbone's MACs as ptflops counts them; None where ptflops is not installed."""
         counts = [stage.ptflops_macs for stage in self.stages if stage.ptflops_macs is not None]
         return sum(counts) if counts else None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Values that JSON holds: the stages, and the names that ``at=`` accepts."""
+        return {
+            "model": self.model,
+            "macs": self.anatomy.macs,
+            "stages": [asdict(stage) for stage in self.stages],
+            "boundaries": [boundary.name for boundary in self.boundaries],
+        }
 
     def table(self) -> Table:
         """The stages as a Rich table, with the feature at the end of each."""

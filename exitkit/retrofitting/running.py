@@ -18,7 +18,7 @@ from exitkit.calibration.risk_control import choose_threshold
 from exitkit.calibration.risks import as_risk
 from exitkit.common.batches import checked, split_batch
 from exitkit.common.checks import Count, Index, Share, check_fields
-from exitkit.common.console import make_console
+from exitkit.common.console import make_console, shows_progress
 from exitkit.common.errors import ArgumentError
 from exitkit.common.hashes import digest
 from exitkit.evaluation.collecting import collect
@@ -351,7 +351,7 @@ def _folder(output_dir: str | Path | None) -> Path | None:
 
 
 def _speaker(show: bool) -> Callable[[str], None]:
-    if not show:
+    if not shows_progress(show):
         return lambda text: None
     console = make_console(sys.stderr)
     return lambda text: console.print(text, highlight=False)

@@ -13,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 from torch import Tensor
 
+from exitkit.common.console import shows_progress
 from exitkit.training.progress import Epoch, number, spread
 
 _ROWS = 12
@@ -89,7 +90,7 @@ def displayed(wanted: bool, epochs: int, phases: int, steps: int | None) -> Iter
 
     ``steps``: optimiser steps of an epoch, where they are known.
     """
-    console = Console(stderr=True)
+    console, wanted = Console(stderr=True), shows_progress(wanted)
     display = Display(wanted and not console.is_terminal, epochs, phases, steps)
     if not (wanted and console.is_terminal):
         yield display
