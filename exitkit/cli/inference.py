@@ -39,7 +39,7 @@ def predict(
     for names, made in _batches(_preprocessing(package), inputs, batch, losses):
         answer = call_on(package, move(made, package.inputs.device))
         for name, logits, exit_, score in zip(names, answer.logits, answer.exit, answer.score, strict=True):
-            record = {
+            record: dict[str, Any] = {
                 "input": name,
                 "label": _shown(int(logits.argmax()), labels),
                 "exit": int(exit_),
