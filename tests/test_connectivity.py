@@ -382,7 +382,7 @@ def test_a_permuted_copy_has_no_barrier_once_aligned(
     assert np.ptp(found.loss, axis=0).max() < 1e-9
     assert found.barrier.max() < 1e-9
     apart = connectivity(a, other, data(), points=5, align=False)
-    assert apart.barrier.max() > 0.01
+    assert apart.barrier.max() > 1e-3  # a million times what is left once aligned
     assert apart.groups == 0
     assert not apart.aligned
 

@@ -59,15 +59,17 @@ def ee(tiny_net: TinyNet) -> MultiExitModel:
 # steps ---------------------------------------------------------------------------------------------------------------
 
 
-def test_two_accumulated_batches_are_one_of_twice_the_size(ee: MultiExitModel, loader: Loaders) -> None:
-    """With BatchNorm at rest: its statistics are of the small batches otherwise."""
+def test_two_accumulated_batches_are_one_of_twice_the_size(tiny_net: TinyNet, loader: Loaders) -> None:
+    """With BatchNorm at rest: its statistics are of the small batches otherwise, as are those of heads that standardise."""
+    ee = exitkit.attach(tiny_net, EXAMPLE, every=1, method="sdn", head="conv")
     other = copy.deepcopy(ee)
     trainer(ee, "disjoint", optimizer=torch.optim.SGD, accumulate=2).fit(loader(64, 16))
     trainer(other, "disjoint", optimizer=torch.optim.SGD).fit(loader(64, 32))
     torch.testing.assert_close(ee.state_dict(), other.state_dict())
 
 
-def test_what_is_left_over_is_a_step_too(ee: MultiExitModel, loader: Loaders) -> None:
+def test_what_is_left_over_is_a_step_too(tiny_net: TinyNet, loader: Loaders) -> None:
+    ee = exitkit.attach(tiny_net, EXAMPLE, every=1, method="sdn", head="conv")
     other = copy.deepcopy(ee)
     trainer(ee, "disjoint", optimizer=torch.optim.SGD, accumulate=4).fit(loader(32, 16))
     trainer(other, "disjoint", optimizer=torch.optim.SGD).fit(loader(32, 32))
