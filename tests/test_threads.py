@@ -324,4 +324,7 @@ def test_an_onnx_export_is_quiet_and_other_threads_are_heard(
     heard = capfd.readouterr()
     assert heard.out == "another thread's print\n"
     assert heard.err == "another thread's log\nanother thread's exporter\n"
-    assert len(warned) == 1
+    said = [
+        str(one.message) for one in warned if "torchvision" not in str(one.message)
+    ]  # whose note comes once a process
+    assert said == ["another thread's warning"]
