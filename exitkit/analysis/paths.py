@@ -173,6 +173,18 @@ def _note(measured: Connectivity | Plane) -> str:
     )
 
 
+def _check_options(align: bool, reset_batchnorm: bool, samples: int, loss: Loss | None, seed: int) -> None:
+    """What :func:`connectivity` and :func:`plane` both take."""
+    for name, value, allowed in (
+        ("align", align, bool),
+        ("reset_batchnorm", reset_batchnorm, bool),
+        ("samples", samples, Count),
+        ("loss", loss, Loss | None),
+        ("seed", seed, Index),
+    ):
+        check(name, value, allowed)
+
+
 def connectivity(
     a: MultiExitModel,
     b: MultiExitModel,
@@ -210,14 +222,7 @@ def connectivity(
         NotCapturableError: torch.export cannot follow the model, which aligning needs.
     """
     check("points", points, Annotated[int, Bounds(least=2)])
-    for name, value, allowed in (
-        ("align", align, bool),
-        ("reset_batchnorm", reset_batchnorm, bool),
-        ("samples", samples, Count),
-        ("loss", loss, Loss | None),
-        ("seed", seed, Index),
-    ):
-        check(name, value, allowed)
+    _check_options(align, reset_batchnorm, samples, loss, seed)
     check_alike(a, b)
     line = np.linspace(0.0, 1.0, points)
     with Ends.met(a, [b], loader, align, samples, loss, seed) as ends:
@@ -270,14 +275,7 @@ def plane(
     """
     check("points", points, Annotated[int, Bounds(least=2)])
     check("margin", margin, Annotated[float, Bounds(least=0)])
-    for name, value, allowed in (
-        ("align", align, bool),
-        ("reset_batchnorm", reset_batchnorm, bool),
-        ("samples", samples, Count),
-        ("loss", loss, Loss | None),
-        ("seed", seed, Index),
-    ):
-        check(name, value, allowed)
+    _check_options(align, reset_batchnorm, samples, loss, seed)
     check_alike(a, b)
     check_alike(a, c, "c")
     with Ends.met(a, [b, c], loader, align, samples, loss, seed) as ends:

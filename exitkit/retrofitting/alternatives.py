@@ -42,15 +42,6 @@ class Alternative:
     milliseconds: float
 
 
-@dataclass(frozen=True, eq=False)
-class Other:
-    """A smaller network, captured, and what it says beside the backbone as the first of two exits."""
-
-    name: str
-    captured: Capture
-    outputs: ExitOutputs
-
-
 def named(alternatives: Sequence[nn.Module] | Mapping[str, nn.Module]) -> dict[str, nn.Module]:
     """Alternatives by name; that of their class, with a number where several have it.
 
@@ -96,7 +87,7 @@ def macs_of(captured: Capture) -> int:
     return profile(captured.graph, captured.example).total
 
 
-def beside(name: str, captured: Capture, calibration: Iterable[Any], backbone: ExitOutputs) -> Other:
+def beside(captured: Capture, calibration: Iterable[Any], backbone: ExitOutputs) -> ExitOutputs:
     """A network's answers to the calibration samples as those of an exit before the backbone."""
     model, first = captured.backbone, []
     device = next(model.parameters()).device
@@ -107,11 +98,12 @@ def beside(name: str, captured: Capture, calibration: Iterable[Any], backbone: E
     last: Tensor = torch.cat([rows[:, -1] for rows in backbone.chunks()])
     macs = torch.tensor([macs_of(captured), backbone.backbone_macs], dtype=torch.float64).cumsum(0)
     log_probs = torch.stack([F.log_softmax(logits, -1), last], 1)
-    return Other(name, captured, ExitOutputs(log_probs, backbone.labels, macs, backbone.backbone_macs))
+    return ExitOutputs(log_probs, backbone.labels, macs, backbone.backbone_macs)
 
 
 def weighed(
-    other: Other,
+    name: str,
+    outputs: ExitOutputs,
     risk: Risk,
     certifies: Certifies,
     max_drop: float,
@@ -120,14 +112,13 @@ def weighed(
 ) -> tuple[Alternative, Alternative]:
     """The network alone, and before the backbone at the threshold that keeps the promise.
 
-    ``milliseconds``: per sample, of this network and of the backbone.
+    ``outputs`` are those of :func:`beside`; ``milliseconds`` per sample, of this network and of the backbone.
     """
-    outputs = other.outputs
     labelled = outputs.labels is not None
     judged = outputs if labelled else outputs.against_backbone()
     losses, _ = risk.losses(judged)
     alone = Alternative(
-        other.name,
+        name,
         float(outputs.costs[0]),
         risk.unscaled(float(losses[:, 0].mean())),
         float(judged.accuracy()[0]) if labelled else None,
@@ -138,7 +129,7 @@ def weighed(
     point, stays = judged.at(policy), float(outputs.exit_rates(policy)[-1])
     assert policy.guarantee is not None
     both = Alternative(
-        f"{other.name}, then the model",
+        f"{name}, then the model",
         point.cost,
         policy.guarantee.measured,
         point.accuracy if labelled else None,

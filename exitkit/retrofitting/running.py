@@ -310,10 +310,10 @@ class _Run:
     def _alternatives(self, answers: ExitOutputs, times: Times) -> tuple[Alternative, ...]:
         found: list[Alternative] = []
         for name, captured in self.others.items():
-            other = beside(name, captured, self.data.calibration, answers)
+            other = beside(captured, self.data.calibration, answers)
             each = (times.others[name], times.backbone)
             found += weighed(
-                other, self.data.risk, self.data.certifies, self.wanted.max_drop, self.wanted.confidence, each
+                name, other, self.data.risk, self.data.certifies, self.wanted.max_drop, self.wanted.confidence, each
             )
         return tuple(found)
 
