@@ -42,7 +42,14 @@ def main() -> None:
             if not path.exists():
                 task = task or TASKS[name](args.data, args.out)
                 _write(path, _row(name, task, seed, args))
-            rows.append(json.loads(path.read_text(encoding="utf-8")))
+            row = json.loads(path.read_text(encoding="utf-8"))
+            for number in range(args.by_hand if seed == 0 else 0):
+                path = args.out / f"{name}-{args.effort}-by-hand-{number}.json"
+                if not path.exists():
+                    task = task or TASKS[name](args.data, args.out)
+                    _write(path, _by_hand(task.by_hand[number], task, seed, args))
+                row["by_hand"].append(json.loads(path.read_text(encoding="utf-8")))
+            rows.append(row)
             console.print(_table(rows))
     _write(args.out / "results.json", {"rows": rows, **machine()})
 
@@ -63,9 +70,11 @@ def _row(name: str, task: Task, seed: int, args: argparse.Namespace) -> dict[str
     )
     result.save(args.out / f"{name}-{args.effort}-{seed}" / "result")
     row = {"task": name, "seed": seed, "max_drop": task.max_drop, "arguments": str(vars(args)), **machine()}
-    row |= {"result": result.to_dict(), "untouched": _untouched(result.model, result.policy, task)}
-    row["by_hand"] = [_by_hand(way, task, seed, args) for way in task.by_hand[: args.by_hand]] if seed == 0 else []
-    return row
+    return row | {
+        "result": result.to_dict(),
+        "untouched": _untouched(result.model, result.policy, task),
+        "by_hand": [],
+    }
 
 
 def _untouched(model: exitkit.MultiExitModel | None, policy: Any, task: Task) -> dict[str, float] | None:
