@@ -139,6 +139,8 @@ def test_a_run_is_calibrated_compared_and_reported(run: Run, refused: Run, image
     assert list(chosen) == ["ztw"]
     assert chosen["ztw"]["check"]["samples"] == 36
     assert "sdn – ztw" in run("compare", out, "--budget", 0.8, "--resamples", 5)
+    (pair,) = json.loads(run("compare", out, "--budget", 0.8, "--resamples", 5, "--json"))
+    assert [pair[key] for key in ("first", "second", "budget")] == ["sdn", "ztw", 0.8]
     assert "report.html" in run("report", out).replace("\n", "")
     page = (out / "report.html").read_text("utf-8")
     assert chosen["ztw"]["chosen"]["guarantee"]["words"] in page

@@ -176,9 +176,15 @@ def test_a_device_that_is_not_here_is_refused_first(
 
 def test_a_run_is_timed_on_its_own_samples(run: Any, bench: Path, tmp_path: Path) -> None:
     """Those beside the package; named from elsewhere; and of them as many as were kept."""
-    run("calibrate", bench, "--max-drop", 0.5)
+    written = json.loads(run("calibrate", bench, "--max-drop", 0.5, "--json"))
+    for name, one in json.loads((bench / "thresholds.json").read_text()).items():
+        assert written[name]["chosen"] == one["chosen"]
     run("export", bench, "--trust")
     flags = ("--trust", "--batches", "1")
+    (timed,) = json.loads(run("bench-latency", bench / "model.pt2", *flags, "--json"))
+    assert (timed["batch"], timed["samples"]) == (1, 60)
+    assert timed["mean_ms"] > 0
+    assert timed["average_exit"] >= 0
     assert "60 different samples" in run("bench-latency", bench / "model.pt2", *flags)
     (bench / "model.pt2").rename(tmp_path / "model.pt2")
     assert "60 different samples" in run("bench-latency", tmp_path / "model.pt2", bench, *flags)

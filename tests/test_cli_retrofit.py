@@ -46,6 +46,10 @@ def trained() -> nn.Module:
     return model.eval()
 
 
+def of_five_classes() -> nn.Module:
+    return TinyNet(5)
+
+
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
     images, labels = patterns(900, 2)
@@ -92,5 +96,8 @@ def test_wrong_arguments_are_said_in_a_line_or_two(refused: Run, data: Path) -> 
     assert "too few for max_drop=0.001" in said("--max-drop", 0.001)
     assert "no better than chance" in said("--max-drop", 0.1, model="tests.toy:net")
     assert "was given twice" in said("--alternative", MODEL, "--alternative", MODEL)
+    other = said("--max-drop", 0.1, model="tests.test_cli_retrofit:of_five_classes")
+    assert "the data have 3 classes, but the model tells 5 apart" in other
+    assert "--num-classes 5 if the labels are the model's own" in other
     (data / "file").write_text("")
     assert "is a file" in refused("retrofit", "--model", MODEL, "--data", data, "--out", data / "file")

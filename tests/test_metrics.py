@@ -208,9 +208,15 @@ def test_outputs_that_cannot_be_compared_are_refused(other: ExitOutputs, message
 
 def test_columns_stand_below_their_headings_whatever_the_names() -> None:
     long = {f"runs/of/a/long/name/{name}": random_outputs(seed=seed) for seed, name in enumerate(("sdn", "ztw"))}
-    heading, row = str(paired_tests(long, 0.6, resamples=2)).splitlines()
+    heading, row, area = str(paired_tests(long, 0.6, resamples=2)).splitlines()
     assert len(heading) == len(row)
-    assert heading.index("accuracy") + len("accuracy") == row.rindex("%", 0, row.index("(")) + 1
+    assert heading.index("accuracy") + len("accuracy") == row.rindex("%") + 1
+    assert area.startswith("  AUC difference ")
+
+
+def test_a_comparison_of_short_names_fits_80_columns() -> None:
+    outputs = {name: random_outputs(seed=seed) for seed, name in enumerate(("sdn", "ztw", "branchynet"))}
+    assert max(map(len, str(paired_tests(outputs, 0.6, resamples=2)).splitlines())) <= 80
 
 
 def test_one_method_cannot_be_compared() -> None:

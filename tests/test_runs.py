@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import io
 import os
 import random
 import resource
@@ -21,6 +22,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
@@ -639,16 +641,47 @@ def test_a_terminal_shows_a_table(
     ee: MultiExitModel, loader: Loaders, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("FORCE_COLOR", "1")
-    monkeypatch.setenv("COLUMNS", "150")
+    monkeypatch.setenv("COLUMNS", "80")
     trainer(ee, "branch-wise", epochs=4, show_progress=True).fit(loader(), loader())
     shown = capfd.readouterr().err
-    for part in ("epoch", "phase", "loss per exit", "validation", "samples/s", "1 of 4", "4 of 4", "%"):
+    for part in ("exit", "loss", "epoch 1", "epoch 4", "phase 1 of 4", "phase 4 of 4", "samples/s", "%"):
         assert part in shown
 
 
-def test_many_exits_are_shown_by_six_of_them() -> None:
-    record = Epoch(0, tuple(map(float, range(26))), tuple(m / 26 for m in range(27)), 0, tuple(range(26)))
-    assert "loss 0: 0.0000 5: 5.0000 10: 10.0000 15: 15.0000 20: 20.0000 25: 25.0000" in record.line()
+def test_every_exit_of_many_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    losses = tuple(m + 0.25 for m in range(26))
+    records = [Epoch(e, losses, tuple(m / 26 for m in range(27)), 0, tuple(range(26))) for e in range(8)]
+    line = records[0].line()
+    assert " 26: 100.0%" in line
+    for m in range(26):
+        assert f" {m}: {m}.2500" in line
+        assert f" {m}: {m / 26:.1%}" in line
+    display = Display(False, epochs=9, phases=1, steps=10)
+    display.records = records
+    text = drawn(display)
+    assert max(map(len, text.splitlines())) <= 80
+    assert [f"epoch {e}" in text for e in range(1, 9)] == [False] * 2 + [True] * 6
+    rows = [row.split() for row in text.splitlines() if row[:4].strip().isdigit()]
+    assert [row[:2] for row in rows] == [*([str(m), f"{m}.2500"] for m in range(26)), ["26", "100.0%"]]
+    assert all(row[-6:] == [f"{m / 26:.1%}"] * 6 for m, row in enumerate(rows))
+
+
+def test_an_exit_that_learns_alone_stands_in_its_own_row() -> None:
+    display = Display(False, epochs=4, phases=2, steps=10)
+    display.records = [Epoch(0, (0.5,), None, 1, (2,))]
+    text = drawn(display)
+    assert "phase 2 of 2" in text
+    assert [row.split() for row in text.splitlines() if row[:4].strip().isdigit()] == [
+        ["0"],
+        ["1"],
+        ["2", "0.5000", "0.5000"],
+    ]
+
+
+def drawn(display: Display) -> str:
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(display)
+    return console.export_text()
 
 
 def test_time_left_counts_the_epochs_to_come(monkeypatch: pytest.MonkeyPatch) -> None:

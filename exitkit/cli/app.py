@@ -203,18 +203,26 @@ def bench_latency(
     threshold: Tau = None,
     device: PackageDevice = None,
     trust: Trust = False,
+    json: AsJson = False,
 ) -> None:
     """Time a package on real inputs.
 
     At several batch sizes, beside a run in which no sample leaves.
     """
+    from dataclasses import asdict
+
     import exitkit
-    from exitkit.cli.latency import batch_sizes, latency_table, samples_for
+    from exitkit.cli.latency import batch_sizes, latencies, latency_table, samples_for
+    from exitkit.common.schema import to_json
 
     sizes = batch_sizes(batches)
     exitkit.keep_memory()
     loaded = exitkit.load(package, threshold=threshold, device=device, trust=trust)
-    make_console().print(latency_table(loaded, samples_for(loaded, package, inputs or []), sizes))
+    rows = latencies(loaded, samples_for(loaded, package, inputs or []), sizes)
+    if json:
+        typer.echo(to_json([asdict(row) for row in rows]))
+    else:
+        make_console().print(latency_table(rows))
 
 
 def demo(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +30,35 @@ _MOST = 64
 """Samples that are timed on."""
 
 
-def latency_table(package: Engine | OnnxBranches, samples: Any, batches: Sequence[int]) -> Table:
-    """Mean and 95th percentile of the time of a batch, beside the mean of a run in which no sample leaves.
+@dataclass(frozen=True)
+class Latency:
+    """What batches of one size take.
+
+    Attributes:
+        batch: samples in one.
+        samples: how many different ones there were.
+        mean_ms: of the time of a batch, in milliseconds.
+        late_ms: its 95th percentile.
+        no_exits_ms: the mean of a run in which no sample leaves; None for a graph, whose thresholds are fixed.
+        average_exit: at which samples left.
+        exit_us: what an exit adds to its stage and head, in microseconds: the decision and the compaction, half of the batch
+            leaving, mean over the exits; None for a graph.
+    """
+
+    batch: int
+    samples: int
+    mean_ms: float
+    late_ms: float
+    no_exits_ms: float | None
+    average_exit: float
+    exit_us: float | None
+
+
+def latencies(package: Engine | OnnxBranches, samples: Any, batches: Sequence[int]) -> list[Latency]:
+    """Times of batches of each size.
 
     Every run takes other samples, in turn: what a batch costs depends on where its samples leave, so that the mean, and not
-    the median, is the time of many. The last column is what an exit adds to its stage and head: the decision and the
-    compaction, half of the batch leaving, in microseconds, mean over the exits.
+    the median, is the time of many.
 
     Args:
         package: a loaded package.
@@ -43,23 +67,41 @@ def latency_table(package: Engine | OnnxBranches, samples: Any, batches: Sequenc
     """
     example = Example.of(samples)
     count = min(_MOST, len(example.tensors[0]))
-    table = Table(title=f"milliseconds per batch, {torch.get_num_threads()} threads, {count} different samples")
+    return [_latency(package, example, size, count) for size in batches]
+
+
+def _latency(package: Engine | OnnxBranches, example: Example, size: int, count: int) -> Latency:
+    runs = max(_REPEATS, -(-count // size))  # so that every sample is seen
+    given = [_taken(example, range(run * size, (run + 1) * size), count) for run in range(runs)]
+    times = _times(lambda batch: call_on(package, batch), given)
+    whole = None
+    if isinstance(package, Engine):
+        full = package.at(float("inf"))
+        whole = 1e3 * float(np.mean(_times(lambda batch: call_on(full, batch), given)))
+    exits = torch.cat([call_on(package, batch).exit.cpu() for batch in given[: -(-count // size)]])
+    average = float(exits[:count].float().mean())
+    late = float(np.quantile(times, 0.95))
+    return Latency(
+        size, count, 1e3 * float(np.mean(times)), 1e3 * late, whole, average, _exit_microseconds(package, given[0])
+    )
+
+
+def latency_table(rows: Sequence[Latency]) -> Table:
+    """What :func:`latencies` found, as it is printed."""
+    title = f"milliseconds per batch, {torch.get_num_threads()} threads, {rows[0].samples} different samples"
+    table = Table(title=title)
     for heading in ("batch", "mean", "95%", "no exits", "speedup", "average exit", "exit µs"):
         table.add_column(heading, justify="right")
-    for size in batches:
-        runs = max(_REPEATS, -(-count // size))  # so that every sample is seen
-        given = [_taken(example, range(run * size, (run + 1) * size), count) for run in range(runs)]
-        times = _times(lambda batch: call_on(package, batch), given)
-        mean = float(np.mean(times))
-        row = [f"{size}", f"{1e3 * mean:.2f}", f"{1e3 * float(np.quantile(times, 0.95)):.2f}"]
-        if isinstance(package, Engine):
-            full = package.at(float("inf"))
-            whole = float(np.mean(_times(lambda batch, full=full: call_on(full, batch), given)))  # type: ignore[misc]
-            row += [f"{1e3 * whole:.2f}", f"{whole / mean:.2f}×"]
-        else:
-            row += ["", ""]  # a graph's thresholds are fixed
-        exits = torch.cat([call_on(package, batch).exit.cpu() for batch in given[: -(-count // size)]])
-        table.add_row(*row, f"{float(exits[:count].float().mean()):.2f}", _exit_microseconds(package, given[0]))
+    for row in rows:
+        compared = (
+            ["", ""]
+            if row.no_exits_ms is None
+            else [f"{row.no_exits_ms:.2f}", f"{row.no_exits_ms / row.mean_ms:.2f}×"]
+        )
+        decided = "" if row.exit_us is None else f"{row.exit_us:.0f}"
+        table.add_row(
+            f"{row.batch}", f"{row.mean_ms:.2f}", f"{row.late_ms:.2f}", *compared, f"{row.average_exit:.2f}", decided
+        )
     return table
 
 
@@ -81,12 +123,11 @@ def _times(run: Callable[[Any], Any], batches: Sequence[Any]) -> list[float]:
     return times
 
 
-def _exit_microseconds(package: Engine | OnnxBranches, samples: Any) -> str:
+def _exit_microseconds(package: Engine | OnnxBranches, samples: Any) -> float | None:
     if not isinstance(package, Engine):
-        return ""
+        return None
     with torch.inference_mode():
-        seconds = decision_seconds(package.loop, package.inputs.spec.tensors(samples))
-    return f"{1e6 * statistics.mean(seconds):.0f}"
+        return 1e6 * statistics.mean(decision_seconds(package.loop, package.inputs.spec.tensors(samples)))
 
 
 def batch_sizes(given: str) -> list[int]:

@@ -8,14 +8,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from exitkit.cli.options import Device, Threads, check_folder, check_least
+from exitkit.cli.help import SectionedGroup, add
+from exitkit.cli.options import EXITS, TRAINING, Device, Threads, check_folder, check_least
 from exitkit.common.console import make_console
 from exitkit.common.errors import ArgumentError, ExitkitError
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-app = typer.Typer(help="Policies with exits (needs exitkit[rl]).", no_args_is_help=True, rich_markup_mode=None)
+app = typer.Typer(
+    help="Policies with exits (needs exitkit[rl]).", cls=SectionedGroup, no_args_is_help=True, rich_markup_mode=None
+)
 
 Policy = Annotated[Path, typer.Option(help="A .zip that Stable-Baselines3 saved: PPO or A2C, discrete actions")]
 Env = Annotated[str, typer.Option(help="A gymnasium id, MODULE:ID where a module registers it")]
@@ -23,18 +26,19 @@ Envs = Annotated[int, typer.Option(help="Environments played at once")]
 Trust = Annotated[bool, typer.Option("--trust", help="You trust the pickles that the policy file may hold")]
 
 
-@app.command()
 def clone(
     policy: Policy,
     env: Env,
     out: Annotated[Path, typer.Option(help="Folder for the exits and the checkpoint")],
-    steps: Annotated[int, typer.Option(help="In all environments together")] = 100_000,
+    steps: Annotated[int, typer.Option(help="In all environments together", rich_help_panel=TRAINING)] = 100_000,
     envs: Envs = 8,
-    method: Annotated[str, typer.Option(help="sdn, pbee or ztw")] = "ztw",
-    head: Annotated[str, typer.Option(help="As for exitkit bench")] = "auto",
-    every: Annotated[int, typer.Option(help="An exit after every n-th block")] = 1,
-    acting: Annotated[str, typer.Option(help="exits, exits+policy or policy: whose action is taken")] = "exits",
-    seed: Annotated[int, typer.Option(help="Of heads, environments and order")] = 0,
+    method: Annotated[str, typer.Option(help="sdn, pbee or ztw", rich_help_panel=EXITS)] = "ztw",
+    head: Annotated[str, typer.Option(help="As for exitkit bench", rich_help_panel=EXITS)] = "auto",
+    every: Annotated[int, typer.Option(help="An exit after every n-th block", rich_help_panel=EXITS)] = 1,
+    acting: Annotated[
+        str, typer.Option(help="exits, exits+policy or policy: whose action is taken", rich_help_panel=TRAINING)
+    ] = "exits",
+    seed: Annotated[int, typer.Option(help="Of heads, environments and order", rich_help_panel=TRAINING)] = 0,
     trust: Trust = False,
     device: Device = None,
     threads: Threads = None,
@@ -63,7 +67,6 @@ def clone(
     say(f"{ee!r}\nWritten to {out / 'exits'}/")
 
 
-@app.command()
 def evaluate(
     policy: Policy,
     env: Env,
@@ -132,3 +135,12 @@ def _agent(path: Path, games: Any, trust: bool) -> tuple[nn.Module, Tensor]:
     agent = rl.policy(rl.load_policy(path, games, trust=trust))
     observations, _ = games.reset(seed=0)
     return agent, torch.as_tensor(observations)
+
+
+add(app, clone, None, "rl clone --policy a.zip --env CartPole-v1 --out a")
+add(
+    app,
+    evaluate,
+    None,
+    "rl evaluate --policy a.zip --env CartPole-v1 --exits a/exits --out a",
+)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from exitkit.cli.options import RunDirectory
+from exitkit.cli.options import AsJson, RunDirectory
 from exitkit.common.console import make_console
 from exitkit.common.errors import ArgumentError
 from exitkit.common.intervals import with_interval
@@ -45,6 +45,7 @@ def calibrate(
     outputs: Annotated[str | None, typer.Option(help="Comma-separated methods of the run; by default all")] = None,
     share: Annotated[float, typer.Option(help="What part of the samples chooses; the others check the choice")] = 0.5,
     seed: Annotated[int, typer.Option(help="Seed of that split")] = 0,
+    json: AsJson = False,
 ) -> None:
     """Choose τ with a guarantee for each method of a run.
 
@@ -52,6 +53,9 @@ def calibrate(
 
     Where the run has calibration-METHOD.safetensors, these samples choose and all others check.
     """
+    from dataclasses import asdict
+
+    from exitkit.common.schema import to_json
     from exitkit.report import calibrated, read_run, write_thresholds
     from exitkit.report.run import calibration_outputs, named
 
@@ -68,6 +72,10 @@ def calibrate(
             risk=risk,
             method=method,
         )
+    written = write_thresholds(run, chosen)
+    if json:
+        typer.echo(to_json({name: asdict(one) for name, one in chosen.items()}))
+        return
     for name, one in chosen.items():
         say(f"{name}: τ = {one.chosen.shown()}, cost {one.chosen.cost:.1%} of the backbone's MACs")
         say(f"  {one.chosen.guarantee}")
@@ -76,7 +84,7 @@ def calibrate(
             if risk in _SHARES:
                 measured = with_interval(one.check.risk, one.check.samples)
             say(f"  On {one.check.samples} other samples: {risk} {measured}, cost {one.check.cost:.1%}.")
-    say(f"Written to {write_thresholds(run, chosen)}")
+    say(f"Written to {written}")
     say(f"To make a file of it that runs anywhere: exitkit export {run}")
 
 
@@ -85,11 +93,15 @@ def compare(
     budget: Annotated[float, typer.Option(help="Share of the backbone's MACs at which accuracies are compared")] = 0.5,
     resamples: Annotated[int, typer.Option(help="Of the bootstrap")] = 500,
     seed: Annotated[int, typer.Option(help="Seed of the bootstrap")] = 0,
+    json: AsJson = False,
 ) -> None:
     """Test whether methods or runs differ.
 
     On the same samples: McNemar at a budget, and the area under the curves.
     """
+    from dataclasses import asdict
+
+    from exitkit.common.schema import to_json
     from exitkit.evaluation import paired_tests
     from exitkit.report import read_comparison
 
@@ -99,4 +111,5 @@ def compare(
             f"{str(runs[0])!r} holds one set of outputs, {next(iter(found))!r}, and a comparison needs at least two; name "
             "another run, or a file of outputs, beside it"
         )
-    typer.echo(paired_tests(found, budget, resamples=resamples, seed=seed))
+    tests = paired_tests(found, budget, resamples=resamples, seed=seed)
+    typer.echo(to_json([asdict(pair) for pair in tests.pairs]) if json else tests)

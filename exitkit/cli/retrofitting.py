@@ -104,6 +104,7 @@ def retrofit(
     say_what_is_lost(split)
     train_loader, held_out = split.loaders(training_batch_size, limit, seed)
     example = split_batch(next(iter(held_out)))[0]
+    _check_classes(backbone, example, split.classes, num_classes)
     given: Any = {"cost": cost, "effort": effort, "mixed_precision": mixed_precision}  # checked by retrofit
     with computing_with(threads_for(backbone, example, threads, say)), _stopped_by_hand():
         result = exitkit.retrofit(
@@ -132,6 +133,28 @@ def retrofit(
     if result.verdict == "exits":
         told = "" if weights is None else f" --weights {weights}"
         say(f"To make a file of it that runs anywhere: exitkit export --model {model}{told} --exits {out / 'exits'}")
+
+
+def _check_classes(backbone: nn.Module, example: Any, data: int | None, asked: int | None) -> None:
+    """Refuse labels that mean something else to the model, unless its number of classes was given.
+
+    Raises:
+        ArgumentError: the numbers of classes differ.
+    """
+    import torch
+
+    from exitkit.common.batches import move
+    from exitkit.surgery.capturing import evaluation_mode, logits_of
+    from exitkit.surgery.inputs import call_on
+
+    with evaluation_mode(backbone), torch.inference_mode():
+        own = logits_of(call_on(backbone, move(example, next(backbone.parameters()).device))).shape[-1]
+    if data in (None, own) or asked == own:
+        return
+    raise ArgumentError(
+        f"the data have {data} classes, but the model tells {own} apart, and retrofit keeps its last layer\n"
+        f"Train a model on these classes first; --num-classes {own} if the labels are the model's own"
+    )
 
 
 @contextmanager

@@ -52,13 +52,13 @@ class PairedTests:
     def __str__(self) -> str:
         names = [f"{p.first} – {p.second}{'' if p.same_backbone is not False else ' *'}" for p in self.pairs]
         width = max(26, *(len(name) + 2 for name in names))
-        lines = [f"{'pair':<{width}}{'accuracy':>17}{'only 1st':>9}{'only 2nd':>9}{'p':>9}{'AUC difference':>29}"]
+        lines = [f"{'pair':<{width}}{'accuracy':>17}{'only 1st':>10}{'only 2nd':>10}{'p':>9}"]
         for name, pair in zip(names, self.pairs, strict=True):
             accuracies = "{:.2%} {:.2%}".format(*pair.accuracies)
-            auc = f"{pair.auc.value:+.4f} ({pair.auc.low:+.4f} … {pair.auc.high:+.4f})"
             lines.append(
-                f"{name:<{width}}{accuracies:>17}{pair.only_first:>9}{pair.only_second:>9}{pair.p_value:>9.2g}{auc:>29}"
+                f"{name:<{width}}{accuracies:>17}{pair.only_first:>10}{pair.only_second:>10}{pair.p_value:>9.2g}"
             )
+            lines.append(f"  AUC difference {pair.auc.value:+.4f} ({pair.auc.low:+.4f} … {pair.auc.high:+.4f})")
         if any(pair.same_backbone is False for pair in self.pairs):
             lines.append("* their backbones have other weights, so that the difference may be the backbones'")
         return "\n".join(lines)

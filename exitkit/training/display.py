@@ -14,13 +14,14 @@ from rich.table import Table
 from torch import Tensor
 
 from exitkit.common.console import shows_progress
-from exitkit.training.progress import Epoch, number, spread
+from exitkit.training.progress import Epoch, number
 
-_ROWS = 12
+_EPOCHS = 6
+"""How many of the last ones are shown beside one another: they fit 80 columns."""
 
 
 class Display:
-    """A live table of the last epochs over a progress bar, or a line per epoch; silent where neither is wanted."""
+    """A live table of the exits over a progress bar, or a line per epoch; silent where neither is wanted."""
 
     def __init__(self, lines: bool, epochs: int, phases: int, steps: int | None) -> None:
         self.lines, self.epochs, self.phases, self.steps = lines, epochs, phases, steps
@@ -55,19 +56,18 @@ class Display:
         return Group(self._table(), self.bar) if self.records else Group(self.bar)
 
     def _table(self) -> Table:
-        table = Table(box=None, pad_edge=False)
-        named = ["measured"] if any(record.measured for record in self.records) else []
-        phased = ["phase"] if self.phases > 1 else []
-        for heading in ("epoch", *phased, "loss per exit", "validation", *named, "samples/s"):
-            table.add_column(heading, justify="right" if heading in ("epoch", "samples/s") else "left")
-        for record in self.records[-_ROWS:]:
-            phase = [f"{record.phase + 1} of {self.phases}"] if self.phases > 1 else []
-            loss = " ".join(number(value, 3) for value in spread(record.loss))
-            validated = " ".join(f"{value:.1%}" for value in spread(record.accuracy or ())) or " ".join(
-                f"{value:.3f}" for value in spread(record.val_loss or ())
-            )
-            measured = [record.measured_line()] if named else []
-            table.add_row(str(record.epoch + 1), *phase, loss, validated, *measured, f"{record.speed:,.0f}")
+        """A row for every exit: its last loss, and its validation in the last epochs (its loss there without validation)."""
+        shown = self.records[-_EPOCHS:]
+        columns = [record.validation() or _losses(record, max(record.exits) + 1) for record in shown]
+        last, rows = shown[-1], max(map(len, columns))
+        phase = [f"phase {last.phase + 1} of {self.phases}"] if self.phases > 1 else []
+        table = Table(
+            box=None, pad_edge=False, caption="  ".join([*phase, last.measured_line()]), caption_justify="left"
+        )
+        for heading in ("exit", "loss", *(f"epoch {record.epoch + 1}" for record in shown)):
+            table.add_column(heading, justify="right")
+        for m, loss in enumerate(_losses(last, rows)):
+            table.add_row(str(m), loss, *(column[m] if m < len(column) else "" for column in columns))
         return table
 
     def _restart(self, over: int) -> None:
@@ -82,6 +82,12 @@ class Display:
         whole = self.steps if self.steps is not None else self._steps
         seconds = int(pace * (whole * (self.epochs - self._over) - done))
         return f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02} left"
+
+
+def _losses(record: Epoch, exits: int) -> list[str]:
+    """Each exit's training loss; nothing for those that do not count in the phase."""
+    known = dict(zip(record.exits, record.loss, strict=True))
+    return [number(known[m]) if m in known else "" for m in range(exits)]
 
 
 @contextmanager

@@ -6,13 +6,8 @@ import csv
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
 
 from exitkit.common.files import replacing
-
-T = TypeVar("T")
-
-_COLUMNS = 6
 
 
 @dataclass(frozen=True)
@@ -60,10 +55,8 @@ class Epoch:
         return named | {"phase": float(self.phase), "samples_per_second": self.speed} | dict(self.measured)
 
     def line(self) -> str:
-        """In words: losses and validation results of at most six exits."""
-        loss = " ".join(
-            f"{m}: {number(value, 4)}" for m, value in spread(list(zip(self.exits, self.loss, strict=True)))
-        )
+        """In words: every exit's loss and validation result."""
+        loss = " ".join(f"{m}: {number(value)}" for m, value in zip(self.exits, self.loss, strict=True))
         tau = "" if self.temperature is None else f"  τ {self.temperature:.2f}"
         measured = f"  {self.measured_line()}" if self.measured else ""
         return (
@@ -71,16 +64,20 @@ class Epoch:
             f"  {self.speed:,.0f}/s"
         )
 
+    def validation(self) -> list[str]:
+        """Every exit's validation accuracy, or its validation loss, as it is shown; empty without validation."""
+        if self.accuracy is not None:
+            return [f"{value:.1%}" for value in self.accuracy]
+        return [number(value) for value in self.val_loss or ()]
+
     def measured_line(self) -> str:
         """The loader's own numbers."""
         return "  ".join(f"{name} {value:.4g}" for name, value in self.measured.items())
 
     def _validated(self) -> str:
-        if self.accuracy is not None:
-            return "  val " + " ".join(f"{m}: {value:.1%}" for m, value in spread(list(enumerate(self.accuracy))))
-        if self.val_loss is not None:
-            return "  val loss " + " ".join(f"{m}: {value:.4f}" for m, value in spread(list(enumerate(self.val_loss))))
-        return ""
+        name = "val" if self.accuracy is not None else "val loss"
+        shown = " ".join(f"{m}: {value}" for m, value in enumerate(self.validation()))
+        return f"  {name} {shown}" if shown else ""
 
 
 def write_log(directory: Path, kind: str, history: Sequence[Epoch]) -> None:
@@ -100,13 +97,6 @@ def write_log(directory: Path, kind: str, history: Sequence[Epoch]) -> None:
         rows.writerows({"epoch": past.epoch, **past.scalars()} for past in history)
 
 
-def number(value: float | None, digits: int) -> str:
-    return "-" if value is None else f"{value:.{digits}f}"
-
-
-def spread(values: Sequence[T]) -> list[T]:
-    """At most six of the values, evenly spread, the last always among them."""
-    count = len(values)
-    if count <= _COLUMNS:
-        return list(values)
-    return [values[round(i * (count - 1) / (_COLUMNS - 1))] for i in range(_COLUMNS)]
+def number(value: float | None) -> str:
+    """A loss as it is shown."""
+    return "-" if value is None else f"{value:.4f}"
