@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from torch import nn
 
 import exitkit
@@ -63,7 +64,7 @@ def test_help_fits_a_terminal_and_gives_an_example_of_every_command() -> None:
     described = [line for line in text.splitlines() if not line.startswith("    exitkit ")]
     assert max(map(len, described)) <= WIDTH
     examples = re.findall(r"^    exitkit (\S+)", text, re.MULTILINE)
-    assert {path[0] for path in groups(typer.main.get_command(app)) if path and path[0] != "rl"} <= set(examples)
+    assert {path[0] for path in groups(typer.main.get_command(app)) if path} <= set(examples)
 
 
 def test_examples_are_commands_that_exist() -> None:
@@ -161,6 +162,8 @@ def test_a_table_of_budgets_of_ones_own_says_what_a_dash_means() -> None:
     assert rows["50%"] is not None
     table = comparison_table({"sdn": outputs}, "title", [0.3, 0.5])
     assert [column.header for column in table.columns][2:4] == ["30%", "50%"]
+    usual = comparison_table({"branchynet": outputs}, "title")  # of the budgets of the papers
+    assert Console(width=200).measure(usual).maximum <= 80
     (line,) = over_budget({"sdn": outputs}, [0.3, 0.5])
     assert "30%" in line
     assert "40.0%" in line

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import sys
 import traceback
+import warnings
 from itertools import takewhile
 
 
@@ -17,6 +18,7 @@ def main() -> None:
     from exitkit.cli.app import app
     from exitkit.common.errors import ExitkitError
 
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"  # where in our code is of no use here
     try:
         app()
     except ExitkitError as error:

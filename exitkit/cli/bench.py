@@ -125,7 +125,7 @@ def comparison_table(results: Mapping[str, ExitOutputs], title: str, budgets: Se
     columns = list(next(iter(tables.values())))
     table = Table(title=title, caption=_caption(results), caption_justify="left")
     for heading in ("method", "heads", *columns):
-        table.add_column(heading, justify="left" if heading == "method" else "right")
+        table.add_column(heading.replace(" (", "\n("), justify="left" if heading == "method" else "right")
     for name, rows in tables.items():
         heads = f"+{results[name].costs[-1] - 1:.1%}"
         table.add_row(name, heads, *("-" if point is None else f"{point.accuracy:.2%}" for point in rows.values()))
