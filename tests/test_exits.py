@@ -23,7 +23,8 @@ from exitkit.exits import (
     SDNPool,
     TokenPool,
 )
-from exitkit.exits.classifiers import Feature, HeadSpec, make_head
+from exitkit.exits.classifiers import HeadSpec, make_head
+from exitkit.exits.feature import Feature
 from tests.toy import TinyNet
 
 ENSEMBLES = [GeometricEnsemble, AdditiveEnsemble]

@@ -59,7 +59,8 @@ def bench(
     head: Annotated[
         str,
         typer.Option(
-            help="auto, 1L, 2L-WIDTH, conv, separable, strided, tail or branch-BLOCKS", rich_help_panel=EXITS
+            help="auto, 1L, 2L-WIDTH, conv, separable, strided, msdnet, tail, branch-BLOCKS, or MODULE:FUNCTION",
+            rich_help_panel=EXITS,
         ),
     ] = "auto",
     epochs: Annotated[int, typer.Option(help="Passes over the training samples", rich_help_panel=TRAINING)] = 15,
@@ -177,7 +178,7 @@ def train(
     seed: Annotated[int | None, typer.Option(help="Seed of initialisation, order and subset")] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="KEY=VALUE, such as trainer.lr=1e-4")] = None,
     trust: Annotated[
-        bool, typer.Option("--trust", help="Call the function that the recipe names as its model")
+        bool, typer.Option("--trust", help="Call the functions that the recipe names as its model and head")
     ] = False,
     cache: Cache = False,
     device: Device = None,
@@ -190,7 +191,8 @@ def train(
     """
     check_folder(out)
     from exitkit.cli.machine import computing_with, threads_for, train_on
-    from exitkit.cli.recipe import output_within, parse_override, read_recipe
+    from exitkit.cli.recipe import output_within, own_heads, parse_override, read_recipe
+    from exitkit.cli.sources import import_from_here
     from exitkit.cli.training import prepared, train_recipe
     from exitkit.cli.writing import next_steps
     from exitkit.common.allocator import keep_memory
@@ -203,6 +205,9 @@ def train(
     chosen = read_recipe(recipe, {key: value for key, value in flags.items() if value is not None})
     if model is None and not trust:
         ask_for(chosen.model, "recipe")
+    for name in own_heads(chosen.exits.get("head", "auto")):
+        None if trust else ask_for(name, "recipe", "head")
+        import_from_here(name.partition(":")[0], "exits.head")
     kept = output_within(out, chosen.trainer)
     backbone, split = prepared(chosen)
     say_what_is_lost(split)
@@ -251,15 +256,15 @@ def init(
     say(f"  exitkit train {shlex.quote(str(recipe))} --out runs/mine")
 
 
-def ask_for(model: str, source: str) -> None:
-    """A recipe or a run whose model is a function runs code of this machine: ask once, or be told by --trust."""
+def ask_for(model: str, source: str, part: str = "model") -> None:
+    """A recipe or a run whose model or head is a function runs code of this machine: ask once, or be told by --trust."""
     from exitkit.cli.sources import is_code
 
     if not is_code(model):
         return
     question = f"The {source} imports and calls {printable(model)}. Run it?"
     if not sys.stdin.isatty() or not typer.confirm(question):
-        raise ArgumentError(f"the {source}'s model is the function {printable(model)!r}; --trust lets it run")
+        raise ArgumentError(f"the {source}'s {part} is the function {printable(model)!r}; --trust lets it run")
 
 
 def _say_if_random(model: str, weights: str | None) -> None:

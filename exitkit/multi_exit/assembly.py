@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from exitkit.common.errors import ArgumentError, NotCapturableError
-from exitkit.exits.classifiers import HeadSpec, InternalClassifier
+from exitkit.exits.classifiers import Head, HeadSpec, InternalClassifier
 from exitkit.exits.ensembles import COMBINERS
 from exitkit.exits.factory import HeadMaker
 from exitkit.exits.gpf import Classifier, PastFuture, PastFutureClassifier
@@ -63,7 +63,7 @@ def assemble(
     example_inputs: Any,
     where: Mapping[str, Any],
     method: str | Method,
-    head: str | Sequence[str],
+    head: Head | Sequence[Head],
     outputs: int | None,
 ) -> Parts:
     """The parts of a model with exits, once the cut backbone was found to equal the backbone.
