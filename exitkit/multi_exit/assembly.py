@@ -109,6 +109,8 @@ def _parts(
     placed = list(zip(boundaries, _one_each(heads, len(boundaries)), strict=True))
     made = [maker.make(boundary, head, method.cascade and m > 0) for m, (boundary, head) in enumerate(placed)]
     own, reads = zip(*made, strict=True)
+    for link in (classifier.link for classifier in own if classifier.link is not None):
+        link.detach = method.detach
     specs = [ExitSpec(*read) for read in zip(boundaries, points, reads, strict=True)]
     classifiers = _past_future(own, boundaries, outputs, method) if method.past_future else own
     head = heads[0].name if len(heads) == 1 else tuple(spec.name for spec in heads)

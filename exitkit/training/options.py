@@ -60,7 +60,7 @@ class Options:
     output_dir: str | Path | None = None
     resume: Literal["auto", "never"] = "auto"
     log: Literal["csv", "tensorboard"] = "csv"
-    analyse: Literal["gradient_dominance"] | None = None
+    analyse: Literal["gradient_dominance", "first_exit"] | None = None
     analyse_every: Count = 1
     show_progress: bool = True
 
@@ -76,7 +76,7 @@ class Options:
         self.lengths = epochs_of(self.phases, self.epochs)
         if self.backbone_lr is not None and not self.trains_backbone:
             raise ArgumentError(f"backbone_lr={self.backbone_lr!r} is set, but the regime freezes the backbone")
-        if self.analyse is not None and not self.trains_backbone:
+        if self.analyse == "gradient_dominance" and not self.trains_backbone:
             raise ArgumentError(
                 f"analyse={self.analyse!r} compares the exits' gradients on the weights that they share, but the regime "
                 "freezes the backbone; use regime='mixed', or leave it out"
@@ -142,6 +142,10 @@ class Options:
             raise ArgumentError(
                 "cache=True needs a frozen backbone, but here the backbone learns, or its last layer, which attach replaced; "
                 "use regime='disjoint' on a backbone with its own classes, or leave cache out"
+            )
+        if self.analyse is not None:
+            raise ArgumentError(
+                f"analyse={self.analyse!r} runs the whole model, but cache=True feeds its heads alone; leave one of them out"
             )
         if self.teacher is not None:
             raise ArgumentError(

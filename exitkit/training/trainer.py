@@ -85,7 +85,9 @@ class Trainer(Options):
         log: ``"csv"`` or ``"tensorboard"``.
         analyse: ``"gradient_dominance"`` measures after an epoch, on the first batches of the training set, which exits'
             gradients the steps follow, for the history and the log (:func:`exitkit.analysis.gradient_dominance`). The weights
-            that are trained are the same with it and without.
+            that are trained are the same with it and without. ``"first_exit"`` measures on the weights of the first exit's
+            head how far all exits' gradients together agree with its own: a cosine, 1 where the links between exits let no
+            gradient through (Zero Time Waste, appendix C.3).
         analyse_every: after every so many epochs.
         show_progress: draw a table where there is a terminal, print a line per epoch (to stderr) where there is none.
 
