@@ -14,6 +14,7 @@ from torch import nn
 from exitkit.common.checks import Count, Index, NonNegative, Positive, check, check_fields
 from exitkit.common.errors import ArgumentError, ExitkitError
 from exitkit.multi_exit.model import MultiExitModel
+from exitkit.training.ensemble import EnsembleFit
 from exitkit.training.losses import Loss, check_loss
 from exitkit.training.rates import MakeOptimizer, rates_for
 from exitkit.training.regimes import Phase, epochs_of, phases_of
@@ -47,6 +48,8 @@ class Options:
     milestones: Sequence[int] | None = None
     schedule: Schedule | None = None
     loss: Loss = field(default_factory=Loss)
+    ensemble_fit: EnsembleFit = field(default_factory=EnsembleFit)
+    ensemble_on: Literal["validation", "train"] | None = None
     patience: Count | None = None
     accumulate: Count = 1
     max_grad_norm: Positive | None = None
