@@ -179,7 +179,10 @@ class Run:
         temperature = None if self.options.loss.distillation is None else self.objective.temperature
         measured = dict(self.train_loader.measured) if isinstance(self.train_loader, StatefulLoader) else {}
         exits = learner.phase.exits
-        return Epoch(epoch, loss, accuracy, self.phase, exits, val_loss, speed, temperature, measured=measured)
+        confidence = self.objective.mean_confidence()
+        return Epoch(
+            epoch, loss, accuracy, self.phase, exits, val_loss, speed, temperature, confidence, measured=measured
+        )
 
     def _validate(self, loader: Iterable[Any], learner: Learner) -> tuple[tuple[float, ...] | None, tuple[float, ...]]:
         channels_last = self.options.channels_last
@@ -271,6 +274,7 @@ class Run:
                 "scheduler": learner.scheduler.state_dict(),
                 "scaler": None if scaler is None else scaler.state_dict(),
                 "temperature": self.objective.temperature,
+                "confidences": self.objective.confidences,
                 "stopping": self.stopping.state(),
                 "history": [dict(vars(record)) for record in self.history],
                 "tally": {**vars(self.tally), "totals": totals, "batches": batches},
@@ -298,6 +302,7 @@ class Run:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         self.best = None if self.options.patience is None else state["best"] or self._weights()
         self.objective.temperature = state["temperature"]
+        self.objective.confidences = state["confidences"]
         self.stopping.restore(state["stopping"])
         self.history[:] = [Epoch(**record) for record in state["history"]]
         self.display.resume(len(self.history))
