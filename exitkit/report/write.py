@@ -24,6 +24,7 @@ from exitkit.common.files import replacing
 from exitkit.common.intervals import share_interval
 from exitkit.common.versions import installed_versions
 from exitkit.evaluation import ExitOutputs
+from exitkit.evaluation.outputs import check_top
 from exitkit.evaluation.paired import check_comparable, same_backbone
 from exitkit.report import figures
 from exitkit.report.decision import decide, export_command, opened
@@ -34,12 +35,13 @@ from exitkit.report.stages import backbone_milliseconds
 _FACTS = ("model", "weights", "data", "epochs", "every", "device")
 
 
-def write_report(runs: Sequence[str | Path], path: str | Path | None = None) -> Path:
+def write_report(runs: Sequence[str | Path], path: str | Path | None = None, top: int = 1) -> Path:
     """Write the report of one or several runs of the same backbone on the same samples.
 
     Args:
         runs: their directories, as ``exitkit bench`` writes them (:mod:`exitkit.report.run`).
         path: the ``.html`` file; by default ``report.html`` in the first run.
+        top: above 1, budgets are also shown in the accuracy among so many likeliest classes.
 
     Returns:
         ``path``. Beside it lie ``NAME-FIGURE.png`` and ``NAME-FIGURE.csv`` for each figure, NAME being the file's own.
@@ -62,6 +64,7 @@ def write_report(runs: Sequence[str | Path], path: str | Path | None = None) -> 
                 f"labels=None in the outputs {name!r}: a report of accuracy needs labels. To report agreement with the full "
                 "model instead, save outputs.against_backbone()"
             )
+        check_top(top, one.log_probs.shape[2])
     check_comparable(outputs)
     results = {first: results[first] for first in [opened(results)]} | results
     points = {name: points_of(one.outputs, _chosen(one)) for name, one in results.items()}
@@ -70,7 +73,7 @@ def write_report(runs: Sequence[str | Path], path: str | Path | None = None) -> 
     except OSError as error:
         raise ArgumentError(f"--out {str(path)!r} cannot be written: {error}") from error
     with matplotlib.rc_context({"text.parse_math": False}):  # a dollar in a name is a dollar
-        page = _page(places, results, points, path)
+        page = _page(places, results, points, path, top)
     with replacing(path) as temporary:
         temporary.write_text(page, encoding="utf-8")
     return path
@@ -96,7 +99,7 @@ def _chosen(result: Result) -> float | None:
 
 
 def _page(
-    places: dict[str, tuple[Run, str]], results: dict[str, Result], points: dict[str, Points], path: Path
+    places: dict[str, tuple[Run, str]], results: dict[str, Result], points: dict[str, Points], path: Path, top: int
 ) -> str:
     """The page, opened at the first of the results."""
     runs = list(dict.fromkeys(run for run, _ in places.values()))
@@ -126,7 +129,11 @@ def _page(
         hindsight=figures.draw_hindsight(outputs, path, "hindsight"),
         improvability=[(name, one.hindsight_improvability()) for name, one in outputs.items()],
         exits=max(len(one.macs) for one in outputs.values()),
-        budgets=[(name, one.curve().budget_table().rows) for name, one in outputs.items()],
+        budgets=[
+            (name if k == 1 else f"{name}, top {k}", one.curve(top=k).budget_table().rows)
+            for name, one in outputs.items()
+            for k in sorted({1, top})
+        ],
         reliability=[_pictures(name, outputs[name], points[name], classes, path) for name in outputs],
         stages=[(name, _stage_rows(result)) for name, result in results.items() if result.stages],
         guarantees=[(name, one.calibrated) for name, one in results.items() if one.calibrated is not None],
