@@ -15,11 +15,13 @@ from typing import Any, get_args, get_type_hints
 import torch
 
 from exitkit.cli.augmentation import AUGMENTATIONS
+from exitkit.cli.phases import KEYS as PHASE_KEYS
+from exitkit.cli.phases import check_phases, phases
 from exitkit.cli.schedule import by_name
 from exitkit.common.errors import ArgumentError, ExitkitError, FileError, unknown_name
 from exitkit.exits.classifiers import HeadSpec
 from exitkit.methods.presets import PRESETS, Method
-from exitkit.training import Distillation, Loss, Trainer
+from exitkit.training import Distillation, Loss, Phase, Trainer
 
 OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
     "adam": torch.optim.Adam,
@@ -28,7 +30,7 @@ OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
 }
 _MOST_BYTES = 2**20
 _ELSEWHERE = ("model", "loss", "optimizer", "schedule", "show_progress")
-_TRAINER = [f.name for f in fields(Trainer) if f.init and f.name not in _ELSEWHERE]
+_TRAINER = [*(f.name for f in fields(Trainer) if f.init and f.name not in _ELSEWHERE), "phase"]
 _SCHEDULE = ["name", "warmup", "cycles"]
 _LOSS = [f.name for f in fields(Loss)]
 _DISTILLATION = [f.name for f in fields(Distillation)]
@@ -53,7 +55,8 @@ class Recipe:
         augment: names of augmentations, applied in this order to training images.
         exits: options of :func:`exitkit.attach`; ``method`` is a name or ``{name = "gpf", ...}``
             with its options.
-        trainer: options of :class:`exitkit.Trainer`.
+        trainer: options of :class:`exitkit.Trainer`; ``phase`` is a list of tables (:mod:`exitkit.cli.phases`), and takes
+            the place of ``regime``.
         optimizer: ``name`` (adam, adamw, sgd) and its own options.
         schedule: options of :func:`exitkit.cli.schedule.by_name`, for a rate that changes after every step.
         loss: options of :class:`exitkit.training.Loss`, ``distillation`` being a table again.
@@ -92,6 +95,8 @@ class Recipe:
         tables = (("exits", _EXITS), ("trainer", _TRAINER), ("schedule", _SCHEDULE), ("loss", _LOSS))
         for table, allowed in tables:
             _check_keys(f"{table}.", getattr(self, table), allowed)
+        if "phase" in self.trainer:
+            check_phases(self.trainer["phase"], self.trainer)
         HeadSpec.parse_all(self.exits.get("head", "auto"))
         self.make_method()
         self.make_loss()
@@ -131,6 +136,14 @@ class Recipe:
         make = partial(OPTIMIZERS[name], **options)
         _made("optimizer", make, {"params": [torch.nn.Parameter(torch.zeros(1))], "lr": 1e-3})
         return make
+
+    def trainer_options(self, last: int) -> dict[str, Any]:
+        """What :class:`exitkit.Trainer` takes, for a model whose backbone is exit ``last``."""
+        options = dict(self.trainer)
+        if "phase" in options:
+            own: tuple[Phase, ...] = phases(options.pop("phase"), last)
+            options["regime"] = own
+        return options
 
     def make_schedule(self) -> partial[torch.optim.lr_scheduler.LRScheduler] | None:
         """A function from an optimiser and its number of steps to a schedule; None for the trainer's own."""
@@ -208,7 +221,7 @@ def _check_keys(prefix: str, values: Mapping[str, Any], allowed: Collection[str]
         if key in allowed:
             continue
         if homes := [table for table, keys in _tables_of_keys().items() if key in keys]:
-            where = " or ".join(f"into [{table}]" if table else "to the top, above every [table]" for table in homes)
+            where = " or ".join(_header(table) if table else "to the top, above every [table]" for table in homes)
             raise ArgumentError(f"key '{prefix}{key}' is in the wrong place; it goes {where}")
         names = [f"{prefix}{name}" for name in allowed]
         raise ArgumentError(str(unknown_name("key", f"{prefix}{key}", names, shown=len(names))))
@@ -220,11 +233,16 @@ def _tables_of_keys() -> dict[str, Collection[str]]:
         "": [f.name for f in fields(Recipe)],
         "exits": _EXITS,
         "trainer": _TRAINER,
+        "trainer.phase": PHASE_KEYS,
         "optimizer": {key for make in OPTIMIZERS.values() for key in _optimizer_keys(make)},
         "schedule": _SCHEDULE,
         "loss": _LOSS,
         "loss.distillation": _DISTILLATION,
     }
+
+
+def _header(table: str) -> str:
+    return "into [[trainer.phase]]" if table == "trainer.phase" else f"into [{table}]"
 
 
 def _optimizer_keys(make: type[torch.optim.Optimizer]) -> list[str]:
