@@ -33,7 +33,7 @@ from exitkit.common.errors import ArgumentError, ExitkitError
 
 if TYPE_CHECKING:
     from exitkit.cli.bench import Trained
-    from exitkit.cli.data import Split
+    from exitkit.cli.split import Split
 
 INTERRUPTED = 130
 """The exit status of a command that Ctrl-C ended."""

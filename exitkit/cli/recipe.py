@@ -9,14 +9,14 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
-from types import UnionType
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_type_hints
 
 import torch
 
-from exitkit.cli.augmentation import AUGMENTATIONS
+from exitkit.cli.augmentation import AUGMENTATIONS, MIXING
 from exitkit.cli.phases import KEYS as PHASE_KEYS
 from exitkit.cli.phases import check_phases, phases
+from exitkit.cli.recipe_values import check_type, made, plain_distillation
 from exitkit.cli.schedule import by_name
 from exitkit.common.errors import ArgumentError, ExitkitError, FileError, unknown_name
 from exitkit.exits.classifiers import HeadSpec
@@ -51,7 +51,11 @@ class Recipe:
         num_classes: size of the model's classifier, where it is not its own default.
         batch_size: of training.
         limit: use at most so many training samples.
-        validation: share of the training samples that is held out for early stopping.
+        per_class: use so many training samples of each class, drawn by the seed; ``validation`` takes its part of these.
+        unlabelled: beside ``per_class``: so many of the other training samples of each class, without their labels.
+        classes: groups of the data's classes; each is one class, and classes in none are left out.
+        validation: share of the training samples, the same of each class, that is held out for early stopping; from 1 on, how
+            many of each class.
         augment: names of augmentations, applied in this order to training images.
         exits: options of :func:`exitkit.attach`; ``method`` is a name or ``{name = "gpf", ...}``
             with its options.
@@ -71,6 +75,9 @@ class Recipe:
     num_classes: int | None = None
     batch_size: int = 64
     limit: int | None = None
+    per_class: int | None = None
+    unlabelled: int | None = None
+    classes: list[list[int]] = field(default_factory=list)
     validation: float | None = None
     augment: list[str] = field(default_factory=list)
     exits: dict[str, Any] = field(default_factory=dict)
@@ -81,14 +88,18 @@ class Recipe:
 
     def __post_init__(self) -> None:
         for name, hint in get_type_hints(Recipe).items():
-            _check_type(name, getattr(self, name), hint)
-        for name, number in (("batch_size", self.batch_size), ("limit", self.limit), ("max_length", self.max_length)):
+            check_type(name, getattr(self, name), hint)
+        for name in ("batch_size", "limit", "max_length", "per_class", "unlabelled"):
+            number = getattr(self, name)
             if number is not None and number < 1:
                 raise ArgumentError(f"{name} = {number} must be at least 1")
-        if self.validation is not None and not 0 < self.validation < 1:
+        whole = isinstance(self.validation, int) and self.validation >= 1
+        if self.validation is not None and not whole and not 0 < self.validation < 1:
             raise ArgumentError(
-                f"validation = {self.validation} must be a share of the training samples, between 0 and 1"
+                f"validation = {self.validation} must be a share of the training samples, between 0 and 1, or a whole number "
+                "of each class"
             )
+        self._check_unlabelled()
         for name in self.augment:
             if not isinstance(name, str) or name not in AUGMENTATIONS:
                 raise unknown_name("augment", name, AUGMENTATIONS)
@@ -104,6 +115,20 @@ class Recipe:
         if schedule := self.make_schedule():
             schedule(optimizer, 1)
 
+    def _check_unlabelled(self) -> None:
+        if self.unlabelled is None:
+            return
+        if self.per_class is None:
+            raise ArgumentError(
+                f"unlabelled = {self.unlabelled} goes beside per_class, which says how many keep labels"
+            )
+        if "distillation" not in self.loss:
+            raise ArgumentError(
+                f"unlabelled = {self.unlabelled} without a teacher teaches nothing; add [loss.distillation], or leave it out"
+            )
+        if mixing := [name for name in self.augment if name in MIXING]:
+            raise ArgumentError(f"augment = {mixing} mixes labels, and unlabelled samples have none; leave one out")
+
     def make_method(self) -> Method:
         """The early-exit method."""
         given = self.exits.get("method", "ztw")
@@ -113,7 +138,7 @@ class Recipe:
             raise unknown_name("exits.method", name, PRESETS)
         known = [option.name for option in fields(Method) if option.name != "name"]
         _check_keys("exits.method.", options, [*known, *inspect.signature(PRESETS[name]).parameters])
-        return _made("exits.method", PRESETS[name], options)  # type: ignore[no-any-return]
+        return made("exits.method", PRESETS[name], options)  # type: ignore[no-any-return]
 
     def make_loss(self) -> Loss:
         """What the exits minimise."""
@@ -123,8 +148,8 @@ class Recipe:
             if not isinstance(distillation, dict):
                 raise ArgumentError(f"loss.distillation = {distillation!r} must be a table: [loss.distillation]")
             _check_keys("loss.distillation.", distillation, _DISTILLATION)
-            options["distillation"] = _made("loss.distillation", Distillation, _plain(distillation))
-        return _made("loss", Loss, options)  # type: ignore[no-any-return]
+            options["distillation"] = made("loss.distillation", Distillation, plain_distillation(distillation))
+        return made("loss", Loss, options)  # type: ignore[no-any-return]
 
     def make_optimizer(self) -> partial[torch.optim.Optimizer]:
         """A function from parameter groups to the optimiser."""
@@ -134,7 +159,7 @@ class Recipe:
             raise unknown_name("optimizer.name", name, OPTIMIZERS)
         _check_keys("optimizer.", options, _optimizer_keys(OPTIMIZERS[name]))
         make = partial(OPTIMIZERS[name], **options)
-        _made("optimizer", make, {"params": [torch.nn.Parameter(torch.zeros(1))], "lr": 1e-3})
+        made("optimizer", make, {"params": [torch.nn.Parameter(torch.zeros(1))], "lr": 1e-3})
         return make
 
     def trainer_options(self, last: int) -> dict[str, Any]:
@@ -248,48 +273,6 @@ def _header(table: str) -> str:
 def _optimizer_keys(make: type[torch.optim.Optimizer]) -> list[str]:
     """Its own options, but for those that the trainer sets."""
     return [key for key in inspect.signature(make).parameters if key not in ("params", "lr", "weight_decay")]
-
-
-def _check_type(name: str, value: Any, hint: Any) -> None:
-    kinds = get_args(hint) if isinstance(hint, UnionType) else (hint,)
-    plain = tuple(getattr(kind, "__origin__", kind) for kind in kinds)
-    wanted = (*plain, int) if float in plain else plain
-    if (isinstance(value, bool) and bool not in plain) or not isinstance(value, wanted):
-        words = {
-            bool: "true or false",
-            str: "a string",
-            int: "a whole number",
-            float: "a number",
-            list: "a list",
-            dict: "a table",
-        }
-        raise ArgumentError(
-            f"{name} = {value!r} must be {' or '.join(words[kind] for kind in plain if kind in words)}"
-        )
-
-
-def _plain(distillation: Mapping[str, Any]) -> dict[str, Any]:
-    """TOML has neither None nor whole numbers as keys: a limit of 0 is none, and teachers by exit are named by digits."""
-    options = dict(distillation)
-    if options.get("confidence_limit") == 0:
-        options["confidence_limit"] = None
-    if isinstance(teachers := options.get("teachers"), dict):
-        if wrong := [exit_ for exit_ in teachers if not exit_.isdecimal()]:
-            raise ArgumentError(
-                f"loss.distillation.teachers has the key {wrong[0]!r}; exits are named by their numbers, such as 0 = [3]"
-            )
-        options["teachers"] = {int(exit_): those for exit_, those in teachers.items()}
-    return options
-
-
-def _made(table: str, make: Any, options: Mapping[str, Any]) -> Any:
-    """What ``make`` makes of a table's values; a complaint of the library's is told as one about the table."""
-    try:
-        return make(**options)
-    except ExitkitError as error:
-        raise ArgumentError(f"{table}: {error}") from error
-    except (TypeError, ValueError) as error:
-        raise ArgumentError(f"{table} = {dict(options)!r}: {error}") from error
 
 
 def described(recipe: Recipe) -> dict[str, Any]:
