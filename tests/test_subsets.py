@@ -215,7 +215,12 @@ def test_data_sets_of_torchvision_that_cannot_be(
 def test_weights_of_torchvision_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     models = pytest.importorskip("torchvision.models")
     asked: list[Any] = []
-    monkeypatch.setattr(models, "get_model", lambda name, weights, **_: asked.append(weights) or torch.nn.Linear(2, 2))
+
+    def get_model(name: str, weights: Any) -> torch.nn.Module:
+        asked.append(weights)
+        return torch.nn.Linear(2, 2)
+
+    monkeypatch.setattr(models, "get_model", get_model)
     for weights in ("IMAGENET1K_V1", "pretrained", None):
         load_model("torchvision:resnet50", weights)
     assert asked == ["IMAGENET1K_V1", "DEFAULT", None]

@@ -58,8 +58,8 @@ def texts(
     cut = _cut([text for text, _ in (*rows, *others)], encode, pairs, longest)
     note = f"{cut} of {len(rows) + len(others)} texts are cut at {longest} tokens" if cut else ""
     classes = None if numbers else int(max(names.values())) + 1
-    parts: Any = hold_out(train) if test is None else (train, held_out)
-    return Split(*parts, collate, classes=classes, note=note)
+    first, second = hold_out(train) if test is None else (train, held_out)
+    return Split(first, second, collate, classes=classes, note=note)  # type: ignore[arg-type]
 
 
 def _cut(texts: list[Any], encode: Any, pairs: bool, longest: int) -> int:

@@ -87,7 +87,8 @@ def train_recipe(
     learned, about = (backbone if trainer.trains_backbone else None), described(recipe)
     if learned is not None and model.new_head:
         about["num_classes"] = model.num_classes  # what is written has the new layer
-    written(out, lambda folder: write_results(results, folder, about, split, learned))
+    seen = None if val is None else collect(model, val)
+    written(out, lambda folder: write_results(results, folder, about, split, learned, seen))
     if "output_dir" not in recipe.trainer:
         remove_checkpoint(kept)
 

@@ -20,10 +20,10 @@ from exitkit.cli.split import Split
 from exitkit.common.batches import split_batch
 from exitkit.common.errors import ExitkitError, FileError
 from exitkit.common.files import replacing
-from exitkit.evaluation import RegressionOutputs, plot_curves, plot_hindsight
+from exitkit.evaluation import ExitOutputs, RegressionOutputs, plot_curves, plot_hindsight
 from exitkit.multi_exit.preprocessing import preprocessing_to_json
 from exitkit.report import write_samples
-from exitkit.report.run import BACKBONE, INPUTS, RESULTS, THRESHOLDS, exits_folder
+from exitkit.report.run import BACKBONE, INPUTS, RESULTS, THRESHOLDS, exits_folder, validation_file
 from exitkit.surgery.inputs import Example
 
 _SAMPLES, _BYTES = 64, 32 * 2**20
@@ -59,10 +59,12 @@ def write_results(
     about: Mapping[str, Any],
     split: Split,
     backbone: nn.Module | None = None,
+    validation: ExitOutputs | None = None,
 ) -> None:
     """Write every method's exits and outputs, a few test inputs, ``results.json``, and pictures of it.
 
-    ``backbone``: whose weights are written too, because they are not those that it was loaded with.
+    ``backbone``: whose weights are written too, because they are not those that it was loaded with. ``validation``: the
+    outputs on the validation samples, of the only method.
     """
     directory.mkdir(parents=True, exist_ok=True)
     (directory / THRESHOLDS).unlink(missing_ok=True)  # chosen on the outputs before these
@@ -70,6 +72,8 @@ def write_results(
     for name, one in results.items():
         one.model.save_pretrained(exits_folder(directory, name), outputs=one.outputs)
         one.outputs.save(directory / f"outputs-{name}.safetensors")
+        if validation is not None:
+            validation.save(validation_file(directory, name))
     _write_inputs(directory / INPUTS, split)
     preprocessing = None if split.preprocessing is None else preprocessing_to_json(split.preprocessing)
     facts = {**about, "preprocessing": preprocessing, **machine()}
