@@ -27,8 +27,9 @@ from torch import Tensor
 
 import exitkit
 from exitkit import ExitkitError
-from exitkit.cli.data import _label_indices, _numbers, _read_npz, _read_text
+from exitkit.cli.data import _read_npz
 from exitkit.cli.recipe import read_recipe
+from exitkit.cli.texts import _label_indices, _numbers, _read_text
 from exitkit.cli.unpacking import opened_image
 from exitkit.evaluation import RegressionOutputs
 from exitkit.multi_exit.preprocessing import ImagePreprocessing

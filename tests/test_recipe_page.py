@@ -22,6 +22,7 @@ KEYS = {
     "top": {f.name for f in fields(Recipe)} - {"exits", "trainer", "optimizer", "schedule", "loss"},
     "exits": {"every", "at", "at_cost", "placement", "head", "method", "num_classes", "num_outputs"},
     "trainer": {f.name for f in fields(exitkit.Trainer) if f.name not in NOT_IN_RECIPES},
+    "trainer.phase": {"exits", "stages", "alternate", "share"},
     "optimizer": {"name"},
     "schedule": {"name", "warmup", "cycles"},
     "loss": {f.name for f in fields(Loss)},
@@ -48,7 +49,7 @@ def test_init_writes_a_recipe_that_can_be_read(run: Any, tmp_path: Path) -> None
     made = read_recipe(tmp_path / "mine.toml", {})
     assert made.model == "torchvision:resnet18"
     for table, keys in KEYS.items():
-        part = re.split(r"^#? ?\[([a-z.]+)\]", "[top]\n" + text, flags=re.MULTILINE)
+        part = re.split(r"^#? ?\[+([a-z.]+)\]", "[top]\n" + text, flags=re.MULTILINE)
         body = dict(zip(part[1::2], part[2::2], strict=True))[table]
         given = set(re.findall(r"^(?:# )?([a-z_]+) = ", body, re.MULTILINE))
         assert keys - {"distillation"} <= given, table
@@ -73,6 +74,12 @@ def test_every_example_in_it_can_be_taken(run: Any, tmp_path: Path) -> None:
                 one[2:] if one.startswith(f"# {needs} = ") and header < at < index else one
                 for at, one in enumerate(changed)
             ]  # type: ignore[operator]
+        if header and "[[trainer.phase]]" in lines[header]:  # instead of the regime, and with exits
+            changed = [
+                one.removeprefix("# ") if one.startswith("# exits = ") else one
+                for one in changed
+                if not one.startswith("regime = ")
+            ]
         (tmp_path / "changed.toml").write_text("\n".join(changed))
         read_recipe(tmp_path / "changed.toml", {})
         tried += 1

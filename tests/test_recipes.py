@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 import exitkit
@@ -124,6 +126,53 @@ def test_a_run_of_its_own_weights_gives_the_same_numbers(run: Any, recipe: Any, 
     assert torch.allclose(exitkit.collect(ee, split.loaders(16, None, 0)[1]).log_probs, saved.log_probs, atol=1e-5)
 
 
+PRETRAIN = '[[trainer.phase]]\nexits = "backbone"\nstages = "all"\n[[trainer.phase]]\nexits = "{}"\n{}'
+
+
+@pytest.mark.parametrize(
+    ("exits", "stages", "moves"),
+    [("internal", "", False), ("all", 'stages = "all"\n', True)],
+    ids=["disjoint", "mixed"],
+)
+def test_a_regime_with_a_phase_1_of_its_own_is_one_file(
+    run: Any,  # noqa: F811
+    recipe: Any,
+    tmp_path: Path,
+    exits: str,
+    stages: str,
+    moves: bool,
+) -> None:
+    """The first phase alone gives the backbone that disjoint keeps and mixed trains on."""
+    alone = PRETRAIN.format(exits, stages).rpartition("[[trainer.phase]]")[0]
+    run("train", "--trust", recipe("milestones = [9]\n" + alone), "--out", tmp_path / "one", "--epochs", 1)
+    both = recipe("milestones = [9]\n" + PRETRAIN.format(exits, stages))
+    run("train", "--trust", both, "--out", tmp_path / "two", "--epochs", 2)
+    one, two = (load_file(tmp_path / name / "backbone.safetensors") for name in ("one", "two"))
+    assert any(not torch.equal(one[name], two[name]) for name in one) == moves
+    assert not all(torch.equal(one[name], value) for name, value in load_model("tests.toy:net").state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[[trainer.phase]]\nstages = 'all'\n", "phase 1 trains nothing: it has no exits; give 'all', 'internal'"),
+        ("[[trainer.phase]]\nexits = []\n", "phase 1 has no exits; give those whose losses count"),
+        (
+            "[[trainer.phase]]\nexits = 'backbone'\n",
+            "counts exit 1, the backbone's own, but freezes the whole backbone",
+        ),
+        ("[[trainer.phase]]\nexits = 'internals'\n", "Did you mean 'internal'?"),
+        ("[[trainer.phase]]\nexits = [7]\n", r"phase 1 has exits=\(7,\); give numbers from 0 to 1"),
+        ("[[trainer.phase]]\nexits = 'all'\nstage = [0]\n", "Did you mean 'stages'?"),
+        ("regime = 'mixed'\n[[trainer.phase]]\nexits = 'all'\n", "both say what learns; leave one of them out"),
+        ("phase = 3\n", r"must be tables: \[\[trainer.phase\]\] above the keys of each"),
+        ("share = 2\n", r"it goes into \[\[trainer.phase\]\]"),
+    ],
+)
+def test_phases_that_cannot_be_are_refused(refused: Any, recipe: Any, tmp_path: Path, text: str, message: str) -> None:  # noqa: F811
+    assert re.search(message, refused("train", "--trust", recipe(text), "--out", tmp_path / "out"))
+
+
 def test_augmented_training_runs(run: Any, recipe: Any, tmp_path: Path) -> None:  # noqa: F811
     pytest.importorskip("torchvision")
     top = 'augment = ["shift", "flip", "erasing", "rotation", "crop", "mixup", "cutmix"]\nvalidation = 0.2'
@@ -223,7 +272,8 @@ def test_rates_of_a_schedule(options: dict[str, Any], expected: list[float]) -> 
 
 
 def test_pairs_of_texts_are_encoded_by_the_tokenizer(tmp_path: Path, bert: Path) -> None:  # noqa: F811
-    from exitkit.cli.data import load_data, load_tokenizer
+    from exitkit.cli.data import load_data
+    from exitkit.cli.texts import load_tokenizer
 
     path = tmp_path / "pairs.tsv"
     path.write_text("one\ttwo\tscore\ngood film\tbad\t4.5\nfilm\tgood good film\t1\n")

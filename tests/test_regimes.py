@@ -332,6 +332,35 @@ def test_each_phase_stops_early_by_itself(ee: MultiExitModel, loader: Loaders) -
     assert [record.phase for record in history] == [0, 0, 1, 1, 2, 2, 3, 3]
 
 
+def test_patience_in_steps_ends_within_an_epoch(ee: MultiExitModel, loader: Loaders) -> None:
+    """Looks after steps 2 and 4 of 6; only the first is an improvement, so that two steps' weights come back."""
+    once = copy.deepcopy(ee)
+    trainer(once, "mixed", milestones=[99]).fit(list(loader())[:2])
+    options = {"epochs": 9, "milestones": [99], "patience": 1, "validate_steps": 2}
+    history = trainer(ee, "mixed", **options).fit(list(loader()), Worsening(loader(), {0}))
+    assert len(history) == 1
+    for name, value in ee.state_dict().items():
+        assert torch.equal(value, once.state_dict()[name]), name
+
+
+def test_patience_in_steps_is_in_epochs_where_these_are_shorter(ee: MultiExitModel, loader: Loaders) -> None:
+    options = {"epochs": 9, "milestones": [99], "patience": 2, "validate_steps": 300}
+    assert len(trainer(ee, "mixed", **options).fit(list(loader()), Worsening(loader(), {0}))) == 3
+
+
+def test_each_phase_counts_its_own_steps(ee: MultiExitModel, loader: Loaders) -> None:
+    """Looks after steps 4 and 8, of 6 an epoch, in the first phase and again in the second."""
+    options = {"epochs": 8, "milestones": [99], "patience": 1, "validate_steps": 4}
+    phases = (Phase((LAST,), tuple(range(LAST + 1))), Phase(tuple(range(LAST))))
+    history = trainer(ee, phases, **options).fit(list(loader()), Worsening(loader(), {0, 4}))
+    assert [record.phase for record in history] == [0, 0, 1, 1]
+
+
+def test_how_often_patience_looks_needs_patience(ee: MultiExitModel) -> None:
+    with pytest.raises(ExitkitError, match="validate_steps=300 says how often patience looks, but patience=None"):
+        Trainer(ee, validate_steps=300)
+
+
 def test_a_phase_in_which_the_user_froze_everything_is_refused(ee: MultiExitModel, loader: Loaders) -> None:
     """Before the first phase, and not after hours of the others."""
     for part in (ee.backbone.blocks[3], ee.backbone.linear):

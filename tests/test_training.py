@@ -697,7 +697,7 @@ def test_a_checkpoint_of_an_older_format_is_refused_by_its_number(
     del state["sha256"]
     torch.save(state | {"format": "exitkit-checkpoint-3"}, tmp_path / CHECKPOINT)
     with pytest.raises(
-        FileError, match=r"format 'exitkit-checkpoint-3'.*reads 'exitkit-checkpoint-4'.*resume='never'"
+        FileError, match=r"format 'exitkit-checkpoint-3'.*reads 'exitkit-checkpoint-5'.*resume='never'"
     ):
         trainer(tiny_ee, output_dir=tmp_path).fit(loader(16))
 

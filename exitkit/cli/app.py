@@ -24,6 +24,7 @@ from exitkit.cli.options import (
     check_least,
 )
 from exitkit.cli.policies import app as policies
+from exitkit.cli.reproducing import reproduce
 from exitkit.cli.results import calibrate, compare, report
 from exitkit.cli.retrofitting import retrofit
 from exitkit.common.console import make_console, printable, without_progress
@@ -295,6 +296,14 @@ add(app, retrofit, _FIND, "retrofit --model timm:resnet18 --weights pretrained -
 add(app, bench, _FIND, "bench --model timm:resnet18 --weights pretrained --data photos --every 2 --out runs/a")
 add(app, init, _FIND, "init recipe.toml")
 add(app, train, _FIND, "train recipe.toml --set trainer.lr=1e-4 --out runs/a")
+add(
+    app,
+    reproduce,
+    _FIND,
+    "reproduce",
+    "reproduce training-regimes 3 --scale smoke",
+    "reproduce zero-time-waste 1 --scale cpu --rows CIFAR-10",
+)
 add(app, calibrate, _LOOK, "calibrate runs/a --max-drop 0.01")
 add(app, report, _LOOK, "report runs/a")
 add(app, compare, _LOOK, "compare runs/a runs/b --budget 0.5")

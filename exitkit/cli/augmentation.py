@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
 from exitkit.common.errors import ArgumentError
@@ -14,12 +16,20 @@ from exitkit.common.torchvision_guard import import_torchvision
 Make = Callable[[Any, tuple[int, int], list[float]], Any]
 """(torchvision.transforms.v2, height and width, black per channel) → a transform of one image."""
 
+
+def _contrast(image: Tensor) -> Tensor:
+    """Contrast between 0.6 and 1.4 of its own, about the mean of each channel: torchvision's own cuts off at 0 and 1."""
+    mean = image.mean((-2, -1), keepdim=True)
+    return mean + (0.6 + 0.8 * torch.rand(())) * (image - mean)
+
+
 # what comes in at a border is black, as in training before normalisation: BatchNorm's statistics notice a grey one
 SINGLE: dict[str, Make] = {
     "flip": lambda v2, size, black: v2.RandomHorizontalFlip(),
     "shift": lambda v2, size, black: v2.RandomCrop(size, padding=4, fill=black),
     "crop": lambda v2, size, black: v2.RandomResizedCrop(size, antialias=True),
     "rotation": lambda v2, size, black: v2.RandomRotation(15, fill=black),
+    "contrast": lambda v2, size, black: v2.Lambda(_contrast),
     "erasing": lambda v2, size, black: v2.RandomErasing(),
 }
 MIXING = {"mixup": "MixUp", "cutmix": "CutMix"}

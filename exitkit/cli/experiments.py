@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -34,7 +33,7 @@ from exitkit.common.errors import ArgumentError, ExitkitError
 
 if TYPE_CHECKING:
     from exitkit.cli.bench import Trained
-    from exitkit.cli.data import Split
+    from exitkit.cli.split import Split
 
 INTERRUPTED = 130
 """The exit status of a command that Ctrl-C ended."""
@@ -97,12 +96,12 @@ def bench(
     say = make_console().print
     chosen = [as_method(name.strip()) for name in methods.split(",")]
     backbone, built_with = load_pretrained(model, weights, num_classes)
-    _say_if_random(model, weights)
+    say_if_random(model, weights)
     tokenizer = model.removeprefix("hf:") if model.startswith("hf:") else None
     split = load_data(data, backbone, test, tokenizer, max_length=max_length)
     say_what_is_lost(split)
     train_loader, test_loader = split.loaders(batch_size, limit, seed)
-    example = _data_example(backbone, train_loader)
+    example = data_example(backbone, train_loader)
     about = {
         "model": model,
         "weights": weights,
@@ -181,6 +180,9 @@ def train(
     limit: Annotated[int | None, typer.Option(help="Use at most so many training samples")] = None,
     epochs: Annotated[int | None, typer.Option(help="Passes over the training samples")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of initialisation, order and subset")] = None,
+    seeds: Annotated[
+        int | None, typer.Option(help="Repeat with the seeds 0, 1, ..., so many, each in a folder of --out")
+    ] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="KEY=VALUE, such as trainer.lr=1e-4")] = None,
     top: Top = 1,
     trust: Annotated[
@@ -195,57 +197,39 @@ def train(
     All that it writes lies in --out, also a checkpoint after every epoch: the same command goes on from there after
     Ctrl-C, or when it was killed, and only writes the results where they could not be written.
     """
-    check_least(top=top)
+    check_least(seeds=seeds, top=top)
+    if seed is not None and seeds is not None:
+        raise ArgumentError(f"--seed {seed} and --seeds {seeds}: give the one seed, or how many")
     check_folder(out)
-    from exitkit.cli.machine import computing_with, threads_for, train_on
-    from exitkit.cli.recipe import output_within, own_heads, parse_override, read_recipe
+    from exitkit.cli.machine import train_on
+    from exitkit.cli.recipe import own_heads, parse_override, read_recipe
+    from exitkit.cli.repeating import carry_out, repeat
     from exitkit.cli.sources import import_from_here
-    from exitkit.cli.training import prepared, train_recipe
     from exitkit.cli.writing import next_steps
-    from exitkit.common.allocator import keep_memory
 
     train_on(device)
     say = make_console().print
     flags = {"model": model, "weights": weights, "data": data, "test": test, "limit": limit}
     flags |= {"trainer.epochs": epochs, "trainer.seed": seed, "trainer.cache": cache or None}
     flags |= dict(map(parse_override, set_ or ()))
-    chosen = read_recipe(recipe, {key: value for key, value in flags.items() if value is not None})
+    overrides = {key: value for key, value in flags.items() if value is not None}
+    chosen = read_recipe(recipe, overrides)
     if model is None and not trust:
         ask_for(chosen.model, "recipe")
     for name in own_heads(chosen.exits.get("head", "auto")):
         None if trust else ask_for(name, "recipe", "head")
         import_from_here(name.partition(":")[0], "exits.head")
-    kept = output_within(out, chosen.trainer)
-    backbone, split = prepared(chosen)
-    say_what_is_lost(split)
-    _say_if_random(chosen.model, chosen.weights)
-    example = _data_example(backbone, split.loaders(1, None, 0)[1])
-    keep_memory()
-    with computing_with(threads_for(backbone, example, threads, say)), _saying_what_is_kept(kept):
-        train_recipe(chosen, backbone, split, example, out, say, top)
-    for line in next_steps(out):
-        say(line)
-
-
-@contextmanager
-def _saying_what_is_kept(folder: Path) -> Iterator[None]:
-    """Of a run that Ctrl-C or SIGTERM ends."""
-    from exitkit.training.checkpoint import NAME
-
-    try:
-        yield
-    except (KeyboardInterrupt, SystemExit) as stop:
-        if (folder / NAME).exists():
-            typer.echo(
-                f"stopped; kept in {folder / NAME}. The same command goes on from there; with --set trainer.resume=never it "
-                "starts again",
-                err=True,
-            )
-        else:
-            typer.echo(
-                "stopped before the first checkpoint, so nothing is kept; the same command starts again", err=True
-            )
-        raise typer.Exit(INTERRUPTED if isinstance(stop, KeyboardInterrupt) else int(stop.code or 0)) from None
+    if seeds is None:
+        carry_out(chosen, out, threads, say, top)
+        for line in next_steps(out):
+            say(line)
+        return
+    repeat(
+        [read_recipe(recipe, overrides | {"trainer.seed": number}) for number in range(seeds)],
+        out,
+        lambda one, folder: carry_out(one, folder, threads, say, top),
+        say,
+    )
 
 
 def init(
@@ -274,7 +258,7 @@ def ask_for(model: str, source: str, part: str = "model") -> None:
         raise ArgumentError(f"the {source}'s {part} is the function {printable(model)!r}; --trust lets it run")
 
 
-def _say_if_random(model: str, weights: str | None) -> None:
+def say_if_random(model: str, weights: str | None) -> None:
     """Only of libraries' models: a function may load weights of its own, and Hugging Face's bring theirs."""
     if weights is None and model.startswith(("torchvision:", "timm:")):
         make_console().print("note: no --weights, so the backbone has random weights")
@@ -286,7 +270,7 @@ def say_what_is_lost(split: Split) -> None:
         make_console().print(f"note: {split.note}")
 
 
-def _data_example(backbone: Any, loader: Any) -> Any:
+def data_example(backbone: Any, loader: Any) -> Any:
     """Two samples of the data for a model that does not declare its inputs; None for one that does."""
     import torch
 

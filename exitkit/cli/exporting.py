@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from exitkit.cli.data import load_tokenizer
 from exitkit.cli.experiments import ask_for
 from exitkit.cli.sources import load_model
+from exitkit.cli.texts import load_tokenizer
 from exitkit.common.errors import ArgumentError, FileError, unknown_name
 from exitkit.methods.policy import ExitPolicy
 from exitkit.multi_exit.model import MultiExitModel

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from exitkit.cli.data import cells
+from exitkit.cli.texts import cells
 from exitkit.cli.unpacking import prepared_image
 from exitkit.common.errors import ArgumentError, FileError
 from exitkit.multi_exit.preprocessing import ImagePreprocessing

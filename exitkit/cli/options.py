@@ -18,10 +18,17 @@ _MODEL = "torchvision:NAME, timm:NAME, hf:NAME_OR_DIR or package.module:function
 
 ModelName = Annotated[str, typer.Argument(metavar="MODEL", help=_MODEL)]
 Model = Annotated[str, typer.Option(help=_MODEL)]
-Data = Annotated[str, typer.Option(help="Image folder, .npz, .csv/.tsv of text and label, or torchvision data set")]
+Data = Annotated[
+    str,
+    typer.Option(
+        help="Image folder, .npz, .csv/.tsv of text and label, or torchvision data set, as ImageNet:split=val"
+    ),
+]
 Package = Annotated[Path, typer.Argument(help="What exitkit export wrote: .pt2, .onnx, .onnx.zip or .pte")]
 Trust = Annotated[bool, typer.Option("--trust", help="You trust the code in a .pt2; without, there is a warning")]
-Weights = Annotated[str | None, typer.Option(help="State-dict file (.safetensors, .pth), or 'pretrained'")]
+Weights = Annotated[
+    str | None, typer.Option(help="State-dict file (.safetensors, .pth), 'pretrained', or torchvision's by name")
+]
 Threads = Annotated[
     int | None,
     typer.Option(help="CPU threads; by default one for a backbone below 100 MMACs", rich_help_panel=MACHINE),

@@ -9,17 +9,19 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
-from types import UnionType
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_type_hints
 
 import torch
 
-from exitkit.cli.augmentation import AUGMENTATIONS
+from exitkit.cli.augmentation import AUGMENTATIONS, MIXING
+from exitkit.cli.phases import KEYS as PHASE_KEYS
+from exitkit.cli.phases import check_phases, phases
+from exitkit.cli.recipe_values import check_type, made, plain_distillation
 from exitkit.cli.schedule import by_name
 from exitkit.common.errors import ArgumentError, ExitkitError, FileError, unknown_name
 from exitkit.exits.classifiers import HeadSpec
 from exitkit.methods.presets import PRESETS, Method
-from exitkit.training import Distillation, EnsembleFit, Loss, Trainer
+from exitkit.training import Distillation, EnsembleFit, Loss, Phase, Trainer
 
 OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
     "adam": torch.optim.Adam,
@@ -28,7 +30,7 @@ OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
 }
 _MOST_BYTES = 2**20
 _ELSEWHERE = ("model", "loss", "optimizer", "schedule", "show_progress")
-_TRAINER = [f.name for f in fields(Trainer) if f.init and f.name not in _ELSEWHERE]
+_TRAINER = [*(f.name for f in fields(Trainer) if f.init and f.name not in _ELSEWHERE), "phase"]
 _SCHEDULE = ["name", "warmup", "cycles"]
 _LOSS = [f.name for f in fields(Loss)]
 _DISTILLATION = [f.name for f in fields(Distillation)]
@@ -49,11 +51,16 @@ class Recipe:
         num_classes: size of the model's classifier, where it is not its own default.
         batch_size: of training.
         limit: use at most so many training samples.
-        validation: share of the training samples that is held out for early stopping.
+        per_class: use so many training samples of each class, drawn by the seed; ``validation`` takes its part of these.
+        unlabelled: beside ``per_class``: so many of the other training samples of each class, without their labels.
+        classes: groups of the data's classes; each is one class, and classes in none are left out.
+        validation: share of the training samples, the same of each class, that is held out for early stopping; from 1 on, how
+            many of each class.
         augment: names of augmentations, applied in this order to training images.
         exits: options of :func:`exitkit.attach`; ``method`` is a name or ``{name = "gpf", ...}``
             with its options.
-        trainer: options of :class:`exitkit.Trainer`.
+        trainer: options of :class:`exitkit.Trainer`; ``phase`` is a list of tables (:mod:`exitkit.cli.phases`), and takes
+            the place of ``regime``.
         optimizer: ``name`` (adam, adamw, sgd) and its own options.
         schedule: options of :func:`exitkit.cli.schedule.by_name`, for a rate that changes after every step.
         loss: options of :class:`exitkit.training.Loss`, ``distillation`` being a table again.
@@ -68,6 +75,9 @@ class Recipe:
     num_classes: int | None = None
     batch_size: int = 64
     limit: int | None = None
+    per_class: int | None = None
+    unlabelled: int | None = None
+    classes: list[list[int]] = field(default_factory=list)
     validation: float | None = None
     augment: list[str] = field(default_factory=list)
     exits: dict[str, Any] = field(default_factory=dict)
@@ -78,20 +88,26 @@ class Recipe:
 
     def __post_init__(self) -> None:
         for name, hint in get_type_hints(Recipe).items():
-            _check_type(name, getattr(self, name), hint)
-        for name, number in (("batch_size", self.batch_size), ("limit", self.limit), ("max_length", self.max_length)):
+            check_type(name, getattr(self, name), hint)
+        for name in ("batch_size", "limit", "max_length", "per_class", "unlabelled"):
+            number = getattr(self, name)
             if number is not None and number < 1:
                 raise ArgumentError(f"{name} = {number} must be at least 1")
-        if self.validation is not None and not 0 < self.validation < 1:
+        whole = isinstance(self.validation, int) and self.validation >= 1
+        if self.validation is not None and not whole and not 0 < self.validation < 1:
             raise ArgumentError(
-                f"validation = {self.validation} must be a share of the training samples, between 0 and 1"
+                f"validation = {self.validation} must be a share of the training samples, between 0 and 1, or a whole number "
+                "of each class"
             )
+        self._check_unlabelled()
         for name in self.augment:
             if not isinstance(name, str) or name not in AUGMENTATIONS:
                 raise unknown_name("augment", name, AUGMENTATIONS)
         tables = (("exits", _EXITS), ("trainer", _TRAINER), ("schedule", _SCHEDULE), ("loss", _LOSS))
         for table, allowed in tables:
             _check_keys(f"{table}.", getattr(self, table), allowed)
+        if "phase" in self.trainer:
+            check_phases(self.trainer["phase"], self.trainer)
         HeadSpec.parse_all(self.exits.get("head", "auto"))
         self.make_method()
         self.make_ensemble_fit()
@@ -103,9 +119,23 @@ class Recipe:
     def make_ensemble_fit(self) -> EnsembleFit:
         """How the ensemble is fitted."""
         given = self.trainer.get("ensemble_fit", {})
-        _check_type("trainer.ensemble_fit", given, dict[str, Any])
+        check_type("trainer.ensemble_fit", given, dict[str, Any])
         _check_keys("trainer.ensemble_fit.", given, [field.name for field in fields(EnsembleFit)])
         return EnsembleFit(**given)
+
+    def _check_unlabelled(self) -> None:
+        if self.unlabelled is None:
+            return
+        if self.per_class is None:
+            raise ArgumentError(
+                f"unlabelled = {self.unlabelled} goes beside per_class, which says how many keep labels"
+            )
+        if "distillation" not in self.loss:
+            raise ArgumentError(
+                f"unlabelled = {self.unlabelled} without a teacher teaches nothing; add [loss.distillation], or leave it out"
+            )
+        if mixing := [name for name in self.augment if name in MIXING]:
+            raise ArgumentError(f"augment = {mixing} mixes labels, and unlabelled samples have none; leave one out")
 
     def make_method(self) -> Method:
         """The early-exit method."""
@@ -116,7 +146,7 @@ class Recipe:
             raise unknown_name("exits.method", name, PRESETS)
         known = [option.name for option in fields(Method) if option.name != "name"]
         _check_keys("exits.method.", options, [*known, *inspect.signature(PRESETS[name]).parameters])
-        return _made("exits.method", PRESETS[name], options)  # type: ignore[no-any-return]
+        return made("exits.method", PRESETS[name], options)  # type: ignore[no-any-return]
 
     def make_loss(self) -> Loss:
         """What the exits minimise."""
@@ -126,8 +156,8 @@ class Recipe:
             if not isinstance(distillation, dict):
                 raise ArgumentError(f"loss.distillation = {distillation!r} must be a table: [loss.distillation]")
             _check_keys("loss.distillation.", distillation, _DISTILLATION)
-            options["distillation"] = _made("loss.distillation", Distillation, _plain(distillation))
-        return _made("loss", Loss, options)  # type: ignore[no-any-return]
+            options["distillation"] = made("loss.distillation", Distillation, plain_distillation(distillation))
+        return made("loss", Loss, options)  # type: ignore[no-any-return]
 
     def make_optimizer(self) -> partial[torch.optim.Optimizer]:
         """A function from parameter groups to the optimiser."""
@@ -137,8 +167,16 @@ class Recipe:
             raise unknown_name("optimizer.name", name, OPTIMIZERS)
         _check_keys("optimizer.", options, _optimizer_keys(OPTIMIZERS[name]))
         make = partial(OPTIMIZERS[name], **options)
-        _made("optimizer", make, {"params": [torch.nn.Parameter(torch.zeros(1))], "lr": 1e-3})
+        made("optimizer", make, {"params": [torch.nn.Parameter(torch.zeros(1))], "lr": 1e-3})
         return make
+
+    def trainer_options(self, last: int) -> dict[str, Any]:
+        """What :class:`exitkit.Trainer` takes, for a model whose backbone is exit ``last``."""
+        options = dict(self.trainer)
+        if "phase" in options:
+            own: tuple[Phase, ...] = phases(options.pop("phase"), last)
+            options["regime"] = own
+        return options
 
     def make_schedule(self) -> partial[torch.optim.lr_scheduler.LRScheduler] | None:
         """A function from an optimiser and its number of steps to a schedule; None for the trainer's own."""
@@ -221,7 +259,7 @@ def _check_keys(prefix: str, values: Mapping[str, Any], allowed: Collection[str]
         if key in allowed:
             continue
         if homes := [table for table, keys in _tables_of_keys().items() if key in keys]:
-            where = " or ".join(f"into [{table}]" if table else "to the top, above every [table]" for table in homes)
+            where = " or ".join(_header(table) if table else "to the top, above every [table]" for table in homes)
             raise ArgumentError(f"key '{prefix}{key}' is in the wrong place; it goes {where}")
         names = [f"{prefix}{name}" for name in allowed]
         raise ArgumentError(str(unknown_name("key", f"{prefix}{key}", names, shown=len(names))))
@@ -233,6 +271,7 @@ def _tables_of_keys() -> dict[str, Collection[str]]:
         "": [f.name for f in fields(Recipe)],
         "exits": _EXITS,
         "trainer": _TRAINER,
+        "trainer.phase": PHASE_KEYS,
         "optimizer": {key for make in OPTIMIZERS.values() for key in _optimizer_keys(make)},
         "schedule": _SCHEDULE,
         "loss": _LOSS,
@@ -240,51 +279,13 @@ def _tables_of_keys() -> dict[str, Collection[str]]:
     }
 
 
+def _header(table: str) -> str:
+    return "into [[trainer.phase]]" if table == "trainer.phase" else f"into [{table}]"
+
+
 def _optimizer_keys(make: type[torch.optim.Optimizer]) -> list[str]:
     """Its own options, but for those that the trainer sets."""
     return [key for key in inspect.signature(make).parameters if key not in ("params", "lr", "weight_decay")]
-
-
-def _check_type(name: str, value: Any, hint: Any) -> None:
-    kinds = get_args(hint) if isinstance(hint, UnionType) else (hint,)
-    plain = tuple(getattr(kind, "__origin__", kind) for kind in kinds)
-    wanted = (*plain, int) if float in plain else plain
-    if (isinstance(value, bool) and bool not in plain) or not isinstance(value, wanted):
-        words = {
-            bool: "true or false",
-            str: "a string",
-            int: "a whole number",
-            float: "a number",
-            list: "a list",
-            dict: "a table",
-        }
-        raise ArgumentError(
-            f"{name} = {value!r} must be {' or '.join(words[kind] for kind in plain if kind in words)}"
-        )
-
-
-def _plain(distillation: Mapping[str, Any]) -> dict[str, Any]:
-    """TOML has neither None nor whole numbers as keys: a limit of 0 is none, and teachers by exit are named by digits."""
-    options = dict(distillation)
-    if options.get("confidence_limit") == 0:
-        options["confidence_limit"] = None
-    if isinstance(teachers := options.get("teachers"), dict):
-        if wrong := [exit_ for exit_ in teachers if not exit_.isdecimal()]:
-            raise ArgumentError(
-                f"loss.distillation.teachers has the key {wrong[0]!r}; exits are named by their numbers, such as 0 = [3]"
-            )
-        options["teachers"] = {int(exit_): those for exit_, those in teachers.items()}
-    return options
-
-
-def _made(table: str, make: Any, options: Mapping[str, Any]) -> Any:
-    """What ``make`` makes of a table's values; a complaint of the library's is told as one about the table."""
-    try:
-        return make(**options)
-    except ExitkitError as error:
-        raise ArgumentError(f"{table}: {error}") from error
-    except (TypeError, ValueError) as error:
-        raise ArgumentError(f"{table} = {dict(options)!r}: {error}") from error
 
 
 def described(recipe: Recipe) -> dict[str, Any]:

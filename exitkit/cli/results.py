@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -11,6 +12,9 @@ from exitkit.cli.options import AsJson, RunDirectory, Top, check_least
 from exitkit.common.console import make_console
 from exitkit.common.errors import ArgumentError
 from exitkit.common.intervals import with_interval
+
+if TYPE_CHECKING:
+    from exitkit.evaluation import Runs, RunsCompared
 
 _SHARES = ("accuracy_drop", "disagreement")
 """Risks that are shares of the samples."""
@@ -99,14 +103,25 @@ def compare(
 ) -> None:
     """Test whether methods or runs differ.
 
-    On the same samples: McNemar at a budget, and the area under the curves.
+    On the same samples: McNemar at a budget, and the area under the curves. Of repeated runs (exitkit train --seeds): means
+    over their seeds, and differences seed by seed.
     """
     from dataclasses import asdict
 
     from exitkit.common.schema import to_json
-    from exitkit.evaluation import paired_tests
-    from exitkit.report import read_comparison
+    from exitkit.evaluation import compare_runs, paired_tests
+    from exitkit.report import read_comparison, seeds_in
 
+    repeated = [run for run in runs if seeds_in(run)]
+    if repeated:
+        if alone := [str(run) for run in runs if run not in repeated]:
+            raise ArgumentError(
+                f"{alone[0]!r} is a single run and {str(repeated[0])!r} has seeds; compare folders of the same seeds, or "
+                "single runs, such as one of those below it"
+            )
+        compared = compare_runs(_named_runs(runs), budget)
+        typer.echo(to_json(_plain(compared)) if json else compared)
+        return
     found = read_comparison(runs)
     if len(found) < 2:
         raise ArgumentError(
@@ -115,3 +130,23 @@ def compare(
         )
     tests = paired_tests(found, budget, resamples=resamples, seed=seed)
     typer.echo(to_json([asdict(pair) for pair in tests.pairs]) if json else tests)
+
+
+def _named_runs(places: Sequence[Path]) -> dict[str, Runs]:
+    """Methods over their seeds, with the folder's name before the method's where there are several folders."""
+    from exitkit.report import read_repeated
+
+    return {
+        method if len(places) == 1 else f"{place.resolve().name}/{method}": runs
+        for place in places
+        for method, runs in read_repeated(place).items()
+    }
+
+
+def _plain(compared: RunsCompared) -> dict[str, Any]:
+    accuracies = {name: spread.values for name, spread in compared.accuracies.items()}
+    differences = [
+        {"first": one, "second": two, "mean": spread.mean, "half_width": spread.half_width}
+        for (one, two), spread in compared.differences.items()
+    ]
+    return {"budget": compared.budget, "accuracies": accuracies, "differences": differences}

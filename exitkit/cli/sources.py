@@ -19,17 +19,19 @@ from exitkit.models.cifar_resnets import load_weights
 from exitkit.multi_exit.saving.hub import refuse_local_path
 
 PRETRAINED = "pretrained"
+_DEFAULT = "DEFAULT"
 
 
-def load_model(name: str, weights: str | None = None, num_classes: int | None = None) -> nn.Module:
+def load_model(name: str, weights: str | None = None, num_classes: int | None = None, seed: int = 0) -> nn.Module:
     """Build the model called ``name``.
 
     Args:
         name: ``torchvision:resnet50``, ``timm:vit_tiny_patch16_224``, ``hf:DIR`` (or a hub name), or
             ``package.module:function``, which is called without arguments (or with ``num_classes``).
-        weights: a safetensors or ``.pth`` file of a state dict, ``"pretrained"`` for the library's own, or None for
-            random ones. ``hf:`` models bring their own.
+        weights: a safetensors or ``.pth`` file of a state dict, ``"pretrained"`` for the library's own, a name of
+            torchvision's (``"IMAGENET1K_V1"``), or None for random ones. ``hf:`` models bring their own.
         num_classes: size of the classifier, where it is not the library's default.
+        seed: of random weights.
 
     Raises:
         ArgumentError: an unknown source or name, a missing library, or weights that do not fit.
@@ -40,24 +42,33 @@ def load_model(name: str, weights: str | None = None, num_classes: int | None = 
             f"--model {name!r} is not SOURCE:NAME; use torchvision:resnet50, timm:resnet18, hf:NAME_OR_DIR or "
             "package.module:function"
         )
-    torch.manual_seed(0)  # random weights are the same in every run
-    builder: Callable[[str, bool, dict[str, Any]], nn.Module] = {
+    torch.manual_seed(seed)
+    named = _named_weights(source, weights)
+    builder: Callable[[str, str | None, dict[str, Any]], nn.Module] = {
         "torchvision": _torchvision,
         "timm": _timm,
         "hf": _hugging_face,
-    }.get(source, lambda function, pretrained, options: _function(source, function, options))
+    }.get(source, lambda function, named, options: _function(source, function, options))
     try:
-        model = builder(rest, weights == PRETRAINED, {} if num_classes is None else {"num_classes": num_classes})
+        model = builder(rest, named, {} if num_classes is None else {"num_classes": num_classes})
     except ExitkitError:
         raise
     except Exception as error:  # whatever a library or a user's function raises on these options
-        offline = "; without a network give a state-dict file as --weights, or none" if weights == PRETRAINED else ""
+        offline = "; without a network give a state-dict file as --weights, or none" if named else ""
         raise ArgumentError(
             f"--model {name!r} cannot be built with these options: {type(error).__name__}: {error}{offline}"
         ) from error
-    if weights not in (None, PRETRAINED):
-        _load_file(model, Path(str(weights)))
+    if weights is not None and named is None and weights != PRETRAINED:
+        _load_file(model, Path(weights))
     return model
+
+
+def _named_weights(source: str, weights: str | None) -> str | None:
+    """The name of weights that the library brings; None where they are a file, or none at all."""
+    if weights == PRETRAINED:
+        return _DEFAULT
+    file = weights is None or source != "torchvision" or os.path.exists(weights) or Path(weights).suffix != ""
+    return None if file else weights
 
 
 def load_pretrained(name: str, weights: str | None, num_classes: int | None) -> tuple[nn.Module, int | None]:
@@ -80,21 +91,24 @@ def is_code(name: str) -> bool:
     return source not in ("torchvision", "timm", "hf") and not source.startswith("exitkit.")
 
 
-def _torchvision(name: str, pretrained: bool, options: dict[str, Any]) -> nn.Module:
+def _torchvision(name: str, weights: str | None, options: dict[str, Any]) -> nn.Module:
     models = import_torchvision("models", f"--model torchvision:{name}")
     _known(name, models.list_models(module=models), "torchvision")
-    model: nn.Module = models.get_model(name, weights="DEFAULT" if pretrained else None, **options)
+    known = [one.name for one in models.get_model_weights(name)]
+    if weights not in (None, _DEFAULT, *known):
+        raise unknown_name("--weights", weights, [PRETRAINED, *known], "Or give a state-dict file.")
+    model: nn.Module = models.get_model(name, weights=weights, **options)
     return model
 
 
-def _timm(name: str, pretrained: bool, options: dict[str, Any]) -> nn.Module:
+def _timm(name: str, weights: str | None, options: dict[str, Any]) -> nn.Module:
     timm = _library("timm", "timm")
     _known(name.partition(".")[0], timm.list_models(), "timm")
-    model: nn.Module = timm.create_model(name, pretrained=pretrained, **options)
+    model: nn.Module = timm.create_model(name, pretrained=weights is not None, **options)
     return model
 
 
-def _hugging_face(name: str, pretrained: bool, options: dict[str, Any]) -> nn.Module:
+def _hugging_face(name: str, weights: str | None, options: dict[str, Any]) -> nn.Module:
     """A text or image classifier from a folder or the hub; a folder with a config alone gives random weights."""
     if not os.path.isdir(name):
         refuse_local_path(name)

@@ -9,15 +9,16 @@ from typing import Any
 import torch
 from rich.table import Table
 from torch import nn
-from torch.utils.data import DataLoader, random_split
+from torch.utils.data import DataLoader
 
 from exitkit.cli.augmentation import augmented
 from exitkit.cli.bench import Trained, check_classes, comparison_table, head_share, timed_stages
-from exitkit.cli.data import Split, load_data
+from exitkit.cli.data import load_data
 from exitkit.cli.recipe import Recipe, described, output_within
 from exitkit.cli.sources import load_model
+from exitkit.cli.split import Split
+from exitkit.cli.subsets import balanced, held_out_of, regrouped, together
 from exitkit.cli.writing import write_results, written
-from exitkit.common.errors import ArgumentError
 from exitkit.evaluation import ExitOutputs, RegressionOutputs, collect
 from exitkit.evaluation.outputs import check_top
 from exitkit.multi_exit.attaching import attach
@@ -29,13 +30,20 @@ from exitkit.training.checkpoint import NAME, remove_checkpoint
 
 def prepared(recipe: Recipe) -> tuple[nn.Module, Split]:
     """The backbone and its data."""
-    backbone = load_model(recipe.model, recipe.weights, recipe.num_classes)
+    backbone = load_model(recipe.model, recipe.weights, recipe.num_classes, seed_of(recipe))
     tokenizer = recipe.model.removeprefix("hf:") if recipe.model.startswith("hf:") else None
     regression = 1 in (recipe.num_classes, recipe.exits.get("num_outputs"))
     pairs, length = recipe.pairs, recipe.max_length
-    return backbone, load_data(
+    split = load_data(
         recipe.data, backbone, recipe.test, tokenizer, numbers=regression, pairs=pairs, max_length=length
     )
+    return backbone, regrouped(split, recipe.classes) if recipe.classes else split
+
+
+def seed_of(recipe: Recipe) -> int:
+    """Of initialisation, order and subset; 0 for one that the trainer will complain of."""
+    seed = recipe.trainer.get("seed", 0)
+    return seed if isinstance(seed, int) and seed >= 0 else 0
 
 
 def train_recipe(
@@ -55,8 +63,8 @@ def train_recipe(
         ArgumentError: values that do not fit the model or the data.
         FileError: ``out`` cannot be written to; the results are then elsewhere.
     """
-    seed = recipe.trainer.get("seed", 0)
-    torch.manual_seed(seed if isinstance(seed, int) and seed >= 0 else 0)  # Trainer complains of others
+    seed = seed_of(recipe)
+    torch.manual_seed(seed)
     method = recipe.make_method()
     placement = {key: value for key, value in recipe.exits.items() if key != "method"}
     model = attach(backbone, example, method=method, **placement)
@@ -67,7 +75,11 @@ def train_recipe(
     kept = output_within(out, recipe.trainer)
     trainer = Trainer(
         model,
-        **{**recipe.trainer, "output_dir": kept, "ensemble_fit": recipe.make_ensemble_fit()},
+        **{
+            **recipe.trainer_options(len(model.classifiers)),
+            "output_dir": kept,
+            "ensemble_fit": recipe.make_ensemble_fit(),
+        },
         loss=recipe.make_loss(),
         optimizer=recipe.make_optimizer(),
         schedule=recipe.make_schedule(),
@@ -87,7 +99,8 @@ def train_recipe(
     learned, about = (backbone if trainer.trains_backbone else None), described(recipe)
     if learned is not None and model.new_head:
         about["num_classes"] = model.num_classes  # what is written has the new layer
-    written(out, lambda folder: write_results(results, folder, about, split, learned, top))
+    seen = None if val is None else collect(model, val)
+    written(out, lambda folder: write_results(results, folder, about, split, learned, top, seen))
     if "output_dir" not in recipe.trainer:
         remove_checkpoint(kept)
 
@@ -95,18 +108,18 @@ def train_recipe(
 def loaders(
     recipe: Recipe, split: Split, num_classes: int, seed: int
 ) -> tuple[DataLoader[Any], DataLoader[Any] | None, DataLoader[Any]]:
-    """Training batches, augmented; validation batches where some samples are held out; test batches."""
-    train, val = split.train, None
+    """Training batches, augmented; validation batches where some samples are held out; test batches.
+
+    Of ``per_class`` samples, validation has its part, as in Phuong and Lampert, section 4.1.
+    """
+    train, unlabelled, val = split.train, None, None
+    if recipe.per_class is not None:
+        train, unlabelled = balanced(train, recipe.per_class, recipe.unlabelled, seed)
     if recipe.validation is not None:
-        parts = [1 - recipe.validation, recipe.validation]
-        train, held_out = random_split(train, parts, generator=torch.Generator().manual_seed(seed))
-        if not len(held_out) or not len(train):
-            raise ArgumentError(
-                f"validation = {recipe.validation} of {len(split.train)} training samples leaves {len(train)} to train on "  # type: ignore[arg-type]
-                f"and {len(held_out)} to validate on; both need some"
-            )
+        train, held_out = held_out_of(train, recipe.validation, seed)
         _, val = Split(train, held_out, split.collate).loaders(recipe.batch_size, None, seed)
-    samples, collate = augmented(train, split.collate, recipe.augment, num_classes, split.black)
+    everything = together(train, unlabelled)
+    samples, collate = augmented(everything, split.collate, recipe.augment, num_classes, split.black)
     batches, _ = Split(samples, split.test, collate).loaders(recipe.batch_size, recipe.limit, seed)
     _, test = split.loaders(recipe.batch_size, None, seed)
     return batches, val, test

@@ -16,14 +16,14 @@ from torch import nn
 from torch.utils.data import DataLoader, Subset
 
 from exitkit.cli.bench import Trained, machine
-from exitkit.cli.data import Split
+from exitkit.cli.split import Split
 from exitkit.common.batches import split_batch
 from exitkit.common.errors import ExitkitError, FileError
 from exitkit.common.files import replacing
 from exitkit.evaluation import ExitOutputs, RegressionOutputs, plot_curves, plot_hindsight
 from exitkit.multi_exit.preprocessing import preprocessing_to_json
 from exitkit.report import write_samples
-from exitkit.report.run import BACKBONE, INPUTS, RESULTS, THRESHOLDS, exits_folder
+from exitkit.report.run import BACKBONE, INPUTS, RESULTS, THRESHOLDS, exits_folder, validation_file
 from exitkit.surgery.inputs import Example
 
 _SAMPLES, _BYTES = 64, 32 * 2**20
@@ -60,11 +60,13 @@ def write_results(
     split: Split,
     backbone: nn.Module | None = None,
     top: int = 1,
+    validation: ExitOutputs | None = None,
 ) -> None:
     """Write every method's exits and outputs, a few test inputs, ``results.json``, and pictures of it.
 
     ``backbone``: whose weights are written too, because they are not those that it was loaded with. ``top``: above 1, the
-    summary has the accuracy among so many likeliest classes as well.
+    summary has the accuracy among so many likeliest classes as well. ``validation``: the outputs on the validation samples,
+    of the only method.
     """
     directory.mkdir(parents=True, exist_ok=True)
     (directory / THRESHOLDS).unlink(missing_ok=True)  # chosen on the outputs before these
@@ -72,6 +74,8 @@ def write_results(
     for name, one in results.items():
         one.model.save_pretrained(exits_folder(directory, name), outputs=one.outputs)
         one.outputs.save(directory / f"outputs-{name}.safetensors")
+        if validation is not None:
+            validation.save(validation_file(directory, name))
     _write_inputs(directory / INPUTS, split)
     preprocessing = None if split.preprocessing is None else preprocessing_to_json(split.preprocessing)
     facts = {**about, "preprocessing": preprocessing, **machine()}

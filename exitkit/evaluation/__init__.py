@@ -20,6 +20,7 @@ from exitkit.evaluation.outputs import ExitChoice, ExitOutputs
 from exitkit.evaluation.paired import PairedTest, PairedTests, paired_tests
 from exitkit.evaluation.plots import plot_curves, plot_hindsight
 from exitkit.evaluation.regression import RegressionOutputs
+from exitkit.evaluation.runs import Runs, RunsCompared, Spread, compare_runs
 
 __all__ = [
     "BudgetPoint",
@@ -34,9 +35,13 @@ __all__ = [
     "PairedTests",
     "RegressionOutputs",
     "Reliability",
+    "Runs",
+    "RunsCompared",
+    "Spread",
     "bootstrap",
     "calibration_error",
     "collect",
+    "compare_runs",
     "content_hashes",
     "exit_rates_by_class",
     "overthinking",

@@ -1,6 +1,7 @@
 """Reports: what a run found, to look at, to compare and to decide on."""
 
 from exitkit.report.calibrate import calibrated
+from exitkit.report.repeated import read_repeated, seed_folder, seeds_in
 from exitkit.report.run import Calibrated, Check, Result, Run, read_comparison, read_run, write_thresholds
 from exitkit.report.samples import Sample, write_samples
 from exitkit.report.stages import Stage, stages_of
@@ -15,7 +16,10 @@ __all__ = [
     "Stage",
     "calibrated",
     "read_comparison",
+    "read_repeated",
     "read_run",
+    "seed_folder",
+    "seeds_in",
     "stages_of",
     "write_report",
     "write_samples",

@@ -10,7 +10,10 @@
 ``samples.json``                        a few samples (:mod:`exitkit.report.samples`); optional
 ``classes.txt``                         names of the classes, one a line; by default the data set's; optional
 ``thresholds.json``                     what ``exitkit calibrate`` chose; optional
+``validation-METHOD.safetensors``       the outputs on what early stopping and the ensemble saw; optional
 ======================================  ==============================================================================
+
+A folder of repeated runs holds a run of each seed: ``seed-0/``, ``seed-1/``, …
 """
 
 from __future__ import annotations
@@ -157,6 +160,11 @@ def read_comparison(places: Sequence[str | Path]) -> dict[str, ExitOutputs]:
 def exits_folder(directory: str | Path, name: str) -> Path:
     """Where a run keeps the exits of method ``name``."""
     return Path(directory) / "exits" / name
+
+
+def validation_file(directory: str | Path, name: str) -> Path:
+    """Where a run keeps the outputs on its validation samples: what early stopping and the ensemble saw."""
+    return Path(directory) / f"validation-{name}{_SUFFIX}"
 
 
 def calibration_outputs(directory: str | Path, name: str) -> ExitOutputs | None:

@@ -23,12 +23,13 @@ from exitkit.common.errors import ArgumentError
 from exitkit.common.files import replacing
 from exitkit.common.intervals import share_interval
 from exitkit.common.versions import installed_versions
-from exitkit.evaluation import ExitOutputs
+from exitkit.evaluation import ExitOutputs, Runs
 from exitkit.evaluation.outputs import check_top
 from exitkit.evaluation.paired import check_comparable, same_backbone
 from exitkit.report import figures
 from exitkit.report.decision import decide, export_command, opened
 from exitkit.report.points import MATRIX, Points, points_of
+from exitkit.report.repeated import read_repeated, seeds_in
 from exitkit.report.run import Check, Result, Run, read_run
 from exitkit.report.stages import backbone_milliseconds
 
@@ -39,7 +40,8 @@ def write_report(runs: Sequence[str | Path], path: str | Path | None = None, top
     """Write the report of one or several runs of the same backbone on the same samples.
 
     Args:
-        runs: their directories, as ``exitkit bench`` writes them (:mod:`exitkit.report.run`).
+        runs: their directories, as ``exitkit bench`` writes them (:mod:`exitkit.report.run`). Of repeated runs
+            (:mod:`exitkit.report.repeated`) the page shows that of the first seed, and a table of all.
         path: the ``.html`` file; by default ``report.html`` in the first run.
         top: above 1, budgets are also shown in the accuracy among so many likeliest classes.
 
@@ -51,11 +53,11 @@ def write_report(runs: Sequence[str | Path], path: str | Path | None = None, top
     """
     if not runs:
         raise ArgumentError("runs=[] is empty; give at least one run's directory")
-    read = [read_run(run) for run in runs]
-    path = Path(path) if path is not None else read[0].directory / "report.html"
+    read = [read_run(next(iter(seeds_in(run).values()), run)) for run in runs]
+    path = Path(path) if path is not None else Path(runs[0]) / "report.html"
     if path.suffix.lower() not in (".html", ".htm"):
         raise ArgumentError(f"--out {str(path)!r} must end in .html")
-    places = _together(read)
+    places = _together(read, [printable(Path(run).resolve().name) for run in runs])
     results = {name: run.results[method] for name, (run, method) in places.items()}
     outputs = {name: result.outputs for name, result in results.items()}
     for name, one in outputs.items():
@@ -73,17 +75,26 @@ def write_report(runs: Sequence[str | Path], path: str | Path | None = None, top
     except OSError as error:
         raise ArgumentError(f"--out {str(path)!r} cannot be written: {error}") from error
     with matplotlib.rc_context({"text.parse_math": False}):  # a dollar in a name is a dollar
-        page = _page(places, results, points, path, top)
+        page = _page(places, results, points, path, top, _repeated(runs))
     with replacing(path) as temporary:
         temporary.write_text(page, encoding="utf-8")
     return path
 
 
-def _together(runs: Sequence[Run]) -> dict[str, tuple[Run, str]]:
+def _repeated(runs: Sequence[str | Path]) -> dict[str, Runs]:
+    """Methods over their seeds, by the names that they have in the page."""
+    found = {str(run): read_repeated(run) for run in runs if seeds_in(run)}
+    return {
+        method if len(runs) == 1 else f"{printable(Path(run).resolve().name)}/{method}": repeated
+        for run, methods in found.items()
+        for method, repeated in methods.items()
+    }
+
+
+def _together(runs: Sequence[Run], names: Sequence[str]) -> dict[str, tuple[Run, str]]:
     """The run and method of all results by name, with their run's name before the method's where there are several."""
     if len(runs) == 1:
         return {method: (runs[0], method) for method in runs[0].results}
-    names = [printable(run.directory.resolve().name) for run in runs]
     if len(set(names)) < len(names):
         raise ArgumentError(f"RUN_DIR: {names} holds a name twice; give each run once, under a name of its own")
     return {f"{name}/{method}": (run, method) for name, run in zip(names, runs, strict=True) for method in run.results}
@@ -99,7 +110,12 @@ def _chosen(result: Result) -> float | None:
 
 
 def _page(
-    places: dict[str, tuple[Run, str]], results: dict[str, Result], points: dict[str, Points], path: Path, top: int
+    places: dict[str, tuple[Run, str]],
+    results: dict[str, Result],
+    points: dict[str, Points],
+    path: Path,
+    top: int,
+    repeated: dict[str, Runs],
 ) -> str:
     """The page, opened at the first of the results."""
     runs = list(dict.fromkeys(run for run, _ in places.values()))
@@ -134,6 +150,7 @@ def _page(
             for name, one in outputs.items()
             for k in sorted({1, top})
         ],
+        repeated=[(name, len(runs.seeds), runs.budget_table()) for name, runs in repeated.items()],
         reliability=[_pictures(name, outputs[name], points[name], classes, path) for name in outputs],
         stages=[(name, _stage_rows(result)) for name, result in results.items() if result.stages],
         guarantees=[(name, one.calibrated) for name, one in results.items() if one.calibrated is not None],

@@ -15,7 +15,7 @@ from exitkit.common.files import replacing
 from exitkit.common.hashes import digest
 
 _PREFIX = "exitkit-checkpoint-"
-_FORMAT = f"{_PREFIX}4"
+_FORMAT = f"{_PREFIX}5"
 NAME = "checkpoint.pt"
 DATA = ("train_loader ", "val_loader ")
 """How the names of settings begin that are read off the loaders."""

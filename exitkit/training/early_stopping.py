@@ -13,12 +13,13 @@ class EarlyStopping:
     """Stop when no exit improved for ``patience`` evaluations (Kubaty et al., appendix A).
 
     ``patience`` None never stops. An exit's counter is reset by a strictly better score: accuracy, or for regression the
-    negative loss (section 4.1).
+    negative loss (section 4.1). ``steps`` counts optimiser steps since the last evaluation, where evaluations go by steps.
     """
 
     patience: int | None
     best: list[float] = field(default_factory=list)
     waited: list[int] = field(default_factory=list)
+    steps: int = 0
 
     def update(self, scores: Sequence[float]) -> bool:
         """Record an evaluation; whether any exit improved."""
@@ -34,7 +35,7 @@ class EarlyStopping:
         return self.patience is not None and bool(self.waited) and min(self.waited) >= self.patience
 
     def state(self) -> dict[str, Any]:
-        return {"best": self.best, "waited": self.waited}
+        return {"best": self.best, "waited": self.waited, "steps": self.steps}
 
     def restore(self, state: dict[str, Any]) -> None:
-        self.best, self.waited = list(state["best"]), list(state["waited"])
+        self.best, self.waited, self.steps = list(state["best"]), list(state["waited"]), state["steps"]

@@ -107,6 +107,7 @@ class Run:
         self.shares = [boundary.share for boundary in self.model.boundaries]
         self.tally = Tally.empty(len(self.model.exits))
         self.stopping = EarlyStopping(self.options.patience)
+        self.validate_steps: int | None = None
         self.best: dict[str, Tensor] | None = None
         self.random: dict[str, Any] | None = None
 
@@ -125,6 +126,8 @@ class Run:
         steps = None if batches is None else -(-batches // self.options.accumulate)
         learner = Learner(self.options, self.accelerator, phase, self.stages, self.objective, epochs, steps, self.view)
         self.stopping = EarlyStopping(self.options.patience)
+        every = self.options.validate_steps
+        self.validate_steps = every if every is not None and (steps is None or every < steps) else None
         self.best = None if self.options.patience is None else self._weights()
         if state is not None:
             self._restore(state, learner)
@@ -134,7 +137,8 @@ class Run:
             learner.end_epoch(record.epoch)
             record = self._analysed(record, learner, progress=done / epochs)
             self.history.append(record)
-            self._keep_best(record)
+            if self.validate_steps is None:
+                self._keep_best(record.accuracy, record.val_loss, record.exits)
             self.tally = Tally.empty(len(self.model.exits))
             self.display.epoch(record)
             if self.options.directory is not None and self.accelerator.is_main_process:
@@ -143,6 +147,7 @@ class Run:
             self._save(learner)
             self._stop_if_asked(learner)
             done += 1
+        self.tally, self.random = Tally.empty(len(self.model.exits)), None  # of an epoch that patience ended
         if self.best is not None:
             self.model.load_state_dict(self.best, strict=False)
 
@@ -162,20 +167,20 @@ class Run:
             losses, samples = learner.step(group, weights, epoch, step)
             self.tally.add(learner.phase.exits_at(epoch, step), losses, len(group), samples)
             self.display.step(losses / len(group), samples * self.accelerator.num_processes)
+            enough = self._enough(learner)
             self._stop_if_asked(learner)
+            if enough:
+                break
         seconds = time.monotonic() - started
         speed = (self.tally.samples - before) * self.accelerator.num_processes / max(seconds, 1e-9)
         return self._record(learner, epoch, speed)
 
     def _record(self, learner: Learner, epoch: int, speed: float) -> Epoch:
-        if self.accelerator.num_processes > 1:
-            from accelerate.utils import broadcast
-
-            broadcast(list(self.model.buffers()))  # each process has BatchNorm statistics of its own part
+        self._share_statistics()
         totals = self.accelerator.reduce(self.tally.totals.to(self.accelerator.device)).cpu()
         batches = self.accelerator.reduce(self.tally.batches.to(self.accelerator.device)).cpu()
         loss = tuple(float(totals[m] / batches[m]) if batches[m] else None for m in learner.phase.exits)
-        accuracy, val_loss = (None, None) if self.val_loader is None else self._validate(self.val_loader, learner)
+        accuracy, val_loss = self._validate(lambda: self._stop_if_asked(learner))
         temperature = None if self.options.loss.distillation is None else self.objective.temperature
         measured = dict(self.train_loader.measured) if isinstance(self.train_loader, StatefulLoader) else {}
         exits = learner.phase.exits
@@ -184,11 +189,31 @@ class Run:
             epoch, loss, accuracy, self.phase, exits, val_loss, speed, temperature, confidence, measured=measured
         )
 
-    def _validate(self, loader: Iterable[Any], learner: Learner) -> tuple[tuple[float, ...] | None, tuple[float, ...]]:
+    def _share_statistics(self) -> None:
+        """Each process has BatchNorm statistics of its own part of the samples; the main one's are everybody's."""
+        if self.accelerator.num_processes > 1:
+            from accelerate.utils import broadcast
+
+            broadcast(list(self.model.buffers()))
+
+    def _validate(self, after_batch: Callable[[], None]) -> tuple[tuple[float, ...] | None, tuple[float, ...] | None]:
+        """Accuracy and mean loss of every exit; None without a validation set."""
+        if self.val_loader is None:
+            return None, None
         channels_last = self.options.channels_last
-        return validate(
-            self.model, self.view, loader, self.accelerator, channels_last, lambda: self._stop_if_asked(learner)
-        )
+        return validate(self.model, self.view, self.val_loader, self.accelerator, channels_last, after_batch)
+
+    def _enough(self, learner: Learner) -> bool:
+        """After a step: whether patience is at its end, where it looks after so many. What is drawn afterwards is the same."""
+        self.stopping.steps += 1
+        if self.validate_steps is None or self.stopping.steps < self.validate_steps:
+            return False
+        self.stopping.steps = 0
+        drawn = random_state()
+        self._share_statistics()
+        self._keep_best(*self._validate(lambda: None), learner.phase.exits)
+        set_random_state(drawn)
+        return self.stopping.stop
 
     def _analysed(self, record: Epoch, learner: Learner, progress: float) -> Epoch:
         """The record with the cosines that are asked for; the run goes on as it would have without."""
@@ -228,9 +253,11 @@ class Run:
         dominance, ceiling = (torch.stack([one[at] for one in each]).mean(0).tolist() for at in (0, 2))
         return dominance, ceiling
 
-    def _keep_best(self, record: Epoch) -> None:
-        scores = record.accuracy or tuple(-loss for loss in record.val_loss or ())
-        improved = not scores or self.stopping.update([scores[m] for m in record.exits])
+    def _keep_best(
+        self, accuracy: Sequence[float] | None, val_loss: Sequence[float] | None, exits: Sequence[int]
+    ) -> None:
+        scores = accuracy or tuple(-loss for loss in val_loss or ())
+        improved = not scores or self.stopping.update([scores[m] for m in exits])
         if improved and self.best is not None:
             self.best = self._weights()
 

@@ -51,6 +51,7 @@ class Options:
     ensemble_fit: EnsembleFit = field(default_factory=EnsembleFit)
     ensemble_on: Literal["validation", "train"] | None = None
     patience: Count | None = None
+    validate_steps: Count | None = None
     accumulate: Count = 1
     max_grad_norm: Positive | None = None
     mixed_precision: Literal["no", "fp16", "bf16"] = "no"
@@ -79,6 +80,10 @@ class Options:
         self.lengths = epochs_of(self.phases, self.epochs)
         if self.backbone_lr is not None and not self.trains_backbone:
             raise ArgumentError(f"backbone_lr={self.backbone_lr!r} is set, but the regime freezes the backbone")
+        if self.validate_steps is not None and self.patience is None:
+            raise ArgumentError(
+                f"validate_steps={self.validate_steps} says how often patience looks, but patience=None; set patience too"
+            )
         if self.analyse == "gradient_dominance" and not self.trains_backbone:
             raise ArgumentError(
                 f"analyse={self.analyse!r} compares the exits' gradients on the weights that they share, but the regime "

@@ -67,6 +67,8 @@ class Trainer(Options):
         patience: stop a phase when none of its exits improved on the validation set (in accuracy before the ensemble, or in
             squared error) for so many epochs; everything trained is restored as it was in the last epoch in which any of
             them improved (Kubaty et al., section 4.1). Without it the last epoch's state is kept.
+        validate_steps: for ``patience``, the optimiser steps from one look at the validation set to the next, which then take
+            the place of epochs; where an epoch has fewer, epochs all the same. The published code of Kubaty et al. has 300.
         accumulate: batches per optimiser step.
         max_grad_norm: the gradient of everything that learns is scaled down to this norm.
         mixed_precision: ``"no"``, ``"fp16"`` or ``"bf16"``, passed to accelerate.

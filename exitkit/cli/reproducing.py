@@ -1,0 +1,193 @@
+"""``exitkit reproduce``: a table of a paper, every row run and printed beside the published numbers."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from exitkit.cli.options import Device, Threads, check_folder, check_least
+from exitkit.common.console import make_console
+from exitkit.common.errors import ArgumentError, ExitkitError, unknown_name
+
+if TYPE_CHECKING:
+    from exitkit.cli.recipe import Recipe
+    from exitkit.reproduction import Outcome, Setting, Table
+
+_PRINTED = 100
+"""Characters of a reason why a row did not run."""
+
+
+def reproduce(
+    paper: Annotated[str | None, typer.Argument(help="zero-time-waste, distillation or training-regimes")] = None,
+    table: Annotated[
+        str | None, typer.Argument(help="Its number, such as 1 or C.1; without, the paper's are listed")
+    ] = None,
+    scale: Annotated[
+        str, typer.Option(help="smoke: tiny made-up data; cpu: a stated reduction; full: the paper's")
+    ] = "smoke",
+    seeds: Annotated[
+        int | None, typer.Option(help="Runs of every row; by default one for smoke, 3 for cpu, the paper's for full")
+    ] = None,
+    data: Annotated[Path, typer.Option(help="Folder of the data sets and weights that the rows name")] = Path("data"),
+    out: Annotated[Path, typer.Option(help="Folder for the runs and the tables")] = Path("runs/reproduce"),
+    rows: Annotated[str | None, typer.Option(help="Only rows in whose name this occurs")] = None,
+    device: Device = None,
+    threads: Threads = None,
+) -> None:
+    """Run a table of a paper, and print it beside the published numbers.
+
+    Every run stays in --out, and is used again by each table that has it; the same command goes on where it was stopped.
+    Without a table, what there is and what it needs is listed.
+    """
+    from exitkit.reproduction import SCALES, find_table, papers, settings_of
+
+    if paper is None or table is None:
+        if paper is not None and paper not in papers():
+            raise unknown_name("PAPER", paper, papers())
+        make_console().print(_listing(paper))
+        return
+    check_least(seeds=seeds)
+    if scale not in SCALES:
+        raise unknown_name("--scale", scale, SCALES)
+    chosen = find_table(paper, table)
+    chosen = replace(chosen, top=chosen.cpu_top) if scale == "cpu" else chosen
+    check_folder(out)
+    settings = settings_of(chosen, scale, data, out / "made-up")
+    settings = [one for one in settings if rows is None or rows.lower() in one.row.name.lower()]
+    if not settings:
+        raise ArgumentError(f"--rows {rows!r} is in no row of this table and scale: {_names(chosen)}")
+    if all(one.missing for one in settings):
+        raise ArgumentError(
+            f"{settings[0].missing[0]!r} is not there\nThis table needs: {chosen.needs}; --data says where"
+        )
+    from exitkit.cli.machine import train_on
+    from exitkit.cli.repeating import carry_out
+
+    train_on(device)
+    say = make_console().print
+    count = seeds or {"smoke": 1, "cpu": 3, "full": chosen.seeds}[scale]
+
+    def carried_out(recipe: Recipe, folder: Path) -> None:
+        carry_out(recipe, folder, threads, lambda told: say(told) if isinstance(told, str) else None)
+
+    outcomes = []
+    for number, setting in enumerate(settings, 1):
+        say(f"{number} of {len(settings)}: {setting.row.name}")
+        outcomes.append(_run(chosen, setting, out, count, carried_out, say))
+    _tell(chosen, outcomes, scale, out)
+
+
+def _run(
+    table: Table,
+    setting: Setting,
+    out: Path,
+    seeds: int,
+    carry_out: Callable[[Recipe, Path], None],
+    say: Callable[[Any], None],
+) -> Outcome:
+    """Train a row with every seed, or take what is there; what stands in its way is its outcome."""
+    from exitkit.reproduction import Outcome
+    from exitkit.reproduction.availability import missing
+    from exitkit.reproduction.results import over_seeds
+
+    if (lacking := missing(setting.row.requires)) is not None:
+        return Outcome(setting.row, reason=f"not available: {lacking}")
+    if setting.missing:
+        return Outcome(setting.row, reason=f"no {setting.missing[0]}")
+    folder = out / "runs" / setting.key
+    try:
+        each = [_numbers(table, setting, out, folder, seed, carry_out, say) for seed in range(seeds)]
+    except ExitkitError as error:
+        say(f"  {error}")
+        return Outcome(setting.row, reason=f"failed: {error}"[:_PRINTED], failed=True)
+    return Outcome(setting.row, over_seeds(each), str(folder))
+
+
+def _numbers(
+    table: Table,
+    setting: Setting,
+    out: Path,
+    folder: Path,
+    seed: int,
+    carry_out: Callable[[Recipe, Path], None],
+    say: Callable[[Any], None],
+) -> list[float | None]:
+    """A row's numbers of one seed."""
+    from exitkit.cli.recipe import Recipe
+    from exitkit.cli.repeating import finish
+    from exitkit.evaluation import ExitOutputs
+    from exitkit.report import read_run, seed_folder
+    from exitkit.report.run import BACKBONE, validation_file
+    from exitkit.reproduction.measures import numbers_of
+    from exitkit.reproduction.tables import merged
+
+    of_seed = {"trainer": {"seed": seed}}
+    values = merged([setting.recipe, of_seed])
+    if setting.backbone is not None:
+        before = seed_folder(out / "runs" / str(setting.backbone_key), seed)
+        finish(Recipe(**merged([setting.backbone, of_seed])), before, carry_out, say)
+        values["weights"] = str(before / BACKBONE)
+    recipe = Recipe(**values)
+    own = seed_folder(folder, seed)
+    finish(recipe, own, carry_out, say)
+    method = recipe.make_method().name
+    result = read_run(own).results[method]
+    outputs = result.outputs
+    if setting.row.criterion is not None:
+        outputs = replace(outputs, criterion=setting.row.criterion)
+    seen = validation_file(own, method)
+    validation = ExitOutputs.load(seen) if seen.exists() else None
+    return numbers_of(
+        table.measure, table.columns, outputs, top=table.top, validation=validation, stages=result.stages
+    )
+
+
+def _tell(table: Table, outcomes: list[Outcome], scale: str, out: Path) -> None:
+    """Print the table, write it as Markdown and as JSON, and end with an error where a row failed."""
+    from exitkit.cli.bench import machine
+    from exitkit.common.files import replacing
+    from exitkit.common.schema import to_json
+    from exitkit.reproduction import markdown, record, shown
+
+    say = make_console().print
+    say(shown(table, outcomes, scale))
+    name = f"{table.paper}-{table.name}-{scale}"
+    document = to_json(record(table, outcomes, scale) | {"machine": machine()}, indent=1)
+    for suffix, text in ((".md", markdown(table, outcomes, scale)), (".json", document)):
+        with replacing(out / f"{name}{suffix}") as temporary:
+            temporary.write_text(text, encoding="utf-8")
+    say(f"Written to {out / name}.md and .json")
+    if ran := next((one.folder for one in outcomes if one.folder is not None), None):
+        say(f"A row to look at: exitkit report {shlex.quote(ran)}")
+    if failed := [one.row.name for one in outcomes if one.failed]:
+        raise ArgumentError(f"{len(failed)} of {len(outcomes)} rows failed: {', '.join(failed)[:300]}")
+
+
+def _names(table: Table) -> str:
+    return ", ".join(repr(row.name) for row in table.rows[:12])
+
+
+def _listing(paper: str | None) -> Any:
+    """Every table, and what it needs at full scale."""
+    from rich.table import Table as Grid
+
+    from exitkit.reproduction import papers
+
+    grid = Grid(
+        title="exitkit reproduce PAPER TABLE",
+        caption="cpu: the rows that the reduction for a CPU has. GPU hours: at full scale with all seeds, estimated.",
+        caption_justify="left",
+    )
+    for heading in ("paper", "table", "of", "rows", "cpu", "seeds", "GPU hours", "needs at full scale"):
+        grid.add_column(heading, justify="right" if heading in ("rows", "cpu", "seeds", "GPU hours") else "left")
+    for name, one in papers().items():
+        for table in one.tables.values() if paper in (None, name) else ():
+            reduced = "-" if table.cpu is None else str(len(table.cpu_rows or table.rows))
+            count, hours = str(len(table.rows)), f"{table.gpu_hours:,.0f}"
+            grid.add_row(name, table.name, table.title, count, reduced, str(table.seeds), hours, table.needs)
+    return grid

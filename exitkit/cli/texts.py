@@ -1,0 +1,138 @@
+"""Texts with labels, from ``.csv`` and ``.tsv`` files, as tokens."""
+
+from __future__ import annotations
+
+import csv
+import math
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from exitkit.cli.split import Split, hold_out
+from exitkit.common.errors import ArgumentError, FileError
+from exitkit.multi_exit.saving.hub import refuse_local_path
+from exitkit.multi_exit.text_length import longest_text
+
+_LABEL_DIGITS = 9
+_SPECIAL_TOKENS = 8
+"""More than any tokenizer adds to a text or a pair."""
+
+
+def texts(
+    path: Path,
+    model: nn.Module,
+    test: str | None,
+    tokenizer: str | None,
+    numbers: bool,
+    pairs: bool,
+    max_length: int | None,
+) -> Split:
+    """Text in the first column (a pair in the first two), label in the last, a header above; labels may be words."""
+    if tokenizer is None:
+        raise ArgumentError(f"--data {str(path)!r} is text; use --model hf:NAME_OR_DIR, whose tokenizer splits it")
+    encode = load_tokenizer(tokenizer)
+    longest = longest_text(encode, model, max_length)
+    rows = _read_text(path, pairs)
+    names = (_numbers if numbers else _label_indices)({label for _, label in rows})
+    others = [] if test is None else _read_text(Path(test), pairs)
+    if numbers:
+        names |= _numbers({label for _, label in others})
+    if unknown := {label for _, label in others} - set(names):
+        raise ArgumentError(f"--test {test!r} has labels that --data has not: {sorted(unknown)[:5]}")
+    train, held_out = (_Rows((text, names[label]) for text, label in part) for part in (rows, others))
+    if not numbers and not all(label.strip().isdecimal() for label in names):
+        train.classes = held_out.classes = list(names)
+
+    def collate(batch: list[tuple[Any, float]]) -> dict[str, Tensor]:
+        texts, labels = zip(*batch, strict=True)
+        columns = map(list, zip(*texts, strict=True)) if pairs else [list(texts)]
+        tokens = encode(*columns, padding=True, truncation=True, max_length=longest, return_tensors="pt")
+        kept = {key: tokens[key] for key in kinds if key in tokens}
+        return kept | {"labels": torch.tensor(labels)}
+
+    kinds = ("input_ids", "attention_mask", *(["token_type_ids"] if pairs else []))
+    cut = _cut([text for text, _ in (*rows, *others)], encode, pairs, longest)
+    note = f"{cut} of {len(rows) + len(others)} texts are cut at {longest} tokens" if cut else ""
+    classes = None if numbers else int(max(names.values())) + 1
+    first, second = hold_out(train) if test is None else (train, held_out)
+    return Split(first, second, collate, classes=classes, note=note)  # type: ignore[arg-type]
+
+
+def _cut(texts: list[Any], encode: Any, pairs: bool, longest: int) -> int:
+    """How many texts have more tokens; no token is shorter than a byte, so that short ones need not be looked at."""
+    long = [text for text in texts if len("".join(text).encode()) + _SPECIAL_TOKENS > longest]
+    columns = map(list, zip(*long, strict=True)) if pairs else [long]
+    return sum(len(ids) > longest for ids in encode(*columns, verbose=False)["input_ids"]) if long else 0
+
+
+def load_tokenizer(name: str) -> Any:
+    """A Hugging Face tokenizer by name or folder.
+
+    Raises:
+        ArgumentError: there is none.
+    """
+    from transformers import AutoTokenizer
+
+    if not os.path.isdir(name):
+        refuse_local_path(name)
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise ArgumentError(f"--model hf:{name} has no tokenizer: {error}") from error
+
+
+class _Rows(list[tuple[Any, float]]):
+    """Text and label of each row, and the names of the classes where labels are words, as torchvision has them."""
+
+    classes: list[str] | None = None
+
+
+def _read_text(path: Path, pairs: bool) -> list[tuple[Any, str]]:
+    """A text, or a pair of texts, and the label as it is written, of each row."""
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            rows = [row for row in cells(file, path) if len(row) > 1][1:]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise FileError(f"{str(path)!r} cannot be read as UTF-8 text and label: {error}") from error
+    if not rows:
+        raise ArgumentError(f"{str(path)!r} has no rows of text and label below a header")
+    if pairs and (short := next((row for row in rows if len(row) < 3), None)):
+        raise ArgumentError(
+            f"{str(path)!r} has a row of {len(short)} columns, but pairs are two texts and a label: {str(short)[:200]}"
+        )
+    return [((row[0], row[1]) if pairs else row[0], row[-1]) for row in rows]
+
+
+def cells(file: Iterable[str], path: Path) -> Iterator[list[str]]:
+    """The rows of a ``.csv`` or ``.tsv``. A quotation mark in a ``.tsv`` is a character like others, as in GLUE's files."""
+    if path.suffix == ".tsv":
+        return csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
+    return csv.reader(file)
+
+
+def _label_indices(labels: set[str]) -> dict[str, int]:
+    """Numbers are class indices as they are; words are numbered in alphabetical order."""
+    if all(label.strip().isdecimal() for label in labels):
+        if long := next((label for label in labels if len(label.strip()) > _LABEL_DIGITS), None):
+            raise ArgumentError(
+                f"the label {long[:20]}… has {len(long)} digits; labels are class indices from 0, or words"
+            )
+        return {label: int(label) for label in labels}
+    return {label: index for index, label in enumerate(sorted(labels))}
+
+
+def _numbers(labels: set[str]) -> dict[str, float]:
+    """Labels as the numbers that they are."""
+    try:
+        numbers = {label: float(label) for label in labels}
+    except ValueError as error:
+        raise ArgumentError(
+            f"a model with one output predicts numbers, but the last column has another: {str(error)[:200]}"
+        ) from error
+    if wrong := next((label for label, number in numbers.items() if not math.isfinite(number)), None):
+        raise ArgumentError(f"the last column has {wrong[:20]!r}, which is not a finite number")
+    return numbers

@@ -1,0 +1,174 @@
+"""Runs of one setting that differ in their seed: means over them, and differences of two settings seed by seed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from itertools import combinations
+
+import numpy as np
+
+from exitkit.common.errors import ArgumentError
+from exitkit.evaluation.curve import BUDGETS
+from exitkit.evaluation.outputs import ExitOutputs, check_outputs
+from exitkit.evaluation.paired import check_comparable
+
+_SETTING = ("criterion", "dtype", "backbone_macs")
+
+
+@dataclass(frozen=True)
+class Spread:
+    """A number as it came in several runs.
+
+    Attributes:
+        values: one of each run.
+    """
+
+    values: tuple[float, ...]
+
+    @property
+    def mean(self) -> float:
+        return float(np.mean(self.values))
+
+    @property
+    def std(self) -> float:
+        """The standard deviation, estimated from these runs (divided by n − 1); 0 of a single one."""
+        return float(np.std(self.values, ddof=1)) if len(self.values) > 1 else 0.0
+
+    @property
+    def half_width(self) -> float:
+        """1.96 standard errors of the mean: half of its 95% interval."""
+        return float(1.96 * self.std / np.sqrt(len(self.values)))
+
+    def __str__(self) -> str:
+        """Mean ± standard deviation, as shares of 1 in per cent."""
+        return f"{self.mean:.2%}" + (f" ± {100 * self.std:.2f}" if len(self.values) > 1 else "")
+
+
+@dataclass(frozen=True, eq=False)
+class Runs:
+    """Outputs of one setting on the same samples, of runs that differ in their seed alone.
+
+    Attributes:
+        outputs: one of each run, with labels.
+        seeds: of each run; by default 0, 1, 2, …
+
+    Raises:
+        ArgumentError: none, seeds that are not one each, or outputs of different settings: other samples, exits or scores.
+    """
+
+    outputs: tuple[ExitOutputs, ...]
+    seeds: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        outputs = tuple(self.outputs)
+        if not outputs:
+            raise ArgumentError("outputs=() is empty; give those of at least one run")
+        for number, one in enumerate(outputs):
+            check_outputs(one, f"outputs[{number}]")
+        seeds = tuple(self.seeds) or tuple(range(len(outputs)))
+        if len(set(seeds)) != len(outputs) or len(seeds) != len(outputs):
+            raise ArgumentError(f"seeds={seeds} for {len(outputs)} runs; give another seed for each")
+        object.__setattr__(self, "outputs", outputs)
+        object.__setattr__(self, "seeds", seeds)
+        named = {f"seed {seed}": one for seed, one in zip(seeds, outputs, strict=True)}
+        (first, start), *others = named.items()
+        for name, one in others:
+            if differing := _differing(start, one):
+                raise ArgumentError(
+                    f"{name} and {first} are of different settings ({differing}), and are not averaged; give runs that differ "
+                    "in their seed alone"
+                )
+        check_comparable(named)
+
+    def measured(self, measure: Callable[[ExitOutputs], float]) -> Spread:
+        """Any measure of one run's outputs, over the runs."""
+        return Spread(tuple(float(measure(one)) for one in self.outputs))
+
+    def accuracy(self) -> tuple[Spread, ...]:
+        """(M+1,): of each exit."""
+        each = zip(*(one.accuracy().tolist() for one in self.outputs), strict=True)
+        return tuple(map(Spread, each))
+
+    def at_budget(self, budget: float) -> Spread | None:
+        """Accuracy under a share of the backbone's cost, each run with its own τ; None where the first exit costs more."""
+        curves = [one.curve() for one in self.outputs]
+        if any(curve.cost[0] >= budget for curve in curves):
+            return None
+        return Spread(tuple(curve.at_budget(budget).accuracy for curve in curves))
+
+    def budget_table(self, budgets: Sequence[float] = BUDGETS) -> dict[str, Spread | None]:
+        """Accuracy at the budgets by name, and where no sample leaves, as ``curve().budget_table()`` of one run has it."""
+        rows = {f"{budget:.0%}": self.at_budget(budget) for budget in budgets}
+        return rows | {"no limit": self.measured(lambda one: float(one.accuracy()[-1]))}
+
+    def minus(self, other: Runs, budget: float) -> Spread:
+        """This accuracy minus the other at a budget, seed by seed: what both owe to a seed cancels.
+
+        Raises:
+            ArgumentError: other seeds, other samples, or a budget that a first exit costs more than.
+        """
+        if self.seeds != other.seeds:
+            raise ArgumentError(
+                f"seeds {self.seeds} and {other.seeds} are not the same; compare runs of the same seeds"
+            )
+        check_comparable({"one": self.outputs[0], "other": other.outputs[0]})
+        first, second = self.at_budget(budget), other.at_budget(budget)
+        if first is None or second is None:
+            raise ArgumentError(f"budget={budget!r} cannot be kept by both; give a larger one")
+        return Spread(tuple(a - b for a, b in zip(first.values, second.values, strict=True)))
+
+
+def _differing(one: ExitOutputs, other: ExitOutputs) -> str:
+    """In what two settings differ, or nothing."""
+    if type(one) is not type(other) or one.log_probs.shape[1:] != other.log_probs.shape[1:]:
+        return "other exits or classes"
+    if one.macs.tolist() != other.macs.tolist():
+        return "exits of other costs"
+    known = {field.name for field in fields(one)}
+    names = [name for name in _SETTING if name in known and getattr(one, name) != getattr(other, name)]
+    return ", ".join(f"{name} {getattr(one, name)} and {getattr(other, name)}" for name in names)
+
+
+@dataclass(frozen=True)
+class RunsCompared:
+    """Settings side by side, each with its runs; prints as a table.
+
+    Attributes:
+        budget: the share of the backbone's cost at which accuracies are compared.
+        accuracies: of each setting there.
+        differences: of every two: the first minus the second, seed by seed.
+    """
+
+    budget: float
+    accuracies: dict[str, Spread]
+    differences: dict[tuple[str, str], Spread]
+
+    def __str__(self) -> str:
+        runs = len(next(iter(self.accuracies.values())).values)
+        lines = [f"accuracy at {self.budget:.0%} of the backbone's MACs over {runs} seeds: mean ± standard deviation"]
+        lines += [f"  {name:<34}{spread!s:>16}" for name, spread in self.accuracies.items()]
+        lines.append("differences, seed by seed: mean and 95% interval (1.96 standard errors), in points")
+        for (one, two), spread in self.differences.items():
+            mean, half = 100 * spread.mean, 100 * spread.half_width
+            lines.append(f"  {f'{one} – {two}':<34}{mean:>+7.2f} ({mean - half:+.2f} … {mean + half:+.2f})")
+        return "\n".join(lines)
+
+
+def compare_runs(found: Mapping[str, Runs], budget: float = 0.5) -> RunsCompared:
+    """Every two of several settings at a budget, paired over their seeds.
+
+    With a few seeds the interval says how much the mean would move with others, and misses that a few are few.
+
+    Args:
+        found: by name, at least two, each with the same seeds.
+        budget: share of the backbone's MACs.
+
+    Raises:
+        ArgumentError: fewer than two, other seeds or samples, or a budget that one of them cannot keep.
+    """
+    if len(found) < 2:
+        raise ArgumentError(f"found={list(found)}: give runs of at least two settings, by name")
+    differences = {(one, two): found[one].minus(found[two], budget) for one, two in combinations(found, 2)}
+    accuracies = {name: runs.at_budget(budget) for name, runs in found.items()}
+    return RunsCompared(budget, {name: one for name, one in accuracies.items() if one is not None}, differences)

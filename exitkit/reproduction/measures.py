@@ -1,0 +1,91 @@
+"""A row's numbers, from the outputs of one run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate
+
+import numpy as np
+from numpy.typing import NDArray
+
+from exitkit.common.errors import ArgumentError
+from exitkit.evaluation import ExitOutputs, RegressionOutputs
+from exitkit.report import Stage
+from exitkit.reproduction.tables import Measure
+
+
+def numbers_of(
+    measure: Measure,
+    columns: Sequence[int | str],
+    outputs: ExitOutputs,
+    *,
+    top: int = 1,
+    validation: ExitOutputs | None = None,
+    stages: Sequence[Stage] = (),
+) -> list[float | None]:
+    """One number for each column; None where a budget cannot be kept, or nothing was measured.
+
+    Args:
+        measure: ``"budgets"``: accuracy (%) under a share of the backbone's MACs (Zero Time Waste, section 4.1);
+            ``"mse"``: mean squared error there; ``"budget-mode"``: top-k accuracy (%) of the exit, among the first i, that is
+            best on the validation samples (Phuong and Lampert, section 3.2); ``"anytime-mode"``: of the mean prediction of
+            the first i exits; ``"milliseconds"``: to answer at exit i.
+        columns: percentages of the backbone's MACs, ``"max"`` (the best τ at any cost) or ``"unlimited"`` (no sample leaves);
+            for the other measures one for each exit.
+        outputs: of the test samples.
+        top: an answer is right among so many.
+        validation: of the validation samples.
+        stages: of the run, as they were timed.
+    """
+    if measure in ("budgets", "mse"):
+        return [_under(column, outputs, measure) for column in columns]
+    found: Sequence[float | None]
+    if measure == "milliseconds":
+        times = [stage.milliseconds for stage in stages]
+        found = [] if None in times else list(accumulate(time for time in times if time is not None))
+    elif measure == "anytime-mode":
+        found = (100 * _right(_first_means(outputs), outputs, top)).tolist()
+    else:
+        if validation is None:
+            raise ArgumentError("budget-mode chooses exits on validation samples, and the run has none")
+        chosen = _right(validation.log_probs.numpy(), validation, top)
+        accuracy = 100 * _right(outputs.log_probs.numpy(), outputs, top)
+        found = [float(accuracy[chosen[: exit_ + 1].argmax()]) for exit_ in range(len(accuracy))]
+    return [found[index] if index < len(found) else None for index in range(len(columns))]
+
+
+def _under(column: int | str, outputs: ExitOutputs, measure: Measure) -> float | None:
+    """At a budget of so many per cent."""
+    if measure == "mse":
+        if not isinstance(outputs, RegressionOutputs):
+            raise ArgumentError("MSE is for a model that predicts numbers")
+        curve = outputs.curve(measure="r2")
+        assert outputs.labels is not None
+        variance = float(outputs.labels.double().var(correction=0))
+    else:
+        curve = outputs.curve()
+    if column == "max":
+        reached = curve.best().accuracy
+    elif column == "unlimited":
+        reached = curve.no_limit().accuracy
+    elif curve.cost[0] >= int(column) / 100:
+        return None
+    else:
+        reached = curve.at_budget(int(column) / 100).accuracy
+    return (1 - reached) * variance if measure == "mse" else 100 * reached
+
+
+def _first_means(outputs: ExitOutputs) -> NDArray[np.floating]:
+    """(N, M+1, C): the mean of the probabilities of all exits up to each."""
+    each = np.exp(outputs.log_probs.double().numpy())
+    means: NDArray[np.floating] = each.cumsum(1) / np.arange(1, each.shape[1] + 1)[:, None]
+    return means
+
+
+def _right(scores: NDArray[np.floating], outputs: ExitOutputs, top: int) -> NDArray[np.float64]:
+    """(M+1,): how often the label is among the ``top`` largest of scores (N, M+1, C)."""
+    assert outputs.labels is not None
+    labels = outputs.labels.numpy()
+    own = np.take_along_axis(scores, labels[:, None, None], 2)
+    shares: NDArray[np.float64] = ((scores > own).sum(2) < top).mean(0)
+    return shares

@@ -1,0 +1,141 @@
+"""Repeated runs: means over seeds, differences seed by seed, and settings that are not averaged together."""
+
+# ruff: noqa: F811  (fixtures of tests.test_cli)
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import exitkit
+from exitkit import ExitOutputs
+from exitkit.evaluation import Runs, Spread, compare_runs
+from exitkit.report import read_repeated, write_report
+from tests.test_cli import images, invoke, refused, run  # noqa: F401 - fixtures
+
+LABELS = torch.arange(40) % 4
+
+
+def outputs_of(seed: int, skill: float = 2.0, **options: Any) -> ExitOutputs:
+    logits = torch.randn(40, 3, 4, generator=torch.Generator().manual_seed(seed))
+    logits[torch.arange(40), :, LABELS] += torch.tensor([0.5, 1.0, 2.0]) * skill
+    return replace(ExitOutputs(logits, LABELS, torch.tensor([1.0, 2.0, 3.0]), 3.0), **options)
+
+
+def test_a_spread_by_hand() -> None:
+    spread = Spread((0.90, 0.92, 0.97))
+    assert spread.mean == pytest.approx(0.93)
+    assert spread.std == pytest.approx(math.sqrt((0.03**2 + 0.01**2 + 0.04**2) / 2))
+    assert spread.half_width == pytest.approx(1.96 * spread.std / math.sqrt(3))
+    assert str(spread) == "93.00% ± 3.61"
+    assert (Spread((0.5,)).std, str(Spread((0.5,)))) == (0.0, "50.00%")
+
+
+def test_runs_have_the_accuracies_of_each() -> None:
+    each = [outputs_of(seed) for seed in range(3)]
+    runs = Runs(tuple(each))
+    assert [spread.values for spread in runs.accuracy()] == [
+        tuple(float(one.accuracy()[m]) for one in each) for m in range(3)
+    ]
+    at = runs.at_budget(0.5)
+    assert at is not None
+    assert at.values == tuple(one.curve().at_budget(0.5).accuracy for one in each)
+    assert runs.at_budget(0.3) is None  # the first exit costs a third
+    assert list(runs.budget_table()) == ["25%", "50%", "75%", "100%", "no limit"]
+
+
+def test_settings_are_compared_seed_by_seed() -> None:
+    """What both owe to the seed cancels: the interval of the difference is narrower than that of either."""
+    better, worse = (Runs(tuple(outputs_of(seed, skill) for seed in range(4))) for skill in (2.0, 1.5))
+    difference = better.minus(worse, 0.6)
+    assert difference.values == tuple(
+        outputs_of(seed, 2.0).curve().at_budget(0.6).accuracy - outputs_of(seed, 1.5).curve().at_budget(0.6).accuracy
+        for seed in range(4)
+    )
+    compared = compare_runs({"better": better, "worse": worse}, 0.6)
+    assert compared.differences["better", "worse"].values == difference.values
+    assert "better – worse" in str(compared)
+    assert "over 4 seeds" in str(compared)
+
+
+OTHERS = {
+    "costs": ({"macs": torch.tensor([1.0, 2.5, 3.0])}, "exits of other costs"),
+    "score": ({"criterion": "entropy"}, "criterion confidence and entropy"),
+    "labels": ({"labels": LABELS.flip(0)}, "other labels"),
+    "exits": ({"log_probs": torch.zeros(40, 2, 4), "macs": torch.tensor([1.0, 2.0])}, "other exits or classes"),
+}
+
+
+@pytest.mark.parametrize(("change", "message"), OTHERS.values(), ids=OTHERS)
+def test_runs_of_different_settings_are_not_averaged(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(exitkit.ArgumentError, match=message):
+        Runs((outputs_of(0), outputs_of(1, **change)))
+
+
+def test_seeds_are_one_each_and_the_same_where_settings_are_compared() -> None:
+    pair = (outputs_of(0), outputs_of(1))
+    with pytest.raises(exitkit.ArgumentError, match=r"seeds=\(1, 1\) for 2 runs; give another seed for each"):
+        Runs(pair, (1, 1))
+    with pytest.raises(exitkit.ArgumentError, match="is empty"):
+        Runs(())
+    with pytest.raises(exitkit.ArgumentError, match=r"seeds \(0, 1\) and \(1, 2\) are not the same"):
+        Runs(pair).minus(Runs(pair, (1, 2)), 0.5)
+
+
+RECIPE = """
+model = "tests.toy:net"
+data = {data}
+validation = 0.2
+[exits]
+every = 2
+head = "1L"
+method = "sdn"
+[trainer]
+epochs = 1
+lr = 0.01
+"""
+
+
+def test_a_recipe_with_three_seeds(run: Any, refused: Any, images: Path, tmp_path: Path) -> None:
+    """Each in its folder; again, only what is missing; then compared, reported, and refused where settings differ."""
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(RECIPE.format(data=json.dumps(str(images))))
+    command = ("train", recipe, "--trust", "--out", tmp_path / "sdn", "--seeds")
+    printed = run(*command, 2)
+    assert "over 2 seeds" in printed
+    again = run(*command, 3)
+    assert again.count("is finished already") == 2
+    assert [folder.name for folder in sorted((tmp_path / "sdn").iterdir())] == ["seed-0", "seed-1", "seed-2"]
+    runs = read_repeated(tmp_path / "sdn")["sdn"]
+    assert runs.seeds == (0, 1, 2)
+    alone = ExitOutputs.load(tmp_path / "sdn" / "seed-1" / "outputs-sdn.safetensors")
+    assert runs.accuracy()[0].values[1] == alone.accuracy()[0]
+    assert (tmp_path / "sdn" / "seed-1" / "validation-sdn.safetensors").exists()
+
+    page = write_report([tmp_path / "sdn"]).read_text("utf-8")
+    assert "Over seeds" in page
+    assert str(runs.at_budget(1.0)) in page
+
+    run("train", recipe, "--trust", "--out", tmp_path / "more", "--seeds", 3, "--epochs", 2)
+    compared = run("compare", tmp_path / "sdn", tmp_path / "more", "--budget", 1.5)
+    assert "sdn/sdn – more/sdn" in compared
+    plain = json.loads(run("compare", tmp_path / "sdn", tmp_path / "more", "--budget", 1.5, "--json"))
+    assert len(plain["accuracies"]["sdn/sdn"]) == 3
+    assert "is a single run and" in refused("compare", tmp_path / "sdn", tmp_path / "more" / "seed-0")
+
+    (tmp_path / "sdn" / "seed-1").rename(tmp_path / "old")
+    (tmp_path / "more" / "seed-1").rename(tmp_path / "sdn" / "seed-1")
+    assert "are of different settings, and are not averaged" in refused("report", tmp_path / "sdn")
+
+
+def test_one_seed_or_several(refused: Any, tmp_path: Path) -> None:
+    (tmp_path / "recipe.toml").write_text(RECIPE.format(data="'x.npz'"))
+    command = ("train", tmp_path / "recipe.toml", "--out", tmp_path / "out")
+    assert "--seed 1 and --seeds 2: give the one seed, or how many" in refused(*command, "--seed", 1, "--seeds", 2)
+    assert "--seeds 0 must be at least 1" in refused(*command, "--seeds", 0)

@@ -1,0 +1,272 @@
+"""The papers' tables: that they say what the papers say, that every row is a recipe, and that a table runs."""
+
+# ruff: noqa: F811  (fixtures of tests.test_cli)
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from exitkit import ExitOutputs
+from exitkit.cli.recipe import Recipe
+from exitkit.evaluation import RegressionOutputs
+from exitkit.models import cifar_resnet
+from exitkit.report import Stage
+from exitkit.reproduction import Paper, Row, Table, find_table, papers, settings_of
+from exitkit.reproduction.availability import missing
+from exitkit.reproduction.measures import numbers_of
+from exitkit.reproduction.tables import merged
+from tests.test_cli import images, invoke, refused, run  # noqa: F401 - fixtures
+
+TABLES = [table for paper in papers().values() for table in paper.tables.values()]
+NAMES = [f"{table.paper} {table.name}" for table in TABLES]
+
+
+def row(paper: str, table: str, name: str) -> Row:
+    return next(one for one in find_table(paper, table).rows if one.name == name)
+
+
+# what the tables say --------------------------------------------------------------------------------------------------
+
+
+ROWS = {
+    "zero-time-waste": {"1": 36, "2": 3, "5": 3, "C.1": 8, "C.2": 6, "C.3": 12, "B.3": 3},
+    "distillation": {"1": 11, "2": 11, "3": 2, "4": 2, "5": 11, "6": 11},
+    "training-regimes": {"1": 18, "2": 3, "2R": 3, "3": 9, "4": 3, "5": 10, "6": 9, "7": 21, "20": 9},
+}
+
+
+def test_every_table_is_there_with_its_rows() -> None:
+    assert {
+        paper.name: {name: len(one.rows) for name, one in paper.tables.items()} for paper in papers().values()
+    } == ROWS
+
+
+@pytest.mark.parametrize(
+    ("paper", "table", "name", "published", "deviation"),
+    [
+        ("zero-time-waste", "1", "ResNet-56 CIFAR-10 ZTW", (80.3, 88.7, 91.5, 92.1, 92.1), (1.0, 0.4, 0.2, 0.3, 0.3)),
+        ("zero-time-waste", "1", "MobileNet CIFAR-10 PBEE", (76.3, 85.9, 89.7, 90.9, 91.1), (0.9, 0.3, 0.3, 0.2, 0.1)),
+        ("zero-time-waste", "1", "VGG Tiny ImageNet ZTW", (41.4, 52.3, 59.3, 60.1, 60.5), (0.5, 0.4, 0.4, 0.5, 0.4)),
+        (
+            "distillation",
+            "1",
+            "ImageNet(300) semi-supervised",
+            (82.3, 84.0, 84.3, 84.3, 84.3),
+            (0.3, 0.5, 0.6, 0.6, 0.6),
+        ),
+        ("distillation", "5", "ImageNet(full) distillation", (88.8, 90.5, 91.3, 91.6, 91.8), (0.1,) * 5),
+        ("training-regimes", "1", "ResNet-34 C-100 Mixed", (62.24, 73.81, 75.92, 75.88), (0.78, 0.51, 0.44, 0.40)),
+        ("training-regimes", "2R", "STS-B Disjoint", (2.37, 1.55, 0.54, 0.51), (0.01, 0.11, 0.0, 0.02)),
+        ("training-regimes", "6", "Joint 2L-1024", (45.59, 55.11, 57.73, 57.66), ()),
+        ("training-regimes", "7", "Every-3 Joint", (None, 63.33, 67.22, 67.21), ()),
+        ("training-regimes", "5", "Mixed Dec.", (53.58, 63.60, 66.76, 66.78), (0.69, 0.25, 0.50, 0.47)),
+    ],
+)
+def test_published_numbers(paper: str, table: str, name: str, published: Any, deviation: Any) -> None:
+    """Typed off the papers once more, by hand."""
+    one = row(paper, table, name)
+    assert one.published == published
+    assert one.deviation == deviation
+
+
+def test_the_papers_settings() -> None:
+    ztw = row("zero-time-waste", "1", "VGG CIFAR-100 ZTW").recipe
+    assert ztw["trainer"] == {"regime": "disjoint", "epochs": 50, "lr": 1e-3, "milestones": [15], "weight_decay": 5e-4}
+    semi = row("distillation", "2", "CIFAR(150) semi-supervised").recipe
+    assert (semi["per_class"], semi["validation"], semi["unlabelled"]) == (150, 50, 350)
+    assert row("training-regimes", "7", "Every-4 Mixed").recipe["exits"]["at"] == [4, 8, 12]
+    assert row("training-regimes", "1", "ViT-T ImageNet Joint").backbone is None
+    assert row("training-regimes", "1", "ViT-T ImageNet Mixed").backbone is not None
+
+
+@pytest.mark.parametrize("table", TABLES, ids=NAMES)
+def test_every_row_is_a_recipe_at_every_scale(table: Table, tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    for one in table.rows:
+        assert one.published == () or len(one.published) == len(table.columns)
+        assert one.deviation == () or len(one.deviation) == len(table.columns)
+    scales = ["full", "smoke", *(["cpu"] if table.cpu is not None else [])]
+    for scale in scales:
+        settings = settings_of(table, scale, tmp_path, tmp_path / "made-up")
+        keys = {json.dumps([one.recipe, one.backbone], sort_keys=True): one.key for one in settings}
+        assert len(set(keys.values())) == len(keys)
+        for one in settings:
+            if missing(one.row.requires) is None:
+                Recipe(**one.recipe)
+                assert one.backbone is None or Recipe(**one.backbone)
+    assert table.cpu_rows is None or set(table.cpu_rows) <= {one.name for one in table.rows}
+
+
+def test_later_values_stand_in_the_place_of_earlier_ones() -> None:
+    first = {"a": {"b": 1, "c": [1, 2]}, "d": "x"}
+    assert merged([first, {"a": {"c": [3]}}, {"d": {"e": 1}}]) == {"a": {"b": 1, "c": [3]}, "d": {"e": 1}}
+    assert first == {"a": {"b": 1, "c": [1, 2]}, "d": "x"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("zero-time-wast", "1"), "Did you mean 'zero-time-waste'"),
+        (("zero-time-waste",), "C.3"),
+        (("training-regimes", "9"), "TABLE of training-regimes='9' is unknown"),
+        (("training-regimes", "1", "--scale", "tiny"), "Allowed: 'smoke', 'cpu', 'full'"),
+        (("training-regimes", "4", "--scale", "cpu"), "table 4 of training-regimes has no scale 'cpu'"),
+        (("zero-time-waste", "c.1", "--scale", "full", "--data", "nowhere"), "cifar100_train.npz' is not there"),
+        (("zero-time-waste", "T1", "--rows", "AlexNet"), "--rows 'AlexNet' is in no row"),
+    ],
+)
+def test_what_there_is_not_is_told(invoke: Any, tmp_path: Path, arguments: tuple[str, ...], message: str) -> None:
+    _, printed, complained = invoke("reproduce", *arguments, "--out", tmp_path / "out")
+    assert message.replace(" ", "") in (printed + complained).replace("\n", "").replace(" ", "").replace("│", "")
+
+
+# numbers --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def outputs() -> ExitOutputs:
+    logits = torch.randn(50, 3, 6, generator=torch.Generator().manual_seed(0))
+    logits[torch.arange(50), :, torch.arange(50) % 6] += torch.tensor([0.5, 1.5, 1.0])
+    return ExitOutputs(logits, torch.arange(50) % 6, torch.tensor([1.0, 2.0, 3.2]), 3.0)
+
+
+def top(scores: Any, labels: Any, count: int) -> float:
+    best = np.argsort(-np.asarray(scores), axis=1)[:, :count]
+    return 100 * float(np.mean([label in row for row, label in zip(best, np.asarray(labels), strict=True)]))
+
+
+def test_budgets(outputs: ExitOutputs) -> None:
+    columns = (25, 50, 100, "max", "unlimited")
+    curve = outputs.curve()
+    expected = [None, 100 * curve.at_budget(0.5).accuracy, 100 * curve.at_budget(1.0).accuracy]
+    expected += [100 * curve.accuracy.max(), 100 * outputs.accuracy()[-1]]
+    assert numbers_of("budgets", columns, outputs) == pytest.approx(expected)
+
+
+def test_the_first_exits_by_their_best_and_by_their_mean(outputs: ExitOutputs) -> None:
+    """The best is chosen on validation samples: there exit 1 is the best of all three."""
+    validation = replace(outputs, log_probs=outputs.log_probs[:, [0, 2, 1]].flip(0), labels=outputs.labels.flip(0))  # type: ignore[union-attr]
+    each = [top(outputs.log_probs[:, m], outputs.labels, 2) for m in range(3)]
+    there = [top(validation.log_probs[:, m], validation.labels, 2) for m in range(3)]
+    chosen = [int(np.argmax(there[: m + 1])) for m in range(3)]
+    found = numbers_of("budget-mode", ("1", "2", "3"), outputs, top=2, validation=validation)
+    assert found == pytest.approx([each[exit_] for exit_ in chosen])
+    means = [top(outputs.log_probs[:, : m + 1].exp().mean(1), outputs.labels, 2) for m in range(3)]
+    *found, beyond = numbers_of("anytime-mode", ("1", "2", "3", "4"), outputs, top=2)
+    assert found == pytest.approx(means)
+    assert beyond is None
+
+
+def test_squared_errors_and_times() -> None:
+    labels = torch.linspace(0, 5, 40)
+    noise = torch.randn(40, 2, generator=torch.Generator().manual_seed(1)) * torch.tensor([1.0, 0.2])
+    outputs = RegressionOutputs(labels[:, None] + noise, labels, torch.tensor([1.0, 2.0]), 2.0)
+    assert numbers_of("mse", ("unlimited",), outputs) == pytest.approx([outputs.mse()[-1]], rel=1e-5)
+    stages = [Stage(f"exit {m}", 1.0, 1.0, milliseconds=m + 1.0) for m in range(2)]
+    assert numbers_of("milliseconds", ("1", "2"), outputs, stages=stages) == [1.0, 3.0]
+
+
+# a table that runs ----------------------------------------------------------------------------------------------------
+
+
+def resnet8(num_classes: int = 4) -> nn.Module:
+    return cifar_resnet(8, num_classes)
+
+
+RECIPE: dict[str, Any] = {
+    "model": "tests.test_reproduction:resnet8",
+    "data": "small_train.npz",
+    "validation": 0.2,
+    "smoke": {"side": 8},
+    "exits": {"method": "sdn", "head": "1L", "at": [0]},
+    "trainer": {"regime": "disjoint", "epochs": 9},
+}
+ALONE = merged([RECIPE, {"trainer": {"phase": [{"exits": "backbone", "stages": "all"}]}}])
+del ALONE["trainer"]["regime"]
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = (
+        Row("SDN", RECIPE, ALONE, (50.0, 60.0), (1.0, None)),
+        Row("PBEE", RECIPE, ALONE, criterion="patience"),
+        Row("later", RECIPE, requires="later"),
+        Row("wrong", merged([RECIPE, {"exits": {"at": ["nowhere"]}}])),
+    )
+    table = Table("small", "1", "a small one", "budgets", (60, "max"), 3, "nothing", 1.0, rows, cpu={"limit": 12})
+    found = {"small": Paper("small", "A Small One", {"1": table})}
+    for place in ("exitkit.reproduction.tables.papers", "exitkit.reproduction.papers"):
+        monkeypatch.setattr(place, lambda: found)
+    monkeypatch.setitem(
+        __import__("exitkit.reproduction.availability", fromlist=["_CHECKS"])._CHECKS,
+        "later",
+        ("a thing", lambda: False),
+    )
+
+
+def test_a_table_runs_and_its_runs_are_kept(small: None, invoke: Any, run: Any, tmp_path: Path) -> None:
+    command = ("reproduce", "small", "1", "--out", tmp_path / "out")
+    code, printed, complained = invoke(*command)
+    assert code == 2
+    assert "1 of 4 rows failed: wrong" in complained
+    assert "not available: a thing" in printed
+    assert "50.00 ± 1.00" in printed
+    document = json.loads((tmp_path / "out" / "small-1-smoke.json").read_text())
+    sdn, pbee, _, wrong = document["rows"]
+    assert sdn["runs"] == pbee["runs"]  # one training
+    kept = ExitOutputs.load(Path(sdn["runs"]) / "seed-0" / "outputs-sdn.safetensors")
+    assert sdn["numbers"][0] == [100 * kept.curve().at_budget(0.6).accuracy]
+    assert pbee["numbers"][0] == [100 * kept.curve("patience").at_budget(0.6).accuracy]
+    assert "nowhere" in wrong["reason"]
+    assert "| SDN | here |" in (tmp_path / "out" / "small-1-smoke.md").read_text()
+    run("report", sdn["runs"])
+
+    again = invoke(*command, "--rows", "SDN")[1]
+    assert again.replace("\n", " ").count("is finished already") == 2  # the backbone's own run, and the exits'
+
+
+def test_the_backbone_of_a_row_is_what_its_exits_begin_from(small: None, invoke: Any, tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    invoke("reproduce", "small", "1", "--out", tmp_path / "out", "--rows", "SDN", "--seeds", 1)
+    folders = sorted((tmp_path / "out" / "runs").iterdir())
+    (trained,) = [folder for folder in folders if (folder / "seed-0" / "backbone.safetensors").exists()]
+    (exits,) = [folder for folder in folders if folder != trained]
+    given = json.loads((exits / "seed-0" / "recipe.json").read_text())["weights"]
+    assert Path(given) == trained / "seed-0" / "backbone.safetensors"
+    fresh = resnet8().state_dict()
+    assert any(not torch.equal(fresh[name], value) for name, value in load_file(given).items() if name in fresh)
+
+
+def test_scales_name_the_files_that_are_not_there(small: None, tmp_path: Path) -> None:
+    table = find_table("small", "1")
+    setting = settings_of(table, "cpu", tmp_path, tmp_path)[0]
+    assert setting.missing == (str(tmp_path / "small_train.npz"),)
+    assert setting.recipe["limit"] == 12
+    before = setting.key
+    np.savez(tmp_path / "small_train.npz", images=np.zeros((1, 2, 2, 3), np.uint8), labels=np.zeros(1, int))
+    there = settings_of(table, "cpu", tmp_path, tmp_path)[0]
+    assert there.missing == ()
+    assert there.key != before  # by content
+
+
+def test_contrast_keeps_the_mean_of_each_channel() -> None:
+    pytest.importorskip("torchvision")
+    from exitkit.cli.augmentation import augmented
+
+    image = torch.randn(3, 8, 8)
+    changed, _ = augmented([(image, 0)], None, ["contrast"], 2, (0.0,) * 3)
+    other = changed[0][0]
+    assert not torch.equal(other, image)
+    assert torch.allclose(other.mean((1, 2)), image.mean((1, 2)), atol=1e-6)
+    ratio = ((other - other.mean((1, 2), keepdim=True)) / (image - image.mean((1, 2), keepdim=True))).flatten()
+    assert torch.allclose(ratio, ratio[:1].expand_as(ratio), atol=1e-3)
+    assert 0.6 <= float(ratio[0]) <= 1.4
