@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset, random_split
 
-from exitkit.cli.unpacking import check_inflation, opened_image, prepared_image
+from exitkit.cli.unpacking import check_inflation
 from exitkit.common.errors import ArgumentError, FileError
 from exitkit.common.torchvision_guard import import_torchvision
+from exitkit.multi_exit.image_files import opened_image, prepared_image
 from exitkit.multi_exit.preprocessing import ImagePreprocessing, default_statistics
 from exitkit.multi_exit.saving.hub import refuse_local_path
 from exitkit.multi_exit.text_length import longest_text

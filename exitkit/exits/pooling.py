@@ -35,7 +35,10 @@ def two_pools(maps: Tensor) -> tuple[Tensor, Tensor]:
     size = pooled_size(height, width)
     if height % size[0] or width % size[1]:
         return F.adaptive_avg_pool2d(maps, size), F.adaptive_max_pool2d(maps, size)
-    window = (height // size[0], width // size[1])  # pools of fixed windows are the faster ones, in every memory format
+    window = (
+        height // size[0],
+        width // size[1],
+    )  # pools of fixed windows are the faster ones, in every memory format
     return F.avg_pool2d(maps, window), F.max_pool2d(maps, window)
 
 
