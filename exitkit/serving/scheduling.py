@@ -36,7 +36,6 @@ class _Request:
     """One request: its samples' numbers, and the answers that have come."""
 
     rows: range
-    own_policy: bool
     future: asyncio.Future[Prediction]
     parts: list[tuple[int, Prediction]] = field(default_factory=list)
 
@@ -109,7 +108,7 @@ class RequestScheduler:
         """
         args, kwargs = as_call(batch)
         tensors = self.engine.inputs.checked(args, kwargs)
-        policy = self.engine.policy if threshold is None else self.engine.at(threshold).policy
+        engine = self.engine if threshold is None else self.engine.at(threshold)
         count = len(tensors[0])
         if not 0 < count <= self.max_queued:
             raise ArgumentError(
@@ -121,13 +120,13 @@ class RequestScheduler:
             raise UnavailableError(
                 f"{self.queued} samples are under way, and at most {self.max_queued} are taken; send the request again later"
             )
-        request = self._accept(tensors, policy, threshold is None)
+        request = self._accept(tensors, engine.policy)
         try:
             prediction = await request.future
         finally:
             for row in request.rows:
                 self._requests.pop(row, None)
-        return self.engine._noted(prediction) if request.own_policy else prediction
+        return engine._noted(prediction)
 
     async def close(self) -> None:
         """Take nothing more, and return once everything under way has its answer."""
@@ -136,14 +135,14 @@ class RequestScheduler:
         if self._task is not None:
             await self._task
 
-    def _accept(self, tensors: Sequence[Tensor], policy: ExitPolicy, own: bool) -> _Request:
+    def _accept(self, tensors: Sequence[Tensor], policy: ExitPolicy) -> _Request:
         if self._task is None:
             self._task = asyncio.create_task(self._work())
         batch = self._queues.loop.start(tensors, self._samples)
         batch.thresholds = np.tile(np.array(policy.thresholds), (len(batch), 1))
         rows = range(self._samples, self._samples + len(batch))
         self._samples = rows.stop
-        request = _Request(rows, own, asyncio.get_running_loop().create_future())
+        request = _Request(rows, asyncio.get_running_loop().create_future())
         self._requests.update(dict.fromkeys(rows, request))
         self._queues.put(0, batch)
         self._woken.set()
