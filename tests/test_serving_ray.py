@@ -76,14 +76,13 @@ def test_a_data_set_is_answered_as_by_the_engine_though_an_actor_is_killed(clust
         time.sleep(0.1)
         return rows
 
-    rows = data.from_numpy([*x.numpy().reshape(20, 32, 3, 4, 4)]).add_column("id", lambda frame: np.arange(len(frame)))
-    numbered = rows.map_batches(slowly, batch_size=32, num_cpus=0.5)
-    answered = predict(numbered, package, column="data", block=32, actors=2, num_cpus=0.5, trust=True, keep_order=True)
+    rows = data.from_numpy([*x.numpy().reshape(20, 32, 3, 4, 4)]).map_batches(slowly, batch_size=32, num_cpus=0.5)
+    answered = predict(rows, package, column="data", block=32, actors=2, num_cpus=0.5, trust=True, keep_order=True)
     exits, scores, killed = [], [], False
     for batch in answered.iter_batches(batch_size=32):
         exits += batch["exit"].tolist()
         scores += batch["score"].tolist()
-        if not killed and (running := workers("MapWorker(MapBatches(Predictor")):
+        if not killed and (running := workers("MapBatches(Predictor")):
             os.kill(running[0], signal.SIGKILL)
             killed = True
     assert killed
