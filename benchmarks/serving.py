@@ -8,8 +8,9 @@ and the model without exits is the package at τ = ∞ (its exits' heads include
 
 * *load*: requests of one sample at random (Poisson) moments, whatever the server does (an open loop), at 50, 80 and 95% of
   what the backbone alone can answer. Latency is counted from the moment a request was due. Three servers with the same
-  scheduler, batch and patience: (i) the backbone, (ii) exits whose batch is answered as a whole, (iii) exits answered as they leave. A
-  request is *easy* where it leaves at the first exit. Requests beyond ``--queued`` samples are refused, and counted.
+  scheduler, batch and patience: (i) the backbone, (ii) exits whose batch is answered as a whole, (iii) exits answered as
+  they leave. A request is *easy* where it leaves at the first exit. Requests beyond ``--queued`` samples are refused, and
+  counted.
 * *batch*: ``exitkit.serving.predict`` on a Ray data set, row for row against the engine, with one actor of one thread and with
   two; and one actor's block against a plain loop of batches over the same rows.
 * *faults*: two replicas over HTTP while one is killed, clients that leave, slow ones, 200 mutated bodies, and the memory of a
