@@ -56,6 +56,10 @@ def bench(
         str | None,
         typer.Option(help="Exits after these: names or numbers of exitkit inspect, as 0,3", rich_help_panel=EXITS),
     ] = None,
+    at_cost: Annotated[
+        str | None,
+        typer.Option(help="Exits nearest to these shares of the MACs, in %, as 15,45,75", rich_help_panel=EXITS),
+    ] = None,
     head: Annotated[
         str,
         typer.Option(
@@ -112,6 +116,7 @@ def bench(
         "epochs": epochs,
         "every": every,
         "at": at,
+        "at_cost": at_cost,
     }
     keep_memory()
     with computing_with(threads_for(backbone, example, threads, say)):
@@ -123,6 +128,7 @@ def bench(
             placement={
                 "every": every,
                 "at": None if at is None else _places(at),
+                "at_cost": None if at_cost is None else shares_of(at_cost, "--at-cost"),
                 "head": head,
                 "num_classes": num_classes,
             },

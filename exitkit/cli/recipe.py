@@ -34,7 +34,7 @@ _TRAINER = [*(f.name for f in fields(Trainer) if f.init and f.name not in _ELSEW
 _SCHEDULE = ["name", "warmup", "cycles"]
 _LOSS = [f.name for f in fields(Loss)]
 _DISTILLATION = [f.name for f in fields(Distillation)]
-_EXITS = ["every", "at", "at_cost", "placement", "head", "method", "num_classes", "num_outputs"]
+_EXITS = ["every", "at", "at_cost", "placement", "first", "head", "method", "num_classes", "num_outputs"]
 
 
 @dataclass(frozen=True)
