@@ -98,10 +98,10 @@ def test_every_row_is_a_recipe_at_every_scale(table: Table, tmp_path: Path) -> N
         settings = settings_of(table, scale, tmp_path, tmp_path / "made-up")
         keys = {json.dumps([one.recipe, one.backbone], sort_keys=True): one.key for one in settings}
         assert len(set(keys.values())) == len(keys)
-        for one in settings:
-            if missing(one.row.requires) is None:
-                Recipe(**one.recipe)
-                assert one.backbone is None or Recipe(**one.backbone)
+        for setting in settings:
+            if missing(setting.row.requires) is None:
+                Recipe(**setting.recipe)
+                assert setting.backbone is None or Recipe(**setting.backbone)
     assert table.cpu_rows is None or set(table.cpu_rows) <= {one.name for one in table.rows}
 
 
@@ -230,7 +230,7 @@ def test_a_table_runs_and_its_runs_are_kept(small: None, invoke: Any, run: Any, 
     run("report", sdn["runs"])
 
     again = invoke(*command, "--rows", "SDN")[1]
-    assert again.replace("\n", " ").count("is finished already") == 2  # the backbone's own run, and the exits'
+    assert " ".join(again.split()).count("is finished already") == 2  # the backbone's own run, and the exits'
 
 
 def test_the_backbone_of_a_row_is_what_its_exits_begin_from(small: None, invoke: Any, tmp_path: Path) -> None:
