@@ -1,6 +1,7 @@
 """What the defaults are worth: heads that standardise what they read, and the optimiser that follows the heads.
 
     python benchmarks/defaults.py --data DIR --cifar DIR [--backbones squeezenet resnet56 efficientnet minilm] [--seeds 3]
+        [--parts heads copies latency]
 
 DIR of ``--data`` holds ``weights/``, ``imagenette/`` and ``text/``, that of ``--cifar`` what ``benchmarks/cifar10.py`` reads.
 Backbones are frozen, with independent exits (method sdn) near 25, 50 and 75% of their MACs, each trained on the same samples
@@ -12,6 +13,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
+import time
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from itertools import product
@@ -29,8 +32,11 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import exitkit
 from exitkit.common.console import make_console
+from exitkit.engine.backbone_alone import compile_backbone
 from exitkit.exits.standardised import StandardisedLinear, replaced
+from exitkit.surgery.capturing import capture
 
+_ROUNDS = 300
 SGD = partial(torch.optim.SGD, momentum=0.9, nesterov=True)
 HEADS: dict[str, dict[str, Any]] = {"plain": {}, "standardised": {}}
 OPTIMISERS: dict[str, dict[str, Any]] = {
@@ -46,6 +52,10 @@ OPTIMISERS: dict[str, dict[str, Any]] = {
 """What the copies (``head="branch-1"``) are trained with."""
 
 
+PARTS = {"heads": ("auto", HEADS), "copies": ("branch-1", OPTIMISERS)}
+"""What is compared: the kind of head, and the options."""
+
+
 class Case(NamedTuple):
     """A frozen backbone and the samples: (inputs, labels) data sets."""
 
@@ -59,8 +69,8 @@ def main() -> None:
     args = _arguments()
     console, path = make_console(), args.out / "results.json"
     results: dict[str, Any] = json.loads(path.read_text())["results"] if path.exists() else {}
-    parts = [("heads", "auto", HEADS), ("copies", "branch-1", OPTIMISERS)]
-    for (part, head, options), name in product(parts, args.backbones):
+    for part, name in product([part for part in args.parts if part in PARTS], args.backbones):
+        head, options = PARTS[part]
         keys = {(seed, key): f"{name}/{part}/{key}/{seed}" for seed, key in product(range(args.seeds), options)}
         case = BACKBONES[name](args) if any(where not in results for where in keys.values()) else None
         for (seed, key), where in keys.items():
@@ -69,7 +79,13 @@ def main() -> None:
             results[where] = _measure(case, args, name, head, key, options[key], seed)
             console.print(f"{where}: " + " ".join(f"{value:.1f}" for value in results[where]))
             write(path, args, results=results)
-    console.print(_table(results, "heads", HEADS, args), _table(results, "copies", OPTIMISERS, args))
+    if "latency" in args.parts:
+        results["latency"] = _latencies(args)
+        write(path, args, results=results)
+        console.print(_latency_table(results["latency"]))
+    for part in args.parts:
+        if part in PARTS:
+            console.print(_table(results, part, PARTS[part][1], args))
 
 
 def _measure(
@@ -92,6 +108,31 @@ def _measure(
     )  # fmt: skip
     trainer.fit(train)
     return [100 * float(accuracy) for accuracy in exitkit.collect(ee, test).accuracy()]
+
+
+def _latencies(args: argparse.Namespace) -> dict[str, float]:
+    """Milliseconds of one image on a ResNet-32 from which none leaves: medians of runs in turn, one thread."""
+    torch.set_num_threads(1)
+    exitkit.keep_memory()
+    backbone = exitkit.models.cifar_resnet(32).eval()
+    placements: dict[str, dict[str, Any]] = {"14 exits": {"every": 1}, "3 exits (default)": {}}
+    image = torch.randn(1, 3, 32, 32)
+    captured = capture(backbone, image)
+    runs: dict[str, Callable[[Tensor], Any]] = {
+        "backbone, eager": backbone,
+        "backbone, compiled": compile_backbone(captured),
+    }
+    for name, where in placements.items():
+        ee = exitkit.attach(backbone, method="ztw", **where)
+        for how in (False, True):
+            runs[f"{name}, {'compiled' if how else 'eager'}"] = exitkit.compile(ee, 2.0, optimize=how)
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    with torch.inference_mode():
+        for _, (name, run) in product(range(_ROUNDS), runs.items()):
+            started = time.perf_counter()
+            run(image)
+            times[name].append(time.perf_counter() - started)
+    return {name: 1e3 * statistics.median(taken) for name, taken in times.items()}
 
 
 def _resnet56(args: argparse.Namespace) -> Case:
@@ -176,6 +217,14 @@ def _kept(backbone: nn.Module, path: Path, batches: Iterable[Any], epochs: int, 
     torch.save(backbone.state_dict(), path)
 
 
+def _latency_table(milliseconds: dict[str, float]) -> Table:
+    rows = []
+    for name, taken in milliseconds.items():
+        alone = milliseconds[f"backbone, {name.rpartition(', ')[2]}"]
+        rows.append((name, f"{taken:.2f}", f"{taken / alone:.2f}×"))
+    return table(("ResNet-32, ztw", "ms", "backbone alike"), rows, "One image, from which no sample leaves")
+
+
 def _table(results: dict[str, Any], part: str, options: dict[str, Any], args: argparse.Namespace) -> Table:
     rows = []
     for name, key in product(args.backbones, options):
@@ -197,6 +246,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--cifar", type=Path, required=True)
     parser.add_argument("--backbones", nargs="+", choices=BACKBONES, default=list(BACKBONES))
     parser.add_argument("--out", type=Path, default=Path("results/defaults"))
+    parser.add_argument("--parts", nargs="+", choices=[*PARTS, "latency"], default=[*PARTS, "latency"])
     for name, default in (("images", 4_000), ("test-images", 2_000), ("epochs", 6), ("seeds", 3), ("batch", 64)):
         parser.add_argument(f"--{name}", type=int, default=default)
     return parser.parse_args()

@@ -26,6 +26,7 @@ import exitkit
 from exitkit.cli.bench import machine
 from exitkit.common.console import make_console
 from exitkit.common.files import replacing
+from exitkit.retrofitting.candidates import is_light
 from exitkit.retrofitting.finishing import EPOCHS
 from exitkit.retrofitting.samples import held_out
 
@@ -105,6 +106,7 @@ def _by_hand(way: Way, task: Task, seed: int, args: argparse.Namespace) -> dict[
         epochs=epochs,
         patience=max(3, epochs // 3),
         seed=seed,
+        cache=all(map(is_light, heads)),
         mixed_precision=args.mixed_precision,
         channels_last=args.channels_last,
         show_progress=False,

@@ -164,6 +164,12 @@ def test_a_table_of_budgets_of_ones_own_says_what_a_dash_means() -> None:
     assert [column.header for column in table.columns][2:4] == ["30%", "50%"]
     usual = comparison_table({"branchynet": outputs}, "title")  # of the budgets of the papers
     assert Console(width=200).measure(usual).maximum <= 80
+    both = comparison_table({"sdn": outputs}, "title", [0.5], top=2)
+    assert [list(column.cells) for column in both.columns][:3] == [
+        ["sdn", "sdn, top 2"],
+        ["+0.0%"] * 2,
+        ["50.00%", "100.00%"],
+    ]
     (line,) = over_budget({"sdn": outputs}, [0.3, 0.5])
     assert "30%" in line
     assert "40.0%" in line

@@ -315,6 +315,47 @@ def test_hindsight_takes_the_union_of_earlier_exits() -> None:
     assert outputs_of([[1, 0, 0], [0, 1, 0]]).hindsight_improvability().tolist() == [0, 1, 1]
 
 
+# top-k accuracy ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("top", [1, 2, 4, 5])
+def test_top_k_accuracy_counts_labels_among_the_likeliest(top: int) -> None:
+    outputs = some_outputs()
+    assert outputs.labels is not None
+    likeliest = outputs.log_probs.topk(top, dim=-1).indices
+    hit = (likeliest == outputs.labels[:, None, None]).any(-1).double().numpy()
+    assert outputs.accuracy(top) == pytest.approx(hit.mean(0))
+    point = outputs.curve(top=top).at_budget(0.6)
+    exits = outputs.exits_at(point)
+    assert point.accuracy == pytest.approx(hit[np.arange(len(hit)), exits].mean())
+    assert outputs.at(point, top=top) == point
+    assert outputs.best_exit(top=top).accuracy == hit.mean(0).max()
+
+
+@settings(max_examples=40, deadline=None, derandomize=True, database=None)
+@given(outputs=drawn_outputs())
+def test_top_k_accuracy_grows_to_one_and_begins_as_accuracy_where_classes_tie(outputs: ExitOutputs) -> None:
+    classes = outputs.log_probs.shape[2]
+    among = [outputs.correct_among(top) for top in range(1, classes + 1)]
+    assert torch.equal(among[0], outputs.correct)
+    assert all(bool((few <= more).all()) for few, more in pairwise(among))
+    assert bool(among[-1].all())
+
+
+def test_a_table_of_top_k_accuracy_says_so() -> None:
+    table = str(some_outputs().curve(top=2).budget_table())
+    assert table.splitlines()[0].split()[:3] == ["budget", "top-2", "accuracy"]
+    assert len({len(line) for line in table.splitlines()}) == 1
+
+
+@pytest.mark.parametrize("top", [0, 6, 1.5, True])
+def test_top_above_the_classes_is_refused(top: Any) -> None:
+    outputs = some_outputs()
+    for ask in (outputs.accuracy, outputs.correct_among, lambda top: outputs.curve(top=top)):
+        with pytest.raises(ExitkitError, match=rf"top={top} must be a whole number.*most 5; there are 5 classes"):
+            ask(top)
+
+
 # budget mode ---------------------------------------------------------------------------------------------------------
 
 

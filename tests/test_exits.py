@@ -23,7 +23,8 @@ from exitkit.exits import (
     SDNPool,
     TokenPool,
 )
-from exitkit.exits.classifiers import Feature, HeadSpec, make_head
+from exitkit.exits.classifiers import HeadSpec, make_head
+from exitkit.exits.feature import Feature
 from tests.toy import TinyNet
 
 ENSEMBLES = [GeometricEnsemble, AdditiveEnsemble]
@@ -154,6 +155,17 @@ def test_cascade_enters_before_the_last_linear_layer() -> None:
 
 def test_cascade_enters_after_the_hidden_layer() -> None:
     assert linears(head((4, 8, 8), spec="2L-7", cascade=True)) == [(4 * 16, 7), (7 + 5, 5)]
+
+
+def test_without_detach_gradients_go_through_the_cascade(tiny_net: TinyNet) -> None:
+    ee = exitkit.attach(tiny_net, EXAMPLE, every=1, method=exitkit.ZTW(detach=False))
+    ee(torch.randn(4, 1, 8, 8)).heads[-2].sum().backward()
+    assert all(float(p.grad.abs().sum()) > 0 for p in ee.classifiers[0].linear.parameters())  # type: ignore[union-attr]
+
+
+def test_detach_without_a_cascade_is_refused() -> None:
+    with pytest.raises(exitkit.ArgumentError, match=r"detach=False.*cascade=True"):
+        exitkit.SDN(detach=False)
 
 
 def test_no_gradient_of_a_later_exit_reaches_an_earlier_head(tiny_ee: exitkit.MultiExitModel) -> None:

@@ -252,6 +252,32 @@ def test_a_run_records_it_and_trains_the_same_weights(tmp_path: Path) -> None:
     assert "dominance_ceiling/exit3" in log[0]
 
 
+def test_the_first_exits_cosine_is_that_of_its_gradient_with_all_exits_together(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    ee = exitkit.attach(TinyNet(), torch.randn(2, 1, 8, 8), every=1, method=exitkit.ZTW(detach=False), head="1L")
+    data = [next(iter(separable()))]
+    options: dict[str, Any] = {"epochs": 1, "lr": 1e-12, "show_progress": False, "analyse": "first_exit"}
+    (record,) = exitkit.Trainer(ee, output_dir=tmp_path, **options).fit(data)
+    ee.train()
+    ee.backbone.eval()
+    own = list(ee.classifiers[0].parameters())
+    losses = [nn.functional.cross_entropy(logits, data[0][1]) for logits in ee(data[0][0]).heads[:-1]]
+    first, all_ = (
+        torch.cat([g.flatten() for g in torch.autograd.grad(loss, own, retain_graph=True)])
+        for loss in (losses[0], torch.stack(losses).sum())
+    )
+    wanted = float(nn.functional.cosine_similarity(first, all_, dim=0))
+    assert record.first_exit == pytest.approx(wanted, abs=0.02)  # running statistics went on a batch
+    assert 0 < wanted < 0.999
+    assert "first_exit_cosine" in (tmp_path / "metrics.csv").read_text().splitlines()[0]
+
+
+def test_with_detach_the_first_exits_cosine_is_one() -> None:
+    ee = exitkit.attach(TinyNet(), torch.randn(2, 1, 8, 8), every=2, head="1L")
+    (record,) = exitkit.Trainer(ee, epochs=1, show_progress=False, analyse="first_exit").fit(separable(8))
+    assert record.first_exit == pytest.approx(1)
+
+
 def test_phases_count_their_own_exits() -> None:
     _, history = trained(regime="mixed-gradual", analyse="gradient_dominance")
     assert [len(record.dominance) for record in history] == [2, 3, 4]

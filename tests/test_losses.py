@@ -287,6 +287,19 @@ def test_label_free_training_copies_the_backbone(ee: MultiExitModel, loader: Loa
     assert kl.item() < 2 * history[-1].loss[2]
 
 
+def test_the_teachers_confidence_of_every_epoch_is_recorded(
+    tiny_ee: MultiExitModel, loader: Loaders, tmp_path: Path
+) -> None:
+    """Of a frozen teacher at a fixed temperature: the mean of its largest probability (Phuong and Lampert, figure 6)."""
+    batches = list(loader())
+    loss = Loss(distillation=Distillation(temperature=3.0, confidence_limit=None))
+    history = trainer(tiny_ee, loss=loss, epochs=2, output_dir=tmp_path).fit(batches)
+    with torch.no_grad():
+        sure = [(tiny_ee.backbone.eval()(x) / 3).softmax(-1).amax(-1).mean() for x, _ in batches]
+    assert [record.confidence for record in history] == pytest.approx([float(torch.stack(sure).mean())] * 2)
+    assert "teachers_confidence" in (tmp_path / "metrics.csv").read_text().splitlines()[0]
+
+
 def test_the_ensemble_needs_no_labels_either(tiny_ee: MultiExitModel, loader: Loaders) -> None:
     before = tiny_ee.combiners[2].log_weights.clone()
     batches = [images for images, _ in loader()]

@@ -400,6 +400,12 @@ def test_a_folder_that_cannot_be_made_is_refused_before_training(
     assert "you may not write to" in refused("train", "--trust", path, "--out", path.parent / "out")
 
 
+def test_a_head_that_is_code_runs_on_trust_alone(recipe: Any, refused: Any, tmp_path: Path) -> None:  # noqa: F811
+    flags = ("--out", tmp_path / "out", "--model", "tests.toy:net", "--set", "exits.head=no_such_module_here:head")
+    assert "the recipe's head is the function 'no_such_module_here:head'" in refused("train", recipe(), *flags)
+    assert "No module named 'no_such_module_here'" in refused("train", "--trust", recipe(), *flags)
+
+
 def test_a_missing_file_and_missing_keys_are_refused(refused: Any, tmp_path: Path) -> None:  # noqa: F811
     assert "nothing.toml" in refused("train", "--trust", tmp_path / "nothing.toml", "--out", tmp_path / "out")
     (tmp_path / "empty.toml").write_text("")

@@ -158,6 +158,17 @@ def test_without_a_promise_the_command_carries_the_threshold(tmp_path: Path) -> 
     assert "exitkit calibrate gives one" in text
 
 
+def test_budgets_are_also_shown_in_top_k_accuracy(tmp_path: Path) -> None:
+    outputs = made()
+    run = run_of(tmp_path, sdn=outputs)
+    text = write_report([run], top=3).read_text("utf-8")
+    row = re.search(r"sdn, top 3</th>(.*?)</tr>", text, flags=re.S)
+    assert row is not None
+    assert f"{outputs.curve(top=3).at_budget(0.5).accuracy:.2%}" in row[1]
+    with pytest.raises(exitkit.ArgumentError, match="top=99"):
+        write_report([run], top=99)
+
+
 def test_exits_that_save_nothing_are_not_praised(tmp_path: Path) -> None:
     outputs = replace(made(300), backbone_macs=90.0)  # the first exit costs more than the backbone
     text = write_report([run_of(tmp_path, sdn=outputs)]).read_text("utf-8")

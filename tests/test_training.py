@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler
 
 import exitkit
 from exitkit import ArgumentError, DivergedError, ExitkitError, FileError, MultiExitModel, Trainer
-from exitkit.training import fit_ensemble
+from exitkit.training import EnsembleFit, fit_ensemble
 from exitkit.training.checkpoint import load_checkpoint
 from exitkit.training.early_stopping import EarlyStopping
 from exitkit.training.ensemble import fit_ensemble_on, penalty
@@ -236,7 +236,7 @@ def test_the_fit_lowers_every_cross_entropy(fitted: tuple[list[float], list[floa
 def test_the_fit_ends_where_the_gradient_is_zero(fitted: tuple[list[float], list[float], MultiExitModel]) -> None:
     ee = fitted[2]
     for combiner, loss in zip(ee.combiners, entropies(ee, noisy()), strict=True):
-        gradients = torch.autograd.grad(loss + penalty(combiner), list(combiner.parameters()))
+        gradients = torch.autograd.grad(loss + penalty(combiner, 0.01), list(combiner.parameters()))
         assert max(gradient.abs().max().item() for gradient in gradients) < 2e-3
 
 
@@ -270,7 +270,7 @@ def test_the_fit_survives_answers_that_overflow_float32(tiny_ee: MultiExitModel,
     start = state_of(tiny_ee.combiners)
     heads = SimpleNamespace(run_heads=lambda batch: ((), batch.unbind(1)))
     for _ in range(2):  # the second one starts where the first ended
-        reached = fit_ensemble_on(tiny_ee, heads, [(logits, labels)], lambda part: part)  # type: ignore[arg-type]
+        reached = fit_ensemble_on(tiny_ee, heads, [(logits, labels)], lambda part: part, EnsembleFit())  # type: ignore[arg-type]
         assert all(parameter.isfinite().all() for parameter in tiny_ee.combiners.parameters())
     for m, loss in enumerate(reached):
         mean = logits[:, : m + 1].log_softmax(-1).mean(1)  # the combiner's answer before the fit, up to a constant
@@ -309,6 +309,63 @@ def test_the_ensemble_is_fitted_on_held_out_samples_where_there_are_some(
         other.combiners.load_state_dict(start)
         fit_ensemble(other, batches)
         assert identical(state_of(other.combiners), state_of(tiny_ee.combiners)) == same
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+def test_batches_come_to_the_same_ensemble_as_all_samples_at_once(tiny_ee: MultiExitModel, optimizer: Any) -> None:
+    trainer(tiny_ee, epochs=2).fit(noisy())
+    other = copy.deepcopy(tiny_ee)
+    whole = fit_ensemble(tiny_ee, noisy(), EnsembleFit(penalty=0.1))
+    rate = {"sgd": 0.3, "adam": 0.02}[optimizer]
+    parts = fit_ensemble(other, noisy(), EnsembleFit(optimizer=optimizer, epochs=40, penalty=0.1, lr=rate))
+    assert parts == pytest.approx(whole, abs=2e-3)
+    for one, two in zip(tiny_ee.combiners, other.combiners, strict=True):
+        assert torch.allclose(one.log_weights, two.log_weights, atol=0.1)
+
+
+def test_without_a_penalty_the_fit_follows_the_cross_entropy_alone(tiny_ee: MultiExitModel) -> None:
+    trainer(tiny_ee, epochs=2).fit(noisy())
+    held, free = (fit_ensemble(copy.deepcopy(tiny_ee), noisy(), EnsembleFit(penalty=value)) for value in (1.0, 0))
+    assert all(two <= one + 1e-6 for one, two in zip(held, free, strict=True))
+    assert sum(free) < sum(held) - 1e-4
+
+
+def test_all_samples_count_however_many_there_are(tiny_ee: MultiExitModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer(tiny_ee).fit(noisy())
+    other = copy.deepcopy(tiny_ee)
+    images, labels = (torch.cat(column) for column in zip(*noisy(), strict=True))
+    labels[::3] = -1
+    batches = list(zip(images.split(8), labels.split(8), strict=True))
+    in_memory = fit_ensemble(tiny_ee, batches)
+    monkeypatch.setattr("exitkit.training.ensemble._MEMORY_FLOATS", 100)
+    assert fit_ensemble(other, batches) == pytest.approx(in_memory, abs=1e-6)
+    assert identical(state_of(other.combiners), state_of(tiny_ee.combiners))
+
+
+def test_where_the_ensemble_is_fitted_can_be_said(tiny_ee: MultiExitModel, loader: Loaders) -> None:
+    start = state_of(tiny_ee.combiners)
+    trainer(tiny_ee, ensemble_on="train", ensemble_fit=EnsembleFit(penalty=0.5)).fit(loader(), noisy(seed=1))
+    other = copy.deepcopy(tiny_ee)
+    other.combiners.load_state_dict(start)
+    fit_ensemble(other, loader(), EnsembleFit(penalty=0.5))
+    assert identical(state_of(other.combiners), state_of(tiny_ee.combiners))
+    with pytest.raises(ArgumentError, match=r"ensemble_on='validation'.*no val_loader"):
+        trainer(tiny_ee, ensemble_on="validation").fit(loader())
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"optimizer": "newton"}, "optimizer='newton' is unknown"),
+        ({"epochs": 0}, "epochs=0"),
+        ({"penalty": -1}, "penalty=-1"),
+        ({"lr": 0.1}, "lr=0.1 is for optimizer='sgd' or 'adam'"),
+        ({"batch_size": 4}, "batch_size=4 is for"),
+    ],
+)
+def test_fits_that_cannot_be_are_refused(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(ArgumentError, match=message):
+        EnsembleFit(**given)
 
 
 # early stopping ------------------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from exitkit.common.errors import ArgumentError, ExitkitError
 from exitkit.common.intervals import with_interval
 from exitkit.evaluation import ExitOutputs, collect
 from exitkit.evaluation.curve import BUDGETS
+from exitkit.evaluation.outputs import check_top
 from exitkit.methods.presets import Method
 from exitkit.multi_exit.attaching import attach
 from exitkit.multi_exit.model import MultiExitModel
@@ -46,11 +47,12 @@ def compare(
     example_inputs: Any = None,
     report: Callable[[str], None] = print,
     classes: int | None = None,
+    top: int = 1,
 ) -> Iterator[tuple[str, Trained]]:
     """Train every method's exits on the frozen backbone and collect their outputs on ``test``; one method after another.
 
     Methods that differ in their criterion alone (SDN and PBEE) share their trained exits. ``classes`` are those of the
-    data, where known.
+    data, where known; ``top`` of them will be counted as right.
 
     Raises:
         ArgumentError: the model tells other classes apart than the data have, and ``placement`` does not say how many.
@@ -63,6 +65,7 @@ def compare(
             own = backbone if placement.get("num_classes") is None else deepcopy(backbone)  # a new layer for each
             model = attach(own, example_inputs, method=method, **placement)
             check_classes(model.num_classes, classes, placement.get("num_classes"), "--num-classes {}")
+            check_top(top, model.num_classes)
             report(
                 f"{method.name}: {len(model.boundaries)} exits, heads add {head_share(model):.1%} of the backbone's MACs"
             )
@@ -119,16 +122,20 @@ def head_share(model: MultiExitModel) -> float:
     return model.exits[-1].macs_fraction - 1
 
 
-def comparison_table(results: Mapping[str, ExitOutputs], title: str, budgets: Sequence[float] = BUDGETS) -> Table:
-    """Accuracy of each method at the budgets, by default the papers', beside the unmodified backbone."""
-    tables = {name: outputs.curve().budget_table(budgets).rows for name, outputs in results.items()}
+def comparison_table(
+    results: Mapping[str, ExitOutputs], title: str, budgets: Sequence[float] = BUDGETS, top: int = 1
+) -> Table:
+    """Accuracy of each method at the budgets, by default the papers', beside the unmodified backbone; then in its ``top``."""
+    counted = {(name, k): outputs.curve(top=k) for name, outputs in results.items() for k in sorted({1, top})}
+    tables = {key: curve.budget_table(budgets).rows for key, curve in counted.items()}
     columns = list(next(iter(tables.values())))
     table = Table(title=title, caption=_caption(results), caption_justify="left")
     for heading in ("method", "heads", *columns):
         table.add_column(heading.replace(" (", "\n("), justify="left" if heading == "method" else "right")
-    for name, rows in tables.items():
+    for (name, k), rows in tables.items():
         heads = f"+{results[name].costs[-1] - 1:.1%}"
-        table.add_row(name, heads, *("-" if point is None else f"{point.accuracy:.2%}" for point in rows.values()))
+        shown = name if k == 1 else f"{name}, top {k}"
+        table.add_row(shown, heads, *("-" if point is None else f"{point.accuracy:.2%}" for point in rows.values()))
     return table
 
 

@@ -22,6 +22,7 @@ from exitkit.cli.options import (
     MaxLength,
     Model,
     Threads,
+    Top,
     Weights,
     check_folder,
     check_least,
@@ -58,11 +59,13 @@ def bench(
     head: Annotated[
         str,
         typer.Option(
-            help="auto, 1L, 2L-WIDTH, conv, separable, strided, tail or branch-BLOCKS", rich_help_panel=EXITS
+            help="auto, 1L, 2L-WIDTH, conv, separable, strided, msdnet, tail, branch-BLOCKS, or MODULE:FUNCTION",
+            rich_help_panel=EXITS,
         ),
     ] = "auto",
     epochs: Annotated[int, typer.Option(help="Passes over the training samples", rich_help_panel=TRAINING)] = 15,
     budgets: Budgets = "25,50,75,100",
+    top: Top = 1,
     lr: Annotated[float, typer.Option(help="Adam's learning rate", rich_help_panel=TRAINING)] = 1e-3,
     batch_size: Annotated[int, typer.Option(help="Training batch size", rich_help_panel=TRAINING)] = 64,
     limit: Annotated[
@@ -77,7 +80,7 @@ def bench(
 
     Accuracy against compute is printed and written, with the exits, so that calibrate, report and export go on from there.
     """
-    check_least(batch_size=batch_size, limit=limit, max_length=max_length)
+    check_least(batch_size=batch_size, limit=limit, max_length=max_length, top=top)
     if seed < 0:
         raise ArgumentError(f"--seed {seed} must be at least 0")
     shares = shares_of(budgets)
@@ -127,15 +130,18 @@ def bench(
             example_inputs=example,
             report=say,
             classes=split.classes,
+            top=top,
         )
-        _keep(compared, out, about, split, f"{model} on {data}", shares)
+        _keep(compared, out, about, split, f"{model} on {data}", shares, top)
 
 
 def _places(at: str) -> list[str | int]:
     return [int(part) if part.isdecimal() else part for part in map(str.strip, at.split(","))]
 
 
-def _keep(compared: Any, out: Path, about: dict[str, Any], split: Any, title: str, budgets: Sequence[float]) -> None:
+def _keep(
+    compared: Any, out: Path, about: dict[str, Any], split: Any, title: str, budgets: Sequence[float], top: int
+) -> None:
     """Write every method that was finished, also where an error or Ctrl-C ends the others."""
     from exitkit.cli.bench import comparison_table, over_budget
     from exitkit.cli.writing import next_steps, write_results, written
@@ -149,10 +155,10 @@ def _keep(compared: Any, out: Path, about: dict[str, Any], split: Any, title: st
         stopped = error
     if results:
         outputs = {name: one.outputs for name, one in results.items()}
-        say(comparison_table(outputs, title, budgets))
+        say(comparison_table(outputs, title, budgets, top))
         for line in over_budget(outputs, budgets):
             say(line)
-        written(out, lambda folder: write_results(results, folder, about, split))
+        written(out, lambda folder: write_results(results, folder, about, split, top=top))
         for line in next_steps(out):
             say(line)
     if isinstance(stopped, KeyboardInterrupt):
@@ -178,8 +184,9 @@ def train(
         int | None, typer.Option(help="Repeat with the seeds 0, 1, ..., so many, each in a folder of --out")
     ] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="KEY=VALUE, such as trainer.lr=1e-4")] = None,
+    top: Top = 1,
     trust: Annotated[
-        bool, typer.Option("--trust", help="Call the function that the recipe names as its model")
+        bool, typer.Option("--trust", help="Call the functions that the recipe names as its model and head")
     ] = False,
     cache: Cache = False,
     device: Device = None,
@@ -190,13 +197,14 @@ def train(
     All that it writes lies in --out, also a checkpoint after every epoch: the same command goes on from there after
     Ctrl-C, or when it was killed, and only writes the results where they could not be written.
     """
-    check_least(seeds=seeds)
+    check_least(top=top, seeds=seeds)
     if seed is not None and seeds is not None:
         raise ArgumentError(f"--seed {seed} and --seeds {seeds}: give the one seed, or how many")
     check_folder(out)
     from exitkit.cli.machine import train_on
-    from exitkit.cli.recipe import parse_override, read_recipe
+    from exitkit.cli.recipe import own_heads, parse_override, read_recipe
     from exitkit.cli.repeating import carry_out, repeat
+    from exitkit.cli.sources import import_from_here
     from exitkit.cli.writing import next_steps
 
     train_on(device)
@@ -208,15 +216,18 @@ def train(
     chosen = read_recipe(recipe, overrides)
     if model is None and not trust:
         ask_for(chosen.model, "recipe")
+    for name in own_heads(chosen.exits.get("head", "auto")):
+        None if trust else ask_for(name, "recipe", "head")
+        import_from_here(name.partition(":")[0], "exits.head")
     if seeds is None:
-        carry_out(chosen, out, threads, say)
+        carry_out(chosen, out, threads, say, top)
         for line in next_steps(out):
             say(line)
         return
     repeat(
         [read_recipe(recipe, overrides | {"trainer.seed": number}) for number in range(seeds)],
         out,
-        lambda one, folder: carry_out(one, folder, threads, say),
+        lambda one, folder: carry_out(one, folder, threads, say, top),
         say,
     )
 
@@ -236,15 +247,15 @@ def init(
     say(f"  exitkit train {shlex.quote(str(recipe))} --out runs/mine")
 
 
-def ask_for(model: str, source: str) -> None:
-    """A recipe or a run whose model is a function runs code of this machine: ask once, or be told by --trust."""
+def ask_for(model: str, source: str, part: str = "model") -> None:
+    """A recipe or a run whose model or head is a function runs code of this machine: ask once, or be told by --trust."""
     from exitkit.cli.sources import is_code
 
     if not is_code(model):
         return
     question = f"The {source} imports and calls {printable(model)}. Run it?"
     if not sys.stdin.isatty() or not typer.confirm(question):
-        raise ArgumentError(f"the {source}'s model is the function {printable(model)!r}; --trust lets it run")
+        raise ArgumentError(f"the {source}'s {part} is the function {printable(model)!r}; --trust lets it run")
 
 
 def say_if_random(model: str, weights: str | None) -> None:

@@ -56,6 +56,9 @@ PackageDevice = Annotated[
 ]
 Tau = Annotated[float | None, typer.Option(help="Another τ than the package's")]
 Budgets = Annotated[str, typer.Option(help="Comma-separated: the table's columns, in % of the backbone's MACs")]
+Top = Annotated[
+    int, typer.Option(help="Above 1: also how often the label is among so many likeliest classes (top-5 accuracy)")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for programs")]
 RunDirectory = Annotated[Path, typer.Argument(metavar="RUN_DIR", help="What exitkit bench, train or demo wrote")]
 

@@ -21,7 +21,7 @@ from exitkit.cli.schedule import by_name
 from exitkit.common.errors import ArgumentError, ExitkitError, FileError, unknown_name
 from exitkit.exits.classifiers import HeadSpec
 from exitkit.methods.presets import PRESETS, Method
-from exitkit.training import Distillation, Loss, Phase, Trainer
+from exitkit.training import Distillation, EnsembleFit, Loss, Phase, Trainer
 
 OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
     "adam": torch.optim.Adam,
@@ -110,6 +110,7 @@ class Recipe:
             check_phases(self.trainer["phase"], self.trainer)
         HeadSpec.parse_all(self.exits.get("head", "auto"))
         self.make_method()
+        self.make_ensemble_fit()
         self.make_loss()
         optimizer = self.make_optimizer()([{"params": [torch.nn.Parameter(torch.zeros(1))], "lr": 1e-3}])
         if schedule := self.make_schedule():
@@ -128,6 +129,13 @@ class Recipe:
             )
         if mixing := [name for name in self.augment if name in MIXING]:
             raise ArgumentError(f"augment = {mixing} mixes labels, and unlabelled samples have none; leave one out")
+
+    def make_ensemble_fit(self) -> EnsembleFit:
+        """How the ensemble is fitted."""
+        given = self.trainer.get("ensemble_fit", {})
+        check_type("trainer.ensemble_fit", given, dict[str, Any])
+        _check_keys("trainer.ensemble_fit.", given, [field.name for field in fields(EnsembleFit)])
+        return EnsembleFit(**given)
 
     def make_method(self) -> Method:
         """The early-exit method."""
@@ -168,11 +176,16 @@ class Recipe:
         if "phase" in options:
             own: tuple[Phase, ...] = phases(options.pop("phase"), last)
             options["regime"] = own
-        return options
+        return options | {"ensemble_fit": self.make_ensemble_fit()}
 
     def make_schedule(self) -> partial[torch.optim.lr_scheduler.LRScheduler] | None:
         """A function from an optimiser and its number of steps to a schedule; None for the trainer's own."""
         return partial(by_name, **self.schedule) if self.schedule else None
+
+
+def own_heads(head: Any) -> list[str]:
+    """Those of a recipe's heads that are functions by their import path."""
+    return [one for one in ([head] if isinstance(head, str) else head) if ":" in str(one)]
 
 
 def read_recipe(path: str | Path, overrides: Mapping[str, Any]) -> Recipe:

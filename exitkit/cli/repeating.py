@@ -26,7 +26,7 @@ _RECIPE = "recipe.json"
 """What a finished run came from; written when everything else of it is."""
 
 
-def carry_out(recipe: Recipe, out: Path, threads: int | None, say: Callable[[Any], None]) -> None:
+def carry_out(recipe: Recipe, out: Path, threads: int | None, say: Callable[[Any], None], top: int = 1) -> None:
     """Train as a recipe says, and write what comes of it to ``out``; the same call goes on where one was stopped.
 
     Raises:
@@ -39,7 +39,7 @@ def carry_out(recipe: Recipe, out: Path, threads: int | None, say: Callable[[Any
     example = data_example(backbone, split.loaders(1, None, 0)[1])
     keep_memory()
     with computing_with(threads_for(backbone, example, threads, say)), _saying_what_is_kept(kept):
-        train_recipe(recipe, backbone, split, example, out, say)
+        train_recipe(recipe, backbone, split, example, out, say, top)
 
 
 @contextmanager

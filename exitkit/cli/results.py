@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from exitkit.cli.options import AsJson, RunDirectory
+from exitkit.cli.options import AsJson, RunDirectory, Top, check_least
 from exitkit.common.console import make_console
 from exitkit.common.errors import ArgumentError
 from exitkit.common.intervals import with_interval
@@ -25,14 +25,16 @@ def report(
     out: Annotated[
         Path | None, typer.Option(help="The .html file; by default report.html in the first RUN_DIR")
     ] = None,
+    top: Top = 1,
 ) -> None:
     """Write a page to look at, of one or several runs.
 
     Curves with a slider for τ, samples, calibration, stages; PNG and CSV beside it.
     """
+    check_least(top=top)
     from exitkit.report import write_report
 
-    path = write_report(runs, out)
+    path = write_report(runs, out, top)
     make_console().print(
         f"Written to {path} ({path.stat().st_size / 2**20:.1f} MiB), figures beside it as PNG and CSV"
     )

@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -140,20 +141,31 @@ def _hugging_face(name: str, weights: str | None, options: dict[str, Any]) -> nn
 
 
 def _function(module: str, function: str, options: dict[str, Any]) -> nn.Module:
-    sys.path.insert(0, str(Path.cwd()))
-    try:
-        make = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError) as error:
-        raise ArgumentError(
-            f"--model {module}:{function}: {error}. Sources are torchvision:, timm:, hf:, or an importable "
-            "package.module:function"
-        ) from error
-    finally:
-        sys.path.pop(0)
+    found = import_from_here(module, f"--model {module}:{function}")
+    make = getattr(found, function, None)
+    if make is None:
+        raise ArgumentError(f"--model {module}:{function}: module {module!r} has no attribute {function!r}")
     model = make(**options)
     if not isinstance(model, nn.Module):
         raise ArgumentError(f"--model {module}:{function} returned {type(model).__name__}, not a torch.nn.Module")
     return model
+
+
+def import_from_here(module: str, argument: str) -> ModuleType:
+    """A module by its name, of the current folder too.
+
+    Raises:
+        ArgumentError: there is none, or it cannot be imported; ``argument`` asked for it.
+    """
+    sys.path.insert(0, str(Path.cwd()))
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise ArgumentError(
+            f"{argument}: {error}. Sources are torchvision:, timm:, hf:, or an importable package.module:function"
+        ) from error
+    finally:
+        sys.path.pop(0)
 
 
 def _load_file(model: nn.Module, path: Path) -> None:

@@ -20,6 +20,7 @@ from exitkit.cli.split import Split
 from exitkit.cli.subsets import balanced, held_out_of, regrouped, together
 from exitkit.cli.writing import write_results, written
 from exitkit.evaluation import ExitOutputs, RegressionOutputs, collect
+from exitkit.evaluation.outputs import check_top
 from exitkit.multi_exit.attaching import attach
 from exitkit.multi_exit.model import MultiExitModel
 from exitkit.report import Stage
@@ -46,7 +47,13 @@ def seed_of(recipe: Recipe) -> int:
 
 
 def train_recipe(
-    recipe: Recipe, backbone: nn.Module, split: Split, example: Any, out: Path, report: Callable[[Any], None]
+    recipe: Recipe,
+    backbone: nn.Module,
+    split: Split,
+    example: Any,
+    out: Path,
+    report: Callable[[Any], None],
+    top: int = 1,
 ) -> None:
     """Attach, train and evaluate; write the exits, a backbone that learned, the outputs and a summary to ``out``.
 
@@ -63,6 +70,7 @@ def train_recipe(
     model = attach(backbone, example, method=method, **placement)
     asked = recipe.exits.get("num_classes", recipe.num_classes)
     check_classes(model.num_classes, split.classes, asked, "exits.num_classes = {}")
+    check_top(top, model.num_classes)
     report(f"{method.name}: {len(model.boundaries)} exits, heads add {head_share(model):.1%} of the backbone's MACs")
     kept = output_within(out, recipe.trainer)
     trainer = Trainer(
@@ -77,7 +85,7 @@ def train_recipe(
         report(f"going on from {kept / NAME}")
     trainer.fit(train, val)
     outputs = collect(model, test)
-    report(_table(method.name, outputs, f"{recipe.model} on {recipe.data}"))
+    report(_table(method.name, outputs, f"{recipe.model} on {recipe.data}", top))
     if isinstance(outputs, RegressionOutputs):
         report(_per_exit(model, outputs))
         stages: tuple[Stage, ...] = ()
@@ -88,7 +96,7 @@ def train_recipe(
     if learned is not None and model.new_head:
         about["num_classes"] = model.num_classes  # what is written has the new layer
     seen = None if val is None else collect(model, val)
-    written(out, lambda folder: write_results(results, folder, about, split, learned, seen))
+    written(out, lambda folder: write_results(results, folder, about, split, learned, top, seen))
     if "output_dir" not in recipe.trainer:
         remove_checkpoint(kept)
 
@@ -124,10 +132,10 @@ def _per_exit(model: MultiExitModel, outputs: RegressionOutputs) -> Table:
     return table
 
 
-def _table(name: str, outputs: ExitOutputs, title: str) -> Table:
+def _table(name: str, outputs: ExitOutputs, title: str, top: int) -> Table:
     """As of ``exitkit bench``; for regression Pearson's correlation at the same budgets."""
     if not isinstance(outputs, RegressionOutputs):
-        return comparison_table({name: outputs}, title)
+        return comparison_table({name: outputs}, title, top=top)
     rows = outputs.curve().budget_table().rows
     table = Table(
         title=title, caption=f"Pearson's correlation; backbone: {outputs.accuracy()[-1]:.3f}", caption_justify="left"

@@ -59,12 +59,14 @@ def write_results(
     about: Mapping[str, Any],
     split: Split,
     backbone: nn.Module | None = None,
+    top: int = 1,
     validation: ExitOutputs | None = None,
 ) -> None:
     """Write every method's exits and outputs, a few test inputs, ``results.json``, and pictures of it.
 
-    ``backbone``: whose weights are written too, because they are not those that it was loaded with. ``validation``: the
-    outputs on the validation samples, of the only method.
+    ``backbone``: whose weights are written too, because they are not those that it was loaded with. ``top``: above 1, the
+    summary has the accuracy among so many likeliest classes as well. ``validation``: the outputs on the validation samples, of
+    the only method.
     """
     directory.mkdir(parents=True, exist_ok=True)
     (directory / THRESHOLDS).unlink(missing_ok=True)  # chosen on the outputs before these
@@ -77,7 +79,7 @@ def write_results(
     _write_inputs(directory / INPUTS, split)
     preprocessing = None if split.preprocessing is None else preprocessing_to_json(split.preprocessing)
     facts = {**about, "preprocessing": preprocessing, **machine()}
-    methods = {} if _regression(results) else {name: _summary(one) for name, one in results.items()}
+    methods = {} if _regression(results) else {name: _summary(one, top) for name, one in results.items()}
     with replacing(directory / RESULTS) as temporary:
         temporary.write_text(json.dumps({"about": facts, "methods": methods}, indent=2))
     if methods:
@@ -104,17 +106,25 @@ def _regression(results: Mapping[str, Trained]) -> bool:
     return any(isinstance(one.outputs, RegressionOutputs) for one in results.values())
 
 
-def _summary(trained: Trained) -> dict[str, Any]:
+def _summary(trained: Trained, top: int) -> dict[str, Any]:
     outputs = trained.outputs
-    rows = outputs.curve().budget_table().rows
+    counted = {} if top == 1 else {f"top_{top}": _accuracies(outputs, top)}
     return {
         "criterion": outputs.criterion,
         "backbone_macs": outputs.backbone_macs,
         "cost_per_exit": outputs.costs.tolist(),
-        "accuracy_per_exit": outputs.accuracy().tolist(),
+        **_accuracies(outputs, 1),
+        **counted,
         "hindsight_improvability": outputs.hindsight_improvability().tolist(),
-        "budgets": {name: None if point is None else point.to_dict() for name, point in rows.items()},
         "stages": [asdict(stage) for stage in trained.stages],
+    }
+
+
+def _accuracies(outputs: ExitOutputs, top: int) -> dict[str, Any]:
+    rows = outputs.curve(top=top).budget_table().rows
+    return {
+        "accuracy_per_exit": outputs.accuracy(top).tolist(),
+        "budgets": {name: None if point is None else point.to_dict() for name, point in rows.items()},
     }
 
 

@@ -100,6 +100,8 @@ class Curve:
     ) -> BudgetPoint:
         """The highest threshold whose average cost stays under ``budget``, a share of the backbone, or under ``ms``.
 
+        Under is below, as in the papers' tables: a cost equal to the budget is over it.
+
         Args:
             budget: a share of the backbone's MACs; of its time on a curve of times.
             ms: milliseconds that a batch takes on average, as if a batch that samples left took proportionally less; the
@@ -244,10 +246,11 @@ class BudgetTable:
 
     def __str__(self) -> str:
         width = max([9, *(len(point.policy.shown()) for point in self.rows.values() if point is not None)]) + 2
-        lines = [f"{'budget':<15}{self.measure:>9}{'cost':>9}{'τ':>{width}}"]
+        wide = max(9, len(self.measure) + 1)
+        lines = [f"{'budget':<15}{self.measure:>{wide}}{'cost':>9}{'τ':>{width}}"]
         for name, point in self.rows.items():
             if point is None:
-                lines.append(f"{name:<15}{'-':>9}{'-':>9}{'-':>{width}}")
+                lines.append(f"{name:<15}{'-':>{wide}}{'-':>9}{'-':>{width}}")
             else:
-                lines.append(f"{name:<15}{point.accuracy:>9.2%}{point.cost:>9.1%}{point.policy.shown():>{width}}")
+                lines.append(f"{name:<15}{point.accuracy:>{wide}.2%}{point.cost:>9.1%}{point.policy.shown():>{width}}")
         return "\n".join(lines)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, Self
+from typing import Annotated, Any, ClassVar, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from exitkit.common.batches import check_labels
-from exitkit.common.checks import check, checked_each, positive
+from exitkit.common.checks import Bounds, check, checked_each, positive
 from exitkit.common.errors import ArgumentError, ExitkitError, FileError
 from exitkit.evaluation.curve import BudgetPoint, Curve, sweep
 from exitkit.evaluation.exit_times import ExitTimes, checked_times
@@ -151,12 +151,33 @@ class ExitOutputs:
     @property
     def correct(self) -> Tensor:
         """(N, M+1) bool: which exits are right about which samples."""
+        return self.answers == self._labels()[:, None]
+
+    def correct_among(self, top: int) -> Tensor:
+        """(N, M+1) bool: which exits have the label among their ``top`` likeliest classes.
+
+        Of equally likely classes those of lower numbers come first.
+
+        Raises:
+            ArgumentError: no labels, or ``top`` is not from 1 to the number of classes.
+        """
+        check_top(top, self.log_probs.shape[2])
+        if top == 1:
+            return self.correct
+        parts = []
+        for rows, labels in zip(self.chunks(), self._labels().split(CHUNK), strict=True):
+            own = rows.gather(-1, labels[:, None, None].expand(-1, rows.shape[1], 1))
+            before = torch.arange(rows.shape[2]) < labels[:, None, None]
+            parts.append(((rows > own) | ((rows == own) & before)).sum(-1) < top)
+        return torch.cat(parts)
+
+    def _labels(self) -> Tensor:
         if self.labels is None:
             raise ArgumentError(
                 "labels=None: accuracy needs labels. To measure agreement with the full model instead, use "
                 "outputs.against_backbone()"
             )
-        return self.answers == self.labels[:, None]
+        return self.labels
 
     def against_backbone(self) -> ExitOutputs:
         """The same outputs with the full model's answers as labels: accuracy is then agreement with it."""
@@ -200,9 +221,9 @@ class ExitOutputs:
         merged = {one.place: one for one in (*self.timings, *given)}
         return replace(self, timings=tuple(merged.values()))
 
-    def accuracy(self) -> NDArray[np.float64]:
-        """(M+1,): accuracy of each exit over all samples; the backbone's is last."""
-        accuracy: NDArray[np.float64] = self.correct.double().mean(0).numpy()
+    def accuracy(self, top: int = 1) -> NDArray[np.float64]:
+        """(M+1,): accuracy of each exit over all samples, the backbone's last; with ``top`` as :meth:`correct_among`."""
+        accuracy: NDArray[np.float64] = self.correct_among(top).double().mean(0).numpy()
         return accuracy
 
     def scores(self, criterion: str | Criterion | None = None) -> Tensor:
@@ -255,30 +276,33 @@ class ExitOutputs:
         exits: NDArray[np.int64] = torch.where(sure.any(1), sure.int().argmax(1), sure.shape[1]).numpy()
         return exits
 
-    def at(self, threshold: Threshold, criterion: str | Criterion | None = None) -> BudgetPoint:
+    def at(self, threshold: Threshold, criterion: str | Criterion | None = None, *, top: int = 1) -> BudgetPoint:
         """The operating point: accuracy and average cost where samples leave as a threshold or policy says.
 
         Raises:
-            ArgumentError: as :meth:`exits_at`, or no labels.
+            ArgumentError: as :meth:`exits_at` and :meth:`correct_among`.
         """
         exits = self.exits_at(threshold, criterion)
         cost = float(self.macs.numpy()[exits].sum() / (len(self) * self.backbone_macs))  # to the bit as the curve's
-        return BudgetPoint(self.policy(threshold, criterion), self._reached(exits), cost)
+        return BudgetPoint(self.policy(threshold, criterion), self._reached(exits, top), cost)
 
-    def _reached(self, exits: NDArray[np.int64]) -> float:
+    def _reached(self, exits: NDArray[np.int64], top: int) -> float:
         """What :meth:`at` calls accuracy, where each sample is answered by its exit (N,)."""
-        return float(self.correct.numpy()[np.arange(len(self)), exits].mean())
+        return float(self.correct_among(top).numpy()[np.arange(len(self)), exits].mean())
 
     def exit_rates(self, threshold: Threshold, criterion: str | Criterion | None = None) -> NDArray[np.float64]:
         """(M+1,): share of the samples that leave at each exit."""
         exits = self.exits_at(threshold, criterion)
         return np.bincount(exits, minlength=len(self.macs)) / len(exits)
 
-    def curve(self, criterion: str | Criterion | None = None, *, milliseconds: Sequence[float] | None = None) -> Curve:
+    def curve(
+        self, criterion: str | Criterion | None = None, *, top: int = 1, milliseconds: Sequence[float] | None = None
+    ) -> Curve:
         """Accuracy and average cost at every distinct threshold.
 
         Args:
             criterion: the score; by default that of these outputs.
+            top: a sample counts as right where its label is among so many likeliest classes (:meth:`correct_among`).
             milliseconds: (M+1,) measured time to answer at each exit; costs are then shares of the last one instead of the
                 backbone's MACs, and ``at_budget(ms=3.0)`` is available.
 
@@ -286,9 +310,10 @@ class ExitOutputs:
             ArgumentError: no labels, no exits before the backbone, or times that fall or are of another number.
         """
         no_exit = self.policy(float("inf"), criterion)
-        scores, correct = self.scores(criterion)[:, :-1].numpy(), self.correct.numpy().astype(np.int64)
+        scores, correct = self.scores(criterion)[:, :-1].numpy(), self.correct_among(top).numpy().astype(np.int64)
         thresholds, right, spent = sweep(scores, correct, self._prices(milliseconds))
-        return self._curve(thresholds, right / len(self), spent, no_exit, milliseconds)
+        made = self._curve(thresholds, right / len(self), spent, no_exit, milliseconds)
+        return made if top == 1 else replace(made, measure=f"top-{top} accuracy")
 
     def _prices(self, milliseconds: Sequence[float] | None) -> NDArray[np.float64]:
         """(1 + K, M+1) prices of the exits: MACs, then the measured times; or the times that are given alone."""
@@ -312,7 +337,7 @@ class ExitOutputs:
             return replace(made, milliseconds=whole)
         return replace(made, timings=self.timings, times=spent[1:] / len(self))
 
-    def best_exit(self, budget: float = float("inf")) -> ExitChoice:
+    def best_exit(self, budget: float = float("inf"), *, top: int = 1) -> ExitChoice:
         """The exit to stop every sample at when the cost of one is limited (Phuong & Lampert 2019, section 3.2).
 
         Choose on held-out samples. Costs include earlier heads, without which independent exits would cost a little less.
@@ -320,6 +345,7 @@ class ExitOutputs:
         Args:
             budget: what one sample's cost must stay under, as a share of the backbone, as for ``curve().at_budget``; of
                 equally accurate exits the cheapest.
+            top: as for :meth:`curve`.
 
         Raises:
             ArgumentError: a budget that is not a positive number, no exit costs so little, or no labels.
@@ -331,7 +357,7 @@ class ExitOutputs:
                 f"budget={budget!r} cannot be kept: it is a share of the backbone's cost, and exit 0 already costs "
                 f"{self.costs[0]:.3f}"
             )
-        accuracy = self.accuracy()
+        accuracy = self.accuracy(top)
         exit_ = int(np.where(within, accuracy, -1).argmax())
         return ExitChoice(exit_, float(accuracy[exit_]), float(self.costs[exit_]))
 
@@ -377,6 +403,15 @@ class ExitOutputs:
     @staticmethod
     def _checked(given: Tensor) -> Tensor:
         return normalised(given)
+
+
+def check_top(top: int, classes: int) -> None:
+    """Refuse to count a label among more classes than there are.
+
+    Raises:
+        ArgumentError: ``top`` is not from 1 to ``classes``.
+    """
+    check("top", top, Annotated[int, Bounds(least=1, most=classes)], f"there are {classes} classes")
 
 
 def check_outputs(outputs: object, name: str = "outputs") -> None:

@@ -50,8 +50,15 @@ class RegressionOutputs(ExitOutputs):
             "regression has no right and wrong predictions; use mse(), accuracy() (Pearson) or curve()"
         )
 
-    def accuracy(self) -> NDArray[np.float64]:
+    def correct_among(self, top: int) -> NoReturn:
+        """Regression has no classes."""
+        raise ArgumentError(
+            f"top={top!r} counts classes, and a regression has none; use mse() or accuracy() (Pearson)"
+        )
+
+    def accuracy(self, top: int = 1) -> NDArray[np.float64]:
         """(M+1,): Pearson's correlation of each exit's predictions with the labels; 0 where they are all the same."""
+        self._no_classes(top)
         return _correlation(self._moments().sum(0), self._targets())
 
     def spearman(self) -> NDArray[np.float64]:
@@ -72,6 +79,7 @@ class RegressionOutputs(ExitOutputs):
         criterion: str | Criterion | None = None,
         measure: Measure = "pearson",
         *,
+        top: int = 1,
         milliseconds: Sequence[float] | None = None,
     ) -> Curve:
         """The measure and the average cost at every distinct threshold.
@@ -79,8 +87,10 @@ class RegressionOutputs(ExitOutputs):
         Args:
             criterion: ``"tolerance"``.
             measure: ``"pearson"``, or ``"r2"``, the share of the labels' variance that is explained: 1 − MSE / variance.
+            top: 1; a regression has no classes.
             milliseconds: as for :meth:`ExitOutputs.curve`.
         """
+        self._no_classes(top)
         if measure not in ("pearson", "r2"):
             raise unknown_name("measure", measure, ["pearson", "r2"])
         targets = self._targets()
@@ -112,8 +122,13 @@ class RegressionOutputs(ExitOutputs):
             )
         return self.labels.double().numpy()
 
-    def _reached(self, exits: NDArray[np.int64]) -> float:
+    def _no_classes(self, top: int) -> None:
+        if top != 1:
+            self.correct_among(top)
+
+    def _reached(self, exits: NDArray[np.int64], top: int) -> float:
         """Pearson's correlation where each sample is answered by its exit."""
+        self._no_classes(top)
         moments = self._moments()[np.arange(len(self)), exits]
         return float(_correlation(moments.sum(0), self._targets()))
 

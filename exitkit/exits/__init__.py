@@ -1,7 +1,9 @@
 """Exits: heads, links and combiners, each usable on its own."""
 
 from exitkit.exits.classifiers import HeadOutput, InternalClassifier
+from exitkit.exits.convolution import conv, msdnet, separable, strided
 from exitkit.exits.ensembles import AdditiveEnsemble, GeometricEnsemble, MeanEnsemble
+from exitkit.exits.feature import Feature
 from exitkit.exits.gpf import PastFuture, PastFutureClassifier
 from exitkit.exits.links import CascadeLink
 from exitkit.exits.pooling import SDNPool, TokenPool
@@ -10,6 +12,7 @@ from exitkit.exits.standardised import StandardisedLinear
 __all__ = [
     "AdditiveEnsemble",
     "CascadeLink",
+    "Feature",
     "GeometricEnsemble",
     "HeadOutput",
     "InternalClassifier",
@@ -19,4 +22,8 @@ __all__ = [
     "SDNPool",
     "StandardisedLinear",
     "TokenPool",
+    "conv",
+    "msdnet",
+    "separable",
+    "strided",
 ]

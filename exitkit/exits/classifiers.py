@@ -5,22 +5,28 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import NamedTuple, cast, get_args
+from dataclasses import dataclass, field
+from functools import partial
+from typing import NamedTuple
 
 from torch import Tensor, nn
 
 from exitkit.common.errors import ArgumentError
-from exitkit.exits.convolution import Convolution, map_body
+from exitkit.exits.convolution import channels_first
+from exitkit.exits.feature import Feature
 from exitkit.exits.legal_actions import without_illegal
 from exitkit.exits.links import CascadeLink
-from exitkit.exits.pooling import ReadoutKind, TokenPool
+from exitkit.exits.own import HeadFunction, make_body, name_of, named
+from exitkit.exits.pooling import SDNPool, TokenPool, pooled_size
 from exitkit.exits.standardised import StandardisedLinear
 
+Head = str | HeadFunction
+"""A head by its name, or a function from a feature to its body."""
+
 _HEADS = (
-    "'auto', 'conv', 'separable' and 'strided' (maps only), '1L' (pooling and one linear layer), '2L-1024' (one hidden layer "
-    "of 1024), 'tail' (a copy of the backbone's own read-out), 'branch-3' (a copy of the rest of the backbone with at most 3 "
-    "blocks of each shape)"
+    "'auto', 'conv', 'separable', 'strided' and 'msdnet' (maps only), '1L' (pooling and one linear layer), '2L-1024' (one "
+    "hidden layer of 1024), 'tail' (a copy of the backbone's own read-out), 'branch-3' (a copy of the rest of the backbone "
+    "with at most 3 blocks of each shape), a function from a feature to a module, or its import path 'module:function'"
 )
 _AUTO = {"maps": "2L-256", "others": "1L"}
 """What gained most accuracy for what it costs (``benchmarks/heads.py``)."""
@@ -31,51 +37,53 @@ class HeadSpec:
     """A parsed ``head=``.
 
     Attributes:
-        name: what the user wrote.
-        kind: ``"auto"`` (``2L-256`` on maps, else ``1L``), a convolution's name, ``"linear"`` (none), ``"tail"``: the
+        name: what the user wrote; of a function, the text that it is kept as.
+        kind: ``"auto"`` (``2L-256`` on maps, else ``1L``), ``"function"``, ``"linear"`` (pooling alone), ``"tail"``: the
             backbone's own read-out, copied, or ``"branch"``: with blocks before it.
         hidden: width of a hidden layer.
         blocks: of a branch, how many of each shape at most.
+        function: what makes the body.
     """
 
     name: str
     kind: str
     hidden: int | None = None
     blocks: int | None = None
+    function: HeadFunction | None = field(default=None, compare=False)
 
     @classmethod
-    def parse(cls, head: str) -> HeadSpec:
-        """One head by its name.
+    def parse(cls, head: Head) -> HeadSpec:
+        """One head by its name, or a function.
 
         Raises:
-            ExitkitError: an unknown name.
+            ExitkitError: an unknown name, or a function whose arguments have no names.
         """
-        if isinstance(head, str) and head in ("auto", "tail", *get_args(Convolution)):
+        if callable(head):
+            return cls(name_of(head), "function", function=head)
+        if isinstance(head, str) and head in ("auto", "tail"):
             return cls(head, head)
         match = re.fullmatch(r"1L|2L-([1-9]\d{0,5})|branch-([1-9]\d{0,5})", head) if isinstance(head, str) else None
-        if match is None:
+        if match is not None:
+            if match[2]:
+                return cls(head, "branch", blocks=int(match[2]))
+            return cls(head, "linear", int(match[1]) if match[1] else None)
+        function = named(head) if isinstance(head, str) else None
+        if function is None:
             raise ArgumentError(f"head={head!r} is unknown; allowed are {_HEADS}, or a list with one for each exit")
-        if match[2]:
-            return cls(head, "branch", blocks=int(match[2]))
-        return cls(head, "linear", int(match[1]) if match[1] else None)
+        return cls(head, "function", _width_in(function), function=function)
 
     @classmethod
-    def parse_all(cls, head: str | Sequence[str]) -> list[HeadSpec]:
+    def parse_all(cls, head: Head | Sequence[Head]) -> list[HeadSpec]:
         """The one head of all exits, or one for each."""
         if isinstance(head, list | tuple) and head:
             return [cls.parse(name) for name in head]
         return [cls.parse(head)]  # type: ignore[arg-type]  # an empty list is refused there, as any other value
 
 
-@dataclass(frozen=True)
-class Feature:
-    """What a head reads: shape without batch, layout, the token read-out, and the side of the model's input image."""
-
-    shape: tuple[int, ...]
-    layout: str
-    readout: ReadoutKind = "mean"
-    skip: int = 0
-    image_side: int | None = None
+def _width_in(function: HeadFunction) -> int | None:
+    """The width that a text gives a convolution."""
+    width = function.keywords.get("width") if isinstance(function, partial) else None
+    return width if isinstance(width, int) else None
 
 
 class HeadOutput(NamedTuple):
@@ -159,28 +167,31 @@ def make_head(feature: Feature, num_classes: int, spec: HeadSpec, cascade: bool)
     """The internal classifier for a feature of this shape.
 
     Raises:
-        ExitkitError: a convolutional head for a feature that is not a map.
+        ExitkitError: a convolutional head for a feature that is not a map, or a function that does not make a body.
     """
-    is_map = feature.layout in ("channels_first", "channels_last")
     if spec.kind == "auto":
-        spec = HeadSpec.parse(_AUTO["maps" if is_map else "others"])
-    if spec.kind in get_args(Convolution) and not is_map:
-        raise ArgumentError(
-            f"head={spec.kind!r} needs feature maps, but this boundary's is {feature.layout} {feature.shape}; use head='auto'"
-        )
-    convolution = cast("Convolution", spec.kind) if spec.kind in get_args(Convolution) else None
+        spec = HeadSpec.parse(_AUTO["maps" if feature.is_map else "others"])
+    if spec.function is not None:
+        body, width = make_body(spec.name, spec.function, feature)
+    else:
+        body, width = _pooled(feature, spec.hidden)
+    learns = any(parameter.dim() > 1 for parameter in body.parameters())
+    return InternalClassifier(body, width, num_classes, cascade, nn.Linear if learns else StandardisedLinear)
+
+
+def _pooled(feature: Feature, hidden: int | None) -> tuple[nn.Module, int]:
+    """Pooling, then a hidden layer where one is asked for; and the width of the vector."""
     if feature.layout in ("tokens", "sequence"):
         sequence = feature.layout == "sequence"
-        hidden, width = _hidden(feature.shape[0 if sequence else -1], spec.hidden)
-        body: nn.Module = TokenBody(TokenPool(feature.readout, feature.skip, channels_first=sequence), hidden)
-    else:
-        layers, width = nn.Sequential(nn.Flatten()), math.prod(feature.shape)
-        if is_map:
-            layers, width = map_body(feature.shape, feature.layout == "channels_last", feature.image_side, convolution)
-        hidden, width = _hidden(width, spec.hidden)
-        body = nn.Sequential(*layers, hidden)
-    linear = StandardisedLinear if spec.hidden is None and convolution is None else nn.Linear
-    return InternalClassifier(body, width, num_classes, cascade, linear)
+        layer, width = _hidden(feature.shape[0 if sequence else -1], hidden)
+        return TokenBody(TokenPool(feature.readout, feature.skip, channels_first=sequence), layer), width
+    layers, width = [*channels_first(feature), nn.Flatten()], math.prod(feature.shape)
+    if feature.is_map:
+        channels, *size = feature.maps
+        layers[-1:] = [SDNPool(), nn.Flatten()]
+        width = channels * math.prod(pooled_size(*size))
+    layer, width = _hidden(width, hidden)
+    return nn.Sequential(*layers, layer), width
 
 
 def _hidden(width: int, hidden: int | None) -> tuple[nn.Module, int]:

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from exitkit.common.errors import ArgumentError
-from exitkit.exits.classifiers import Feature, HeadSpec, InternalClassifier, make_head
+from exitkit.exits.classifiers import HeadSpec, InternalClassifier, make_head
 from exitkit.exits.copied.head import tail_head
 from exitkit.exits.copied.shorten import gaps
 from exitkit.exits.copied.tail import Tail, find_tail
+from exitkit.exits.feature import Feature
 from exitkit.exits.legal_actions import LegalActions
 from exitkit.surgery.boundaries import Anatomy, Boundary
 from exitkit.surgery.capturing import Capture
@@ -48,7 +49,8 @@ class HeadMaker:
             return tail_head(feature, target, tail.body, tail.linear, cascade), tail.inputs
         read = self._readout_at(boundary)
         feature = Feature(boundary.shape, boundary.layout, read.kind, read.skip, _image_side(self.captured.example))
-        return make_head(feature, self.outputs, spec, cascade), () if read.mask is None else (read.mask,)
+        reads = () if read.mask is None or spec.function is not None else (read.mask,)
+        return make_head(feature, self.outputs, spec, cascade), reads
 
     @cached_property
     def _blocks(self) -> Sequence[Boundary]:

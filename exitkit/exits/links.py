@@ -9,12 +9,14 @@ from torch import Tensor, nn
 class CascadeLink(nn.Module):
     """The previous exit's logits, detached and layer-normalised, beside the features (Zero Time Waste, equation 1).
 
-    (B, D) and (B, C) → (B, D + C). The gradient stops here: a later exit must not bend an earlier one (appendix C.3).
+    (B, D) and (B, C) → (B, D + C). The gradient stops here: a later exit must not bend an earlier one. With ``detach=False``
+    it goes on (the ablation of appendix C.3).
     """
 
-    def __init__(self, num_classes: int) -> None:
+    def __init__(self, num_classes: int, detach: bool = True) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(num_classes)
+        self.detach = detach
 
     def forward(self, vector: Tensor, previous: Tensor) -> Tensor:
-        return torch.cat([vector, self.norm(previous.detach())], dim=1)
+        return torch.cat([vector, self.norm(previous.detach() if self.detach else previous)], dim=1)

@@ -21,6 +21,7 @@ class Method:
     Attributes:
         name: what tables call it.
         cascade: each exit also reads the logits of the one before it.
+        detach: whether no gradient goes back through a cascade (False: Zero Time Waste, appendix C.3).
         ensemble: how each exit's answer is combined with those before it: by a fitted product or sum of probabilities, or
             by their mean (anytime prediction).
         ensemble_final: whether the backbone's own answer is combined too (then τ > 1 is not the original model).
@@ -32,6 +33,7 @@ class Method:
 
     name: str
     cascade: bool = False
+    detach: bool = True
     ensemble: Ensemble = "none"
     ensemble_final: bool = False
     criterion: str | Criterion = "confidence"
@@ -43,6 +45,8 @@ class Method:
         object.__setattr__(self, "criterion", as_criterion(self.criterion).name)
         if self.past_future is not None and self.cascade:
             raise ArgumentError("cascade=True and past_future are two links; choose one")
+        if not self.detach and not self.cascade:
+            raise ArgumentError("detach=False lets gradients through a cascade, and there is none; set cascade=True")
         if self.width is not None and self.past_future is None:
             raise ArgumentError(
                 f"width={self.width!r} is for past_future alone: the width of the states that exits hand on"

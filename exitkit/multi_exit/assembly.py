@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from exitkit.common.errors import ArgumentError, NotCapturableError
-from exitkit.exits.classifiers import HeadSpec, InternalClassifier
+from exitkit.exits.classifiers import Head, HeadSpec, InternalClassifier
 from exitkit.exits.ensembles import COMBINERS
 from exitkit.exits.factory import HeadMaker
 from exitkit.exits.gpf import Classifier, PastFuture, PastFutureClassifier
@@ -63,7 +63,7 @@ def assemble(
     example_inputs: Any,
     where: Mapping[str, Any],
     method: str | Method,
-    head: str | Sequence[str],
+    head: Head | Sequence[Head],
     outputs: int | None,
 ) -> Parts:
     """The parts of a model with exits, once the cut backbone was found to equal the backbone.
@@ -109,6 +109,8 @@ def _parts(
     placed = list(zip(boundaries, _one_each(heads, len(boundaries)), strict=True))
     made = [maker.make(boundary, head, method.cascade and m > 0) for m, (boundary, head) in enumerate(placed)]
     own, reads = zip(*made, strict=True)
+    for link in (classifier.link for classifier in own if classifier.link is not None):
+        link.detach = method.detach
     specs = [ExitSpec(*read) for read in zip(boundaries, points, reads, strict=True)]
     classifiers = _past_future(own, boundaries, outputs, method) if method.past_future else own
     head = heads[0].name if len(heads) == 1 else tuple(spec.name for spec in heads)

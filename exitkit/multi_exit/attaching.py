@@ -9,6 +9,7 @@ from torch import nn
 
 from exitkit.common.checks import Bounds, check
 from exitkit.common.errors import ArgumentError
+from exitkit.exits.classifiers import Head
 from exitkit.methods.presets import Method
 from exitkit.multi_exit.assembly import assemble
 from exitkit.multi_exit.model import MultiExitModel
@@ -23,7 +24,7 @@ def attach(
     at_cost: Sequence[float] | None = None,
     placement: str | None = None,
     method: str | Method = "ztw",
-    head: str | Sequence[str] = "auto",
+    head: Head | Sequence[Head] = "auto",
     num_classes: int | None = None,
     num_outputs: int | None = None,
 ) -> MultiExitModel:
@@ -46,10 +47,13 @@ def attach(
             ``exitkit.ZTW(ensemble="additive")``.
         head: ``"auto"`` (``"2L-256"`` on maps, else ``"1L"``), ``"1L"`` (pooling and a linear layer), ``"2L-<width>"`` (one
             hidden layer), ``"conv"`` (Zero Time Waste's, for maps), ``"separable"`` or ``"strided"`` (cheaper convolutions),
+            ``"msdnet"`` (MSDNet's own exits),
             ``"tail"``: a copy of what the backbone does after its last block, with its weights, for features of the same
             shape, and for maps of another one behind a learned 1 × 1 adapter; or ``"branch-<n>"``: a copy of the rest of the
             backbone, shortened to at most n blocks of each shape, those before the exit counted. Copies have no dropout.
-            A list gives each exit its own.
+            Or a function from an ``exitkit.exits.Feature`` to a module that makes a vector (B, D) of it, such as
+            ``functools.partial(exitkit.exits.conv, stride=4)``, and as text ``"conv(stride=4)"`` or ``"module:function"``; it
+            reads the feature alone, without a mask. A list gives each exit its own.
         num_classes: how many classes the backbone and the exits shall tell apart; by default as many as it does.
         num_outputs: 1 for regression, which a model with one output (B, 1) is anyway.
 

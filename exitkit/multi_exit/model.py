@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from exitkit.common.checks import Bounds, checked_each
 from exitkit.common.errors import ArgumentError
-from exitkit.exits.classifiers import HeadOutput
+from exitkit.exits.classifiers import Head, HeadOutput
 from exitkit.exits.gpf import Classifier, imitation_losses
 from exitkit.methods.criteria import Criterion
 from exitkit.methods.policy import ExitPolicy, Threshold, as_policy, check_same_scores
@@ -175,6 +175,7 @@ class MultiExitModel(nn.Module):
         source: str | PathLike[str],
         example_inputs: Any = None,
         *,
+        head: Head | Sequence[Head] | None = None,
         revision: str | None = None,
         token: str | bool | None = None,
     ) -> MultiExitModel:
@@ -186,6 +187,8 @@ class MultiExitModel(nn.Module):
             backbone: the model they were trained on, with its weights.
             source: a folder that :meth:`save_pretrained` wrote, or the name of a model on the Hugging Face Hub.
             example_inputs: as for :func:`exitkit.attach`; by default made up, in the shapes that were saved.
+            head: the function of exits that have a head of their own (``attach(head=function)``), or a list with one for each;
+                by default found by the name that was saved, in modules that are imported: a file never imports one.
             revision: on the Hub, a branch, tag or commit.
             token: for the Hub; by default the one of ``hf auth login``.
 
@@ -196,7 +199,7 @@ class MultiExitModel(nn.Module):
             raise ArgumentError(
                 "backbone is a MultiExitModel, which has exits; give the nn.Module exitkit.detach(backbone)"
             )
-        return load_exits(cls, backbone, source, example_inputs, revision, token)
+        return load_exits(cls, backbone, source, example_inputs, head, revision, token)
 
     def push_to_hub(
         self,

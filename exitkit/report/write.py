@@ -24,6 +24,7 @@ from exitkit.common.files import replacing
 from exitkit.common.intervals import share_interval
 from exitkit.common.versions import installed_versions
 from exitkit.evaluation import ExitOutputs, Runs
+from exitkit.evaluation.outputs import check_top
 from exitkit.evaluation.paired import check_comparable, same_backbone
 from exitkit.report import figures
 from exitkit.report.decision import decide, export_command, opened
@@ -35,13 +36,14 @@ from exitkit.report.stages import backbone_milliseconds
 _FACTS = ("model", "weights", "data", "epochs", "every", "device")
 
 
-def write_report(runs: Sequence[str | Path], path: str | Path | None = None) -> Path:
+def write_report(runs: Sequence[str | Path], path: str | Path | None = None, top: int = 1) -> Path:
     """Write the report of one or several runs of the same backbone on the same samples.
 
     Args:
         runs: their directories, as ``exitkit bench`` writes them (:mod:`exitkit.report.run`). Of repeated runs
             (:mod:`exitkit.report.repeated`) the page shows that of the first seed, and a table of all.
         path: the ``.html`` file; by default ``report.html`` in the first run.
+        top: above 1, budgets are also shown in the accuracy among so many likeliest classes.
 
     Returns:
         ``path``. Beside it lie ``NAME-FIGURE.png`` and ``NAME-FIGURE.csv`` for each figure, NAME being the file's own.
@@ -64,6 +66,7 @@ def write_report(runs: Sequence[str | Path], path: str | Path | None = None) -> 
                 f"labels=None in the outputs {name!r}: a report of accuracy needs labels. To report agreement with the full "
                 "model instead, save outputs.against_backbone()"
             )
+        check_top(top, one.log_probs.shape[2])
     check_comparable(outputs)
     results = {first: results[first] for first in [opened(results)]} | results
     points = {name: points_of(one.outputs, _chosen(one)) for name, one in results.items()}
@@ -72,7 +75,7 @@ def write_report(runs: Sequence[str | Path], path: str | Path | None = None) -> 
     except OSError as error:
         raise ArgumentError(f"--out {str(path)!r} cannot be written: {error}") from error
     with matplotlib.rc_context({"text.parse_math": False}):  # a dollar in a name is a dollar
-        page = _page(places, results, points, path, _repeated(runs))
+        page = _page(places, results, points, path, top, _repeated(runs))
     with replacing(path) as temporary:
         temporary.write_text(page, encoding="utf-8")
     return path
@@ -111,6 +114,7 @@ def _page(
     results: dict[str, Result],
     points: dict[str, Points],
     path: Path,
+    top: int,
     repeated: dict[str, Runs],
 ) -> str:
     """The page, opened at the first of the results."""
@@ -141,7 +145,11 @@ def _page(
         hindsight=figures.draw_hindsight(outputs, path, "hindsight"),
         improvability=[(name, one.hindsight_improvability()) for name, one in outputs.items()],
         exits=max(len(one.macs) for one in outputs.values()),
-        budgets=[(name, one.curve().budget_table().rows) for name, one in outputs.items()],
+        budgets=[
+            (name if k == 1 else f"{name}, top {k}", one.curve(top=k).budget_table().rows)
+            for name, one in outputs.items()
+            for k in sorted({1, top})
+        ],
         repeated=[(name, len(runs.seeds), runs.budget_table()) for name, runs in repeated.items()],
         reliability=[_pictures(name, outputs[name], points[name], classes, path) for name in outputs],
         stages=[(name, _stage_rows(result)) for name, result in results.items() if result.stages],

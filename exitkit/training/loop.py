@@ -11,7 +11,7 @@ from signal import SIGTERM
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from exitkit.common.batches import checked
 from exitkit.common.errors import ArgumentError
@@ -28,6 +28,7 @@ from exitkit.training.objective import Objective
 from exitkit.training.options import Options
 from exitkit.training.progress import Epoch, write_log
 from exitkit.training.step import Learner
+from exitkit.training.tally import Tally, grouped
 from exitkit.training.validation import validate
 
 if TYPE_CHECKING:
@@ -55,26 +56,6 @@ class StatefulLoader(Protocol):
 
     def restore(self, state: dict[str, Any] | None) -> None:
         """Go on from what :meth:`state` gave; None from a checkpoint of a loader without."""
-
-
-@dataclass
-class Tally:
-    """Where an epoch stands: steps done, and each exit's summed losses and the number of batches in them."""
-
-    totals: Tensor
-    batches: Tensor
-    steps: int = 0
-    samples: int = 0
-
-    @classmethod
-    def empty(cls, exits: int) -> Tally:
-        return cls(torch.zeros(exits), torch.zeros(exits))
-
-    def add(self, exits: Sequence[int], losses: Tensor, batches: int, samples: int) -> None:
-        self.totals[list(exits)] += losses
-        self.batches[list(exits)] += batches
-        self.steps += 1
-        self.samples += samples
 
 
 @dataclass
@@ -184,7 +165,10 @@ class Run:
         temperature = None if self.options.loss.distillation is None else self.objective.temperature
         measured = dict(self.train_loader.measured) if isinstance(self.train_loader, StatefulLoader) else {}
         exits = learner.phase.exits
-        return Epoch(epoch, loss, accuracy, self.phase, exits, val_loss, speed, temperature, measured=measured)
+        confidence = self.objective.mean_confidence()
+        return Epoch(
+            epoch, loss, accuracy, self.phase, exits, val_loss, speed, temperature, confidence, measured=measured
+        )
 
     def _share_statistics(self) -> None:
         """Each process has BatchNorm statistics of its own part of the samples; the main one's are everybody's."""
@@ -213,31 +197,42 @@ class Run:
         return self.stopping.stop
 
     def _analysed(self, record: Epoch, learner: Learner, progress: float) -> Epoch:
-        """The record with gradient dominance, where it is asked for; the run goes on as it would have without."""
+        """The record with the cosines that are asked for; the run goes on as it would have without."""
         options = self.options
-        if options.analyse is None or self.stages is None or (record.epoch + 1) % options.analyse_every:
+        if options.analyse is None or (record.epoch + 1) % options.analyse_every:
             return record
-        weights = [
-            weight if m in record.exits else 0.0
-            for m, weight in enumerate(options.loss.weights_at(progress, self.shares))
-        ]
         with left_as_found(self.model), loader_kept(self.train_loader), self.accelerator.autocast():
             learn(self.model, learner.phase, self.stages)
+            if options.analyse == "first_exit":
+                first = [[p for p in self.model.classifiers[0].parameters() if p.requires_grad]]
+                return replace(record, first_exit=self._cosines(first, record, progress)[0][0]) if first[0] else record
+            assert self.stages is not None
             blocks = [[p for p in block if p.requires_grad] for block in blocks_of(self.model, self.stages)]
             if not any(blocks):
                 return record
-            seed_everything(self.train_loader, options.seed, record.epoch)
-            alpha = torch.tensor([*objective_weights(self.objective, weights), 1.0], dtype=torch.float64)
-            each = [
-                dominance_of(gram_on(self.model, copy(self.objective), batch, weights, blocks), alpha, len(weights))
-                for batch in islice(self.train_loader, ANALYSED)
-            ]
-        dominance, ceiling = (torch.stack([one[at] for one in each]).mean(0).tolist() for at in (0, 2))
+            dominance, ceiling = self._cosines(blocks, record, progress)
         return replace(
             record,
             dominance=tuple(dominance[m] for m in record.exits),
             ceiling=tuple(ceiling[m] for m in record.exits),
         )
+
+    def _cosines(
+        self, blocks: Sequence[Sequence[nn.Parameter]], record: Epoch, progress: float
+    ) -> tuple[list[float], list[float]]:
+        """Of each exit's gradient on ``blocks`` with the objective's, and their ceilings, over the first batches."""
+        weights = [
+            weight if m in record.exits else 0.0
+            for m, weight in enumerate(self.options.loss.weights_at(progress, self.shares))
+        ]
+        seed_everything(self.train_loader, self.options.seed, record.epoch)
+        alpha = torch.tensor([*objective_weights(self.objective, weights), 1.0], dtype=torch.float64)
+        each = [
+            dominance_of(gram_on(self.model, copy(self.objective), batch, weights, blocks), alpha, len(blocks))
+            for batch in islice(self.train_loader, ANALYSED)
+        ]
+        dominance, ceiling = (torch.stack([one[at] for one in each]).mean(0).tolist() for at in (0, 2))
+        return dominance, ceiling
 
     def _keep_best(
         self, accuracy: Sequence[float] | None, val_loss: Sequence[float] | None, exits: Sequence[int]
@@ -287,6 +282,7 @@ class Run:
                 "scheduler": learner.scheduler.state_dict(),
                 "scaler": None if scaler is None else scaler.state_dict(),
                 "temperature": self.objective.temperature,
+                "confidences": self.objective.confidences,
                 "stopping": self.stopping.state(),
                 "history": [dict(vars(record)) for record in self.history],
                 "tally": {**vars(self.tally), "totals": totals, "batches": batches},
@@ -314,6 +310,7 @@ class Run:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         self.best = None if self.options.patience is None else state["best"] or self._weights()
         self.objective.temperature = state["temperature"]
+        self.objective.confidences = state["confidences"]
         self.stopping.restore(state["stopping"])
         self.history[:] = [Epoch(**record) for record in state["history"]]
         self.display.resume(len(self.history))
@@ -328,10 +325,3 @@ class Run:
             f"the checkpoint in output_dir={str(self.options.output_dir)!r} belongs to {owner}; use another output_dir, or "
             "resume='never' to start again"
         )
-
-
-def grouped(batches: Iterable[Any], size: int) -> Iterator[list[Any]]:
-    """Lists of ``size`` items, the last of what is left."""
-    iterator = iter(batches)
-    while group := list(islice(iterator, size)):
-        yield group

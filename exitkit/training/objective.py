@@ -24,6 +24,7 @@ class Objective:
         last: the number of the backbone's own exit.
         temperature: τ of the distillation.
         confidence: the teachers' confidence at τ in the last batch; None without teachers.
+        confidences: those of all batches since the last call of :meth:`mean_confidence`, summed, and their number.
         limit: μ, above which τ grows; None keeps τ, and is there before the first batch.
         shown: the last losses as a user sees them, without gradient. The distillation term is the KL divergence at τ in them,
             0 for a perfect copy; the factor τ² and the teachers' entropy, which grow with τ, would hide what was learned.
@@ -33,6 +34,7 @@ class Objective:
     last: int
     temperature: float = field(init=False)
     confidence: Tensor | None = field(init=False, default=None)
+    confidences: tuple[float, int] = field(init=False, default=(0.0, 0))
     limit: float | None = field(init=False, default=None)
     shown: Tensor = field(init=False)
 
@@ -73,10 +75,18 @@ class Objective:
         return weighted.mean() if self.loss.reduction == "mean" else weighted.sum()
 
     def anneal(self, confidence: float) -> None:
-        """Let τ grow if the teachers are surer than the limit (algorithm 1, line 11)."""
+        """Note the teachers' confidence in a batch, and let τ grow if it is above the limit (algorithm 1, line 11)."""
+        total, batches = self.confidences
+        self.confidences = (total + confidence, batches + 1)
         config = self.loss.distillation
         if config is not None and self.limit is not None and confidence > self.limit:
             self.temperature *= float(config.multiplier)
+
+    def mean_confidence(self) -> float | None:
+        """Of the teachers over the batches since the last call; None where there were no teachers."""
+        total, batches = self.confidences
+        self.confidences = (0.0, 0)
+        return total / batches if batches else None
 
     def _check_teachable(self, targets: Tensor | None, exits: Sequence[int]) -> None:
         config = self.loss.distillation

@@ -14,6 +14,7 @@ from torch import nn
 from exitkit.common.checks import Count, Index, NonNegative, Positive, check, check_fields
 from exitkit.common.errors import ArgumentError, ExitkitError
 from exitkit.multi_exit.model import MultiExitModel
+from exitkit.training.ensemble import EnsembleFit
 from exitkit.training.losses import Loss, check_loss
 from exitkit.training.rates import MakeOptimizer, rates_for
 from exitkit.training.regimes import Phase, epochs_of, phases_of
@@ -47,6 +48,8 @@ class Options:
     milestones: Sequence[int] | None = None
     schedule: Schedule | None = None
     loss: Loss = field(default_factory=Loss)
+    ensemble_fit: EnsembleFit = field(default_factory=EnsembleFit)
+    ensemble_on: Literal["validation", "train"] | None = None
     patience: Count | None = None
     validate_steps: Count | None = None
     accumulate: Count = 1
@@ -61,7 +64,7 @@ class Options:
     output_dir: str | Path | None = None
     resume: Literal["auto", "never"] = "auto"
     log: Literal["csv", "tensorboard"] = "csv"
-    analyse: Literal["gradient_dominance"] | None = None
+    analyse: Literal["gradient_dominance", "first_exit"] | None = None
     analyse_every: Count = 1
     show_progress: bool = True
 
@@ -81,7 +84,7 @@ class Options:
             raise ArgumentError(
                 f"validate_steps={self.validate_steps} says how often patience looks, but patience=None; set patience too"
             )
-        if self.analyse is not None and not self.trains_backbone:
+        if self.analyse == "gradient_dominance" and not self.trains_backbone:
             raise ArgumentError(
                 f"analyse={self.analyse!r} compares the exits' gradients on the weights that they share, but the regime "
                 "freezes the backbone; use regime='mixed', or leave it out"
@@ -147,6 +150,10 @@ class Options:
             raise ArgumentError(
                 "cache=True needs a frozen backbone, but here the backbone learns, or its last layer, which attach replaced; "
                 "use regime='disjoint' on a backbone with its own classes, or leave cache out"
+            )
+        if self.analyse is not None:
+            raise ArgumentError(
+                f"analyse={self.analyse!r} runs the whole model, but cache=True feeds its heads alone; leave one of them out"
             )
         if self.teacher is not None:
             raise ArgumentError(

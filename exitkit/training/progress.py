@@ -25,9 +25,13 @@ class Epoch:
         val_loss: validation loss of every exit; None without validation.
         speed: training samples per second.
         temperature: τ of the distillation, at the end; None without distillation.
+        confidence: the teachers' at τ, as ``Distillation(confidence=)`` reads it, averaged over the batches (Phuong and
+            Lampert 2019, figure 6); None without distillation.
         dominance: after the epoch, the cosine of the gradient of each exit that counts with the objective's, on the learning
             part of the backbone; None where it was not measured (``Trainer(analyse=)``).
         ceiling: the most that each of these cosines can be, as an exit has no gradient behind it.
+        first_exit: after the epoch, on the weights of the first exit's head, the cosine of the objective's gradient with that
+            of the first exit's own loss (Zero Time Waste, appendix C.3); None where it was not measured.
         measured: numbers of the loader's own, by name.
     """
 
@@ -39,8 +43,10 @@ class Epoch:
     val_loss: tuple[float, ...] | None = None
     speed: float = field(default=0.0, compare=False)
     temperature: float | None = None
+    confidence: float | None = None
     dominance: tuple[float, ...] | None = None
     ceiling: tuple[float, ...] | None = None
+    first_exit: float | None = None
     measured: Mapping[str, float] = field(default_factory=dict)
 
     def scalars(self) -> dict[str, float]:
@@ -50,6 +56,8 @@ class Epoch:
         named |= {f"accuracy/exit{m}": value for m, value in enumerate(self.accuracy or ())}
         named |= {f"val_loss/exit{m}": value for m, value in enumerate(self.val_loss or ())}
         named |= {} if self.temperature is None else {"temperature": self.temperature}
+        named |= {} if self.first_exit is None else {"first_exit_cosine": self.first_exit}
+        named |= {} if self.confidence is None else {"teachers_confidence": self.confidence}
         for name, values in (("dominance", self.dominance), ("dominance_ceiling", self.ceiling)):
             named |= {f"{name}/exit{m}": value for m, value in zip(self.exits, values or (), strict=False)}
         return named | {"phase": float(self.phase), "samples_per_second": self.speed} | dict(self.measured)

@@ -26,6 +26,7 @@ def settings_of(options: Options) -> dict[str, Any]:
         "exits": [boundary.name for boundary in model.boundaries],
         "method": method.name,
         "cascade": method.cascade,
+        "detach": method.detach,
         "past_future": method.past_future,
         "width": method.width,
         "backbone": "trained" if options.trains_backbone else weights_digest(model.backbone, model.new_head),

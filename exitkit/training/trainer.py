@@ -60,6 +60,10 @@ class Trainer(Options):
             steps of a phase, for warm-up or warm restarts; it goes on after every step, where ``milestones`` go by epochs:
             ``functools.partial(transformers.get_linear_schedule_with_warmup, num_warmup_steps=100)``.
         loss: what the exits minimise.
+        ensemble_fit: how the ensemble is fitted in the end: :class:`exitkit.training.EnsembleFit`. Zero Time Waste's appendix
+            A.1 is ``EnsembleFit(optimizer="sgd", epochs=500, penalty=0)`` with ``ensemble_on="train"``.
+        ensemble_on: the samples that it is fitted on, ``"validation"`` or ``"train"``; by default validation samples where
+            there are some (why it matters: :func:`exitkit.training.fit_ensemble`).
         patience: stop a phase when none of its exits improved on the validation set (in accuracy before the ensemble, or in
             squared error) for so many epochs; everything trained is restored as it was in the last epoch in which any of
             them improved (Kubaty et al., section 4.1). Without it the last epoch's state is kept.
@@ -87,7 +91,9 @@ class Trainer(Options):
         log: ``"csv"`` or ``"tensorboard"``.
         analyse: ``"gradient_dominance"`` measures after an epoch, on the first batches of the training set, which exits'
             gradients the steps follow, for the history and the log (:func:`exitkit.analysis.gradient_dominance`). The weights
-            that are trained are the same with it and without.
+            that are trained are the same with it and without. ``"first_exit"`` measures on the weights of the first exit's
+            head how far all exits' gradients together agree with its own: a cosine, 1 where the links between exits let no
+            gradient through (Zero Time Waste, appendix C.3).
         analyse_every: after every so many epochs.
         show_progress: draw a table where there is a terminal, print a line per epoch (to stderr) where there is none.
 
@@ -103,8 +109,8 @@ class Trainer(Options):
     def fit(self, train_loader: Iterable[Any], val_loader: Iterable[Any] | None = None) -> list[Epoch]:
         """Train phase by phase, then fit the ensemble; the model is changed in place. Returns the record of every epoch.
 
-        The ensemble is fitted on ``val_loader`` where there is one, on ``train_loader`` otherwise (why it matters:
-        :func:`exitkit.training.fit_ensemble`). Choose thresholds on other samples than these.
+        The ensemble is fitted on ``val_loader`` where there is one, on ``train_loader`` otherwise or where ``ensemble_on``
+        says so. Choose thresholds on other samples than these.
 
         Under ``accelerate launch`` or ``torchrun`` each process takes every n-th batch and the gradients are averaged.
 
@@ -128,6 +134,10 @@ class Trainer(Options):
         """
         if self.patience is not None and data.val is None:
             raise ArgumentError("patience is set, but there is no val_loader to measure improvement on; give one")
+        if self.ensemble_on == "validation" and data.val is None:
+            raise ArgumentError(
+                "ensemble_on='validation' is set, but there is no val_loader to fit the ensemble on; give one"
+            )
         self._make_directory()
         accelerator = make_accelerator(self.mixed_precision)
         train = own_part(accelerator, data.train, "train_loader")
@@ -150,10 +160,11 @@ class Trainer(Options):
             ):
                 Run(self, accelerator, *data, stages, display, interrupted, settings, self.history).train(checkpoint)
             self.model.combiners.requires_grad_(True)
-            held_out = data.train if data.val is None else data.val
-            seed_everything(held_out, self.seed)  # the same images, whatever was drawn before
+            samples = data.train if data.val is None or self.ensemble_on == "train" else data.val
+            seed_everything(samples, self.seed)  # the same images, whatever was drawn before
             shown = self.show_progress and accelerator.is_main_process
-            fit_ensemble_on(self.model, data.view, held_out, accelerator.gather_for_metrics, shown)
+            gather = accelerator.gather_for_metrics
+            fit_ensemble_on(self.model, data.view, samples, gather, self.ensemble_fit, shown)
         return self.history
 
     def _settings(self, train: Iterable[Any], val: Iterable[Any] | None, processes: int) -> dict[str, Any]:

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from exitkit.common.errors import ArgumentError
-from exitkit.exits.classifiers import Feature, InternalClassifier
+from exitkit.exits.classifiers import InternalClassifier
+from exitkit.exits.feature import Feature
 
 
 class Adapter(nn.Module):

@@ -188,6 +188,7 @@ def read_configuration(path: Path) -> Configuration:
 def _built(config: dict[str, Any], path: Path) -> Configuration:
     if isinstance(method := config.get("method"), dict):
         method.pop("times", None)  # 0.1 wrote it beside the criterion, which holds it too
+        method.setdefault("detach", True)  # 0.2 had nothing else
     try:
         return build(Configuration, config, repr(str(path)))
     except FileError as error:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -25,6 +25,8 @@ from torch import Tensor, nn
 from exitkit.common.checks import PATH, check
 from exitkit.common.errors import ArgumentError, ExitkitError, FileError
 from exitkit.common.files import locked, read_together, replacing
+from exitkit.exits.classifiers import Head
+from exitkit.exits.own import check_imported
 from exitkit.exits.standardised import StandardisedLinear, replaced
 from exitkit.methods.policy import ExitPolicy
 from exitkit.multi_exit.assembly import Parts, assemble
@@ -92,6 +94,7 @@ def load_exits(
     backbone: nn.Module,
     source: Source,
     inputs: Any,
+    head: Head | Sequence[Head] | None,
     revision: str | None,
     token: hub.Token,
 ) -> Model:
@@ -112,7 +115,7 @@ def load_exits(
     check_sizes(config, weights, folder / CONFIG)
     _compare(config.tensors, without(tensor_lines(backbone), config.new_head), source, backbone)
     with unchanged_on_error(backbone):
-        model = build(_parts(backbone, inputs, config, source))
+        model = build(_parts(backbone, inputs, config, head, source))
         replaced(model.classifiers, partial(_as_saved, weights))
         _compare(config.blocks, block_lines(model.anatomy.blocks), source, backbone)
         _fill(model, weights, getattr(torch, config.dtype), folder / config.weights)
@@ -144,12 +147,18 @@ def _set_policy(model: MultiExitModel, policy: ExitPolicy, path: Path) -> None:
         raise FileError(f"{str(path)!r} is damaged: {error}. {_AGAIN}") from error
 
 
-def _parts(backbone: nn.Module, inputs: Any, config: Configuration, source: Source) -> Parts:
+def _parts(
+    backbone: nn.Module, inputs: Any, config: Configuration, head: Head | Sequence[Head] | None, source: Source
+) -> Parts:
     """Fresh exits as configured; a last layer that was replaced is replaced again, or filled where it has the same outputs."""
     outputs = config.outputs if config.new_head else None
+    if head is None:
+        head = config.head
+        for name in [head] if isinstance(head, str) else head:
+            check_imported(name)
     try:
         inputs = example_inputs(backbone, config) if inputs is None else inputs
-        parts = assemble(backbone, inputs, {"at": config.exits}, config.method, config.head, outputs)
+        parts = assemble(backbone, inputs, {"at": config.exits}, config.method, head, outputs)
     except ExitkitError as error:
         raise ArgumentError(
             f"the exits in {str(source)!r}, saved by {saved_by(config.versions)}, cannot be attached to this "
