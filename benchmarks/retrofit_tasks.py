@@ -66,10 +66,10 @@ class Shifted(Dataset[Any]):
 
 
 def cifar10(data: Path, out: Path) -> Task:
-    """ResNet-56 against ResNet-20; 50,000 training images, 5,000 + 5,000 test images."""
+    """ResNet-56 against ResNet-20; 50,000 training images, 2,500 + 2,500 test images."""
     weights = data / "weights"
     train = Shifted(*load_cifar(out / "cifar10" / "cifar10_train.npz", 50_000))
-    test = TensorDataset(*load_cifar(out / "cifar10" / "cifar10_test.npz", 10_000))
+    test = TensorDataset(*load_cifar(out / "cifar10" / "cifar10_test.npz", 5_000))
     return Task(
         cifar_resnet(56, weights=weights / "cifar10_resnet56.safetensors"),
         DataLoader(train, 128, shuffle=True),

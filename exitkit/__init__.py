@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 from exitkit.common.torchvision_guard import make_torchvision_importable_when_asked
 
 if TYPE_CHECKING:
-    from exitkit import analysis, calibration, evaluation, models, rl, training
+    from exitkit import analysis, calibration, evaluation, models, rl, serving, training
     from exitkit.calibration.risk_control import choose_threshold
     from exitkit.common.allocator import keep_memory
     from exitkit.common.errors import (
@@ -73,12 +73,13 @@ __all__ = [
     "models",
     "retrofit",
     "rl",
+    "serving",
     "time_exits",
     "training",
 ]
 
 
-_ROOMS = ["analysis", "calibration", "evaluation", "models", "rl", "training"]
+_ROOMS = ["analysis", "calibration", "evaluation", "models", "rl", "serving", "training"]
 _HOMES = {
     "choose_threshold": "exitkit.calibration.risk_control",
     "keep_memory": "exitkit.common.allocator",

@@ -30,8 +30,8 @@ from exitkit import ExitkitError
 from exitkit.cli.data import _read_npz
 from exitkit.cli.recipe import read_recipe
 from exitkit.cli.texts import _label_indices, _numbers, _read_text
-from exitkit.cli.unpacking import opened_image
 from exitkit.evaluation import RegressionOutputs
+from exitkit.multi_exit.image_files import opened_image
 from exitkit.multi_exit.preprocessing import ImagePreprocessing
 from exitkit.packages.onnx_branches import signed
 from exitkit.report import calibrated, read_run, write_thresholds

@@ -275,7 +275,7 @@ def test_a_bad_image_is_named_and_skipped(grey: Path, tmp_path: Path) -> None:
 
 def test_a_folder_with_a_bad_image_is_refused_in_words(tmp_path: Path) -> None:
     pytest.importorskip("torchvision")
-    from exitkit.cli.unpacking import opened_image
+    from exitkit.multi_exit.image_files import opened_image
 
     (tmp_path / "x.png").write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(100))
     with pytest.raises(FileError, match=r"x\.png' cannot be read as an image"):

@@ -20,7 +20,7 @@ import exitkit
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "exitkit"
 ROOMS = """common models surgery exits methods multi_exit training evaluation analysis calibration engine packages rl
-    report retrofitting reproduction cli integrations""".split()
+    report retrofitting reproduction serving cli integrations""".split()
 """A room imports from those before it."""
 
 KEPT = {("evaluation", "calibration")}
@@ -41,6 +41,9 @@ HEAVY = (
     "lightning",
     "gymnasium",
     "stable_baselines3",
+    "ray",
+    "starlette",
+    "pyarrow",
 )
 
 NAMES = {

@@ -17,9 +17,9 @@ from typer.testing import CliRunner
 import exitkit
 from exitkit.cli.app import app
 from exitkit.cli.bench import check_classes
-from exitkit.cli.unpacking import opened_image
 from exitkit.common.errors import FileError
 from exitkit.common.intervals import share_interval
+from exitkit.multi_exit.image_files import opened_image
 from exitkit.multi_exit.preprocessing import ImagePreprocessing, TextPreprocessing, preprocessing_from_json
 from tests.toy import TinyNet, images
 

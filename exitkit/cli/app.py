@@ -27,6 +27,7 @@ from exitkit.cli.policies import app as policies
 from exitkit.cli.reproducing import reproduce
 from exitkit.cli.results import calibrate, compare, report
 from exitkit.cli.retrofitting import retrofit
+from exitkit.cli.serving import RayActors, RayAddress, RayOut, run_on_ray, serve
 from exitkit.common.console import make_console, printable, without_progress
 from exitkit.common.errors import ArgumentError
 
@@ -164,6 +165,9 @@ def run(
     threshold: Tau = None,
     device: PackageDevice = None,
     trust: Trust = False,
+    ray: RayAddress = None,
+    out: RayOut = None,
+    actors: RayActors = 1,
 ) -> None:
     """Classify with a package, one JSON line for each input.
 
@@ -175,7 +179,12 @@ def run(
     from exitkit.cli.inputs import Losses
     from exitkit.common.schema import to_json
 
-    check_least(batch_size=batch_size, top=top)
+    check_least(batch_size=batch_size, top=top, actors=actors)
+    if (ray is None) != (out is None):
+        raise ArgumentError("--ray and --out go together: answers from a cluster are written as Parquet")
+    if ray is not None and out is not None:
+        typer.echo(run_on_ray(package, inputs, ray, out, batch_size, threshold, device, trust, actors))
+        return
     exitkit.keep_memory()
     loaded = exitkit.load(package, threshold=threshold, device=device, trust=trust)
     losses = Losses()
@@ -309,7 +318,14 @@ add(app, report, _LOOK, "report runs/a")
 add(app, compare, _LOOK, "compare runs/a runs/b --budget 0.5")
 add(app, analyse, _LOOK, "analyse runs/a runs/b --what rank,connectivity")
 add(app, export, _RUN, "export runs/a", "export --model timm:resnet18 --exits my-exits --out model.onnx")
-add(app, run, _RUN, "run runs/a/model.pt2 --trust photo.jpg photos/")
+add(
+    app,
+    run,
+    _RUN,
+    "run runs/a/model.pt2 --trust photo.jpg photos/",
+    "run model.pt2 --trust photos/ --ray local --out predictions.parquet",
+)
+add(app, serve, _RUN, "serve runs/a/model.pt2 --trust", "serve --config serve.yaml --port 8080 --replicas 2")
 add(app, bench_latency, _RUN, "bench-latency runs/a/model.pt2 --trust --batches 1,16")
 add(app, demo, None, "demo --out demo")
 add(app, doctor, None, "doctor", "doctor --json")

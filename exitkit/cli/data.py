@@ -19,9 +19,10 @@ from torch.utils.data import Dataset, TensorDataset
 
 from exitkit.cli.split import Split, hold_out
 from exitkit.cli.texts import texts
-from exitkit.cli.unpacking import check_inflation, opened_image, prepared_image
+from exitkit.cli.unpacking import check_inflation
 from exitkit.common.errors import ArgumentError, FileError, unknown_name
 from exitkit.common.torchvision_guard import import_torchvision
+from exitkit.multi_exit.image_files import opened_image, prepared_image
 from exitkit.multi_exit.preprocessing import ImagePreprocessing, default_statistics
 
 

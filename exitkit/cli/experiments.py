@@ -197,7 +197,7 @@ def train(
     All that it writes lies in --out, also a checkpoint after every epoch: the same command goes on from there after
     Ctrl-C, or when it was killed, and only writes the results where they could not be written.
     """
-    check_least(top=top, seeds=seeds)
+    check_least(seeds=seeds, top=top)
     if seed is not None and seeds is not None:
         raise ArgumentError(f"--seed {seed} and --seeds {seeds}: give the one seed, or how many")
     check_folder(out)

@@ -14,8 +14,8 @@ from pathlib import Path
 from torch import Tensor
 
 from exitkit.cli.texts import cells
-from exitkit.cli.unpacking import prepared_image
 from exitkit.common.errors import ArgumentError, FileError
+from exitkit.multi_exit.image_files import prepared_image
 from exitkit.multi_exit.preprocessing import ImagePreprocessing
 
 STDIN = "-"

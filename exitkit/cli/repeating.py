@@ -29,6 +29,8 @@ _RECIPE = "recipe.json"
 def carry_out(recipe: Recipe, out: Path, threads: int | None, say: Callable[[Any], None], top: int = 1) -> None:
     """Train as a recipe says, and write what comes of it to ``out``; the same call goes on where one was stopped.
 
+    ``top``: above 1, accuracy among so many likeliest classes stands beside.
+
     Raises:
         ExitkitError: values that do not fit the model or the data, or a folder that cannot be written to.
     """

@@ -65,8 +65,8 @@ def write_results(
     """Write every method's exits and outputs, a few test inputs, ``results.json``, and pictures of it.
 
     ``backbone``: whose weights are written too, because they are not those that it was loaded with. ``top``: above 1, the
-    summary has the accuracy among so many likeliest classes as well. ``validation``: the outputs on the validation samples, of
-    the only method.
+    summary has the accuracy among so many likeliest classes as well. ``validation``: the outputs on the validation samples,
+    of the only method.
     """
     directory.mkdir(parents=True, exist_ok=True)
     (directory / THRESHOLDS).unlink(missing_ok=True)  # chosen on the outputs before these

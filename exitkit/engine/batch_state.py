@@ -25,11 +25,13 @@ class BatchState:
         rows: (B,) int64, the callers' numbers of the samples; −1 for one that has its answer and is carried along.
         values: what later steps read, by name.
         faulty: (B,) whether a sample had a score that was not finite.
+        thresholds: (B, M) τ of each exit for each sample, where not all of them have the policy's.
     """
 
     rows: Places
     values: dict[str, Any]
     faulty: NDArray[np.bool_]
+    thresholds: NDArray[np.float64] | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -41,13 +43,19 @@ class BatchState:
         )
         index = on_device(keep, device)
         values = {name: select(value, index, axes.get(name), len(self)) for name, value in self.values.items()}
-        return BatchState(self.rows[keep], values, self.faulty[keep])
+        thresholds = None if self.thresholds is None else self.thresholds[keep]
+        return BatchState(self.rows[keep], values, self.faulty[keep], thresholds)
 
     @staticmethod
     def merge(batches: Sequence[BatchState], axes: Mapping[str, int]) -> BatchState:
-        """Batches before the same step as one; values without a batch axis are alike in all of them."""
+        """Batches before the same step as one; values without a batch axis are alike in all of them.
+
+        All of them have thresholds of their own, or none has.
+        """
         if len(batches) == 1:
             return batches[0]
+
+        thresholds: list[Any] = [one.thresholds for one in batches]
 
         def joined(name: str) -> Any:
             axis = axes.get(name)
@@ -58,6 +66,7 @@ class BatchState:
             np.concatenate([one.rows for one in batches]),
             {name: joined(name) for name in batches[0].values},
             np.concatenate([one.faulty for one in batches]),
+            None if thresholds[0] is None else np.concatenate(thresholds),
         )
 
 

@@ -47,6 +47,11 @@ class Answers(NamedTuple):
     score: NDArray[np.float64]
     non_finite: NDArray[np.bool_]
 
+    def part(self, places: Places) -> Answers:
+        """Those at some places."""
+        logits = self.logits.index_select(0, on_device(places, self.logits.device))
+        return Answers(self.rows[places], self.exit, logits, self.score[places], self.non_finite[places])
+
 
 def run(step: Step, values: Mapping[str, Any]) -> Sequence[Any]:
     """What a step makes of the values.
@@ -171,13 +176,16 @@ class Loop:
             raise FileError("a step of this package lost samples, or made some up; export it again")
         batch.faulty = batch.faulty | ~np.isfinite(sure)
         present = batch.rows >= 0
-        leaves = present if last else present & (sure > self.policy.thresholds[exit_])
+        leaves = present if last else present & (sure > self._limits(batch, exit_))
         places = np.flatnonzero(leaves)
         if not len(places):
             return batch, []
         logits = answer if len(places) == len(batch) else answer.index_select(0, on_device(places, answer.device))
         answers = Answers(batch.rows[places], exit_, logits, sure[places], batch.faulty[places])
         return self._continue(batch, np.flatnonzero(present & ~leaves), index), [answers]
+
+    def _limits(self, batch: BatchState, exit_: int) -> float | NDArray[np.float64]:
+        return self.policy.thresholds[exit_] if batch.thresholds is None else batch.thresholds[:, exit_]
 
     def _continue(self, batch: BatchState, stay: Places, index: int) -> BatchState | None:
         """The samples that stay; the others are carried along where taking them out does not pay."""

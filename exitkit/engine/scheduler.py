@@ -1,4 +1,4 @@
-"""The scheduler: samples of many batches in one queue a stage, so that every stage runs full although samples leave."""
+"""The scheduler of ``engine.map``: batches of an iterable through the stages' queues, and their answers in order."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import torch
 
 from exitkit.common.batches import split_batch
 from exitkit.common.errors import ArgumentError, ExitkitError
-from exitkit.engine.batch_state import BatchState, on_device
+from exitkit.engine.batch_state import Places
 from exitkit.engine.fetching import NOTHING, fetched
 from exitkit.engine.loop import Answers, Loop, Prediction
+from exitkit.engine.stage_queues import Place, StageQueues
 from exitkit.surgery.inputs import as_call
 
 _AHEAD = 64
@@ -41,9 +41,8 @@ class Scheduler:
 
     def __init__(self, loop: Loop, batch: int, max_wait: float) -> None:
         self.loop = loop
-        self.batch = batch if loop.largest is None else min(batch, loop.largest)
+        self.queues = StageQueues(loop, batch)
         self.max_wait = max_wait
-        self.queues: list[dict[Any, deque[BatchState]]] = [{} for _ in loop.program.steps]
         self.items: deque[_Item] = deque()
         self.accepted = 0
         self.samples = 0
@@ -56,8 +55,8 @@ class Scheduler:
             for batch in _until_an_error(source, failed):
                 if batch is not NOTHING:
                     self._accept(batch)
-                while (full := self._fullest()) is not None:
-                    self._step(*full)
+                while (full := self.queues.ready()) is not None:
+                    self._step(full)
                 if self._late():
                     self._drain()
                 yield from self._finished()
@@ -82,90 +81,43 @@ class Scheduler:
         self.items.append(item)
         self.samples += item.count
         if item.count:
-            self._queue(0, self.loop.start(tensors, item.first))
+            self.queues.put(0, self.loop.start(tensors, item.first))
 
-    def _queue(self, stage: int, batch: BatchState) -> None:
-        """Batches wait together when they can be merged: everything but the batch has the same size."""
-        axes = self.loop.program.axes
-        key = tuple(
-            (name, *(size for dim, size in enumerate(value.shape) if dim != axes.get(name)))
-            for name, value in batch.values.items()
-            if isinstance(value, torch.Tensor)
-        )
-        self.queues[stage].setdefault(key, deque()).append(batch)
-
-    def _fullest(self) -> tuple[int, Any] | None:
-        """The deepest queue that fills a batch: what is nearest to an answer goes first."""
-        for stage in reversed(range(len(self.queues))):
-            for key, waiting in self.queues[stage].items():
-                if sum(map(len, waiting)) >= self.batch:
-                    return stage, key
-        return None
-
-    def _step(self, stage: int, key: Any) -> None:
+    def _step(self, place: Place) -> None:
         """Run one stage on up to a full batch of one of its queues."""
-        waiting, axes = self.queues[stage][key], self.loop.program.axes
-        taken: list[BatchState] = []
-        while waiting and sum(map(len, taken)) < self.batch:
-            taken.append(waiting.popleft())
-        if not waiting:
-            del self.queues[stage][key]
-        spare = sum(map(len, taken)) - self.batch
-        if spare > 0:
-            last = taken.pop()
-            places = np.arange(len(last))
-            taken.append(last.select(places[:-spare], axes))
-            self.queues[stage].setdefault(key, deque()).appendleft(last.select(places[-spare:], axes))
-        if len(taken) > 1:
-            try:
-                self._run_step(BatchState.merge(taken, axes), stage)
-                return
-            except Exception:  # one of them is at fault: each alone, so that the others lose nothing
-                pass
-        for batch in taken:
-            self._run_each(batch, stage)
+        ran = self.queues.run(place.stage, self.queues.take(place))
+        for onward in ran.onward:
+            self.queues.put(place.stage + 1, onward)
+        for answers in ran.answers:
+            for item, mine in self._owners(answers.rows):
+                item.answered += len(mine)
+                item.answers.append(answers.part(mine))
+        for rows, error in ran.failed:
+            for item, mine in self._owners(rows):
+                item.answered += len(mine)
+                item.error = error
 
-    def _run_step(self, batch: BatchState, stage: int) -> None:
-        with torch.inference_mode():
-            onward, answers = self.loop.run_step(batch, stage)
-        if onward is not None:
-            self._queue(stage + 1, onward)
-        for one in answers:
-            self._keep(one)
-
-    def _run_each(self, batch: BatchState, stage: int) -> None:
-        try:
-            self._run_step(batch, stage)
-        except Exception as error:  # whatever a stage raises on this item
-            rows = batch.rows.tolist()
-            for item in self.items:
-                mine = sum(item.first <= row < item.first + item.count for row in rows)
-                if mine:
-                    item.error = error
-                    item.answered += mine
-
-    def _keep(self, answers: Answers) -> None:
-        rows = answers.rows
+    def _owners(self, rows: Places) -> Iterator[tuple[_Item, Places]]:
+        """The batches that these samples came in, each with the places of its own."""
         for item in self.items:
             mine = np.flatnonzero((rows >= item.first) & (rows < item.first + item.count))
             if len(mine):
-                item.answered += len(mine)
-                logits = answers.logits.index_select(0, on_device(mine, answers.logits.device))
-                score, non_finite = answers.score[mine], answers.non_finite[mine]
-                item.answers.append(Answers(rows[mine], answers.exit, logits, score, non_finite))
+                yield item, mine
 
     def _late(self) -> bool:
         """Whether the oldest unanswered item has waited too long, or too much has piled up behind it."""
         if not self.items:
             return False
         oldest = self.items[0]
-        return time.monotonic() - oldest.arrived >= self.max_wait or self.samples - oldest.first > _AHEAD * self.batch
+        return (
+            time.monotonic() - oldest.arrived >= self.max_wait
+            or self.samples - oldest.first > _AHEAD * self.queues.batch
+        )
 
     def _drain(self) -> None:
-        """Run everything that waits, early stages first, so that later ones fill up."""
-        for stage in range(len(self.queues)):
-            while self.queues[stage]:
-                self._step(stage, next(iter(self.queues[stage])))
+        """Run everything that waits."""
+        for place in self.queues.places():
+            self._step(place)
 
     def _finished(self) -> Iterator[Prediction]:
         while self.items and self.items[0].answered == self.items[0].count:

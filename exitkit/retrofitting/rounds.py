@@ -34,9 +34,15 @@ from exitkit.training.trainer import Trainer
 BUDGETS: dict[Effort, float] = {"quick": 8.0, "standard": 30.0, "thorough": 90.0}
 """What the search may cost, in epochs of the backbone's forward over the samples that are learned from."""
 
-PRICES = (3.0, 10.0)
-"""What a mistake costs, in backbones, where candidates are compared after the first and the second of three rounds: less
-than the promise makes it, since they have not learned to the end."""
+PRICES = (2.0, 3.0)
+"""What a mistake costs, in backbones, where candidates are compared after the first and the second of three rounds.
+
+Training to the end takes about two thirds of the mistakes of the first round away, and half of those of the second: at what
+the promise makes a mistake cost, a late boundary, which learns at once and never saves much, would win over an early one.
+"""
+
+_LIGHT_PRICE = 10.0
+"""The same for light heads, which have learned to the end by then."""
 
 _KEPT = 3
 """One candidate in so many goes on, of each kind of head."""
@@ -122,7 +128,7 @@ class Search:
         left = self._train(name, candidates, epochs, 1.0, cached)
         passes = 1 if cached else epochs
         self._spend(passes * self._prefix(candidates) + epochs * _BACKWARD * self._heads(candidates))
-        return self._keep(left, name, PRICES[-1])
+        return self._keep(left, name, _LIGHT_PRICE)
 
     def _halved(self, candidates: list[int]) -> list[int]:
         """Rounds of about equal cost, in each of which fewer candidates learn for longer."""

@@ -1,0 +1,114 @@
+"""A package on blocks of rows, as each of Ray's actors runs it; without Ray."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import exitkit
+from exitkit import ImagePreprocessing, TextPreprocessing
+from exitkit.engine.program import Description
+from exitkit.serving import dataset
+from exitkit.serving.dataset import Predictor
+from exitkit.surgery.inputs import CallSpec
+from tests.stages import staged_engine
+from tests.test_serving_http import COSTS, LABELS, image_service
+
+
+def predictor(monkeypatch: pytest.MonkeyPatch, engine: exitkit.Engine, **options: Any) -> Predictor:
+    monkeypatch.setattr(dataset, "load", lambda *_, **__: engine)
+    usual = {"package": "m.pt2", "column": "x", "id_column": None, "threshold": None, "on_error": "raise"}
+    return Predictor(**{**usual, "batch_size": 4, "threads": 1, "device": None, "trust": True, **options})
+
+
+def test_rows_are_answered_as_the_engine_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, stages = staged_engine(Description(LABELS, None, COSTS))
+    x = torch.rand(23, 3, generator=torch.Generator().manual_seed(0))
+    expected = engine(x)
+    stages[2].sizes.clear()
+    rows = {"x": x.numpy(), "number": np.arange(23)}
+    rows["x"].flags.writeable = False  # as Ray hands them out
+    got = predictor(monkeypatch, engine)(rows)
+    assert list(got) == ["number", "label", "exit", "score", "non_finite"]
+    assert got["exit"].tolist() == expected.exit.tolist()
+    assert got["score"].tolist() == expected.score.tolist()
+    assert got["label"].tolist() == [LABELS[index] for index in expected.logits.argmax(1).tolist()]
+    assert len(set(got["exit"].tolist())) == 3
+    hard = int((expected.exit == 2).sum())
+    assert stages[2].sizes == [4] * (hard // 4) + [hard % 4] * (hard % 4 > 0)  # filled up across batches
+
+
+def test_bad_rows_fail_by_their_id_or_are_set_aside(monkeypatch: pytest.MonkeyPatch) -> None:
+    from PIL import Image
+
+    out = io.BytesIO()
+    Image.new("RGB", (5, 5), (255, 0, 0)).save(out, "PNG")
+    good = out.getvalue()
+    rows = {"x": np.array([good, good[:30], good], object), "id": np.array(["a", "b", "c"], object)}
+    engine = image_service().engine
+    with pytest.raises(exitkit.ArgumentError, match=r"row 'b': .*cannot be read as an image.*on_error='column'"):
+        predictor(monkeypatch, engine, id_column="id")(rows)
+    with pytest.raises(exitkit.ArgumentError, match="row 1 of its block"):
+        predictor(monkeypatch, engine)(rows)
+    got = predictor(monkeypatch, engine, on_error="column")(rows)
+    assert got["exit"].tolist() == [0, -1, 0]
+    assert got["label"].tolist() == ["cat", None, "cat"]
+    assert np.isnan(got["score"]).tolist() == [False, True, False]
+    assert [reason is None for reason in got["error"]] == [True, False, True]
+
+
+def test_images_as_arrays_of_other_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    values = np.empty(2, object)
+    values[0], values[1] = np.full((9, 4, 3), 255, np.uint8), np.zeros((5, 5), np.uint8)
+    engine = image_service().engine
+    got = predictor(monkeypatch, engine)({"x": values})
+    assert got["exit"].tolist() == [0, 2]  # white is sure at once, black is never
+    assert isinstance(engine.description, Description)
+    assert isinstance(engine.description.preprocessing, ImagePreprocessing)
+
+
+def test_texts_go_by_their_length(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizers = pytest.importorskip("tokenizers")
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel({"[PAD]": 0, "[UNK]": 1, "good": 2}, unk_token="[UNK]"))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    reader = TextPreprocessing(backend.to_str(), ("[PAD]", 0), 40, ("input_ids", "attention_mask"))
+    engine, stages = staged_engine(Description(None, reader, COSTS))
+    lengths: list[int] = []
+
+    def first(ids: torch.Tensor, mask: torch.Tensor) -> Any:
+        lengths.append(ids.shape[1])
+        count = mask.sum(1).float() + 1
+        return stages[0](torch.stack([torch.zeros(len(ids)), (ids == 2).any(1).float(), count], 1))
+
+    program = engine.loop.program
+    names = ("input_ids", "attention_mask")
+    inputs = replace(
+        program.inputs, names=names, sizes=((None, None),) * 2, dtypes=(torch.int64,) * 2, spec=CallSpec((), (), names)
+    )
+    steps = (replace(program.steps[0], run=first, inputs=names), *program.steps[1:])
+    axes = {**program.axes, **dict.fromkeys(names, 0)}
+    loop = replace(engine.loop, program=replace(program, inputs=inputs, steps=steps, axes=axes))
+    texts = ["good", "bad " * 30, "good " * 3, "no", "bad " * 20, "good bad", "bad " * 39, "a b"]
+    got = predictor(monkeypatch, replace(engine, loop=loop))({"x": np.array(texts, object)})
+    assert got["exit"].tolist() == [1, 2, 1, 2, 2, 1, 2, 2]
+    assert got["label"].tolist() == [2] * 8  # of (0, good or not, tokens + 1) the last is the largest
+    assert lengths == [16, 40]  # a multiple of 16, and at most 40
+    assert stages[0].rows == [2, 3, 2, 3, 4, 21, 31, 40]  # by their characters
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        (np.zeros((2, 4), np.float32), r"has shape \(1, 4\)"),
+        (np.zeros((2, 3)), "float64"),
+        (np.array(["a", "b"], object), "of which no tensor can be made"),
+    ],
+)
+def test_a_column_of_another_kind(monkeypatch: pytest.MonkeyPatch, value: Any, said: str) -> None:
+    with pytest.raises(exitkit.ArgumentError, match=f"row 0 of its block: .*{said}"):
+        predictor(monkeypatch, staged_engine()[0])({"x": value})

@@ -1,0 +1,158 @@
+"""What only Ray can show: actors and replicas. Ray starts once; the rest of serving is tested without it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import exitkit
+from tests.test_serving_http import picture
+
+ray = pytest.importorskip("ray", reason="these need Ray: pip install 'exitkit[serve]'")
+pytestmark = pytest.mark.ray
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[None]:
+    from exitkit.serving.deployment import start_ray
+
+    paths = os.environ.get("PYTHONPATH", "")
+    os.environ["PYTHONPATH"] = str(Path(__file__).resolve().parents[1])  # for the workers
+    start_ray(ray, 3)
+    yield
+    ray.shutdown()
+    os.environ["PYTHONPATH"] = paths
+
+
+@pytest.fixture(scope="session")
+def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Takes images of 3×4×4; about half of random ones leave at the first exit."""
+    torch.manual_seed(0)
+    blocks = (nn.Sequential(nn.Linear(48 if not at else 16, 16), nn.ReLU()) for at in range(2))
+    backbone = nn.Sequential(nn.Flatten(), *blocks, nn.Linear(16, 3)).eval()
+    x = torch.randn(200, 3, 4, 4)
+    ee = exitkit.attach(backbone, x[:2], at=["1"], method="sdn").eval()
+    threshold = float(exitkit.collect(ee, [x]).scores()[:, 0].median())
+    path = tmp_path_factory.mktemp("package") / "pets.pt2"
+    reader = exitkit.ImagePreprocessing((3, 4, 4), (0.5,) * 3, (0.5,) * 3)
+    exitkit.export(ee, path, threshold=threshold, labels=["cat", "dog", "eel"], preprocessing=reader)
+    return path
+
+
+def workers(name: str) -> list[int]:
+    """Processes of Ray's with this in their title."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            title = (folder / "cmdline").read_bytes()
+        except OSError:
+            continue
+        if title.startswith(b"ray::") and name.encode() in title:
+            found.append(int(folder.name))
+    return found
+
+
+def test_a_data_set_is_answered_as_by_the_engine_though_an_actor_is_killed(cluster: None, package: Path) -> None:
+    from ray import data
+
+    from exitkit.serving import predict
+
+    x = torch.randn(640, 3, 4, 4, generator=torch.Generator().manual_seed(1))
+
+    def slowly(rows: Any) -> Any:
+        time.sleep(0.1)
+        return rows
+
+    rows = data.from_numpy([*x.numpy().reshape(20, 32, 3, 4, 4)]).map_batches(slowly, batch_size=32, num_cpus=0.5)
+    answered = predict(rows, package, column="data", block=32, actors=2, num_cpus=0.5, trust=True, keep_order=True)
+    exits, scores, killed = [], [], False
+    for batch in answered.iter_batches(batch_size=32):
+        exits += batch["exit"].tolist()
+        scores += batch["score"].tolist()
+        if not killed and (running := workers("MapBatches(Predictor")):
+            os.kill(running[0], signal.SIGKILL)
+            killed = True
+    assert killed
+    expected = exitkit.load(package, trust=True)(x)
+    assert exits == expected.exit.tolist()
+    np.testing.assert_allclose(scores, expected.score, rtol=1e-5)
+    assert 0.2 < np.mean(exits) < 0.8
+
+
+def test_a_folder_of_images_becomes_parquet(cluster: None, package: Path, tmp_path: Path) -> None:
+    from pyarrow import parquet
+
+    from exitkit.serving.ray_files import write_predictions
+
+    (tmp_path / "images").mkdir()
+    for number, grey in enumerate((0, 90, 255)):
+        (tmp_path / "images" / f"{number}.png").write_bytes(picture(grey=grey))
+    (tmp_path / "images" / "bad.png").write_bytes(b"nothing")
+    out = tmp_path / "predictions.parquet"
+    said = write_predictions(package, str(tmp_path / "images"), None, out, actors=1, trust=True)
+    assert said.startswith("3 answered: ")
+    assert "1 could not be read" in said
+    records = {Path(one["path"]).name: one for one in parquet.read_table(out).to_pylist()}
+    assert records["bad.png"]["error"].startswith("'the image' cannot be read")
+    loaded = exitkit.load(package, trust=True)
+    assert loaded.description is not None
+    made: Any = loaded.description.preprocessing
+    for number, grey in enumerate((0, 90, 255)):
+        answer = loaded(made([np.full((4, 4, 3), grey, np.uint8)]))
+        assert records[f"{number}.png"]["label"] == ["cat", "dog", "eel"][int(answer.logits.argmax())]
+        assert records[f"{number}.png"]["exit"] == int(answer.exit)
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+    with pytest.raises(exitkit.ArgumentError, match="is there already"):
+        write_predictions(package, str(tmp_path / "images"), None, out, actors=1, trust=True)
+
+
+def test_replicas_answer_over_http_and_change_their_threshold_without_a_restart(cluster: None, package: Path) -> None:
+    from exitkit.serving import deployment
+    from exitkit.serving.settings import Settings
+
+    settings = Settings(str(package), trust=True)
+    deployment.start(settings, "127.0.0.1", 8765)
+
+    def sent(path: str, body: bytes | None = None, kind: str = "application/json") -> Any:
+        request = urllib.request.Request(f"http://127.0.0.1:8765{path}", body, {"content-type": kind})
+        try:
+            with urllib.request.urlopen(request, timeout=20) as reply:
+                return reply.status, json.loads(reply.read())
+        except urllib.error.HTTPError as error:
+            return error.code, json.loads(error.read())
+
+    x = torch.randn(8, 3, 4, 4, generator=torch.Generator().manual_seed(2))
+    expected = exitkit.load(package, trust=True)(x)
+    name = sent("/v2/models/pets")[1]["inputs"][0]["name"]
+    entry = {"name": name, "shape": [*x.shape], "datatype": "FP32", "data": x.flatten().tolist()}
+    body = json.dumps({"inputs": [entry]}).encode()
+
+    def exits() -> Any:
+        status, document = sent("/v2/models/pets/infer", body)
+        assert status == 200
+        return next(one["data"] for one in document["outputs"] if one["name"] == "exit")
+
+    assert exits() == expected.exit.tolist()
+    status, document = sent("/predict", picture(), "image/png")
+    assert status == 200
+    assert document["label"] in ("cat", "dog", "eel")
+    assert sent("/predict", b"nothing", "image/png")[0] == 400
+    deployment.deploy(replace(settings, threshold=2.0))
+    assert exits() == [1] * 8
+    assert sent("/status")[1]["last_minute"]["answers"] == 17  # the same process
+    deployment.deploy(settings)
+    assert exits() == expected.exit.tolist()
+    ray.serve.shutdown()
