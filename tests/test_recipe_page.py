@@ -74,6 +74,9 @@ def test_every_example_in_it_can_be_taken(run: Any, tmp_path: Path) -> None:
                 one[2:] if one.startswith(f"# {needs} = ") and header < at < index else one
                 for at, one in enumerate(changed)
             ]  # type: ignore[operator]
+        if line.startswith("# unlabelled = "):  # beside per_class and a teacher
+            changed = [one.removeprefix("# ") if one.startswith("# per_class = ") else one for one in changed]
+            changed.append("[loss.distillation]")
         if header and "[[trainer.phase]]" in lines[header]:  # instead of the regime, and with exits
             changed = [
                 one.removeprefix("# ") if one.startswith("# exits = ") else one

@@ -116,13 +116,6 @@ class Recipe:
         if schedule := self.make_schedule():
             schedule(optimizer, 1)
 
-    def make_ensemble_fit(self) -> EnsembleFit:
-        """How the ensemble is fitted."""
-        given = self.trainer.get("ensemble_fit", {})
-        check_type("trainer.ensemble_fit", given, dict[str, Any])
-        _check_keys("trainer.ensemble_fit.", given, [field.name for field in fields(EnsembleFit)])
-        return EnsembleFit(**given)
-
     def _check_unlabelled(self) -> None:
         if self.unlabelled is None:
             return
@@ -136,6 +129,13 @@ class Recipe:
             )
         if mixing := [name for name in self.augment if name in MIXING]:
             raise ArgumentError(f"augment = {mixing} mixes labels, and unlabelled samples have none; leave one out")
+
+    def make_ensemble_fit(self) -> EnsembleFit:
+        """How the ensemble is fitted."""
+        given = self.trainer.get("ensemble_fit", {})
+        check_type("trainer.ensemble_fit", given, dict[str, Any])
+        _check_keys("trainer.ensemble_fit.", given, [field.name for field in fields(EnsembleFit)])
+        return EnsembleFit(**given)
 
     def make_method(self) -> Method:
         """The early-exit method."""
@@ -176,7 +176,7 @@ class Recipe:
         if "phase" in options:
             own: tuple[Phase, ...] = phases(options.pop("phase"), last)
             options["regime"] = own
-        return options
+        return options | {"ensemble_fit": self.make_ensemble_fit()}
 
     def make_schedule(self) -> partial[torch.optim.lr_scheduler.LRScheduler] | None:
         """A function from an optimiser and its number of steps to a schedule; None for the trainer's own."""

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from exitkit.cli.recipe import Recipe
     from exitkit.reproduction import Outcome, Setting, Table
 
-_PRINTED = 100
+_PRINTED = 60
 """Characters of a reason why a row did not run."""
 
 

@@ -75,11 +75,7 @@ def train_recipe(
     kept = output_within(out, recipe.trainer)
     trainer = Trainer(
         model,
-        **{
-            **recipe.trainer_options(len(model.classifiers)),
-            "output_dir": kept,
-            "ensemble_fit": recipe.make_ensemble_fit(),
-        },
+        **{**recipe.trainer_options(len(model.classifiers)), "output_dir": kept},
         loss=recipe.make_loss(),
         optimizer=recipe.make_optimizer(),
         schedule=recipe.make_schedule(),

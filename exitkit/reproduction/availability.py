@@ -2,32 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
-from dataclasses import fields
 
 from exitkit import models
-from exitkit.common.errors import ExitkitError
-from exitkit.exits.classifiers import HeadSpec
-from exitkit.methods.presets import Method
-from exitkit.training import Trainer
-
-
-def _is_head(name: str) -> bool:
-    try:
-        HeadSpec.parse(name)
-    except ExitkitError:
-        return False
-    return True
-
 
 _CHECKS: dict[str, tuple[str, Callable[[], bool]]] = {
-    "detach": ("ZTW(detach=False)", lambda: "detach" in {field.name for field in fields(Method)}),
-    "ensemble_fit": ("Trainer(ensemble_fit=)", lambda: "ensemble_fit" in {field.name for field in fields(Trainer)}),
-    "msdnet": ("MSDNet's own exits", lambda: _is_head("msdnet")),
-    "msdnet_imagenet": ("models.msdnet_imagenet", lambda: hasattr(models, "msdnet_imagenet")),
-    "vgg": ("models.vgg16_bn", lambda: hasattr(models, "vgg16_bn")),
-    "mobilenet": ("models.mobilenet_v1", lambda: hasattr(models, "mobilenet_v1")),
-    "wide_resnet": ("models.wide_resnet", lambda: hasattr(models, "wide_resnet")),
+    "shortcuts": ("cifar_resnet(option='B')", lambda: "option" in inspect.signature(models.cifar_resnet).parameters),
+    "vgg": ("models.cifar_vgg", lambda: hasattr(models, "cifar_vgg")),
+    "mobilenet": ("models.cifar_mobilenet", lambda: hasattr(models, "cifar_mobilenet")),
+    "wide_resnet": ("models.cifar_wide_resnet", lambda: hasattr(models, "cifar_wide_resnet")),
+    "msdnet_imagenet": ("models.imagenet_msdnet", lambda: hasattr(models, "imagenet_msdnet")),
 }
 
 

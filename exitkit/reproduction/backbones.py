@@ -20,44 +20,49 @@ def resnet20(num_classes: int = 10) -> nn.Module:
     return models.cifar_resnet(20, num_classes)
 
 
-def resnet56(num_classes: int = 10, side: int = 32) -> nn.Module:
-    """The CIFAR ResNet-56."""
-    return _sized(models.cifar_resnet(56, num_classes), side)
+def resnet56(num_classes: int = 10) -> nn.Module:
+    """The CIFAR ResNet-56 with shortcuts of option A, of which weights are published."""
+    return models.cifar_resnet(56, num_classes)
 
 
-def vgg16(num_classes: int = 10, side: int = 32) -> nn.Module:
-    """SDN's VGG-16 with BatchNorm."""
-    return _sized(_of_models("vgg16_bn")(num_classes=num_classes), side)
+def sdn_resnet56(num_classes: int = 10) -> nn.Module:
+    """The ResNet-56 of Shallow-Deep Networks, with shortcuts of option B."""
+    return _of_models("cifar_resnet")(56, num_classes, option="B")
 
 
-def mobilenet(num_classes: int = 10, side: int = 32) -> nn.Module:
-    """SDN's MobileNet V1."""
-    return _sized(_of_models("mobilenet_v1")(num_classes=num_classes), side)
+def vgg16(num_classes: int = 10) -> nn.Module:
+    """The VGG-16 with BatchNorm of Shallow-Deep Networks."""
+    return _of_models("cifar_vgg")(num_classes)
 
 
-def wide_resnet(num_classes: int = 10, side: int = 32) -> nn.Module:
-    """SDN's WideResNet-32-4."""
-    return _sized(_of_models("wide_resnet")(num_classes=num_classes), side)
+def mobilenet(num_classes: int = 10) -> nn.Module:
+    """Its MobileNet V1."""
+    return _of_models("cifar_mobilenet")(num_classes)
 
 
-def resnet56_tiny(num_classes: int = 200) -> nn.Module:
+def wide_resnet(num_classes: int = 10) -> nn.Module:
+    """Its WideResNet-32-4."""
+    return _of_models("cifar_wide_resnet")(num_classes)
+
+
+def sdn_resnet56_tiny(num_classes: int = 200) -> nn.Module:
     """On the 64×64 images of Tiny ImageNet, as are the next three."""
-    return resnet56(num_classes, _TINY)
+    return _sized(sdn_resnet56(num_classes), _TINY)
 
 
 def vgg16_tiny(num_classes: int = 200) -> nn.Module:
-    """See :func:`resnet56_tiny`."""
-    return vgg16(num_classes, _TINY)
+    """See :func:`sdn_resnet56_tiny`."""
+    return _of_models("cifar_vgg")(num_classes, image_size=_TINY)
 
 
 def mobilenet_tiny(num_classes: int = 200) -> nn.Module:
-    """See :func:`resnet56_tiny`."""
-    return mobilenet(num_classes, _TINY)
+    """See :func:`sdn_resnet56_tiny`."""
+    return _of_models("cifar_mobilenet")(num_classes, image_size=_TINY)
 
 
 def wide_resnet_tiny(num_classes: int = 200) -> nn.Module:
-    """See :func:`resnet56_tiny`."""
-    return wide_resnet(num_classes, _TINY)
+    """See :func:`sdn_resnet56_tiny`."""
+    return _of_models("cifar_wide_resnet")(num_classes, image_size=_TINY)
 
 
 def msdnet_cifar(num_classes: int = 100) -> nn.Module:
@@ -77,7 +82,7 @@ def msdnet_18(num_classes: int = 100) -> nn.Module:
 
 def msdnet_imagenet(num_classes: int = 1000) -> nn.Module:
     """The ImageNet MSDNet: 4 scales, 38 layers."""
-    return _of_models("msdnet_imagenet")(num_classes=num_classes)
+    return _of_models("imagenet_msdnet")(num_classes)
 
 
 def resnet34_cifar(num_classes: int = 100) -> nn.Module:

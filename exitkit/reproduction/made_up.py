@@ -73,6 +73,11 @@ def _bert(folder: Path) -> Path:
     (path / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *_WORDS]), "utf-8")
     tokenizer = {"tokenizer_class": "BertTokenizer", "model_max_length": 64, "do_lower_case": True}
     (path / "tokenizer_config.json").write_text(json.dumps(tokenizer), "utf-8")
-    size = {"hidden_size": 16, "num_hidden_layers": 12, "num_attention_heads": 2, "intermediate_size": 16}
+    size: dict[str, Any] = {
+        "hidden_size": 16,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 2,
+        "intermediate_size": 16,
+    }
     transformers.BertConfig(vocab_size=5 + len(_WORDS), max_position_embeddings=64, **size).save_pretrained(path)
     return path

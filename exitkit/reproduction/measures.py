@@ -39,6 +39,7 @@ def numbers_of(
     """
     if measure in ("budgets", "mse"):
         return [_under(column, outputs, measure) for column in columns]
+    top = min(top, outputs.log_probs.shape[2])
     found: Sequence[float | None]
     if measure == "milliseconds":
         times = [stage.milliseconds for stage in stages]
@@ -48,8 +49,7 @@ def numbers_of(
     else:
         if validation is None:
             raise ArgumentError("budget-mode chooses exits on validation samples, and the run has none")
-        chosen = _right(validation.log_probs.numpy(), validation, top)
-        accuracy = 100 * _right(outputs.log_probs.numpy(), outputs, top)
+        chosen, accuracy = validation.accuracy(top), 100 * outputs.accuracy(top)
         found = [float(accuracy[chosen[: exit_ + 1].argmax()]) for exit_ in range(len(accuracy))]
     return [found[index] if index < len(found) else None for index in range(len(columns))]
 

@@ -35,7 +35,7 @@ class Outcome:
 def over_seeds(each: Sequence[Sequence[float | None]]) -> tuple[Spread | None, ...]:
     """Numbers of each seed, as one for each column; None where any seed has none."""
     columns = zip(*each, strict=True)
-    return tuple(Spread(tuple(column)) if None not in column else None for column in columns)  # type: ignore[arg-type]
+    return tuple(Spread(tuple(column)) if None not in column else None for column in columns)
 
 
 def _lines(table: Table, outcomes: Sequence[Outcome]) -> list[tuple[str, str, list[str]]]:

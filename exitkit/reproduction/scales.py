@@ -117,6 +117,8 @@ def _small(given: Mapping[str, Any], scratch: Path) -> dict[str, Any]:
         if key in recipe and classes > 1:
             recipe[key] = few
     trainer |= {"epochs": max(1, len(trainer.get("phase", ()))), "lr": _RATE}
+    for phase in trainer.get("phase", ()):
+        phase.pop("share", None)
     for key in ("milestones", "backbone_lr", "validate_steps"):
         trainer.pop(key, None)
     if "patience" in trainer:

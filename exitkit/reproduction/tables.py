@@ -133,7 +133,9 @@ def _paper(document: dict[str, Any]) -> Paper:
 
 
 def _table(paper: str, name: str, values: dict[str, Any], parts: dict[str, Any]) -> Table:
-    options = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+    options: dict[str, Any] = {
+        key: tuple(value) if isinstance(value, list) else value for key, value in values.items()
+    }
     options["rows"] = tuple(_row(row, parts) for row in values["rows"])
     return Table(paper, name, **options)
 

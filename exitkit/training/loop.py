@@ -28,6 +28,7 @@ from exitkit.training.objective import Objective
 from exitkit.training.options import Options
 from exitkit.training.progress import Epoch, write_log
 from exitkit.training.step import Learner
+from exitkit.training.tally import Tally, grouped
 from exitkit.training.validation import validate
 
 if TYPE_CHECKING:
@@ -55,26 +56,6 @@ class StatefulLoader(Protocol):
 
     def restore(self, state: dict[str, Any] | None) -> None:
         """Go on from what :meth:`state` gave; None from a checkpoint of a loader without."""
-
-
-@dataclass
-class Tally:
-    """Where an epoch stands: steps done, and each exit's summed losses and the number of batches in them."""
-
-    totals: Tensor
-    batches: Tensor
-    steps: int = 0
-    samples: int = 0
-
-    @classmethod
-    def empty(cls, exits: int) -> Tally:
-        return cls(torch.zeros(exits), torch.zeros(exits))
-
-    def add(self, exits: Sequence[int], losses: Tensor, batches: int, samples: int) -> None:
-        self.totals[list(exits)] += losses
-        self.batches[list(exits)] += batches
-        self.steps += 1
-        self.samples += samples
 
 
 @dataclass
@@ -344,10 +325,3 @@ class Run:
             f"the checkpoint in output_dir={str(self.options.output_dir)!r} belongs to {owner}; use another output_dir, or "
             "resume='never' to start again"
         )
-
-
-def grouped(batches: Iterable[Any], size: int) -> Iterator[list[Any]]:
-    """Lists of ``size`` items, the last of what is left."""
-    iterator = iter(batches)
-    while group := list(islice(iterator, size)):
-        yield group
