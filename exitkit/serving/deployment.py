@@ -130,9 +130,8 @@ def start_ray(ray: Any, cpus: int, metrics_port: int | None = None) -> None:
 
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "60")  # busy machines need more than its 5
-    ray_constants.ENABLE_RAY_CLUSTER = (
-        False  # as on macOS: Ray's own ports, which have no password, on the loopback alone
-    )
+    # as on macOS: Ray's own ports, which have no password, on the loopback alone
+    ray_constants.ENABLE_RAY_CLUSTER = False
     ray.init(
         num_cpus=cpus,
         include_dashboard=False,
