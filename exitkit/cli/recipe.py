@@ -59,8 +59,8 @@ class Recipe:
         augment: names of augmentations, applied in this order to training images.
         exits: options of :func:`exitkit.attach`; ``method`` is a name or ``{name = "gpf", ...}``
             with its options.
-        trainer: options of :class:`exitkit.Trainer`; ``phase`` is a list of tables (:mod:`exitkit.cli.recipe_phases`), and takes
-            the place of ``regime``.
+        trainer: options of :class:`exitkit.Trainer`; ``phase`` is a list of tables (:mod:`exitkit.cli.recipe_phases`), and
+            takes the place of ``regime``.
         optimizer: ``name`` (adam, adamw, sgd) and its own options.
         schedule: options of :func:`exitkit.cli.schedule.by_name`, for a rate that changes after every step.
         loss: options of :class:`exitkit.training.Loss`, ``distillation`` being a table again.
