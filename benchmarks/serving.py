@@ -64,7 +64,9 @@ def main() -> None:
     parser.add_argument("--package", type=Path, help="a trained package of one image input; by default one is made")
     parser.add_argument("--inputs", type=Path, help="inputs for it, .npy")
     parser.add_argument("--cost", type=float, default=0.41, help="share of the MACs that exits without training use")
-    parser.add_argument("--depth", type=int, default=56, help="of the ResNet without training")
+    parser.add_argument(
+        "--depth", type=int, default=56, help="of the ResNet without training; 20 or more, for four exits"
+    )
     parser.add_argument("--samples", type=int, default=512, help="different inputs without a package")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--batch", type=int, default=32)
@@ -239,7 +241,7 @@ def measure_batch(package: Path, engine: exitkit.Engine, inputs: Tensor, args: a
 
     rows = inputs[torch.arange(args.rows) % len(inputs)]
     block = max(args.rows // 8, args.batch)
-    options = {
+    options: dict[str, Any] = {
         "column": "data",
         "id_column": None,
         "threshold": None,

@@ -71,7 +71,13 @@ def run_on_ray(
 
     if len(inputs) != 1:
         raise ArgumentError(f"--ray takes one place with inputs, not {len(inputs)}: a folder, a .parquet or a .csv")
-    options = {"batch_size": batch_size, "threshold": threshold, "device": device, "trust": trust, "actors": actors}
+    options: dict[str, Any] = {
+        "batch_size": batch_size,
+        "threshold": threshold,
+        "device": device,
+        "trust": trust,
+        "actors": actors,
+    }
     return write_predictions(package, inputs[0], None if address == _LOCAL else address, out, **options)
 
 

@@ -100,7 +100,7 @@ def predict(
         if name not in names:
             raise ArgumentError(f"column {name!r} is missing; the data set has {names}")
     target = device if device is not None else "cuda" if num_gpus else None
-    options = {
+    options: dict[str, Any] = {
         "package": str(Path(package).absolute()), "column": column, "id_column": id_column, "threshold": threshold,
         "on_error": on_error, "batch_size": batch_size, "threads": max(int(num_cpus), 1), "device": target, "trust": trust,
     }  # fmt: skip
@@ -242,7 +242,7 @@ class Predictor:
     def _batch(self, samples: Sequence[Any]) -> Any:
         if isinstance(self.preprocessing, TextPreprocessing):
             return padded(self.preprocessing.encode(samples)[0], self.preprocessing)
-        return self.engine.inputs.spec.batch((torch.stack(samples),))
+        return self.engine.inputs.spec.batch((torch.stack(list(samples)),))
 
 
 def _is_image(value: Any) -> bool:
