@@ -36,6 +36,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -312,8 +313,8 @@ def measure_faults(package: Path, engine: exitkit.Engine, inputs: Tensor, args: 
     bodies = [_body(engine, inputs[at : at + 1]) for at in range(16)]
     asked = max(args.requests // 10, 20)
     found: dict[str, Any] = {"a replica killed": _while(lambda: _kill_one("Replica"), asked, bodies, expected)}
-    found["clients that leave"] = _while(lambda: [_leave(bodies[0]) for _ in range(50)], asked, bodies, expected)
-    found["slow clients"] = _while(lambda: [_trickle(bodies[0]) for _ in range(3)], asked, bodies, expected)
+    found["clients that leave"] = _while(partial(_often, _leave, bodies[0], 50), asked, bodies, expected)
+    found["slow clients"] = _while(partial(_often, _trickle, bodies[0], 3), asked, bodies, expected)
     found["mutated bodies"] = dict(Counter(_sent(_mutated(bodies[0], seed))[0] for seed in range(200)))
     before = _memory("Replica")
     found["many requests"] = _while(lambda: None, args.requests, bodies, expected)
@@ -385,6 +386,11 @@ def _memory(title: str) -> list[float]:
     """Resident megabytes of each process."""
     sizes = [int((Path("/proc") / str(one) / "statm").read_text().split()[1]) for one in _processes(title)]
     return [size * os.sysconf("SC_PAGE_SIZE") / 2**20 for size in sizes]
+
+
+def _often(mistreat: Callable[[bytes], None], body: bytes, times: int) -> None:
+    for _ in range(times):
+        mistreat(body)
 
 
 def _leave(body: bytes) -> None:
