@@ -97,6 +97,21 @@ def test_a_run_with_a_new_last_layer_is_exported(run: Any, images: Path, tmp_pat
         assert answers.logits.shape == (2, 5)
 
 
+def test_a_run_with_a_head_of_its_own_is_exported_on_trust(
+    run: Any, refused: Any, images: Path, tmp_path: Path
+) -> None:
+    recipe, made = tmp_path / "mine.toml", tmp_path / "made"
+    recipe.write_text(
+        f'model = "tests.toy:TinyNet"\ndata = {json.dumps(str(images))}\n[exits]\nevery = 2\nmethod = "sdn"\n'
+        'head = "tests.test_own_heads:averaged(width=7)"\n[trainer]\nepochs = 1\n'
+    )
+    run("train", recipe, "--trust", "--out", made)
+    typed = ("export", made, "--method", "sdn", "--threshold", 2)
+    assert "the run's head is the function" in refused(*typed, "--model", "tests.toy:TinyNet")
+    run(*typed, "--trust")
+    assert exitkit.load(made / "model.pt2", trust=True)(torch.ones(2, 1, 8, 8)).logits.shape == (2, 3)
+
+
 def test_exits_are_found_inside_a_run(run: Any, bench: Path, tmp_path: Path) -> None:
     written = []
     for place in (bench / "exits" / "ztw", bench):

@@ -96,6 +96,7 @@ def bench(
 
     train_on(device)
     say = make_console().print
+    import_heads(head, "command", trust=True)  # typed here
     chosen = [as_method(name.strip()) for name in methods.split(",")]
     backbone, built_with = load_pretrained(model, weights, num_classes)
     say_if_random(model, weights)
@@ -206,9 +207,8 @@ def train(
         raise ArgumentError(f"--seed {seed} and --seeds {seeds}: give the one seed, or how many")
     check_folder(out)
     from exitkit.cli.machine import train_on
-    from exitkit.cli.recipe import own_heads, parse_override, read_recipe
+    from exitkit.cli.recipe import parse_override, read_recipe
     from exitkit.cli.repeating import carry_out, repeat
-    from exitkit.cli.sources import import_from_here
     from exitkit.cli.writing import next_steps
 
     train_on(device)
@@ -220,9 +220,7 @@ def train(
     chosen = read_recipe(recipe, overrides)
     if model is None and not trust:
         ask_for(chosen.model, "recipe")
-    for name in own_heads(chosen.exits.get("head", "auto")):
-        None if trust else ask_for(name, "recipe", "head")
-        import_from_here(name.partition(":")[0], "exits.head")
+    import_heads(chosen.exits.get("head", "auto"), "recipe", trust)
     if seeds is None:
         carry_out(chosen, out, threads, say, top)
         for line in next_steps(out):
@@ -249,6 +247,17 @@ def init(
     say = make_console().print
     say(f"Written to {recipe}. Set model and data in it, then:")
     say(f"  exitkit train {shlex.quote(str(recipe))} --out runs/mine")
+
+
+def import_heads(head: str | Sequence[str], source: str, trust: bool) -> None:
+    """Import the modules of heads that are functions, by ``module:function``, once a user lets them run."""
+    from exitkit.cli.sources import import_from_here
+
+    for name in [head] if isinstance(head, str) else head:
+        module, colon, _ = str(name).partition(":")
+        if colon:
+            None if trust else ask_for(name, source, "head")
+            import_from_here(module, f"head={name!r}")
 
 
 def ask_for(model: str, source: str, part: str = "model") -> None:

@@ -7,14 +7,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from exitkit.cli.experiments import ask_for
+from exitkit.cli.experiments import ask_for, import_heads
 from exitkit.cli.sources import load_model
 from exitkit.cli.texts import load_tokenizer
 from exitkit.common.errors import ArgumentError, FileError, unknown_name
 from exitkit.methods.policy import ExitPolicy
 from exitkit.multi_exit.model import MultiExitModel
 from exitkit.multi_exit.preprocessing import Preprocessing, TextPreprocessing, preprocessing_from_json
-from exitkit.multi_exit.saving.configuration import CONFIG
+from exitkit.multi_exit.saving.configuration import CONFIG, read_configuration
 from exitkit.packages import export
 from exitkit.report.run import BACKBONE, Run, exits_folder, read_run
 
@@ -84,7 +84,7 @@ def flags_over(
     """The source with what was typed in place of what was found.
 
     Raises:
-        ArgumentError: nothing tells the model, or a run names a function as its model, and ``trust`` is not given.
+        ArgumentError: nothing tells the model, or a run names a function as its model or head, and ``trust`` is not given.
     """
     if model is None and source.model is None:
         raise ArgumentError(
@@ -92,6 +92,8 @@ def flags_over(
         )
     if model is None and not trust:
         ask_for(str(source.model), "run")
+    if (saved := Path(source.exits) / CONFIG).is_file():
+        import_heads(read_configuration(saved).head, "run", trust)
     return replace(
         source,
         model=source.model if model is None else model,

@@ -183,11 +183,6 @@ class Recipe:
         return partial(by_name, **self.schedule) if self.schedule else None
 
 
-def own_heads(head: Any) -> list[str]:
-    """Those of a recipe's heads that are functions by their import path."""
-    return [one for one in ([head] if isinstance(head, str) else head) if ":" in str(one)]
-
-
 def read_recipe(path: str | Path, overrides: Mapping[str, Any]) -> Recipe:
     """The recipe in a TOML file, with ``overrides`` by dotted key (``"trainer.epochs"``) in place of its own values.
 
