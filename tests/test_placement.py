@@ -32,6 +32,31 @@ def test_every_counts_blocks_and_never_takes_the_last(resnet50: Anatomy, every: 
     assert indices(resnet50, every=every) == expected
 
 
+@pytest.mark.parametrize(
+    ("every", "first", "expected"), [(1, 1, list(range(1, 15))), (3, 1, [1, 4, 7, 10, 13]), (4, 0, [0, 4, 8, 12])]
+)
+def test_every_begins_with_the_first(resnet50: Anatomy, every: int, first: int, expected: list[int]) -> None:
+    assert indices(resnet50, every=every, first=first) == expected
+
+
+@pytest.mark.parametrize(
+    ("where", "message"),
+    [
+        ({"every": 1, "first": 15}, "first=15 must be a whole number"),
+        ({"every": 1, "first": -1}, "first=-1"),
+        ({"first": 1}, "first=1 is the block that every= begins with"),
+        ({"at": [0], "first": 1}, "give every= too"),
+    ],
+)
+def test_a_first_block_that_is_none_is_refused(resnet50: Anatomy, where: dict[str, Any], message: str) -> None:
+    with pytest.raises(exitkit.ArgumentError, match=message):
+        place(resnet50, **where)
+
+
+def test_sdn_places_by_compute(resnet50: Anatomy) -> None:
+    assert indices(resnet50, placement="sdn") == indices(resnet50, at_cost=[0.15, 0.3, 0.45, 0.6, 0.75, 0.9])
+
+
 def test_dense_sparse(resnet50: Anatomy) -> None:
     assert indices(resnet50, placement="dense-sparse") == [1, 2, 3, 4, 5, 6, 7, 11]
 

@@ -20,7 +20,7 @@ PAGE = Path(__file__).resolve().parents[1] / "docs" / "reference" / "recipe.md"
 NOT_IN_RECIPES = {"model", "loss", "optimizer", "schedule", "show_progress", "history", "_"}
 KEYS = {
     "top": {f.name for f in fields(Recipe)} - {"exits", "trainer", "optimizer", "schedule", "loss"},
-    "exits": {"every", "at", "at_cost", "placement", "head", "method", "num_classes", "num_outputs"},
+    "exits": {"every", "at", "at_cost", "placement", "first", "head", "method", "num_classes", "num_outputs"},
     "trainer": {f.name for f in fields(exitkit.Trainer) if f.name not in NOT_IN_RECIPES},
     "trainer.phase": {"exits", "stages", "alternate", "share"},
     "optimizer": {"name"},

@@ -189,14 +189,70 @@ def test_exits_come_back_with_a_card_that_names_the_measure(ee: exitkit.MultiExi
     assert "accuracy" not in card
 
 
+# other methods -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["sdn", "gpf", exitkit.ZTW(ensemble="none")])
+def test_exits_of_other_methods_predict_numbers(method: Any, tmp_path: Path) -> None:
+    """They learn, leave by tolerance, answer alike in the engine, and come back."""
+    torch.manual_seed(0)
+    ee = exitkit.attach(TinyNet(num_classes=1), X, every=1, method=method, head="1L")
+    assert ee.method.criterion == "tolerance"
+    history = exitkit.Trainer(ee, epochs=3, lr=0.01, show_progress=False).fit(batches())
+    assert sum(history[-1].loss[:-1]) < sum(history[0].loss[:-1])
+    x = images(6)
+    with torch.no_grad():
+        wanted = ee.eval()(x).logits
+    for threshold in (float("inf"), -1e9):
+        exit_ = 3 if threshold > 0 else 1  # a change needs two predictions
+        assert torch.allclose(exitkit.compile(ee, threshold)(x).logits, wanted[exit_], atol=1e-5)
+    ee.save_pretrained(tmp_path)
+    again = exitkit.MultiExitModel.from_pretrained(ee.backbone, tmp_path, X).eval()
+    assert torch.equal(again(x).logits[1], wanted[1])
+
+
+def test_a_cascade_hands_the_prediction_on_as_it_is() -> None:
+    ee = exitkit.attach(TinyNet(num_classes=1), X, every=1, method=exitkit.ZTW(ensemble="none"), head="1L").eval()
+    with torch.no_grad():
+        first, second = ee.classifiers[0], ee.classifiers[1]
+        second.linear.weight[:] = 0.0  # type: ignore[union-attr, index, operator]
+        second.linear.weight[:, -1] = 2.0  # type: ignore[union-attr, index, operator]
+        second.linear.bias[:] = 1.0  # type: ignore[union-attr, index, operator]
+        out = ee(images(5))
+    assert first.carries == 1
+    assert torch.allclose(out.logits[1], 2 * out.logits[0] + 1, atol=1e-4)
+
+
+@settings(max_examples=50, deadline=None, derandomize=True, database=None)
+@given(outputs=drawn())
+def test_budgets_in_squared_error(outputs: RegressionOutputs) -> None:
+    assert outputs.labels is not None
+    curve = outputs.curve(measure="mse")
+    errors = (outputs.predictions - outputs.labels[:, None]).square().double().numpy()
+    for index, threshold in enumerate(curve.thresholds):
+        exits = outputs.exits_at(float(threshold))
+        assert curve.accuracy[index] == pytest.approx(errors[np.arange(len(exits)), exits].mean())
+    assert curve.best().accuracy == curve.accuracy.min()
+    assert f"{curve.no_limit().accuracy:.4f}" in str(curve.budget_table()).splitlines()[-2]
+
+
 # bad input -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    "method", ["sdn", "ztw", "gpf", "branchynet", exitkit.PBEE(ensemble="mean"), exitkit.PBEE(cascade=True)]
+    ("method", "message"),
+    [
+        (
+            "ztw",
+            r"the ensemble of method='ztw' combines probabilities; leave it out, as in exitkit\.ZTW\(ensemble='none'\)",
+        ),
+        (exitkit.PBEE(ensemble="mean"), "the ensemble of method='pbee'"),
+        (exitkit.SDN(criterion="margin"), "criterion='margin' scores classes; use 'tolerance'"),
+        (exitkit.BranchyNet(nats=True), "criterion='nats' scores classes"),
+    ],
 )
-def test_methods_that_need_classes(method: Any) -> None:
-    with pytest.raises(ExitkitError, match=r"TinyNet has 1 output, which is regression.*Use method='pbee'"):
+def test_methods_that_need_classes(method: Any, message: str) -> None:
+    with pytest.raises(ExitkitError, match=rf"TinyNet has 1 output, which is regression.*{message}"):
         exitkit.attach(TinyNet(num_classes=1), X, method=method)
 
 
@@ -259,7 +315,7 @@ def test_what_regression_cannot_answer() -> None:
         outputs.curve()
     with pytest.raises(ExitkitError, match=r"criterion='confidence' is for classes.*use 'tolerance'"):
         outputs.scores("confidence")
-    with pytest.raises(ExitkitError, match="measure='mse' is unknown"):
-        outputs.curve(measure="mse")  # type: ignore[arg-type]
+    with pytest.raises(ExitkitError, match=r"measure='rmse' is unknown.*'mse'"):
+        outputs.curve(measure="rmse")  # type: ignore[arg-type]
     with pytest.raises(ExitkitError, match="labels=None"):
         RegressionOutputs(torch.zeros(4, 3), None, [1, 2, 3], 3.0).mse()

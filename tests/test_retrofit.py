@@ -614,16 +614,16 @@ def test_costs_in_time_rise_along_the_backbone_and_count_heads(net: nn.Module) -
 
     slow = Net()
     slow.blocks = nn.Sequential(
-        *(Slow(block, 0.02 if number == 2 else 0.002) for number, block in enumerate(slow.blocks))
+        *(Slow(block, 0.06 if number == 2 else 0.004) for number, block in enumerate(slow.blocks))
     )
     slow.eval()
     pool, places = propose(
         capture(slow, torch.zeros(2, 16)), ["1L"], ["blocks.1", "blocks.2"], GRIDS["standard"], seed=0
     )
     prices = in_time(pool, places, torch.zeros(1, 16))
-    assert prices.until[0] == pytest.approx(0.004 / 0.030, abs=0.1)
-    assert prices.until[1] == pytest.approx(0.024 / 0.030, abs=0.1)
-    assert all(0 < head < 0.2 for head in prices.heads)
+    assert prices.until[0] < 0.4  # 8 of some 72 milliseconds, and what a busy machine adds
+    assert prices.until[1] > 0.6  # 68 of them
+    assert all(0 < head < 0.4 for head in prices.heads)
     train, calibration = loaders()
     options: dict[str, Any] = {"cost": "time", "batch_size": 8, "heads": ["1L"], "boundaries": ["blocks.0"]}
     assert quick(net, train, calibration, **options).times.batch_size == 8

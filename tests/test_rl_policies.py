@@ -106,7 +106,7 @@ def test_nature_cnn_is_the_network_of_stable_baselines3() -> None:
 def test_nature_cnn_is_cut_before_each_next_layer() -> None:
     """Costs by hand: 20², 9² and 7² places of filters over 8²·4, 4²·32 and 3²·64 numbers, then 3,136 · 512 and 512 · 6."""
     ee = exitkit.attach(exitkit.models.nature_cnn(6), observed(PIXELS, 2), every=1, method="sdn", head="1L")
-    assert [boundary.name for boundary in ee.boundaries] == ["relu1", "relu2", "flatten"]  # never after the last block
+    assert [boundary.name for boundary in ee.boundaries] == ["relu1", "relu2", "relu3"]  # never after the last block
     stages = [400 * 32 * 256, 81 * 64 * 512, 49 * 64 * 576, 3136 * 512, 512 * 6]
     assert [boundary.macs for boundary in ee.boundaries] == np.cumsum(stages)[:3].tolist()
     assert ee.anatomy.macs == sum(stages)

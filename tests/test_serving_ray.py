@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import time
 import urllib.error
 import urllib.request
@@ -78,6 +79,8 @@ def test_a_data_set_is_answered_as_by_the_engine_though_an_actor_is_killed(clust
 
     rows = data.from_numpy([*x.numpy().reshape(20, 32, 3, 4, 4)]).map_batches(slowly, batch_size=32, num_cpus=0.5)
     answered = predict(rows, package, column="data", block=32, actors=2, num_cpus=0.5, trust=True, keep_order=True)
+    assert answered.context.execution_options.preserve_order
+    assert not data.DataContext.get_current().execution_options.preserve_order
     exits, scores, killed = [], [], False
     for batch in answered.iter_batches(batch_size=32):
         exits += batch["exit"].tolist()
@@ -124,10 +127,12 @@ def test_replicas_answer_over_http_and_change_their_threshold_without_a_restart(
     from exitkit.serving.settings import Settings
 
     settings = Settings(str(package), trust=True)
-    deployment.start(settings, "127.0.0.1", 8765)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    deployment.start(settings, "127.0.0.1", port)
 
     def sent(path: str, body: bytes | None = None, kind: str = "application/json") -> Any:
-        request = urllib.request.Request(f"http://127.0.0.1:8765{path}", body, {"content-type": kind})
+        request = urllib.request.Request(f"http://127.0.0.1:{port}{path}", body, {"content-type": kind})
         try:
             with urllib.request.urlopen(request, timeout=20) as reply:
                 return reply.status, json.loads(reply.read())

@@ -76,7 +76,7 @@ _HF_VIT = {
 MODELS = {
     "resnet18": Spec(_torchvision("resnet18"), "layer1.0", "layer4.1", 8),
     "resnet50": Spec(_torchvision("resnet50"), "layer1.0", "layer4.2", 16, 64, every=3),
-    "vgg16_bn": Spec(_torchvision("vgg16_bn"), "features.2", "classifier.5", 15, 32, every=3),
+    "vgg16_bn": Spec(_torchvision("vgg16_bn"), "features.2", "classifier.5", 14, 32, every=3),
     "densenet121": Spec(_torchvision("densenet121"), "features.denseblock1", "features.denseblock4", 4, 64),
     "mobilenet_v2": Spec(_torchvision("mobilenet_v2"), "features.1", "features.17", 17, 64, every=2),
     "efficientnet_b0": Spec(_torchvision("efficientnet_b0"), "features.1.0", "features.7.0", 16, 64, every=2),

@@ -28,15 +28,13 @@ from exitkit.cli.options import (
     check_least,
     shares_of,
 )
+from exitkit.cli.starting import INTERRUPTED, data_example, say_if_random, say_what_is_lost
 from exitkit.common.console import make_console, printable
 from exitkit.common.errors import ArgumentError, ExitkitError
 
 if TYPE_CHECKING:
     from exitkit.cli.bench import Trained
-    from exitkit.cli.split import Split
 
-INTERRUPTED = 130
-"""The exit status of a command that Ctrl-C ended."""
 _METHODS = "sdn, pbee, ztw, gpf, branchynet"
 
 
@@ -55,6 +53,10 @@ def bench(
     at: Annotated[
         str | None,
         typer.Option(help="Exits after these: names or numbers of exitkit inspect, as 0,3", rich_help_panel=EXITS),
+    ] = None,
+    at_cost: Annotated[
+        str | None,
+        typer.Option(help="Exits nearest to these shares of the MACs, in %, as 15,45,75", rich_help_panel=EXITS),
     ] = None,
     head: Annotated[
         str,
@@ -112,6 +114,7 @@ def bench(
         "epochs": epochs,
         "every": every,
         "at": at,
+        "at_cost": at_cost,
     }
     keep_memory()
     with computing_with(threads_for(backbone, example, threads, say)):
@@ -123,6 +126,7 @@ def bench(
             placement={
                 "every": every,
                 "at": None if at is None else _places(at),
+                "at_cost": None if at_cost is None else shares_of(at_cost, "--at-cost"),
                 "head": head,
                 "num_classes": num_classes,
             },
@@ -256,30 +260,3 @@ def ask_for(model: str, source: str, part: str = "model") -> None:
     question = f"The {source} imports and calls {printable(model)}. Run it?"
     if not sys.stdin.isatty() or not typer.confirm(question):
         raise ArgumentError(f"the {source}'s {part} is the function {printable(model)!r}; --trust lets it run")
-
-
-def say_if_random(model: str, weights: str | None) -> None:
-    """Only of libraries' models: a function may load weights of its own, and Hugging Face's bring theirs."""
-    if weights is None and model.startswith(("torchvision:", "timm:")):
-        make_console().print("note: no --weights, so the backbone has random weights")
-
-
-def say_what_is_lost(split: Split) -> None:
-    """Texts that are cut, before anything is trained on them."""
-    if split.note:
-        make_console().print(f"note: {split.note}")
-
-
-def data_example(backbone: Any, loader: Any) -> Any:
-    """Two samples of the data for a model that does not declare its inputs; None for one that does."""
-    import torch
-
-    from exitkit.common.batches import split_batch
-    from exitkit.surgery.default_inputs import example_for
-
-    try:
-        example_for(backbone)
-    except ExitkitError:
-        inputs, _ = split_batch(next(iter(loader)))
-        return inputs[:2] if isinstance(inputs, torch.Tensor) else {key: value[:2] for key, value in inputs.items()}
-    return None

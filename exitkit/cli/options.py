@@ -79,16 +79,16 @@ def check_least(**numbers: int | None) -> None:
             raise ArgumentError(f"--{name.replace('_', '-')} {number} must be at least 1")
 
 
-def shares_of(budgets: str) -> list[float]:
-    """``"25,35,50"`` as shares of 1.
+def shares_of(given: str, option: str = "--budgets") -> list[float]:
+    """What was given as an option, ``"25,35,50"``, as shares of 1.
 
     Raises:
         ArgumentError: something else, or a number that is not positive.
     """
     try:
-        found = [float(part) / 100 for part in budgets.split(",")]
+        found = [float(part) / 100 for part in given.split(",")]
     except ValueError:
         found = []
     if not found or not all(0 < share < math.inf for share in found):
-        raise ArgumentError(f"--budgets {budgets[:80]!r} must be percentages of the backbone's MACs, such as 25,35,50")
+        raise ArgumentError(f"{option} {given[:80]!r} must be percentages of the backbone's MACs, such as 25,35,50")
     return found

@@ -14,8 +14,8 @@ from typing import Any, get_type_hints
 import torch
 
 from exitkit.cli.augmentation import AUGMENTATIONS, MIXING
-from exitkit.cli.phases import KEYS as PHASE_KEYS
-from exitkit.cli.phases import check_phases, phases
+from exitkit.cli.recipe_phases import KEYS as PHASE_KEYS
+from exitkit.cli.recipe_phases import check_phases, phases
 from exitkit.cli.recipe_values import check_type, made, plain_distillation
 from exitkit.cli.schedule import by_name
 from exitkit.common.errors import ArgumentError, ExitkitError, FileError, unknown_name
@@ -34,7 +34,7 @@ _TRAINER = [*(f.name for f in fields(Trainer) if f.init and f.name not in _ELSEW
 _SCHEDULE = ["name", "warmup", "cycles"]
 _LOSS = [f.name for f in fields(Loss)]
 _DISTILLATION = [f.name for f in fields(Distillation)]
-_EXITS = ["every", "at", "at_cost", "placement", "head", "method", "num_classes", "num_outputs"]
+_EXITS = ["every", "at", "at_cost", "placement", "first", "head", "method", "num_classes", "num_outputs"]
 
 
 @dataclass(frozen=True)
@@ -59,8 +59,8 @@ class Recipe:
         augment: names of augmentations, applied in this order to training images.
         exits: options of :func:`exitkit.attach`; ``method`` is a name or ``{name = "gpf", ...}``
             with its options.
-        trainer: options of :class:`exitkit.Trainer`; ``phase`` is a list of tables (:mod:`exitkit.cli.phases`), and takes
-            the place of ``regime``.
+        trainer: options of :class:`exitkit.Trainer`; ``phase`` is a list of tables (:mod:`exitkit.cli.recipe_phases`), and
+            takes the place of ``regime``.
         optimizer: ``name`` (adam, adamw, sgd) and its own options.
         schedule: options of :func:`exitkit.cli.schedule.by_name`, for a rate that changes after every step.
         loss: options of :class:`exitkit.training.Loss`, ``distillation`` being a table again.

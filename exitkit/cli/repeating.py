@@ -11,9 +11,9 @@ from typing import Any
 import typer
 from rich.table import Table
 
-from exitkit.cli.experiments import INTERRUPTED, data_example, say_if_random, say_what_is_lost
 from exitkit.cli.machine import computing_with, threads_for
 from exitkit.cli.recipe import Recipe, described, output_within
+from exitkit.cli.starting import INTERRUPTED, data_example, say_if_random, say_what_is_lost
 from exitkit.cli.training import prepared, train_recipe
 from exitkit.common.allocator import keep_memory
 from exitkit.common.files import replacing

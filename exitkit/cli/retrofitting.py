@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from exitkit.cli.experiments import INTERRUPTED, say_what_is_lost
 from exitkit.cli.options import (
     PROMISE,
     SEARCH,
@@ -23,6 +22,7 @@ from exitkit.cli.options import (
     check_folder,
     check_least,
 )
+from exitkit.cli.starting import INTERRUPTED, say_what_is_lost
 from exitkit.common.console import make_console
 from exitkit.common.errors import ArgumentError
 

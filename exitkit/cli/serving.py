@@ -21,6 +21,7 @@ def serve(
         str, typer.Option(help="Address to listen on; 0.0.0.0 is every network, with no password")
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on")] = 8000,
+    metrics_port: Annotated[int, typer.Option(help="Port where Prometheus reads, on the same machine")] = 8001,
     replicas: Annotated[int | None, typer.Option(help="Processes that answer; by default one")] = None,
     config: Annotated[
         Path | None,
@@ -38,18 +39,23 @@ def serve(
     from exitkit.serving.deployment import serve_until_stopped
     from exitkit.serving.settings import Settings, read_settings
 
-    if not 0 < port < 2**16:
-        raise ArgumentError(f"--port {port} must be from 1 to 65535")
+    for name, number in {"port": port, "metrics-port": metrics_port}.items():
+        if not 0 < number < 2**16:
+            raise ArgumentError(f"--{name} {number} must be from 1 to 65535")
     named = None if package is None else str(package.absolute())
     given: dict[str, Any] = {
         "package": named, "replicas": replicas, "threshold": threshold, "device": device, "trust": trust
     }  # fmt: skip
     if config is not None:
-        serve_until_stopped(read_settings(config, **given), host, port, lambda: read_settings(config, **given))
+        serve_until_stopped(
+            read_settings(config, **given), host, port, metrics_port, lambda: read_settings(config, **given)
+        )
         return
     if package is None:
         raise ArgumentError("name the PACKAGE to serve, or a --config that does")
-    serve_until_stopped(Settings(**{name: value for name, value in given.items() if value is not None}), host, port)
+    serve_until_stopped(
+        Settings(**{name: value for name, value in given.items() if value is not None}), host, port, metrics_port
+    )
 
 
 def run_on_ray(

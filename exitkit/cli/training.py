@@ -133,14 +133,20 @@ def _per_exit(model: MultiExitModel, outputs: RegressionOutputs) -> Table:
 
 
 def _table(name: str, outputs: ExitOutputs, title: str, top: int) -> Table:
-    """As of ``exitkit bench``; for regression Pearson's correlation at the same budgets."""
+    """As of ``exitkit bench``; for regression Pearson's correlation and the squared error at the same budgets."""
     if not isinstance(outputs, RegressionOutputs):
         return comparison_table({name: outputs}, title, top=top)
-    rows = outputs.curve().budget_table().rows
+    measured = {
+        "Pearson": outputs.curve().budget_table().rows,
+        "MSE": outputs.curve(measure="mse").budget_table().rows,
+    }
+    backbone = f"backbone: {outputs.accuracy()[-1]:.3f} and {outputs.mse()[-1]:.3f}"
     table = Table(
-        title=title, caption=f"Pearson's correlation; backbone: {outputs.accuracy()[-1]:.3f}", caption_justify="left"
+        title=title, caption=f"Pearson's correlation and mean squared error; {backbone}", caption_justify="left"
     )
-    for heading in ("method", *rows):
+    for heading in ("method", *measured["MSE"]):
         table.add_column(heading, justify="left" if heading == "method" else "right")
-    table.add_row(name, *("-" if point is None else f"{point.accuracy:.3f}" for point in rows.values()))
+    for measure, rows in measured.items():
+        cells = ("-" if point is None else f"{point.accuracy:.3f}" for point in rows.values())
+        table.add_row(f"{name}, {measure}", *cells)
     return table

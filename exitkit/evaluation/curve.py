@@ -53,7 +53,7 @@ class BudgetPoint:
 class Curve:
     """Accuracy and average cost at every distinct threshold, in ascending order.
 
-    For regression, ``accuracy`` holds another measure, higher is better, that ``measure`` names.
+    For regression, ``accuracy`` holds another measure, that ``measure`` names; higher is better, but for ``"mse"``.
 
     Attributes:
         thresholds: (T,) values of τ. At the first all samples leave at exit 0; at the last (and above) none does.
@@ -142,8 +142,8 @@ class Curve:
         return replace(self._point(index), policy=policy)
 
     def best(self) -> BudgetPoint:
-        """The highest accuracy over all thresholds, at its lowest cost."""
-        return self._point(int(self.accuracy.argmax()))
+        """The highest accuracy (the least mean squared error) over all thresholds, at its lowest cost."""
+        return self._point(int(self.accuracy.argmin() if self.measure == "mse" else self.accuracy.argmax()))
 
     def no_limit(self) -> BudgetPoint:
         """No sample leaves: what any τ above every score gives."""
@@ -252,5 +252,6 @@ class BudgetTable:
             if point is None:
                 lines.append(f"{name:<15}{'-':>{wide}}{'-':>9}{'-':>{width}}")
             else:
-                lines.append(f"{name:<15}{point.accuracy:>{wide}.2%}{point.cost:>9.1%}{point.policy.shown():>{width}}")
+                reached = f"{point.accuracy:.4f}" if self.measure == "mse" else f"{point.accuracy:.2%}"
+                lines.append(f"{name:<15}{reached:>{wide}}{point.cost:>9.1%}{point.policy.shown():>{width}}")
         return "\n".join(lines)

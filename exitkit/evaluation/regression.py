@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal, NoReturn
+from typing import ClassVar, Literal, NoReturn, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,7 +16,7 @@ from exitkit.evaluation.files import REGRESSION
 from exitkit.evaluation.outputs import ExitOutputs
 from exitkit.methods.criteria import Criterion
 
-Measure = Literal["pearson", "r2"]
+Measure = Literal["pearson", "r2", "mse"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,19 +86,22 @@ class RegressionOutputs(ExitOutputs):
 
         Args:
             criterion: ``"tolerance"``.
-            measure: ``"pearson"``, or ``"r2"``, the share of the labels' variance that is explained: 1 − MSE / variance.
+            measure: ``"pearson"``; ``"r2"``, the share of the labels' variance that is explained: 1 − MSE / variance; or
+                ``"mse"``, the mean squared error, of which less is better (Kubaty et al., table 2).
             top: 1; a regression has no classes.
             milliseconds: as for :meth:`ExitOutputs.curve`.
         """
         self._no_classes(top)
-        if measure not in ("pearson", "r2"):
-            raise unknown_name("measure", measure, ["pearson", "r2"])
+        if measure not in get_args(Measure):
+            raise unknown_name("measure", measure, get_args(Measure))
         targets = self._targets()
         values = self._moments() if measure == "pearson" else self._squared_errors()
         scores = self.scores(criterion)[:, :-1].numpy()
         thresholds, sums, spent = sweep(scores, values, self._prices(milliseconds))
-        spread = ((targets - targets.mean()) ** 2).sum()
-        reached = _correlation(sums, targets) if measure == "pearson" else 1 - sums / spread
+        if measure == "pearson":
+            reached = _correlation(sums, targets)
+        else:
+            reached = sums / len(self) if measure == "mse" else 1 - sums / ((targets - targets.mean()) ** 2).sum()
         no_exit = self.policy(float("inf"), criterion)
         return replace(self._curve(thresholds, reached, spent, no_exit, milliseconds), measure=measure)
 

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from exitkit.common.checks import Count, check, check_fields
 from exitkit.common.errors import ArgumentError, unknown_name
 from exitkit.exits.gpf import Variant
-from exitkit.methods.criteria import Criterion, Patience, Tolerance, as_criterion
+from exitkit.methods.criteria import Criterion, Tolerance, as_criterion
 
 Ensemble = Literal["none", "geometric", "additive", "mean"]
 
@@ -111,6 +111,10 @@ def BranchyNet(nats: bool = False, **parts: Any) -> Method:
 PRESETS: dict[str, Any] = {"sdn": SDN, "pbee": PBEE, "ztw": ZTW, "gpf": GPF, "branchynet": BranchyNet}
 
 
+_BY_DEFAULT = ("confidence", "entropy", "patience")
+"""The criteria that methods have where none is asked for; a regression has tolerance in their place."""
+
+
 def as_method(method: str | Method) -> Method:
     """A preset's name, or a :class:`Method` as it is.
 
@@ -126,7 +130,7 @@ def as_method(method: str | Method) -> Method:
 
 
 def for_outputs(method: Method, outputs: int, model: str) -> Method:
-    """``method`` for a model with so many outputs; one output is regression.
+    """``method`` for a model with so many outputs; one output is regression, where samples leave by tolerance.
 
     Raises:
         ExitkitError: the method combines or compares probabilities, and there are none, or predictions, and there are none.
@@ -134,13 +138,20 @@ def for_outputs(method: Method, outputs: int, model: str) -> Method:
     if outputs > 1:
         check_task(method.score, outputs)
         return method
-    if method.linked or not (method.score.regression or isinstance(method.score, Patience)):
+    one = f"{model} has 1 output, which is regression"
+    if method.ensemble != "none":
         raise ArgumentError(
-            f"{model} has 1 output, which is regression, and method={method.name!r} needs logits of at least two classes. Use "
-            "method='pbee', which leaves once predictions stop changing; or give a binary classifier two outputs (logits 0 "
-            "and z are the same decision)"
+            f"{one}, and the ensemble of method={method.name!r} combines probabilities; leave it out, as in "
+            "exitkit.ZTW(ensemble='none'), which is the cascade alone, or use 'sdn', 'pbee' or 'gpf'"
         )
-    return method if method.score.regression else replace(method, criterion=Tolerance())
+    if method.score.regression:
+        return method
+    if method.criterion not in _BY_DEFAULT:
+        raise ArgumentError(
+            f"{one}, and criterion={method.criterion!r} scores classes; use 'tolerance': samples leave once predictions stop "
+            "changing. Or give a binary classifier two outputs (logits 0 and z are the same decision)"
+        )
+    return replace(method, criterion=Tolerance())
 
 
 def check_task(criterion: Criterion, outputs: int) -> None:

@@ -1,8 +1,9 @@
-"""CIFAR ResNets of He et al. 2015 (section 4.2), with parameter-free shortcuts (option A)."""
+"""CIFAR ResNets of He et al. 2015 (section 4.2), with parameter-free shortcuts (option A) or convolutions (option B)."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 import torch
 from safetensors import SafetensorError
@@ -10,14 +11,19 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from exitkit.common.checks import is_count
+from exitkit.common.checks import check, is_count
 from exitkit.common.errors import ArgumentError, FileError
+
+Option = Literal["A", "B"]
 
 
 class BasicBlock(nn.Module):
-    """Two 3×3 convolutions; the shortcut subsamples by 2 and pads channels with zeros where shapes change."""
+    """Two 3×3 convolutions; where shapes change, the shortcut subsamples by 2 and pads channels with zeros (option A).
 
-    def __init__(self, channels_in: int, channels: int, stride: int) -> None:
+    Under option B it is a 1×1 convolution with batch normalisation there.
+    """
+
+    def __init__(self, channels_in: int, channels: int, stride: int, option: Option = "A") -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(channels_in, channels, 3, stride=stride, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(channels)
@@ -25,11 +31,17 @@ class BasicBlock(nn.Module):
         self.bn2 = nn.BatchNorm2d(channels)
         self.stride = stride
         self.padding = (channels - channels_in) // 2
+        self.shortcut: nn.Module | None = None
+        if option == "B" and (stride != 1 or self.padding):
+            convolution = nn.Conv2d(channels_in, channels, 1, stride=stride, bias=False)
+            self.shortcut = nn.Sequential(convolution, nn.BatchNorm2d(channels))
 
     def forward(self, x: Tensor) -> Tensor:
         out = F.relu(self.bn1(self.conv1(x)))
         out = self.bn2(self.conv2(out))
-        if self.stride != 1 or self.padding:
+        if self.shortcut is not None:
+            x = self.shortcut(x)
+        elif self.stride != 1 or self.padding:
             x = F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, self.padding, self.padding))
         return F.relu(out + x)
 
@@ -39,16 +51,17 @@ class CifarResNet(nn.Module):
 
     image_size = 32
 
-    def __init__(self, depth: int, num_classes: int = 10) -> None:
+    def __init__(self, depth: int, num_classes: int = 10, option: Option = "A") -> None:
         super().__init__()
         if not is_count(depth) or depth < 8 or (depth - 2) % 6:
             raise ArgumentError(f"depth={depth!r} is not 6n + 2; use 20, 32, 44, 56, 110, ...")
+        check("option", option, Option)
         blocks = (depth - 2) // 6
         self.conv1 = nn.Conv2d(3, 16, 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(16)
-        self.layer1 = _stage(16, 16, blocks, stride=1)
-        self.layer2 = _stage(16, 32, blocks, stride=2)
-        self.layer3 = _stage(32, 64, blocks, stride=2)
+        self.layer1 = _stage(16, 16, blocks, stride=1, option=option)
+        self.layer2 = _stage(16, 32, blocks, stride=2, option=option)
+        self.layer3 = _stage(32, 64, blocks, stride=2, option=option)
         self.linear = nn.Linear(64, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -58,7 +71,9 @@ class CifarResNet(nn.Module):
         return logits
 
 
-def cifar_resnet(depth: int = 20, num_classes: int = 10, weights: str | Path | None = None) -> CifarResNet:
+def cifar_resnet(
+    depth: int = 20, num_classes: int = 10, weights: str | Path | None = None, option: Option = "A"
+) -> CifarResNet:
     """A CIFAR ResNet, with pretrained weights from a safetensors file if one is given.
 
     Args:
@@ -66,11 +81,13 @@ def cifar_resnet(depth: int = 20, num_classes: int = 10, weights: str | Path | N
         num_classes: outputs.
         weights: a file with the keys of github.com/akamaster/pytorch_resnet_cifar10; its models take images in [0, 1]
             normalised with the ImageNet mean (0.485, 0.456, 0.406) and standard deviation (0.229, 0.224, 0.225).
+        option: shortcuts where shapes change: ``"A"``, without parameters, or ``"B"``, a 1×1 convolution with batch
+            normalisation, as Shallow-Deep Networks and Zero Time Waste have them.
 
     Raises:
-        ExitkitError: an impossible depth, or weights that do not fit.
+        ExitkitError: an impossible depth, another option, or weights that do not fit.
     """
-    model = CifarResNet(depth, num_classes)
+    model = CifarResNet(depth, num_classes, option)
     if weights is not None:
         load_weights(model, weights)
     return model
@@ -102,6 +119,6 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
     model.load_state_dict(cast)
 
 
-def _stage(channels_in: int, channels: int, blocks: int, stride: int) -> nn.Sequential:
-    first = BasicBlock(channels_in, channels, stride)
+def _stage(channels_in: int, channels: int, blocks: int, stride: int, option: Option) -> nn.Sequential:
+    first = BasicBlock(channels_in, channels, stride, option)
     return nn.Sequential(first, *(BasicBlock(channels, channels, 1) for _ in range(blocks - 1)))

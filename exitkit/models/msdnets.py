@@ -1,4 +1,4 @@
-"""CIFAR MSDNet: Huang et al. 2018, "Multi-Scale Dense Networks for Resource Efficient Image Classification"."""
+"""MSDNets: Huang et al. 2018, "Multi-Scale Dense Networks for Resource Efficient Image Classification"."""
 
 from __future__ import annotations
 
@@ -14,12 +14,18 @@ from exitkit.common.errors import ArgumentError
 
 
 class Stem(nn.Module):
-    """Images (B, 3, H, W) to one tensor per scale, finest first, each at half the resolution of the one before it."""
+    """Images (B, 3, H, W) to one tensor per scale, finest first, each at half the resolution of the one before it.
 
-    def __init__(self, widths: Sequence[int]) -> None:
+    The finest has the images' resolution; with ``quarter`` a quarter of it, by a 7×7 convolution and max pooling.
+    """
+
+    def __init__(self, widths: Sequence[int], quarter: bool = False) -> None:
         super().__init__()
-        channels = pairwise((3, *widths))
-        self.scales = nn.ModuleList(_conv(a, b, 3, stride=2 if i else 1) for i, (a, b) in enumerate(channels))
+        first = _conv(3, widths[0], 3)
+        if quarter:
+            convolution = nn.Conv2d(3, widths[0], 7, stride=2, padding=3)
+            first = nn.Sequential(convolution, nn.BatchNorm2d(widths[0]), nn.ReLU(), nn.MaxPool2d(3, 2, padding=1))
+        self.scales = nn.ModuleList([first, *(_conv(a, b, 3, stride=2) for a, b in pairwise(widths))])
 
     def forward(self, x: Tensor) -> list[Tensor]:
         scales = []
@@ -80,8 +86,6 @@ class Layer(nn.Module):
 class MSDNet(nn.Module):
     """Images (B, 3, H, W) to logits; ``layers[i]`` takes and returns one tensor per scale. See :func:`msdnet`."""
 
-    image_size = 32
-
     def __init__(
         self,
         num_classes: int,
@@ -90,11 +94,14 @@ class MSDNet(nn.Module):
         channels: int,
         growth_factors: Sequence[int],
         bottleneck_factors: Sequence[int],
+        image_size: int = 32,
     ) -> None:
         super().__init__()
         _check(num_classes, layers, growth, channels, growth_factors, bottleneck_factors)
+        self.image_size = image_size
+        large = image_size > 32
         span = math.ceil(layers / len(growth_factors))
-        self.stem = Stem([channels * factor for factor in growth_factors])
+        self.stem = Stem([channels * factor for factor in growth_factors], quarter=large)
         self.layers = nn.ModuleList()
         dropped = 0
         for index in range(layers):
@@ -103,12 +110,14 @@ class MSDNet(nn.Module):
             self.layers.append(layer)
             dropped += reduces
             channels = layer.channels
+        read = channels * growth_factors[-1]
+        width = read if large else 128
         self.classifier = nn.Sequential(
-            _conv(channels * growth_factors[-1], 128, 3, stride=2),
-            _conv(128, 128, 3, stride=2),
+            _conv(read, width, 3, stride=2),
+            _conv(width, width, 3, stride=2),
             nn.AdaptiveAvgPool2d(1),
             nn.Flatten(),
-            nn.Linear(128, num_classes),
+            nn.Linear(width, num_classes),
         )
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
@@ -136,8 +145,8 @@ def msdnet(
 
     With S scales, after each Sth of the layers the next one drops the finest scale and halves the channels of the others
     (the paper's network reduction). The published code counts the layers as ``base + (nBlocks - 1) * step``, without the
-    stem. The paper's exits follow every second layer from the 4th: ``at=[f"layers.{i}" for i in range(3, 23, 2)]``, and
-    the backbone's own after the 24th.
+    stem. The paper's exits follow every second layer from the 4th: ``at=[f"layers.{i}" for i in range(3, 23, 2)]`` with
+    ``head="msdnet"``, and the backbone's own after the 24th.
 
     Args:
         num_classes: outputs.
@@ -151,6 +160,23 @@ def msdnet(
         ExitkitError: numbers below 1, factors that do not fit, or layers that do not fit the number of scales.
     """
     return MSDNet(num_classes, layers, growth, channels, growth_factors, bottleneck_factors)
+
+
+def imagenet_msdnet(num_classes: int = 1000, layers: int = 38) -> MSDNet:
+    """The ImageNet MSDNet of Phuong and Lampert 2019 (section 4): 4 scales, 38 layers, images of 224 × 224.
+
+    Its five exits follow every seventh layer from the 10th: ``at=[f"layers.{i}" for i in (9, 16, 23, 30)]`` with
+    ``head="msdnet(width='same')"``, and the backbone's own after the 38th. Growth and bottlenecks are those of the published
+    code (growth 16, stem of 32 channels, factors 1, 2, 4, 4).
+
+    Args:
+        num_classes: outputs.
+        layers: depth.
+
+    Raises:
+        ExitkitError: numbers below 1, or layers that do not fit the four scales.
+    """
+    return MSDNet(num_classes, layers, 16, 32, (1, 2, 4, 4), (1, 2, 4, 4), image_size=224)
 
 
 def _conv(channels_in: int, channels: int, kernel: int, stride: int = 1) -> nn.Sequential:

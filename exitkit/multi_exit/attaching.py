@@ -23,6 +23,7 @@ def attach(
     at: Sequence[str | int] | None = None,
     at_cost: Sequence[float] | None = None,
     placement: str | None = None,
+    first: int | None = None,
     method: str | Method = "ztw",
     head: Head | Sequence[Head] = "auto",
     num_classes: int | None = None,
@@ -42,7 +43,10 @@ def attach(
             of the backbone's MACs. Each exit takes time from every sample that comes by, on one sample as much as a block.
         at: boundaries by name, or blocks by number, as ``exitkit.inspect(model)`` lists them; each once.
         at_cost: shares of the backbone's MACs, such as ``[.15, .3, .45]``; the nearest block is taken.
-        placement: ``"dense-sparse"`` or ``"sparse-dense"`` (Kubaty et al.).
+        placement: ``"dense-sparse"`` or ``"sparse-dense"`` (Kubaty et al.), or ``"sdn"``: the blocks nearest to 15, 30, 45,
+            60, 75 and 90% of the backbone's MACs (Kaya et al.).
+        first: the block that ``every`` begins with, by number; n − 1 by default. ``every=n, first=1`` is "every n" of Kubaty
+            et al., who never read block 0.
         method: ``"sdn"``, ``"pbee"``, ``"ztw"``, ``"gpf"``, ``"branchynet"``, or a config such as
             ``exitkit.ZTW(ensemble="additive")``.
         head: ``"auto"`` (``"2L-256"`` on maps, else ``"1L"``), ``"1L"`` (pooling and a linear layer), ``"2L-<width>"`` (one
@@ -63,7 +67,7 @@ def attach(
     """
     if isinstance(model, MultiExitModel):
         raise ArgumentError("model already has exits; attach to exitkit.detach(model) for other ones")
-    where = {"every": every, "at": at, "at_cost": at_cost, "placement": placement}
+    where = {"every": every, "at": at, "at_cost": at_cost, "placement": placement, "first": first}
     return MultiExitModel(assemble(model, example_inputs, where, method, head, _outputs(num_classes, num_outputs)))
 
 

@@ -60,7 +60,7 @@ def picture(result: Retrofit) -> Drawn:
     guarantee = None if result.policy is None else result.policy.guarantee
     if guarantee is not None:
         reached = 1 - result.drop.value if result.accuracy is None else right[1]
-        axes.plot(guarantee.cost, reached, "*", color="C3", markersize=14, label="exits at the guaranteed policy")
+        axes.plot(guarantee.cost, reached, "*", color="C0", markersize=14, label="exits at the guaranteed policy")
     axes.set_xlim(0, 1.08)
     figure.legend(frameon=False, fontsize=8, loc="outside upper left", ncols=2)
     listed = ", ".join(f"{one.head} after {one.boundary}" for one in result.chosen) or "none"

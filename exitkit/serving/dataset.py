@@ -72,7 +72,7 @@ def predict(
         num_cpus, num_gpus: of each; torch uses so many threads.
         device: by default a GPU where ``num_gpus`` is above 0.
         trust: that the code in a ``.pt2`` is trusted, as for :func:`exitkit.load`.
-        keep_order: keep the rows' order, for this whole process's Ray data sets.
+        keep_order: keep the rows' order; the data sets that this one is made of share the setting.
 
     Returns:
         The rows without ``column``, and with ``label`` (the class's name, or its number), ``exit``, ``score`` and
@@ -106,9 +106,7 @@ def predict(
     }  # fmt: skip
     if num_gpus == 0:
         Predictor(**options)  # refused here, in the caller's words, rather than in an actor
-    if keep_order:
-        ray_data.DataContext.get_current().execution_options.preserve_order = True
-    return dataset.map_batches(
+    answered = dataset.map_batches(
         Predictor,
         fn_constructor_kwargs=options,
         batch_size=block,
@@ -118,6 +116,9 @@ def predict(
         num_gpus=num_gpus,
         udf_modifying_row_count=False,
     )
+    if keep_order:
+        answered.context.execution_options.preserve_order = True
+    return answered
 
 
 def shift(answered: Dataset, monitor: ShiftMonitor) -> ShiftReport:

@@ -94,8 +94,13 @@ def _version(settings: Settings) -> str:
     return hashlib.sha256(repr(same).encode()).hexdigest()[:16]
 
 
-def start(settings: Settings, host: str, port: int) -> None:
+def start(settings: Settings, host: str, port: int, metrics_port: int | None = None) -> None:
     """Serve on this machine, or in the Ray cluster that this process is connected to; returns once it answers.
+
+    Args:
+        settings: what is served.
+        host, port: the address.
+        metrics_port: where Prometheus reads, on this machine; None for any.
 
     Raises:
         ExitkitError: Ray is not installed; a package that cannot be served, which is looked at here first.
@@ -107,7 +112,7 @@ def start(settings: Settings, host: str, port: int) -> None:
     load_service(settings)
     _check_free(host, port)
     if not ray.is_initialized():
-        start_ray(ray, settings.replicas * settings.threads + 2)
+        start_ray(ray, settings.replicas * settings.threads + 2, metrics_port)
     ray.serve.start(http_options={"host": host, "port": port, "keep_alive_timeout_s": 30})
     deploy(settings)
 
@@ -117,29 +122,34 @@ def deploy(settings: Settings) -> None:
     import_ray().serve.run(application(settings), name=APPLICATION, route_prefix="/")
 
 
-def start_ray(ray: Any, cpus: int) -> None:
+def start_ray(ray: Any, cpus: int, metrics_port: int | None = None) -> None:
     """Ray on this machine alone, on the loopback, without its dashboard and its reports of usage."""
     import os
 
+    from ray._private import ray_constants
+
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "60")  # busy machines need more than its 5
+    # as on macOS: Ray's own ports, which have no password, on the loopback alone
+    ray_constants.ENABLE_RAY_CLUSTER = False
     ray.init(
         num_cpus=cpus,
         include_dashboard=False,
         log_to_driver=False,
-        _node_ip_address="127.0.0.1",
+        _metrics_export_port=metrics_port,
         object_store_memory=200 * 2**20,
         logging_level="error",
     )
 
 
 def serve_until_stopped(
-    settings: Settings, host: str, port: int, reread: Callable[[], Settings] | None = None
+    settings: Settings, host: str, port: int, metrics_port: int, reread: Callable[[], Settings] | None = None
 ) -> None:
     """Serve until SIGTERM or Ctrl-C; then answer what was taken. SIGHUP reads the threshold anew.
 
     Args:
         settings: what is served.
-        host, port: the address.
+        host, port, metrics_port: the addresses.
         reread: the settings as they are now, asked for on SIGHUP; an error in them is said, and changes nothing.
     """
     from exitkit.common.console import make_console
@@ -152,7 +162,7 @@ def serve_until_stopped(
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, note(stop))
     signal.signal(signal.SIGHUP, note(changed))
-    start(settings, host, port)
+    start(settings, host, port, metrics_port)
     make_console().print(f"{settings.name} at http://{host}:{port}/  (stop with Ctrl-C)")
     while not stop.is_set():
         woken.wait()

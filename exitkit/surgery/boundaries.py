@@ -268,11 +268,24 @@ def _encloses(calls: dict[ModuleCall, list[int]], outer: ModuleCall, inner: Modu
 
 
 def _before_weighted_layers(flow: Flow, cuts: Cuts) -> set[ModuleCall]:
-    """Without a list of blocks (VGG, AlexNet): the last cut before each weighted layer but the first."""
+    """Without a list of blocks (VGG, AlexNet): the last cut before each weighted layer but the first.
+
+    Where there are maps or tokens, the linear layers that read vectors in the end are one block, the last.
+    """
     weighted = [flow.order[node] for node in flow.weighted]
-    chosen = set()
+    chosen: list[tuple[bool, ModuleCall]] = []
     for previous, following in pairwise(weighted):
-        between = [ending for nodes, ending in cuts.items() if previous <= flow.order[nodes[-1]] < following]
+        between = [
+            (all(_is_vector(node) for node in nodes), ending[0])
+            for nodes, ending in cuts.items()
+            if previous <= flow.order[nodes[-1]] < following
+        ]
         if between:
-            chosen.add(between[-1][0])
-    return chosen
+            chosen.append(next((cut for cut in reversed(between) if not cut[0]), between[-1]))
+    structured = {call for vector, call in chosen if not vector}
+    return structured | {chosen[-1][1]} if structured else {call for _, call in chosen}
+
+
+def _is_vector(node: Node) -> bool:
+    value = value_of(node)
+    return value is not None and value.dim() == 2

@@ -10,7 +10,9 @@ from exitkit.common.checks import Bounds, Share, check
 from exitkit.common.errors import ArgumentError, unknown_name
 from exitkit.surgery.boundaries import Anatomy, Boundary
 
-Pattern = Literal["dense-sparse", "sparse-dense"]
+Pattern = Literal["dense-sparse", "sparse-dense", "sdn"]
+SDN_SHARES = (0.15, 0.3, 0.45, 0.6, 0.75, 0.9)
+"""Of the compute, where Shallow-Deep Networks (Kaya et al. 2019, section 4) has its six exits."""
 SPREAD = (0.15, 0.45, 0.75)
 """Shares of the backbone's MACs near which exits are by default: few, as each takes time from every sample that comes by."""
 
@@ -23,9 +25,10 @@ def place(
     at: Sequence[str | int] | None = None,
     at_cost: Sequence[float] | None = None,
     placement: str | None = None,
+    first: int | None = None,
 ) -> tuple[Boundary, ...]:
-    """The boundaries chosen by one of the four arguments, in execution order; by default the blocks nearest to
-    :data:`SPREAD`.
+    """The boundaries chosen by one of the first four arguments, in execution order; by default the blocks nearest to
+    :data:`SPREAD`. ``first`` is the block that ``every`` begins with.
 
     Raises:
         ExitkitError: several arguments at once, a value out of range, or an unknown boundary name.
@@ -36,6 +39,8 @@ def place(
         raise ArgumentError(
             f"{' and '.join(named)} were given together; exits are placed by one of {', '.join(given)}"
         )
+    if first is not None and every is None:
+        raise ArgumentError(f"first={first!r} is the block that every= begins with; give every= too")
     if at is not None:
         return _at(anatomy, at)
     if at_cost is not None:
@@ -44,10 +49,10 @@ def place(
         return _patterned(anatomy, placement)
     if every is None and len(anatomy.blocks) - 1 > len(SPREAD):
         return _at_cost(anatomy, SPREAD)
-    return _every(anatomy, 1 if every is None else every)
+    return _every(anatomy, 1 if every is None else every, first)
 
 
-def _every(anatomy: Anatomy, every: int) -> tuple[Boundary, ...]:
+def _every(anatomy: Anatomy, every: int, first: int | None) -> tuple[Boundary, ...]:
     inner = anatomy.blocks[:-1]
     if not inner:
         raise ArgumentError(
@@ -56,7 +61,8 @@ def _every(anatomy: Anatomy, every: int) -> tuple[Boundary, ...]:
         )
     remedy = f"the backbone has {len(anatomy.blocks)} blocks, and no exit follows the last; {_LISTED}"
     check("every", every, Annotated[int, Bounds(least=1, most=len(inner))], remedy)
-    return inner[every - 1 :: every]
+    check("first", first, Annotated[int, Bounds(least=0, most=len(inner) - 1)] | None, remedy)
+    return inner[every - 1 if first is None else first :: every]
 
 
 def _at(anatomy: Anatomy, wanted: Sequence[str | int]) -> tuple[Boundary, ...]:
@@ -120,8 +126,10 @@ def _at_cost(anatomy: Anatomy, shares: Sequence[float]) -> tuple[Boundary, ...]:
 
 
 def _patterned(anatomy: Anatomy, placement: str) -> tuple[Boundary, ...]:
-    """Kubaty et al., placement ablation: on 16 blocks, 1-7 and 11, or 1, 4 and 8-14 (counted from 0)."""
+    """Kubaty et al., placement ablation: on 16 blocks, 1-7 and 11, or 1, 4 and 8-14 (counted from 0); or SDN's shares."""
     check("placement", placement, Pattern)
+    if placement == "sdn":
+        return _at_cost(anatomy, SDN_SHARES)
     blocks = anatomy.blocks
     count = len(blocks)
     half, quarter = count // 2, max(1, count // 4)
