@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import math
 import os
@@ -150,6 +151,18 @@ def test_a_regime_with_a_phase_1_of_its_own_is_one_file(
     one, two = (load_file(tmp_path / name / "backbone.safetensors") for name in ("one", "two"))
     assert any(not torch.equal(one[name], two[name]) for name in one) == moves
     assert not all(torch.equal(one[name], value) for name, value in load_model("tests.toy:net").state_dict().items())
+
+
+def test_a_new_layer_learns_on_frozen_features_before_the_exits(run: Any, recipe: Any, tmp_path: Path) -> None:  # noqa: F811
+    """As for OCT2017: of the log, the first phase has the loss of the new layer alone, the second those of the exits."""
+    phases = '[[trainer.phase]]\nexits = "backbone"\n[[trainer.phase]]\nexits = "internal"\n'
+    text = recipe(phases, "classes = [[0, 1], [2]]")
+    run("train", "--trust", text, "--out", tmp_path / "out", "--set", "exits.num_classes=2")
+    with (tmp_path / "out" / "metrics.csv").open() as file:
+        first, second = csv.DictReader(file)
+    assert (bool(first["loss/exit0"]), bool(first["loss/exit1"])) == (False, True)
+    assert (bool(second["loss/exit0"]), bool(second["loss/exit1"])) == (True, False)
+    assert not (tmp_path / "out" / "backbone.safetensors").exists()
 
 
 @pytest.mark.parametrize(
