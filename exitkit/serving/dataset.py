@@ -90,10 +90,10 @@ def predict(
             f"dataset is {type(dataset).__name__}; give a ray.data.Dataset, such as ray.data.read_images(…)"
         )
     check("package", package, PATH)
-    for name, value in {"batch_size": batch_size, "block": block, "actors": actors}.items():
-        check(name, value, Count)
-    for name, value in {"num_cpus": num_cpus, "num_gpus": num_gpus}.items():
-        check(name, value, NonNegative)
+    for name, count in {"batch_size": batch_size, "block": block, "actors": actors}.items():
+        check(name, count, Count)
+    for name, share in {"num_cpus": num_cpus, "num_gpus": num_gpus}.items():
+        check(name, share, NonNegative)
     check("on_error", on_error, OnError)
     names = dataset.columns() or []
     for name in (column, *([] if id_column is None else [id_column])):

@@ -157,7 +157,11 @@ def serve_until_stopped(
     stop, changed, woken = threading.Event(), threading.Event(), threading.Event()
 
     def note(event: threading.Event) -> Callable[..., None]:
-        return lambda *_: (event.set(), woken.set())[0]
+        def noted(*_: Any) -> None:
+            event.set()
+            woken.set()
+
+        return noted
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, note(stop))

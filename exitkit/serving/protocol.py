@@ -107,7 +107,7 @@ def threshold_in(parameters: Any) -> float | tuple[float, ...] | None:
     if isinstance(given, list) and given and all(fits(one, float) for one in given):
         return tuple(map(float, given))
     check("parameters.threshold", given, float | None, "or give a list of one number for each exit")
-    return given
+    return None if given is None else float(given)
 
 
 def response(name: str, asked: InferRequest, prediction: Prediction, labels: Sequence[str] | None) -> dict[str, Any]:
