@@ -20,7 +20,6 @@ from exitkit.evaluation import RegressionOutputs
 from exitkit.models import cifar_resnet
 from exitkit.report import Stage
 from exitkit.reproduction import Paper, Row, Table, find_table, papers, settings_of
-from exitkit.reproduction.availability import missing
 from exitkit.reproduction.measures import numbers_of
 from exitkit.reproduction.tables import merged
 from tests.test_cli import images, invoke, refused, run  # noqa: F401 - fixtures
@@ -101,9 +100,8 @@ def test_every_row_is_a_recipe_at_every_scale(table: Table, tmp_path: Path) -> N
         keys = {json.dumps([one.recipe, one.backbone], sort_keys=True): one.key for one in settings}
         assert len(set(keys.values())) == len(keys)
         for setting in settings:
-            if missing(setting.row.requires) is None:
-                Recipe(**setting.recipe)
-                assert setting.backbone is None or Recipe(**setting.backbone)
+            Recipe(**setting.recipe)
+            assert setting.backbone is None or Recipe(**setting.backbone)
     assert table.cpu_rows is None or set(table.cpu_rows) <= {one.name for one in table.rows}
 
 
@@ -200,29 +198,22 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = (
         Row("SDN", RECIPE, ALONE, (50.0, 60.0), (1.0, None)),
         Row("PBEE", RECIPE, ALONE, criterion="patience"),
-        Row("later", RECIPE, requires="later"),
         Row("wrong", merged([RECIPE, {"exits": {"at": ["nowhere"]}}])),
     )
     table = Table("small", "1", "a small one", "budgets", (60, "max"), 3, "nothing", 1.0, rows, cpu={"limit": 12})
     found = {"small": Paper("small", "A Small One", {"1": table})}
     for place in ("exitkit.reproduction.tables.papers", "exitkit.reproduction.papers"):
         monkeypatch.setattr(place, lambda: found)
-    monkeypatch.setitem(
-        __import__("exitkit.reproduction.availability", fromlist=["_CHECKS"])._CHECKS,
-        "later",
-        ("a thing", lambda: False),
-    )
 
 
 def test_a_table_runs_and_its_runs_are_kept(small: None, invoke: Any, run: Any, tmp_path: Path) -> None:
     command = ("reproduce", "small", "1", "--out", tmp_path / "out")
     code, printed, complained = invoke(*command)
     assert code == 2
-    assert "1 of 4 rows failed: wrong" in complained
-    assert "not available: a thing" in printed
+    assert "1 of 3 rows failed: wrong" in complained
     assert "50.00 ± 1.00" in printed
     document = json.loads((tmp_path / "out" / "small-1-smoke.json").read_text())
-    sdn, pbee, _, wrong = document["rows"]
+    sdn, pbee, wrong = document["rows"]
     assert sdn["runs"] == pbee["runs"]  # one training
     kept = ExitOutputs.load(Path(sdn["runs"]) / "seed-0" / "outputs-sdn.safetensors")
     assert sdn["numbers"][0] == [100 * kept.curve().at_budget(0.6).accuracy]

@@ -92,11 +92,8 @@ def _run(
 ) -> Outcome:
     """Train a row with every seed, or take what is there; what stands in its way is its outcome."""
     from exitkit.reproduction import Outcome
-    from exitkit.reproduction.availability import missing
     from exitkit.reproduction.results import over_seeds
 
-    if (lacking := missing(setting.row.requires)) is not None:
-        return Outcome(setting.row, reason=f"not available: {lacking}")
     if setting.missing:
         return Outcome(setting.row, reason=f"no {setting.missing[0]}")
     folder = out / "runs" / setting.key

@@ -27,7 +27,6 @@ class Row:
         published: the paper's numbers, one for each column; empty where it has a figure alone.
         deviation: of each; empty where the paper has none.
         criterion: the score by which samples leave, where it is not the method's.
-        requires: a part of exitkit that this needs (:mod:`exitkit.reproduction.availability`).
         cpu: changes to its recipe for the scale ``cpu``, after those of the table.
     """
 
@@ -37,7 +36,6 @@ class Row:
     published: tuple[float | None, ...] = ()
     deviation: tuple[float | None, ...] = ()
     criterion: str | None = None
-    requires: str | None = None
     cpu: dict[str, Any] = field(default_factory=dict)
 
 
@@ -150,7 +148,6 @@ def _row(values: dict[str, Any], parts: dict[str, Any]) -> Row:
         _numbers(values.get("published", ())),
         _numbers(values.get("deviation", ())),
         values.get("criterion"),
-        values.get("requires"),
         values.get("cpu", {}),
     )
 
