@@ -210,7 +210,7 @@ def test_an_output_that_is_no_tensor(change: Callable[[Tensor], Any]) -> None:
 
 
 def test_a_single_class() -> None:
-    with pytest.raises(ExitkitError, match=r"TinyNet has 1 output.*at least two classes.*two outputs"):
+    with pytest.raises(ExitkitError, match=r"TinyNet has 1 output, which is regression.*use 'sdn', 'pbee' or 'gpf'"):
         exitkit.attach(TinyNet(num_classes=1), X)
 
 

@@ -29,7 +29,7 @@ import exitkit
 from exitkit import ExitkitError
 from exitkit.cli.data import _read_npz
 from exitkit.cli.recipe import read_recipe
-from exitkit.cli.texts import _label_indices, _numbers, _read_text
+from exitkit.cli.text_files import _label_indices, _numbers, _read_text
 from exitkit.evaluation import RegressionOutputs
 from exitkit.multi_exit.image_files import opened_image
 from exitkit.multi_exit.preprocessing import ImagePreprocessing

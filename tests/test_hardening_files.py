@@ -304,7 +304,7 @@ def test_an_npz_bomb(tmp_path: Path) -> None:
     ],
 )
 def test_labels_of_any_kind(tmp_path: Path, rows: list[tuple[str, str]], message: str) -> None:
-    from exitkit.cli.texts import _label_indices, _numbers
+    from exitkit.cli.text_files import _label_indices, _numbers
 
     kind = _label_indices if "digits" in message else _numbers
     with pytest.raises(ArgumentError, match=message):

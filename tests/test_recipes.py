@@ -286,7 +286,7 @@ def test_rates_of_a_schedule(options: dict[str, Any], expected: list[float]) -> 
 
 def test_pairs_of_texts_are_encoded_by_the_tokenizer(tmp_path: Path, bert: Path) -> None:  # noqa: F811
     from exitkit.cli.data import load_data
-    from exitkit.cli.texts import load_tokenizer
+    from exitkit.cli.text_files import load_tokenizer
 
     path = tmp_path / "pairs.tsv"
     path.write_text("one\ttwo\tscore\ngood film\tbad\t4.5\nfilm\tgood good film\t1\n")

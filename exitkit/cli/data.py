@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset, TensorDataset
 
 from exitkit.cli.split import Split, hold_out
-from exitkit.cli.texts import texts
+from exitkit.cli.text_files import texts
 from exitkit.cli.unpacking import check_inflation
 from exitkit.common.errors import ArgumentError, FileError, unknown_name
 from exitkit.common.torchvision_guard import import_torchvision
@@ -178,11 +178,12 @@ def _check_readable(paths: Iterable[str]) -> None:
 
 def _torchvision_dataset(data: str, test: str | None, model: nn.Module) -> Split:
     """``CIFAR10``, which brings its test samples, or ``SVHN:split=train``, whose arguments say which samples it has."""
+    named = _parameters(data.partition(":")[0])
     preprocessing = _image_preprocessing(model)
-    if ":" in data or "train" not in _parameters(data):
+    if ":" in data or "train" not in named:
         if ":" not in data:
             raise ArgumentError(
-                f"--data {data!r} takes {', '.join(_parameters(data))}; say which samples are meant, such as "
+                f"--data {data!r} takes {', '.join(named)}; say which samples are meant, such as "
                 f"{data}:split=train, and --test {data}:split=test"
             )
         samples = _made(data, "--data", preprocessing)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from exitkit.cli.experiments import ask_for, import_heads
 from exitkit.cli.sources import load_model
-from exitkit.cli.texts import load_tokenizer
+from exitkit.cli.text_files import load_tokenizer
 from exitkit.common.errors import ArgumentError, FileError, unknown_name
 from exitkit.methods.policy import ExitPolicy
 from exitkit.multi_exit.model import MultiExitModel

@@ -67,8 +67,9 @@ def _named_weights(source: str, weights: str | None) -> str | None:
     """The name of weights that the library brings; None where they are a file, or none at all."""
     if weights == PRETRAINED:
         return _DEFAULT
-    file = weights is None or source != "torchvision" or os.path.exists(weights) or Path(weights).suffix != ""
-    return None if file else weights
+    if weights is None or source != "torchvision" or os.path.exists(weights):
+        return None
+    return weights if Path(weights).name == weights and not Path(weights).suffix else None
 
 
 def load_pretrained(name: str, weights: str | None, num_classes: int | None) -> tuple[nn.Module, int | None]:

@@ -69,7 +69,8 @@ def predict(
         batch_size: samples that a stage runs on at once.
         block: rows that an actor is given at once.
         actors: how many processes answer.
-        num_cpus, num_gpus: of each; torch uses so many threads.
+        num_cpus: of each; torch uses so many threads.
+        num_gpus: of each.
         device: by default a GPU where ``num_gpus`` is above 0.
         trust: that the code in a ``.pt2`` is trusted, as for :func:`exitkit.load`.
         keep_order: keep the rows' order; the data sets that this one is made of share the setting.

@@ -158,7 +158,7 @@ class _Cache:
         model = self.options.model
         with evaluation_mode(model), torch.no_grad(), self.accelerator.autocast():
             given = placed(inputs, self.accelerator.device, self.options.channels_last)
-            *reduced, logits = self.view.read(model, given)
+            (*reduced, logits), _ = self.view.read(model, given)
         parts = {**{f"exit{m}": part for m, part in enumerate(reduced)}, _LOGITS: logits}
         return parts if labels is None else {**parts, _LABELS: labels}
 

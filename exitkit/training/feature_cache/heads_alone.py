@@ -60,12 +60,12 @@ class HeadsAlone(nn.Module):
         auxiliary = imitation_losses(steps) if torch.is_grad_enabled() else None
         return HeadsOutput((*(step.logits for step in steps), parts[-1]), auxiliary)
 
-    def read(self, model: MultiExitModel, inputs: Any) -> tuple[Tensor, ...]:
-        """What this is called with for a batch of inputs of the model."""
+    def read(self, model: MultiExitModel, inputs: Any) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """What this is called with for a batch of inputs of the model, and every head's logits, the backbone's last."""
         with body_inputs(model) as read:
             _, heads = call_model(model, model.run_heads, inputs)
             reduced = [reduce(*args) for reduce, args in zip(self.reductions, read, strict=True)]
-        return (*reduced, heads[-1])
+        return (*reduced, heads[-1]), heads
 
     def run_heads(self, *parts: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         """The reduced features, and every head's logits (the backbone's last)."""
