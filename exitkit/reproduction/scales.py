@@ -10,7 +10,7 @@ from typing import Any, Literal
 from exitkit.common.errors import ArgumentError
 from exitkit.common.hashes import digest
 from exitkit.common.schema import to_json
-from exitkit.reproduction.made_up import LARGE, made_up
+from exitkit.reproduction.smoke_data import LARGE, made_up
 from exitkit.reproduction.tables import Row, Table, merged
 
 Scale = Literal["smoke", "cpu", "full"]
