@@ -16,7 +16,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadscope
 test: $(READY)
 	$(PYTEST) -m "not slow"
 
-# What takes more than four seconds by itself (tests/durations.txt): CI runs it after the rest, and prints what took longest.
+# What takes more than three seconds by itself (tests/durations.txt): CI runs it after the rest, and prints what took longest.
 slow: $(READY)
 	$(PYTEST) -m slow --durations=25
 

@@ -2,7 +2,7 @@
 
     python -m pytest -n auto --dist loadscope --junitxml=run.xml && python -m tests.durations run.xml
 
-``conftest.py`` marks them by it: ``slow`` from four seconds on, left to ``make slow``, and ``seconds`` below, which
+``conftest.py`` marks them by it: ``slow`` from three seconds on, left to ``make slow``, and ``seconds`` below, which
 ``make check`` leaves out. A new test is in all of them until it is measured.
 """
 
@@ -13,7 +13,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 LISTED = Path(__file__).parent / "durations.txt"
-SECONDS, SLOW = 0.5, 4.0
+SECONDS, SLOW = 0.5, 3.0
 
 
 def mark_of(function: str, durations: dict[str, float]) -> str | None:
