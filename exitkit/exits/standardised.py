@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.nn import functional as F
 
 _SLOWEST = 0.1
@@ -50,15 +50,27 @@ class StandardisedLinear(nn.Linear):
     @torch.no_grad()
     def _count(self, vectors: Tensor) -> None:
         """A batch that is not finite counts for nothing: training stops at it, and may begin again."""
-        finite = vectors.isfinite().all()
+        mean, variance = _moments(vectors.float())
+        finite = mean.isfinite().all() & variance.isfinite().all()
         self.batches += finite
         share = (1 / self.batches.clamp(min=1)).clamp(min=_SLOWEST)
-        variance, mean = torch.var_mean(vectors.float(), dim=0, correction=0)
         before = self.deviation.float().square() * (self.batches > 1)
         shift = mean - self.mean
         spread = (1 - share) * (before + share * shift.square()) + share * variance
         for kept, new in ((self.mean, self.mean + share * shift), (self.deviation, (spread + _LEAST).sqrt())):
             kept.copy_(torch.where(finite, new, kept))
+
+
+def _moments(vectors: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and variance (D,) of a batch (B, D); of several processes that learn together, over the parts of all."""
+    variance, mean = torch.var_mean(vectors, dim=0, correction=0)
+    if not (distributed.is_available() and distributed.is_initialized()) or distributed.get_world_size() == 1:
+        return mean, variance
+    first, second = mean.double(), variance.double() + mean.double().square()
+    sums = len(vectors) * torch.stack([torch.ones_like(first), first, second])
+    distributed.all_reduce(sums)
+    first, second = sums[1] / sums[0], sums[2] / sums[0]
+    return first.to(mean), (second - first.square()).clamp(min=0).to(mean)
 
 
 class FoldedLinear(nn.Module):
