@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import accumulate
 
-import numpy as np
-from numpy.typing import NDArray
+import torch
 
 from exitkit.common.errors import ArgumentError
 from exitkit.evaluation import ExitOutputs, RegressionOutputs
@@ -45,7 +45,7 @@ def numbers_of(
         times = [stage.milliseconds for stage in stages]
         found = [] if None in times else list(accumulate(time for time in times if time is not None))
     elif measure == "anytime-mode":
-        found = (100 * _right(_first_means(outputs), outputs, top)).tolist()
+        found = (100 * _first_means(outputs).accuracy(top)).tolist()
     else:
         if validation is None:
             raise ArgumentError("budget-mode chooses exits on validation samples, and the run has none")
@@ -75,17 +75,8 @@ def _under(column: int | str, outputs: ExitOutputs, measure: Measure) -> float |
     return (1 - reached) * variance if measure == "mse" else 100 * reached
 
 
-def _first_means(outputs: ExitOutputs) -> NDArray[np.floating]:
-    """(N, M+1, C): the mean of the probabilities of all exits up to each."""
-    each = np.exp(outputs.log_probs.double().numpy())
-    means: NDArray[np.floating] = each.cumsum(1) / np.arange(1, each.shape[1] + 1)[:, None]
-    return means
-
-
-def _right(scores: NDArray[np.floating], outputs: ExitOutputs, top: int) -> NDArray[np.float64]:
-    """(M+1,): how often the label is among the ``top`` largest of scores (N, M+1, C)."""
-    assert outputs.labels is not None
-    labels = outputs.labels.numpy()
-    own = np.take_along_axis(scores, labels[:, None, None], 2)
-    shares: NDArray[np.float64] = ((scores > own).sum(2) < top).mean(0)
-    return shares
+def _first_means(outputs: ExitOutputs) -> ExitOutputs:
+    """The outputs in which each exit answers with the mean of the probabilities of all exits up to it."""
+    each = outputs.log_probs.double().exp()
+    means = each.cumsum(1) / torch.arange(1, each.shape[1] + 1)[:, None]
+    return replace(outputs, log_probs=means.log())
