@@ -1,7 +1,7 @@
 """What the defaults are worth: heads that standardise what they read, and the optimiser that follows the heads.
 
     python benchmarks/defaults.py --data DIR --cifar DIR [--backbones squeezenet resnet56 efficientnet minilm] [--seeds 3]
-        [--parts heads copies latency]
+        [--parts heads copies latency] [--optimisers default "Adam 1e-3"]
 
 DIR of ``--data`` holds ``weights/``, ``imagenette/`` and ``text/``, that of ``--cifar`` what ``benchmarks/cifar10.py`` reads.
 Backbones are frozen, with independent exits (method sdn) near 25, 50 and 75% of their MACs, each trained on the same samples
@@ -71,6 +71,8 @@ def main() -> None:
     results: dict[str, Any] = json.loads(path.read_text())["results"] if path.exists() else {}
     for part, name in product([part for part in args.parts if part in PARTS], args.backbones):
         head, options = PARTS[part]
+        if part == "copies":
+            options = {key: options[key] for key in args.optimisers}
         keys = {(seed, key): f"{name}/{part}/{key}/{seed}" for seed, key in product(range(args.seeds), options)}
         case = BACKBONES[name](args) if any(where not in results for where in keys.values()) else None
         for (seed, key), where in keys.items():
@@ -85,7 +87,7 @@ def main() -> None:
         console.print(_latency_table(results["latency"]))
     for part in args.parts:
         if part in PARTS:
-            console.print(_table(results, part, PARTS[part][1], args))
+            console.print(_table(results, part, args.optimisers if part == "copies" else list(HEADS), args))
 
 
 def _measure(
@@ -225,7 +227,7 @@ def _latency_table(milliseconds: dict[str, float]) -> Table:
     return table(("ResNet-32, ztw", "ms", "backbone alike"), rows, "One image, from which no sample leaves")
 
 
-def _table(results: dict[str, Any], part: str, options: dict[str, Any], args: argparse.Namespace) -> Table:
+def _table(results: dict[str, Any], part: str, options: list[str], args: argparse.Namespace) -> Table:
     rows = []
     for name, key in product(args.backbones, options):
         runs = [results.get(f"{name}/{part}/{key}/{seed}") for seed in range(args.seeds)]
@@ -247,6 +249,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--backbones", nargs="+", choices=BACKBONES, default=list(BACKBONES))
     parser.add_argument("--out", type=Path, default=Path("results/defaults"))
     parser.add_argument("--parts", nargs="+", choices=[*PARTS, "latency"], default=[*PARTS, "latency"])
+    parser.add_argument("--optimisers", nargs="+", choices=OPTIMISERS, default=list(OPTIMISERS))
     for name, default in (("images", 4_000), ("test-images", 2_000), ("epochs", 6), ("seeds", 3), ("batch", 64)):
         parser.add_argument(f"--{name}", type=int, default=default)
     return parser.parse_args()

@@ -1,31 +1,36 @@
-"""ZTW, SDN and PBEE on a text classifier: a small frozen BERT, the same heads, three ways to leave.
+"""Exits in a pretrained MiniLM-L6: methods, training regimes, and the front of its own first layers.
 
-    python benchmarks/text.py --data DIR [--seeds 3] [--epochs 10] [--unseen 3000]
+    python benchmarks/text.py sst2|agnews --data DIR [--seeds 3] [--texts 3000] [--epochs 8]
 
-DIR holds ``agnews_train.tsv`` and ``agnews_test.tsv``. For every seed a six-layer BERT of width 128 is trained on the
-training texts from random weights and then frozen; an exit after each layer but the last learns from
-the feature cache. Accuracy by share of the backbone's MACs, on the test texts. ``ztw`` is also taken apart: without its
-cascade links, and without its ensemble. With ``--unseen`` so many training texts are kept from the backbone, and the exits
-learn from these: what a backbone says of texts that it was trained on is not what it says of others.
+DIR holds ``weights/minilm_l6`` and ``text/``. For every seed the pretrained network is fine-tuned on the training texts; exits
+stand after each layer but the last. Accuracy by share of the network's MACs, on the part dev (SST-2) or test (AG News):
+
+* methods on the frozen network, with the same heads, which learn from cached features; ``ztw`` also taken apart;
+* regimes (Kubaty et al.), method sdn: ``disjoint`` is the frozen row; ``mixed`` trains everything for as many passes as the
+  fine-tuning had, from the fine-tuned weights; ``joint`` spends the passes of both on everything, from the pretrained ones;
+* the first n layers of the pretrained network, fine-tuned alone: what exits have to beat.
+
+Every number is kept in ``--out`` as it comes, and what is there is not measured again.
 """
 
 from __future__ import annotations
 
 import argparse
-import time
-from dataclasses import replace
+import csv
+import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from agnews import BATCH, Texts, load_texts, pretrained
-from rich.table import Table
-from tables import BUDGETS, numbers, over_budgets, table, write
+from safetensors.torch import load_file, save_file
+from tables import BUDGETS, at, cell, table, write
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset, default_collate
+from torch.utils.data import DataLoader
 
 import exitkit
 from exitkit.common.console import make_console
+from exitkit.common.files import replacing
 from exitkit.evaluation import ExitOutputs
 
 METHODS = {
@@ -33,81 +38,193 @@ METHODS = {
     "ztw without links": exitkit.ZTW(cascade=False),
     "ztw without ensemble": exitkit.ZTW(ensemble="none"),
     "sdn": exitkit.SDN(),
-    "pbee": exitkit.PBEE(),
+    "gpf": exitkit.GPF(),
 }
+"""``pbee`` reads the exits of ``sdn``."""
+REGIMES = ("mixed", "joint")
+LAYERS, PASSES, BATCH = 6, 2, 32
+TASKS = {"sst2": (2, "dev", 32), "agnews": (4, "test", 48)}
+"""Classes, the part that is measured on, and tokens."""
+Texts = list[tuple[str, int]]
 
 
 def main() -> None:
     args = _arguments()
-    console, started = make_console(), time.perf_counter()
-    train, test = load_texts(args.data)
-    runs: dict[str, list[ExitOutputs]] = {method: [] for method in METHODS}
+    torch.set_num_threads(args.threads)
+    path = args.out / f"{args.task}.json"
+    found: dict[str, Any] = json.loads(path.read_text())["found"] if path.exists() else {}
+    part = TASKS[args.task][1]
+    train = _read(args.data / "text" / f"{args.task}_train.tsv")
+    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))[: args.texts]
+    texts = (
+        [train[row] for row in order.tolist()],
+        _read(args.data / "text" / f"{args.task}_{part}.tsv")[: args.tested],
+    )
     for seed in range(args.seeds):
-        torch.manual_seed(seed)
-        known, learned = _parted(train, args.unseen)
-        backbone = pretrained(known)
-        for method in METHODS:
-            runs[method].append(_measure(backbone, method, seed, args, learned, test))
-            exits = " ".join(f"{accuracy:.1%}" for accuracy in runs[method][-1].accuracy())
-            console.print(f"seed {seed}  {method}: {exits}  ({time.perf_counter() - started:.0f} s)")
-    console.print(_table(runs, args))
-    write(args.out, args, runs=numbers(runs))
+        for name, measure in _rows(args, seed, texts).items():
+            if f"{name}/{seed}" not in found:
+                found[f"{name}/{seed}"] = measure()
+                make_console().print(f"{name}/{seed}: {_numbers(found[f'{name}/{seed}'])}", soft_wrap=True)
+                write(path, args, found=found)
+    make_console().print(_table(found, args))
 
 
-def _parted(train: Texts, unseen: int) -> tuple[Texts, Texts]:
-    """What the backbone learns from, and what the exits do: all texts, or ``unseen`` others."""
-    if not unseen:
-        return train, train
-    order = torch.randperm(len(train.ids))
-    known, learned = (
-        replace(train, ids=train.ids[rows], labels=train.labels[rows]) for rows in (order[unseen:], order[:unseen])
-    )
-    return known, learned
+def _rows(args: argparse.Namespace, seed: int, texts: tuple[Texts, Texts]) -> dict[str, Callable[[], dict[str, Any]]]:
+    rows: dict[str, Callable[[], dict[str, Any]]] = {}
+    for method in (*METHODS, "pbee"):
+        rows[method] = lambda method=method: _frozen(args, seed, method, texts)  # type: ignore[misc]
+    for regime in REGIMES:
+        rows[regime] = lambda regime=regime: _trained(args, seed, regime, texts)  # type: ignore[misc]
+    for layers in range(1, LAYERS):
+        rows[f"first {layers}"] = lambda layers=layers: _first(args, seed, layers, texts)  # type: ignore[misc]
+    return rows
 
 
-def _measure(
-    backbone: nn.Module, method: str, seed: int, args: argparse.Namespace, train: Texts, test: Texts
-) -> ExitOutputs:
+def _frozen(args: argparse.Namespace, seed: int, method: str, texts: tuple[Texts, Texts]) -> dict[str, Any]:
+    ee = _attached(args, seed, _fine_tuned(args, seed, LAYERS, texts[0]), METHODS.get(method, exitkit.SDN()))
+    trainer = exitkit.Trainer(ee, epochs=args.epochs, seed=seed, cache=True, show_progress=False)
+    trainer.fit(_loader(args, texts[0], shuffle=True))
+    if method == "pbee":
+        ee.method = exitkit.PBEE()
+    return _kept(exitkit.collect(ee, _loader(args, texts[1])))
+
+
+def _trained(args: argparse.Namespace, seed: int, regime: str, texts: tuple[Texts, Texts]) -> dict[str, Any]:
     torch.manual_seed(seed)
-    ee = exitkit.attach(
-        backbone, _inputs([(test.ids[0], test.labels[0])] * 2), every=1, method=METHODS[method], head=args.head
+    mixed = regime == "mixed"
+    backbone = _fine_tuned(args, seed, LAYERS, texts[0]) if mixed else _pretrained(args, LAYERS)
+    ee = _attached(args, seed, backbone, exitkit.SDN())
+    trainer = exitkit.Trainer(
+        ee, "mixed", epochs=PASSES if mixed else 2 * PASSES, lr=1e-3, backbone_lr=5e-5, optimizer=torch.optim.AdamW,
+        weight_decay=0.01, mixed_precision="bf16", seed=seed, show_progress=False,
+    )  # fmt: skip
+    trainer.fit(_loader(args, texts[0], shuffle=True))
+    return _kept(exitkit.collect(ee, _loader(args, texts[1])))
+
+
+def _first(args: argparse.Namespace, seed: int, layers: int, texts: tuple[Texts, Texts]) -> dict[str, Any]:
+    """The first layers alone; their cost as a share of all six, counted by the exits of the whole."""
+    model: Any = _fine_tuned(args, seed, layers, texts[0])
+    right = 0
+    with torch.inference_mode():
+        for batch in _loader(args, texts[1]):
+            labels = batch.pop("labels")
+            right += int((model(**batch).logits.argmax(1) == labels).sum())
+    whole = exitkit.attach(_pretrained(args, LAYERS), _example(args), every=1, method="sdn", head="tail")
+    share = [one.macs_fraction for one in whole.exits][layers - 1]
+    return {"accuracy": [100 * right / len(texts[1])], "costs": [share]}
+
+
+def _kept(outputs: ExitOutputs) -> dict[str, Any]:
+    return {
+        "accuracy": (100 * outputs.accuracy()).tolist(),
+        "costs": outputs.costs.tolist(),
+        "budgets": [at(outputs, budget) for budget in BUDGETS],
+    }
+
+
+def _attached(args: argparse.Namespace, seed: int, backbone: nn.Module, method: Any) -> exitkit.MultiExitModel:
+    torch.manual_seed(seed)
+    return exitkit.attach(backbone, _example(args), every=1, method=method, head=args.head)
+
+
+def _pretrained(args: argparse.Namespace, layers: int) -> nn.Module:
+    from transformers import AutoModelForSequenceClassification, logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    classes = TASKS[args.task][0]
+    model: Any = AutoModelForSequenceClassification.from_pretrained(
+        args.data / "weights" / "minilm_l6", num_labels=classes, dtype=torch.float32
     )
-    trainer = exitkit.Trainer(ee, epochs=args.epochs, lr=args.lr, seed=seed, cache=True, show_progress=False)
-    trainer.fit(_loader(train, shuffle=True))
-    return exitkit.collect(ee, _loader(test, shuffle=False))
+    model.bert.encoder.layer = model.bert.encoder.layer[:layers]
+    model.config.num_hidden_layers = layers
+    return model.eval()  # type: ignore[no-any-return]
 
 
-def _loader(texts: Texts, shuffle: bool) -> DataLoader[Any]:
-    dataset = TensorDataset(texts.ids, texts.labels)
-    return DataLoader(dataset, BATCH, shuffle=shuffle, collate_fn=lambda rows: _inputs(rows, labelled=True))
+def _fine_tuned(args: argparse.Namespace, seed: int, layers: int, texts: Texts) -> nn.Module:
+    """Two passes of AdamW at 5e-5, falling to 0 linearly; done once."""
+    torch.manual_seed(seed)
+    model = _pretrained(args, layers)
+    path = args.out / f"{args.task}-{layers}-layers-{seed}.safetensors"
+    if path.exists():
+        model.load_state_dict(load_file(path))
+        return model
+    loader = _loader(args, texts, shuffle=True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-5, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, PASSES * len(loader))
+    model.train()
+    for _ in range(PASSES):
+        for batch in loader:
+            with torch.autocast("cpu", torch.bfloat16):
+                loss = model(**batch).loss
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+    with replacing(path) as temporary:
+        save_file({name: value.contiguous().clone() for name, value in model.state_dict().items()}, temporary)
+    return model.eval()
 
 
-def _inputs(rows: list[tuple[Tensor, Tensor]], labelled: bool = False) -> dict[str, Tensor]:
-    ids, labels = default_collate(rows)
-    return {"input_ids": ids, "attention_mask": (ids != 0).long()} | ({"labels": labels} if labelled else {})
+def _loader(args: argparse.Namespace, texts: Texts, shuffle: bool = False) -> DataLoader[Any]:
+    from transformers import AutoTokenizer
+
+    tokenizer, length = AutoTokenizer.from_pretrained(args.data / "weights" / "minilm_l6"), TASKS[args.task][2]
+
+    def collate(rows: Texts) -> dict[str, Tensor]:
+        given, labels = zip(*rows, strict=True)
+        made = tokenizer(list(given), padding="max_length", truncation=True, max_length=length, return_tensors="pt")
+        return {key: made[key] for key in ("input_ids", "attention_mask")} | {"labels": torch.tensor(labels)}
+
+    return DataLoader(texts, BATCH, shuffle=shuffle, collate_fn=collate)  # type: ignore[arg-type]
 
 
-def _table(runs: dict[str, list[ExitOutputs]], args: argparse.Namespace) -> Table:
+def _example(args: argparse.Namespace) -> dict[str, Tensor]:
+    batch: dict[str, Tensor] = next(iter(_loader(args, [("one text", 0), ("another", 0)])))
+    return {key: value for key, value in batch.items() if key != "labels"}
+
+
+def _read(path: Path) -> Texts:
+    with path.open(newline="", encoding="utf-8") as file:
+        rows = csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
+        return [(row[0], int(row[1])) for row in rows if len(row) > 1 and row[1].isdigit()]
+
+
+def _numbers(row: dict[str, Any]) -> str:
+    return " ".join(f"{value:.1f}" for value in row["accuracy"])
+
+
+def _table(found: dict[str, Any], args: argparse.Namespace) -> Any:
+    rows = []
+    for name in dict.fromkeys(key.partition("/")[0] for key in found):
+        runs = [found[f"{name}/{seed}"] for seed in range(args.seeds) if f"{name}/{seed}" in found]
+        last = cell([run["accuracy"][-1] for run in runs])
+        if name.startswith("first"):
+            rows.append(
+                (f"{name} of {LAYERS} layers, {runs[0]['costs'][0]:.0%} of the MACs", *("" for _ in BUDGETS), last)
+            )
+        else:
+            rows.append((name, *(cell([run["budgets"][b] for run in runs]) for b in range(len(BUDGETS))), last))
     return table(
-        ("method", *(f"{budget:.0%}" for budget in BUDGETS), "no sample leaves"),
-        over_budgets(runs),
-        f"AG News, frozen six-layer BERT, 5 exits ({args.head}): accuracy (%) by share of its MACs",
-        (f"exits trained on {args.unseen:,} texts that the backbone does not know, " if args.unseen else "")
-        + f"{args.epochs} epochs of the heads, mean ± std of {args.seeds} seeds",
+        ("", *(f"{budget:.0%}" for budget in BUDGETS), "no sample leaves"),
+        rows,
+        f"{args.task}, MiniLM-L6, {LAYERS - 1} exits ({args.head}): accuracy (%) by share of its MACs",
+        f"{args.texts:,} texts, {PASSES} passes of fine-tuning, {args.epochs} of the exits, {args.seeds} seeds",
     )
 
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="folder with agnews_train.tsv and agnews_test.tsv")
+    parser.add_argument("task", choices=TASKS)
+    parser.add_argument("--data", type=Path, required=True, help="folder with weights/minilm_l6 and text/")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--epochs", type=int, default=10, help="of head training")
-    parser.add_argument(
-        "--unseen", type=int, default=0, help="texts kept from the backbone for the exits to learn from"
-    )
-    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--texts", type=int, default=3_000, help="of training")
+    parser.add_argument("--tested", type=int, default=2_000, help="at most")
+    parser.add_argument("--epochs", type=int, default=8, help="of the exits on the frozen network")
     parser.add_argument("--head", default="auto")
-    parser.add_argument("--out", type=Path, default=Path("results/text.json"))
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--out", type=Path, default=Path("results/text"))
     return parser.parse_args()
 
 
