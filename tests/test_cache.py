@@ -125,6 +125,17 @@ def test_the_result_is_that_without_the_cache(kind: str, method: str) -> None:
         assert other.val_loss == pytest.approx(one.val_loss, abs=1e-5)
 
 
+@pytest.mark.parametrize("head", ["1L", "2L-4", "conv"])
+def test_the_ensemble_is_fitted_on_features_of_half_the_precision(head: str) -> None:
+    half, whole = two(method="ztw", head=head)
+    before = [parameter.clone() for parameter in half.combiners.parameters()]
+    history = fitted(half, images(shuffle=True), images(), cache=True, mixed_precision="bf16").history
+    assert history[-1].loss == pytest.approx(
+        fitted(whole, images(shuffle=True), images(), cache=True).history[-1].loss, rel=0.02
+    )
+    assert any(not torch.equal(a, b) for a, b in zip(before, half.combiners.parameters(), strict=True))
+
+
 @pytest.mark.parametrize("head", ["conv", "strided", "2L-4", "tail"])
 def test_every_head_can_be_cached(head: str) -> None:
     plain, cached = two(head=head)

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
+import subprocess
+import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +70,27 @@ def workers(name: str) -> list[int]:
         if title.startswith(b"ray::") and name.encode() in title:
             found.append(int(folder.name))
     return found
+
+
+def free_ports(count: int) -> list[int]:
+    with ExitStack() as stack:
+        return [stack.enter_context(socket.create_server(("127.0.0.1", 0))).getsockname()[1] for _ in range(count)]
+
+
+def asked(port: int, path: str, body: bytes | None = None, kind: str = "application/json") -> tuple[int, Any]:
+    """Status and document."""
+    request = urllib.request.Request(f"http://127.0.0.1:{port}{path}", body, {"content-type": kind})
+    try:
+        with urllib.request.urlopen(request, timeout=20) as reply:
+            return reply.status, json.loads(reply.read())
+    except urllib.error.HTTPError as error:
+        return error.code, json.loads(error.read())
+
+
+def infer_body(port: int, x: torch.Tensor) -> bytes:
+    name = asked(port, "/v2/models/pets")[1]["inputs"][0]["name"]
+    entry = {"name": name, "shape": [*x.shape], "datatype": "FP32", "data": x.flatten().tolist()}
+    return json.dumps({"inputs": [entry]}).encode()
 
 
 def test_a_data_set_is_answered_as_by_the_engine_though_an_actor_is_killed(cluster: None, package: Path) -> None:
@@ -127,23 +154,13 @@ def test_replicas_answer_over_http_and_change_their_threshold_without_a_restart(
     from exitkit.serving.settings import Settings
 
     settings = Settings(str(package), trust=True)
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    (port,) = free_ports(1)
     deployment.start(settings, "127.0.0.1", port)
 
-    def sent(path: str, body: bytes | None = None, kind: str = "application/json") -> Any:
-        request = urllib.request.Request(f"http://127.0.0.1:{port}{path}", body, {"content-type": kind})
-        try:
-            with urllib.request.urlopen(request, timeout=20) as reply:
-                return reply.status, json.loads(reply.read())
-        except urllib.error.HTTPError as error:
-            return error.code, json.loads(error.read())
-
+    sent = partial(asked, port)
     x = torch.randn(8, 3, 4, 4, generator=torch.Generator().manual_seed(2))
     expected = exitkit.load(package, trust=True)(x)
-    name = sent("/v2/models/pets")[1]["inputs"][0]["name"]
-    entry = {"name": name, "shape": [*x.shape], "datatype": "FP32", "data": x.flatten().tolist()}
-    body = json.dumps({"inputs": [entry]}).encode()
+    body = infer_body(port, x)
 
     def exits() -> Any:
         status, document = sent("/v2/models/pets/infer", body)
@@ -161,3 +178,62 @@ def test_replicas_answer_over_http_and_change_their_threshold_without_a_restart(
     deployment.deploy(settings)
     assert exits() == expected.exit.tolist()
     ray.serve.shutdown()
+
+
+def until(holds: Callable[[], bool], process: subprocess.Popen[str], seconds: float = 120) -> None:
+    """Wait; a process that ended meanwhile fails the test with what it said."""
+    end = time.monotonic() + seconds
+    while True:
+        try:
+            if holds():
+                return
+        except (OSError, ValueError):  # nothing listens, or knows the address yet
+            pass
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < end
+        time.sleep(0.3)
+
+
+def test_the_command_rereads_its_threshold_tells_prometheus_and_answers_what_it_took(
+    package: Path, tmp_path: Path
+) -> None:
+    x = torch.randn(8, 3, 4, 4, generator=torch.Generator().manual_seed(2))
+    expected = exitkit.load(package, trust=True)(x).exit.tolist()
+    settings = tmp_path / "serve.yaml"
+    settings.write_text(f"package: {package}\ntrust: true\nmax_wait_ms: 4000\n")
+    port, metrics = free_ports(2)
+    command = [sys.executable, "-m", "exitkit", "serve", "--config", str(settings)]
+    root = str(Path(__file__).resolve().parents[1])
+    process = subprocess.Popen(
+        [*command, "--port", str(port), "--metrics-port", str(metrics)],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": root},
+    )  # fmt: skip
+    try:
+        until(lambda: asked(port, "/v2/models/pets")[0] == 200, process)
+        body = infer_body(port, x)
+
+        def exits() -> list[int]:
+            status, document = asked(port, "/v2/models/pets/infer", body)
+            assert status == 200, document
+            return next(one["data"] for one in document["outputs"] if one["name"] == "exit")  # type: ignore[no-any-return]
+
+        assert exits() == expected
+
+        def told() -> str:
+            with urllib.request.urlopen(f"http://127.0.0.1:{metrics}/metrics", timeout=20) as reply:
+                return str(reply.read().decode())
+
+        wanted = set(re.findall(r"ray_exitkit_(?!shift)\w+", (Path(root) / "examples" / "grafana.json").read_text()))
+        assert len(wanted) == 5
+        until(lambda: all(f"{name}{{" in told() for name in wanted), process, 60)
+        settings.write_text(settings.read_text() + "threshold: 2.0\n")
+        process.send_signal(signal.SIGHUP)
+        until(lambda: exits() == [1] * 8, process, 60)
+        with ThreadPoolExecutor(1) as client:
+            answer = client.submit(exits)
+            time.sleep(0.5)  # the request is taken, and held back for a fuller batch
+            process.send_signal(signal.SIGTERM)
+            assert answer.result(30) == [1] * 8
+        assert process.wait(60) == 0
+    finally:
+        process.kill()
