@@ -5,8 +5,11 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -237,6 +240,89 @@ def test_the_backbone_of_a_row_is_what_its_exits_begin_from(small: None, invoke:
     assert Path(given) == trained / "seed-0" / "backbone.safetensors"
     fresh = resnet8().state_dict()
     assert any(not torch.equal(fresh[name], value) for name, value in load_file(given).items() if name in fresh)
+
+
+class OneMachine:
+    """Ray as far as tables use it: tasks run in turn when they are asked for, on one machine of two CPUs."""
+
+    exceptions = SimpleNamespace(RayError=ZeroDivisionError)
+
+    def __init__(self) -> None:
+        self.given: list[dict[str, Any]] = []
+
+    def is_initialized(self) -> bool:
+        return True
+
+    def nodes(self) -> list[dict[str, Any]]:
+        return [{"Alive": True, "Resources": {"CPU": 2.0}}, {"Alive": False, "Resources": {"CPU": 99.0, "GPU": 8.0}}]
+
+    def remote(self, **options: Any) -> Any:
+        self.given.append(options)
+        return lambda function: SimpleNamespace(remote=lambda *given: cache(lambda: self.run(function, given)))
+
+    def run(self, function: Any, given: Any) -> Any:
+        return function(*(self.get(one) if callable(one) else one for one in given))
+
+    def get(self, task: Any) -> Any:
+        return task()
+
+
+@pytest.fixture
+def one_machine(monkeypatch: pytest.MonkeyPatch) -> OneMachine:
+    from exitkit.serving import cluster
+
+    made = OneMachine()
+    monkeypatch.setattr(cluster, "import_ray", lambda: made)
+    return made
+
+
+def test_a_table_on_a_cluster_is_the_same_table(
+    small: None, one_machine: OneMachine, invoke: Any, tmp_path: Path
+) -> None:
+    """Rows of one training train once, a fault is its own row's, and what is there is not trained again."""
+    here, there = (tmp_path / name for name in ("here", "there"))
+    invoke("reproduce", "small", "1", "--out", here)
+    code, printed, complained = invoke("reproduce", "small", "1", "--out", there, "--ray", "local", "--threads", 2)
+    assert code == 2
+    assert "1 of 3 rows failed: wrong" in complained
+    assert "nowhere" in printed
+    documents = [json.loads((out / "small-1-smoke.json").read_text()) for out in (here, there)]
+    assert [row["numbers"] for row in documents[0]["rows"]] == [row["numbers"] for row in documents[1]["rows"]]
+    folders = [sorted(path.relative_to(out) for path in out.glob("runs/*/*/*")) for out in (here, there)]
+    assert folders[0] == folders[1]
+    assert one_machine.given == [{"num_cpus": 2, "num_gpus": 0}]
+    again = invoke("reproduce", "small", "1", "--out", there, "--rows", "SDN", "--ray", "local")[1]
+    assert " ".join(again.split()).count("is finished already") == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--threads", 3), "no machine of the cluster has 3 CPUs for a run; give --threads fewer"),
+        (("--device", "cuda"), "no machine of the cluster has 1 CPU and a GPU for a run"),
+        (("--device", "cuda:1"), "with --ray every run is given its GPU; give cpu or cuda"),
+    ],
+)
+def test_what_a_cluster_has_not_is_told(
+    small: None, one_machine: OneMachine, refused: Any, tmp_path: Path, options: tuple[Any, ...], message: str
+) -> None:
+    assert message in refused("reproduce", "small", "1", "--out", tmp_path, "--ray", "auto", *options)
+
+
+def test_a_cluster_needs_ray(small: None, refused: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    command = ("reproduce", "small", "1", "--out", tmp_path, "--ray")
+    monkeypatch.setitem(sys.modules, "ray", None)
+    assert "pip install 'exitkit[serve]'" in refused(*command, "local")
+
+
+def test_a_row_whose_machine_is_lost_fails_alone(tmp_path: Path) -> None:
+    from exitkit.cli.on_ray import carried_out_here
+
+    recipe, lost = Recipe("tests.toy:net", "x.npz"), str(tmp_path / "elsewhere")
+    assert carried_out_here(recipe, tmp_path, lost, 1, None, "its backbone failed") == "its backbone failed"
+    told = carried_out_here(recipe, tmp_path, lost, 1, None, None)
+    assert told is not None
+    assert f"{lost!r} is not on " in told
 
 
 def test_scales_name_the_files_that_are_not_there(small: None, tmp_path: Path) -> None:
