@@ -40,7 +40,7 @@ def row(paper: str, table: str, name: str) -> Row:
 
 ROWS = {
     "zero-time-waste": {"1": 36, "2": 3, "5": 3, "C.1": 8, "C.2": 6, "C.3": 12, "B.3": 3},
-    "distillation": {"1": 11, "2": 11, "3": 2, "4": 2, "5": 11, "6": 11},
+    "distillation": {"1": 11, "2": 11, "3": 4, "4": 4, "5": 11, "6": 11},
     "training-regimes": {"1": 18, "2": 3, "2R": 3, "3": 9, "4": 3, "5": 10, "6": 9, "7": 21, "20": 9},
 }
 
@@ -65,6 +65,8 @@ def test_every_table_is_there_with_its_rows() -> None:
             (0.3, 0.5, 0.6, 0.6, 0.6),
         ),
         ("distillation", "5", "ImageNet(full) distillation", (88.8, 90.5, 91.3, 91.6, 91.8), (0.1,) * 5),
+        ("distillation", "4", "CPU, budget-mode", (159, 339, 471, 559, 665), (48, 99, 131, 138, 125)),
+        ("distillation", "4", "GPU, anytime-mode", (27, 38, 48, 56, 59), (2, 1, 2, 1, 1)),
         ("training-regimes", "1", "ResNet-34 C-100 Mixed", (62.24, 73.81, 75.92, 75.88), (0.78, 0.51, 0.44, 0.40)),
         ("training-regimes", "2R", "STS-B Disjoint", (2.37, 1.55, 0.54, 0.51), (0.01, 0.11, 0.0, 0.02)),
         ("training-regimes", "6", "Joint 2L-1024", (45.59, 55.11, 57.73, 57.66), ()),
@@ -173,8 +175,16 @@ def test_squared_errors_and_times() -> None:
     noise = torch.randn(40, 2, generator=torch.Generator().manual_seed(1)) * torch.tensor([1.0, 0.2])
     outputs = RegressionOutputs(labels[:, None] + noise, labels, torch.tensor([1.0, 2.0]), 2.0)
     assert numbers_of("mse", ("unlimited",), outputs) == pytest.approx([outputs.mse()[-1]], rel=1e-5)
-    stages = [Stage(f"exit {m}", 1.0, 1.0, milliseconds=m + 1.0) for m in range(2)]
-    assert numbers_of("milliseconds", ("1", "2"), outputs, stages=stages) == [1.0, 3.0]
+    stages = [
+        Stage("first", 1.0, 1.0, milliseconds=1.0, head_milliseconds=0.25),
+        Stage("second", 1.0, 1.0, milliseconds=2.0, head_milliseconds=0.5),
+        Stage("backbone", 1.0, 0.0, milliseconds=4.0, head_milliseconds=0.0),
+    ]
+    assert numbers_of("milliseconds", ("1", "2", "3"), outputs, stages=stages) == [1.0, 3.0, 7.0]
+    alone = [1.0, 0.75 + 2.0, 0.75 + 1.5 + 4.0]  # the heads of those before are not run
+    assert numbers_of("budget-milliseconds", ("1", "2", "3"), outputs, stages=stages) == alone
+    untimed = [Stage("first", 1.0, 1.0), *stages[1:]]
+    assert numbers_of("budget-milliseconds", ("1", "2", "3"), outputs, stages=untimed) == [None] * 3
 
 
 # a table that runs ----------------------------------------------------------------------------------------------------

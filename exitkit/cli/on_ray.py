@@ -100,8 +100,8 @@ def _needed(machines: Sequence[dict[str, float]], threads: int, device: str | No
     """What Ray gives to each task; refused where no machine has it, as the task would wait for ever."""
     gpu = device == "cuda" or (device is None and any(machine.get("GPU", 0) for machine in machines))
     if not any(machine.get("CPU", 0) >= threads and machine.get("GPU", 0) >= gpu for machine in machines):
+        wanted = f"{threads} CPU{'s' * (threads > 1)}{' and a GPU' * gpu}"
         raise ArgumentError(
-            f"no machine of the cluster has {threads} CPU{'s' * (threads > 1)}{' and a GPU' * gpu} for a run; give --threads fewer"
-            f"{', or --device cpu' * gpu}"
+            f"no machine of the cluster has {wanted} for a run; give --threads fewer{', or --device cpu' * gpu}"
         )
     return {"num_cpus": threads, "num_gpus": int(gpu)}

@@ -158,7 +158,12 @@ def _numbers(
     seen = validation_file(own, method)
     validation = ExitOutputs.load(seen) if seen.exists() else None
     return numbers_of(
-        table.measure, table.columns, outputs, top=table.top, validation=validation, stages=result.stages
+        setting.row.measure or table.measure,
+        table.columns,
+        outputs,
+        top=table.top,
+        validation=validation,
+        stages=result.stages,
     )
 
 
