@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -95,8 +95,8 @@ def propose(
         ArgumentError: an unknown head or boundary, or nowhere a head that leaves something to save.
     """
     anatomy = find_boundaries(captured)
-    asked: Sequence[Head] = HEADS if heads is None else heads
-    asked = list(asked) if isinstance(asked, list | tuple) else [asked]
+    given: Any = HEADS if heads is None else heads
+    asked = list(given) if isinstance(given, list | tuple) else [given]  # one for all, as attach takes it
     specs = HeadSpec.parse_all(asked)
     if boundaries is None:
         light, heavy = _nearest(anatomy, grid.light), _nearest(anatomy, grid.heavy)
