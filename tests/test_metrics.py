@@ -165,6 +165,25 @@ def test_mcnemar_is_the_exact_binomial_test() -> None:
     assert pair.p_value == pytest.approx(2 * binom.cdf(1, 7, 0.5))
 
 
+def test_methods_are_compared_by_their_likeliest_classes() -> None:
+    """Everybody leaves at exit 0, of three classes: the label is first, second or last."""
+    first, second, last = [2.0, 1.0, 0.0], [1.0, 2.0, 0.0], [0.0, 2.0, 1.0]
+
+    def answering(logits: list[list[float]]) -> ExitOutputs:
+        both = torch.tensor(logits)[:, None].expand(-1, 2, -1)
+        return ExitOutputs(both, torch.zeros(len(logits), dtype=torch.long), torch.tensor([1.0, 4.0]), 4.0)
+
+    outputs = {"one": answering([first, second, second, last]), "two": answering([first, first, last, last])}
+    (pair,) = paired_tests(outputs, 0.3, top=2, resamples=10).pairs
+    assert (pair.top, pair.accuracies, pair.only_first, pair.only_second) == (2, (3 / 4, 2 / 4), 1, 0)
+    assert pair.auc.value == pytest.approx(1 / 4)
+    (pair,) = paired_tests(outputs, 0.3, resamples=10).pairs
+    assert (pair.top, pair.accuracies, pair.only_first, pair.only_second) == (1, (1 / 4, 2 / 4), 0, 1)
+    assert "top-2 accuracy" in str(paired_tests(outputs, 0.3, top=2, resamples=10))
+    with pytest.raises(ExitkitError, match=r"top=4 must be a whole number.*most 3; there are 3 classes"):
+        paired_tests(outputs, 0.3, top=4)
+
+
 def test_equal_methods_do_not_differ() -> None:
     outputs = random_outputs()
     (pair,) = paired_tests({"a": outputs, "b": outputs}, 0.6, resamples=20).pairs

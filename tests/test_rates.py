@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import exitkit
+from exitkit.training import Phase
 from exitkit.training.options import Options
 from tests.toy import TinyNet, images
 
@@ -20,7 +21,8 @@ def attached(*heads: str) -> exitkit.MultiExitModel:
 
 def groups(model: exitkit.MultiExitModel, **options: Any) -> tuple[type, list[tuple[float, float, int]]]:
     """The optimiser's type, and each group's rate, weight decay and number of values."""
-    made = Options(model, **options).make_optimizer()
+    chosen = Options(model, **options)
+    made = chosen.make_optimizer(chosen.phases[0])
     return type(made), [
         (group["lr"], group["weight_decay"], sum(p.numel() for p in group["params"])) for group in made.param_groups
     ]
@@ -41,7 +43,7 @@ def test_copies_with_batch_norm_learn_by_sgd_and_other_heads_beside_them_at_a_ra
     ee.backbone.requires_grad_(False)
     branch, plain = map(size, ee.classifiers)
     assert groups(ee) == (torch.optim.SGD, [(0.03, 5e-4, plain), (0.1, 5e-4, branch)])
-    optimizer = Options(ee).make_optimizer()
+    optimizer = Options(ee).make_optimizer(Phase((0, 1)))
     assert (optimizer.defaults["momentum"], optimizer.defaults["nesterov"]) == (0.9, True)
     assert groups(ee, weight_decay=0.0)[1] == [(0.03, 0.0, plain), (0.1, 0.0, branch)]
 
@@ -67,11 +69,33 @@ def test_what_is_given_is_for_all_heads(options: dict[str, Any], kind: type, rat
     assert groups(ee, **options) == (kind, [(rate, decay, size(ee.classifiers))])
 
 
+@pytest.mark.parametrize(
+    ("given", "own", "heads", "backbone"),
+    [
+        ({}, {}, 1e-3, 1e-3),
+        ({"lr": 0.01, "backbone_lr": 0.02}, {}, 0.01, 0.02),
+        ({"lr": 0.01, "backbone_lr": 0.02}, {"lr": 0.1}, 0.1, 0.1),
+        ({"lr": 0.01, "backbone_lr": 0.02}, {"backbone_lr": 0.1}, 0.01, 0.1),
+        ({"lr": 0.01}, {"lr": 0.1, "backbone_lr": 0.3}, 0.1, 0.3),
+    ],
+)
+def test_a_phase_has_rates_of_its_own(
+    given: dict[str, float], own: dict[str, float], heads: float, backbone: float
+) -> None:
+    ee = attached("1L")
+    options = Options(ee, (Phase((0,)), Phase((0, 1), (0, 1), **own)), **given)
+    rates = {
+        id(p): group["lr"] for group in options.make_optimizer(options.phases[1]).param_groups for p in group["params"]
+    }
+    assert {rates[id(p)] for p in ee.classifiers.parameters()} == {heads}
+    assert {rates[id(p)] for p in ee.backbone.parameters()} == {backbone}
+
+
 def test_every_parameter_is_in_one_group_even_where_heads_share_it() -> None:
     ee = attached("1L", "branch-2")
     ee.classifiers[1].linear.weight = torch.nn.Parameter(torch.zeros(3, 128))
     ee.classifiers[0].linear.weight = ee.classifiers[1].linear.weight
-    found = [p for group in Options(ee).make_optimizer().param_groups for p in group["params"]]
+    found = [p for group in Options(ee).make_optimizer(Phase((0, 1))).param_groups for p in group["params"]]
     learning = [p for p in ee.parameters() if p.requires_grad]
     assert {id(p) for p in found} == {id(p) for p in learning}
     assert len(found) == len(learning)

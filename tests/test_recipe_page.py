@@ -22,7 +22,7 @@ KEYS = {
     "top": {f.name for f in fields(Recipe)} - {"exits", "trainer", "optimizer", "schedule", "loss"},
     "exits": {"every", "at", "at_cost", "placement", "first", "head", "method", "num_classes", "num_outputs"},
     "trainer": {f.name for f in fields(exitkit.Trainer) if f.name not in NOT_IN_RECIPES},
-    "trainer.phase": {"exits", "stages", "alternate", "share"},
+    "trainer.phase": {"exits", "stages", "alternate", "share", "lr", "backbone_lr"},
     "optimizer": {"name"},
     "schedule": {"name", "warmup", "cycles"},
     "loss": {f.name for f in fields(Loss)},

@@ -176,6 +176,8 @@ def test_a_new_layer_learns_on_frozen_features_before_the_exits(run: Any, recipe
         ),
         ("[[trainer.phase]]\nexits = 'internals'\n", "Did you mean 'internal'?"),
         ("[[trainer.phase]]\nexits = [7]\n", r"phase 1 has exits=\(7,\); give numbers from 0 to 1"),
+        ("[[trainer.phase]]\nexits = 'all'\nlr = -0.1\n", "trainer.phase 1: lr=-0.1 must be a number greater than 0"),
+        ("[[trainer.phase]]\nexits = 'internal'\nbackbone_lr = 0.1\n", "phase 1 sets backbone_lr=0.1, but freezes"),
         ("[[trainer.phase]]\nexits = 'all'\nstage = [0]\n", "Did you mean 'stages'?"),
         ("regime = 'mixed'\n[[trainer.phase]]\nexits = 'all'\n", "both say what learns; leave one of them out"),
         ("phase = 3\n", r"must be tables: \[\[trainer.phase\]\] above the keys of each"),

@@ -258,6 +258,41 @@ def test_a_users_own_phases(ee: MultiExitModel, loader: Loaders) -> None:
     assert [record.exits for record in history] == [(3,), (0, 1, 2), (0, 1, 2)]
 
 
+def test_each_phase_learns_at_its_own_rate(ee: MultiExitModel, loader: Loaders) -> None:
+    """By plain SGD one step moves a bias by its rate times its gradient, which the first step has the same."""
+    batch = [next(iter(loader()))]
+
+    def step(**rates: float) -> Tensor:
+        model = copy.deepcopy(ee)
+        own = (Phase((3,), (0, 1, 2, 3), **rates), Phase((0, 1, 2), lr=1e-9))
+        trainer(model, own, epochs=2, optimizer=torch.optim.SGD).fit(batch)
+        return model.backbone.linear.bias.detach() - ee.backbone.linear.bias.detach()  # type: ignore[union-attr,operator]
+
+    usual = step()
+    assert usual.abs().max() > 1e-5
+    assert torch.allclose(step(lr=0.05), 5 * usual, rtol=1e-2, atol=1e-7)
+    assert torch.allclose(step(backbone_lr=0.03), 3 * usual, rtol=1e-2, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("own", "message"),
+    [
+        ({"lr": 0.2}, r"made with lr of phases=\[0\.1, None\], this run has \[0\.2, None\]"),
+        ({}, "lr of phases=.* has None"),
+    ],
+)
+def test_a_run_goes_on_at_the_rates_of_its_phases_alone(
+    ee: MultiExitModel, loader: Loaders, tmp_path: Path, own: dict[str, float], message: str
+) -> None:
+    def phases(**rates: float) -> tuple[Phase, ...]:
+        return (Phase((0,), **rates), Phase((0, 1, 2)))
+
+    trainer(ee, phases(lr=0.1), epochs=2, output_dir=tmp_path).fit(loader())
+    assert len(trainer(ee, phases(lr=0.1), epochs=2, output_dir=tmp_path).fit(loader())) == 2
+    with pytest.raises(ExitkitError, match=message):
+        trainer(ee, phases(**own), epochs=2, output_dir=tmp_path).fit(loader())
+
+
 @pytest.mark.parametrize(
     ("regime", "message"),
     [
@@ -270,6 +305,8 @@ def test_a_users_own_phases(ee: MultiExitModel, loader: Loaders) -> None:
         ((Phase((1,), None),), "phase 1 has stages=None; give numbers"),  # type: ignore[arg-type]
         ((Phase((1,), share="x"),), "phase 1: share='x' must be a number greater than 0"),  # type: ignore[arg-type]
         ((Phase((0,), share=0),), "phase 1: share=0 must be a number greater than 0"),
+        ((Phase((0,), lr=0),), "phase 1: lr=0 must be a number greater than 0"),
+        ((Phase((0,), backbone_lr=0.1),), r"phase 1 sets backbone_lr=0\.1, but freezes the backbone; name the stages"),
         ((Phase((0,)), Phase((4,))), r"phase 2 has exits=\(4,\); give numbers from 0 to 3"),
         ((Phase((1, 0)),), "rising, each once"),
         ((Phase((0,), (1,)),), "trains stage 1 of the backbone, which has no gradient: no exit behind it counts"),

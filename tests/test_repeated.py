@@ -62,6 +62,14 @@ def test_settings_are_compared_seed_by_seed() -> None:
     assert compared.differences["better", "worse"].values == difference.values
     assert "better – worse" in str(compared)
     assert "over 4 seeds" in str(compared)
+    in_two = compare_runs({"better": better, "worse": worse}, 0.6, top=2)
+    assert in_two.accuracies["better"].values == tuple(
+        outputs_of(seed, 2.0).curve(top=2).at_budget(0.6).accuracy for seed in range(4)
+    )
+    assert str(in_two).startswith("top-2 accuracy at 60%")
+    assert better.accuracy(top=4)[0].values == (1.0,) * 4  # of four classes
+    with pytest.raises(exitkit.ArgumentError, match=r"top=5 .* there are 4 classes"):
+        compare_runs({"better": better, "worse": worse}, 0.6, top=5)
 
 
 OTHERS = {
@@ -127,6 +135,9 @@ def test_a_recipe_with_three_seeds(run: Any, refused: Any, images: Path, tmp_pat
     assert "sdn/sdn – more/sdn" in compared
     plain = json.loads(run("compare", tmp_path / "sdn", tmp_path / "more", "--budget", 1.5, "--json"))
     assert len(plain["accuracies"]["sdn/sdn"]) == 3
+    both = json.loads(run("compare", tmp_path / "sdn", tmp_path / "more", "--budget", 1.5, "--top", 3, "--json"))
+    assert {name: both[name] for name in plain} == plain
+    assert both["top_3"]["accuracies"]["sdn/sdn"] == [1.0] * 3
     assert "is a single run and" in refused("compare", tmp_path / "sdn", tmp_path / "more" / "seed-0")
 
     (tmp_path / "sdn" / "seed-1").rename(tmp_path / "old")

@@ -5,8 +5,11 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -37,7 +40,7 @@ def row(paper: str, table: str, name: str) -> Row:
 
 ROWS = {
     "zero-time-waste": {"1": 36, "2": 3, "5": 3, "C.1": 8, "C.2": 6, "C.3": 12, "B.3": 3},
-    "distillation": {"1": 11, "2": 11, "3": 2, "4": 2, "5": 11, "6": 11},
+    "distillation": {"1": 11, "2": 11, "3": 4, "4": 4, "5": 11, "6": 11},
     "training-regimes": {"1": 18, "2": 3, "2R": 3, "3": 9, "4": 3, "5": 10, "6": 9, "7": 21, "20": 9},
 }
 
@@ -62,6 +65,8 @@ def test_every_table_is_there_with_its_rows() -> None:
             (0.3, 0.5, 0.6, 0.6, 0.6),
         ),
         ("distillation", "5", "ImageNet(full) distillation", (88.8, 90.5, 91.3, 91.6, 91.8), (0.1,) * 5),
+        ("distillation", "4", "CPU, budget-mode", (159, 339, 471, 559, 665), (48, 99, 131, 138, 125)),
+        ("distillation", "4", "GPU, anytime-mode", (27, 38, 48, 56, 59), (2, 1, 2, 1, 1)),
         ("training-regimes", "1", "ResNet-34 C-100 Mixed", (62.24, 73.81, 75.92, 75.88), (0.78, 0.51, 0.44, 0.40)),
         ("training-regimes", "2R", "STS-B Disjoint", (2.37, 1.55, 0.54, 0.51), (0.01, 0.11, 0.0, 0.02)),
         ("training-regimes", "6", "Joint 2L-1024", (45.59, 55.11, 57.73, 57.66), ()),
@@ -170,8 +175,16 @@ def test_squared_errors_and_times() -> None:
     noise = torch.randn(40, 2, generator=torch.Generator().manual_seed(1)) * torch.tensor([1.0, 0.2])
     outputs = RegressionOutputs(labels[:, None] + noise, labels, torch.tensor([1.0, 2.0]), 2.0)
     assert numbers_of("mse", ("unlimited",), outputs) == pytest.approx([outputs.mse()[-1]], rel=1e-5)
-    stages = [Stage(f"exit {m}", 1.0, 1.0, milliseconds=m + 1.0) for m in range(2)]
-    assert numbers_of("milliseconds", ("1", "2"), outputs, stages=stages) == [1.0, 3.0]
+    stages = [
+        Stage("first", 1.0, 1.0, milliseconds=1.0, head_milliseconds=0.25),
+        Stage("second", 1.0, 1.0, milliseconds=2.0, head_milliseconds=0.5),
+        Stage("backbone", 1.0, 0.0, milliseconds=4.0, head_milliseconds=0.0),
+    ]
+    assert numbers_of("milliseconds", ("1", "2", "3"), outputs, stages=stages) == [1.0, 3.0, 7.0]
+    alone = [1.0, 0.75 + 2.0, 0.75 + 1.5 + 4.0]  # the heads of those before are not run
+    assert numbers_of("budget-milliseconds", ("1", "2", "3"), outputs, stages=stages) == alone
+    untimed = [Stage("first", 1.0, 1.0), *stages[1:]]
+    assert numbers_of("budget-milliseconds", ("1", "2", "3"), outputs, stages=untimed) == [None] * 3
 
 
 # a table that runs ----------------------------------------------------------------------------------------------------
@@ -237,6 +250,89 @@ def test_the_backbone_of_a_row_is_what_its_exits_begin_from(small: None, invoke:
     assert Path(given) == trained / "seed-0" / "backbone.safetensors"
     fresh = resnet8().state_dict()
     assert any(not torch.equal(fresh[name], value) for name, value in load_file(given).items() if name in fresh)
+
+
+class OneMachine:
+    """Ray as far as tables use it: tasks run in turn when they are asked for, on one machine of two CPUs."""
+
+    exceptions = SimpleNamespace(RayError=ZeroDivisionError)
+
+    def __init__(self) -> None:
+        self.given: list[dict[str, Any]] = []
+
+    def is_initialized(self) -> bool:
+        return True
+
+    def nodes(self) -> list[dict[str, Any]]:
+        return [{"Alive": True, "Resources": {"CPU": 2.0}}, {"Alive": False, "Resources": {"CPU": 99.0, "GPU": 8.0}}]
+
+    def remote(self, **options: Any) -> Any:
+        self.given.append(options)
+        return lambda function: SimpleNamespace(remote=lambda *given: cache(lambda: self.run(function, given)))
+
+    def run(self, function: Any, given: Any) -> Any:
+        return function(*(self.get(one) if callable(one) else one for one in given))
+
+    def get(self, task: Any) -> Any:
+        return task()
+
+
+@pytest.fixture
+def one_machine(monkeypatch: pytest.MonkeyPatch) -> OneMachine:
+    from exitkit.serving import cluster
+
+    made = OneMachine()
+    monkeypatch.setattr(cluster, "import_ray", lambda: made)
+    return made
+
+
+def test_a_table_on_a_cluster_is_the_same_table(
+    small: None, one_machine: OneMachine, invoke: Any, tmp_path: Path
+) -> None:
+    """Rows of one training train once, a fault is its own row's, and what is there is not trained again."""
+    here, there = (tmp_path / name for name in ("here", "there"))
+    invoke("reproduce", "small", "1", "--out", here)
+    code, printed, complained = invoke("reproduce", "small", "1", "--out", there, "--ray", "local", "--threads", 2)
+    assert code == 2
+    assert "1 of 3 rows failed: wrong" in complained
+    assert "nowhere" in printed
+    documents = [json.loads((out / "small-1-smoke.json").read_text()) for out in (here, there)]
+    assert [row["numbers"] for row in documents[0]["rows"]] == [row["numbers"] for row in documents[1]["rows"]]
+    folders = [sorted(path.relative_to(out) for path in out.glob("runs/*/*/*")) for out in (here, there)]
+    assert folders[0] == folders[1]
+    assert one_machine.given == [{"num_cpus": 2, "num_gpus": 0}]
+    again = invoke("reproduce", "small", "1", "--out", there, "--rows", "SDN", "--ray", "local")[1]
+    assert " ".join(again.split()).count("is finished already") == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--threads", 3), "no machine of the cluster has 3 CPUs for a run; give --threads fewer"),
+        (("--device", "cuda"), "no machine of the cluster has 1 CPU and a GPU for a run"),
+        (("--device", "cuda:1"), "with --ray every run is given its GPU; give cpu or cuda"),
+    ],
+)
+def test_what_a_cluster_has_not_is_told(
+    small: None, one_machine: OneMachine, refused: Any, tmp_path: Path, options: tuple[Any, ...], message: str
+) -> None:
+    assert message in refused("reproduce", "small", "1", "--out", tmp_path, "--ray", "auto", *options)
+
+
+def test_a_cluster_needs_ray(small: None, refused: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    command = ("reproduce", "small", "1", "--out", tmp_path, "--ray")
+    monkeypatch.setitem(sys.modules, "ray", None)
+    assert "pip install 'exitkit[serve]'" in refused(*command, "local")
+
+
+def test_a_row_whose_machine_is_lost_fails_alone(tmp_path: Path) -> None:
+    from exitkit.cli.on_ray import carried_out_here
+
+    recipe, lost = Recipe("tests.toy:net", "x.npz"), str(tmp_path / "elsewhere")
+    assert carried_out_here(recipe, tmp_path, lost, 1, None, "its backbone failed") == "its backbone failed"
+    told = carried_out_here(recipe, tmp_path, lost, 1, None, None)
+    assert told is not None
+    assert f"{lost!r} is not on " in told
 
 
 def test_scales_name_the_files_that_are_not_there(small: None, tmp_path: Path) -> None:

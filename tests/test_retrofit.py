@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -591,12 +592,35 @@ def test_a_cascade_begins_as_the_exits_that_it_links(net: nn.Module) -> None:
     train, calibration = loaders()
     apart = exitkit.attach(net, torch.zeros(2, 16), at=["blocks.0", "blocks.2"], head=["1L", "2L-8"], method="sdn")
     exitkit.Trainer(apart, epochs=2, show_progress=False).fit(train)
-    linked = linked_from(apart, seed=0)
+    linked = linked_from(apart, ["1L", "2L-8"], seed=0)
     for batch in calibration:
         with torch.no_grad():
             first, second = apart.eval()(batch[0]).heads, linked.eval()(batch[0]).heads
         assert all(torch.allclose(one, other, atol=1e-5) for one, other in zip(first, second, strict=True))
     assert linked.method.cascade
+
+
+def test_heads_may_be_functions(net: nn.Module, tmp_path: Path) -> None:
+    """Of this test, so that nothing can find them by their names; what is linked in the end is made by them again."""
+
+    def narrow(feature: exitkit.exits.Feature, width: int = 6) -> nn.Module:
+        return nn.Sequential(nn.Linear(feature.shape[0], width), nn.Tanh())
+
+    heads = [narrow, partial(narrow, width=12)]
+    train, calibration = loaders()
+    options: dict[str, Any] = {"boundaries": ["blocks.0", "blocks.2"], "output_dir": tmp_path / "search"}
+    result = quick(net, train, calibration, heads=heads, **options)
+    captured = capture(net, torch.zeros(2, 16))
+    places = propose(captured, heads, ["blocks.0"], GRIDS["quick"], seed=0)[1]
+    assert [place.macs for place in places] == [width * 32 + width * CLASSES for width in (6, 12)]
+    assert len(result.candidates) == 4
+    assert result.verdict == "exits"
+    apart = exitkit.attach(net, torch.zeros(2, 16), at=["blocks.0", "blocks.2"], head=heads, method="sdn")
+    linked = linked_from(apart, heads, seed=0)
+    inputs = next(iter(calibration))[0]
+    with torch.no_grad():
+        first, second = apart.eval()(inputs).heads, linked.eval()(inputs).heads
+    assert all(torch.allclose(one, other, atol=1e-5) for one, other in zip(first, second, strict=True))
 
 
 def test_costs_in_time_rise_along_the_backbone_and_count_heads(net: nn.Module) -> None:

@@ -1,4 +1,5 @@
 """What only Ray can show: actors and replicas. Ray starts once; the rest of serving is tested without it."""
+# ruff: noqa: F811  (fixtures of other files)
 
 from __future__ import annotations
 
@@ -26,6 +27,8 @@ import torch
 from torch import nn
 
 import exitkit
+from tests.test_cli import invoke  # noqa: F401 - a fixture
+from tests.test_reproduction import small  # noqa: F401 - a fixture
 from tests.test_serving_http import picture
 
 ray = pytest.importorskip("ray", reason="these need Ray: pip install 'exitkit[serve]'")
@@ -147,6 +150,16 @@ def test_a_folder_of_images_becomes_parquet(cluster: None, package: Path, tmp_pa
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
     with pytest.raises(exitkit.ArgumentError, match="is there already"):
         write_predictions(package, str(tmp_path / "images"), None, out, actors=1, trust=True)
+
+
+def test_a_table_of_a_paper_runs_on_a_cluster(cluster: None, small: None, invoke: Any, tmp_path: Path) -> None:
+    """A backbone, then the exits that begin from it, each in a process of its own; a fault is told as its row's."""
+    _, printed, complained = invoke("reproduce", "small", "1", "--out", tmp_path / "out", "--ray", "local")
+    assert "1 of 3 rows failed: wrong" in complained
+    assert "nowhere" in printed
+    sdn = json.loads((tmp_path / "out" / "small-1-smoke.json").read_text())["rows"][0]
+    outputs = exitkit.ExitOutputs.load(Path(sdn["runs"]) / "seed-0" / "outputs-sdn.safetensors")
+    assert sdn["numbers"][0] == [100 * outputs.curve().at_budget(0.6).accuracy]
 
 
 def test_replicas_answer_over_http_and_change_their_threshold_without_a_restart(cluster: None, package: Path) -> None:

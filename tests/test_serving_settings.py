@@ -14,7 +14,7 @@ import torch
 
 import exitkit
 from exitkit import ExitkitError, Guarantee
-from exitkit.serving import deployment, ray_files, service
+from exitkit.serving import cluster, deployment, service
 from exitkit.serving.service import Service, load_service
 from exitkit.serving.settings import Settings, read_settings
 from tests.stages import sample, staged_engine
@@ -78,7 +78,7 @@ def test_an_address_that_is_taken_and_one_where_nothing_listens() -> None:
         ):
             deployment._check_free("127.0.0.1", port)
     with pytest.raises(exitkit.ArgumentError, match="nothing listens there"):
-        ray_files._connect(None, f"ray://127.0.0.1:{port}", 1)
+        cluster.connect(None, f"ray://127.0.0.1:{port}", 1)
 
 
 class _Monitor:

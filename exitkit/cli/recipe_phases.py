@@ -6,19 +6,22 @@ from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
+from exitkit.common.checks import check, hints_of
 from exitkit.common.errors import ArgumentError, ExitkitError, unknown_name
 from exitkit.training import Phase
 
 KEYS = [field.name for field in fields(Phase)]
 EXITS = ("all", "internal", "backbone")
 """All exits, those that were attached, or the backbone's own classifier alone."""
+_NUMBERS = ("share", "lr", "backbone_lr")
 
 
 def check_phases(tables: Any, trainer: Mapping[str, Any]) -> None:
     """Refuse what is wrong whatever the model.
 
     Raises:
-        ArgumentError: no list of tables, a regime beside them, an unknown key or word, or a phase in which nothing learns.
+        ArgumentError: no list of tables, a regime beside them, an unknown key or word, a share or rate that is not above 0,
+            or a phase in which nothing learns.
     """
     if not isinstance(tables, list) or not tables or not all(isinstance(table, dict) for table in tables):
         raise ArgumentError(f"trainer.phase = {tables!r} must be tables: [[trainer.phase]] above the keys of each")
@@ -40,6 +43,9 @@ def check_phases(tables: Any, trainer: Mapping[str, Any]) -> None:
                 raise unknown_name(f"{where}: {key}", value, words, "Or give numbers, such as [0, 1].")
             if value is not None and not isinstance(value, str | list):
                 raise ArgumentError(f"{where}: {key} = {value!r} must be {' or '.join(words)}, or a list of numbers")
+        for key in _NUMBERS:
+            if key in table:
+                check(f"{where}: {key}", table[key], hints_of(Phase)[key])
 
 
 def phases(tables: Sequence[Mapping[str, Any]], last: int) -> tuple[Phase, ...]:

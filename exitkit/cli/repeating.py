@@ -78,14 +78,20 @@ def finish(
     recipe: Recipe, folder: Path, carry_out: Callable[[Recipe, Path], None], say: Callable[[Any], None]
 ) -> None:
     """Carry out a recipe in its folder, unless that holds the finished run of the same recipe."""
-    written = json.loads(json.dumps(described(recipe)))
-    if (folder / _RECIPE).exists() and read_json(folder / _RECIPE, "delete it, to train again") == written:
+    if finished(recipe, folder):
         say(f"{folder} is finished already")
         return
     (folder / _RECIPE).unlink(missing_ok=True)
     carry_out(recipe, folder)
     with replacing(folder / _RECIPE) as temporary:
-        temporary.write_text(json.dumps(written, indent=1), encoding="utf-8")
+        temporary.write_text(json.dumps(described(recipe), indent=1), encoding="utf-8")
+
+
+def finished(recipe: Recipe, folder: Path) -> bool:
+    """Whether a folder holds the finished run of a recipe."""
+    kept = folder / _RECIPE
+    written = json.loads(json.dumps(described(recipe)))
+    return kept.exists() and bool(read_json(kept, "delete it, to train again") == written)
 
 
 def table_of(found: dict[str, Runs], title: str) -> Table:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from exitkit.cli.options import Device, Threads, check_folder, check_least
+from exitkit.cli.serving import RayAddress, cluster_of
 from exitkit.common.console import make_console
 from exitkit.common.errors import ArgumentError, ExitkitError, unknown_name
 
@@ -38,11 +40,13 @@ def reproduce(
     rows: Annotated[str | None, typer.Option(help="Only rows in whose name this occurs")] = None,
     device: Device = None,
     threads: Threads = None,
+    ray: RayAddress = None,
 ) -> None:
     """Run a table of a paper, and print it beside the published numbers.
 
     Every run stays in --out, and is used again by each table that has it; the same command goes on where it was stopped.
-    Without a table, what there is and what it needs is listed.
+    Without a table, what there is and what it needs is listed. With --ray runs go side by side, each on --threads CPUs (one by
+    default) and a GPU where there are some; all machines need this folder, the data and exitkit under the same paths.
     """
     from exitkit.reproduction import SCALES, find_table, papers, settings_of
 
@@ -65,21 +69,44 @@ def reproduce(
         raise ArgumentError(
             f"{settings[0].missing[0]!r} is not there\nThis table needs: {chosen.needs}; --data says where"
         )
+    from exitkit.cli.bench import machine
+
+    say = make_console().print
+    count = seeds or {"smoke": 1, "cpu": 3, "full": chosen.seeds}[scale]
+    outcomes = []
+    with _carrying_out(settings, out, count, ray, threads, device, say) as carried_out:
+        for number, setting in enumerate(settings, 1):
+            say(f"{number} of {len(settings)}: {setting.row.name}")
+            outcomes.append(_run(chosen, setting, out, count, carried_out, say))
+    _tell(chosen, outcomes, scale, out, machine() if ray is None else {"ray": ray})
+
+
+@contextmanager
+def _carrying_out(
+    settings: Sequence[Setting],
+    out: Path,
+    seeds: int,
+    ray: str | None,
+    threads: int | None,
+    device: str | None,
+    say: Callable[[Any], None],
+) -> Iterator[Callable[[Recipe, Path], None]]:
+    """What carries out a recipe in its folder: here, or on a Ray cluster that all have been given to."""
+    if ray is not None:
+        from exitkit.cli.on_ray import carried_out_on_ray
+
+        check_least(threads=threads)
+        chains = [_recipes(one, out, seed) for one in settings if not one.missing for seed in range(seeds)]
+        with carried_out_on_ray(chains, cluster_of(ray), threads or 1, device) as carried_out:
+            yield carried_out
+        return
     from exitkit.cli.machine import train_on
     from exitkit.cli.repeating import carry_out
 
     train_on(device)
-    say = make_console().print
-    count = seeds or {"smoke": 1, "cpu": 3, "full": chosen.seeds}[scale]
-
-    def carried_out(recipe: Recipe, folder: Path) -> None:
-        carry_out(recipe, folder, threads, lambda told: say(told) if isinstance(told, str) else None)
-
-    outcomes = []
-    for number, setting in enumerate(settings, 1):
-        say(f"{number} of {len(settings)}: {setting.row.name}")
-        outcomes.append(_run(chosen, setting, out, count, carried_out, say))
-    _tell(chosen, outcomes, scale, out)
+    yield lambda recipe, folder: carry_out(
+        recipe, folder, threads, lambda told: say(told) if isinstance(told, str) else None
+    )
 
 
 def _run(
@@ -96,42 +123,33 @@ def _run(
 
     if setting.missing:
         return Outcome(setting.row, reason=f"no {setting.missing[0]}")
-    folder = out / "runs" / setting.key
     try:
-        each = [_numbers(table, setting, out, folder, seed, carry_out, say) for seed in range(seeds)]
+        each = [_numbers(table, setting, out, seed, carry_out, say) for seed in range(seeds)]
     except ExitkitError as error:
         say(f"  {error}")
         return Outcome(setting.row, reason=f"failed: {error}"[:_PRINTED], failed=True)
-    return Outcome(setting.row, over_seeds(each), str(folder))
+    return Outcome(setting.row, over_seeds(each), str(out / "runs" / setting.key))
 
 
 def _numbers(
     table: Table,
     setting: Setting,
     out: Path,
-    folder: Path,
     seed: int,
     carry_out: Callable[[Recipe, Path], None],
     say: Callable[[Any], None],
 ) -> list[float | None]:
     """A row's numbers of one seed."""
-    from exitkit.cli.recipe import Recipe
     from exitkit.cli.repeating import finish
     from exitkit.evaluation import ExitOutputs
-    from exitkit.report import read_run, seed_folder
-    from exitkit.report.run import BACKBONE, validation_file
+    from exitkit.report import read_run
+    from exitkit.report.run import validation_file
     from exitkit.reproduction.measures import numbers_of
-    from exitkit.reproduction.tables import merged
 
-    of_seed = {"trainer": {"seed": seed}}
-    values = merged([setting.recipe, of_seed])
-    if setting.backbone is not None:
-        before = seed_folder(out / "runs" / str(setting.backbone_key), seed)
-        finish(Recipe(**merged([setting.backbone, of_seed])), before, carry_out, say)
-        values["weights"] = str(before / BACKBONE)
-    recipe = Recipe(**values)
-    own = seed_folder(folder, seed)
-    finish(recipe, own, carry_out, say)
+    recipes = _recipes(setting, out, seed)
+    for recipe, folder in recipes:
+        finish(recipe, folder, carry_out, say)
+    recipe, own = recipes[-1]
     method = recipe.make_method().name
     result = read_run(own).results[method]
     outputs = result.outputs
@@ -140,13 +158,34 @@ def _numbers(
     seen = validation_file(own, method)
     validation = ExitOutputs.load(seen) if seen.exists() else None
     return numbers_of(
-        table.measure, table.columns, outputs, top=table.top, validation=validation, stages=result.stages
+        setting.row.measure or table.measure,
+        table.columns,
+        outputs,
+        top=table.top,
+        validation=validation,
+        stages=result.stages,
     )
 
 
-def _tell(table: Table, outcomes: list[Outcome], scale: str, out: Path) -> None:
+def _recipes(setting: Setting, out: Path, seed: int) -> list[tuple[Recipe, Path]]:
+    """What a row trains with a seed, in their folders: the backbone that it begins from, where it has one, and its exits."""
+    from exitkit.cli.recipe import Recipe
+    from exitkit.report import seed_folder
+    from exitkit.report.run import BACKBONE
+    from exitkit.reproduction.tables import merged
+
+    of_seed = {"trainer": {"seed": seed}}
+    values = merged([setting.recipe, of_seed])
+    before = []
+    if setting.backbone is not None:
+        folder = seed_folder(out / "runs" / str(setting.backbone_key), seed)
+        before = [(Recipe(**merged([setting.backbone, of_seed])), folder)]
+        values["weights"] = str(folder / BACKBONE)
+    return [*before, (Recipe(**values), seed_folder(out / "runs" / setting.key, seed))]
+
+
+def _tell(table: Table, outcomes: list[Outcome], scale: str, out: Path, machine: dict[str, str]) -> None:
     """Print the table, write it as Markdown and as JSON, and end with an error where a row failed."""
-    from exitkit.cli.bench import machine
     from exitkit.common.files import replacing
     from exitkit.common.schema import to_json
     from exitkit.reproduction import markdown, record, shown
@@ -154,7 +193,7 @@ def _tell(table: Table, outcomes: list[Outcome], scale: str, out: Path) -> None:
     say = make_console().print
     say(shown(table, outcomes, scale))
     name = f"{table.paper}-{table.name}-{scale}"
-    document = to_json(record(table, outcomes, scale) | {"machine": machine()}, indent=1)
+    document = to_json(record(table, outcomes, scale) | {"machine": machine}, indent=1)
     for suffix, text in ((".md", markdown(table, outcomes, scale)), (".json", document)):
         with replacing(out / f"{name}{suffix}") as temporary:
             temporary.write_text(text, encoding="utf-8")

@@ -97,6 +97,7 @@ def calibrate(
 def compare(
     runs: Annotated[list[Path], typer.Argument(metavar="A B...", help="Run directories, or files of outputs in them")],
     budget: Annotated[float, typer.Option(help="Share of the backbone's MACs at which accuracies are compared")] = 0.5,
+    top: Top = 1,
     resamples: Annotated[int, typer.Option(help="Of the bootstrap")] = 500,
     seed: Annotated[int, typer.Option(help="Seed of the bootstrap")] = 0,
     json: AsJson = False,
@@ -106,12 +107,14 @@ def compare(
     On the same samples: McNemar at a budget, and the area under the curves. Of repeated runs (exitkit train --seeds): means
     over their seeds, and differences seed by seed.
     """
+    check_least(top=top)
     from dataclasses import asdict
 
     from exitkit.common.schema import to_json
     from exitkit.evaluation import compare_runs, paired_tests
     from exitkit.report import read_comparison, seeds_in
 
+    counted = sorted({1, top})
     repeated = [run for run in runs if seeds_in(run)]
     if repeated:
         if alone := [str(run) for run in runs if run not in repeated]:
@@ -119,8 +122,9 @@ def compare(
                 f"{alone[0]!r} is a single run and {str(repeated[0])!r} has seeds; compare folders of the same seeds, or "
                 "single runs, such as one of those below it"
             )
-        compared = compare_runs(_named_runs(runs), budget)
-        typer.echo(to_json(_plain(compared)) if json else compared)
+        named = _named_runs(runs)
+        compared = [compare_runs(named, budget, top=k) for k in counted]
+        typer.echo(to_json(_plain(compared)) if json else "\n".join(map(str, compared)))
         return
     found = read_comparison(runs)
     if len(found) < 2:
@@ -128,8 +132,8 @@ def compare(
             f"{str(runs[0])!r} holds one set of outputs, {next(iter(found))!r}, and a comparison needs at least two; name "
             "another run, or a file of outputs, beside it"
         )
-    tests = paired_tests(found, budget, resamples=resamples, seed=seed)
-    typer.echo(to_json([asdict(pair) for pair in tests.pairs]) if json else tests)
+    tests = [paired_tests(found, budget, top=k, resamples=resamples, seed=seed) for k in counted]
+    typer.echo(to_json([asdict(pair) for one in tests for pair in one.pairs]) if json else "\n".join(map(str, tests)))
 
 
 def _named_runs(places: Sequence[Path]) -> dict[str, Runs]:
@@ -143,10 +147,16 @@ def _named_runs(places: Sequence[Path]) -> dict[str, Runs]:
     }
 
 
-def _plain(compared: RunsCompared) -> dict[str, Any]:
+def _plain(compared: Sequence[RunsCompared]) -> dict[str, Any]:
+    """As JSON holds it: by accuracy, and below a key of its own by top-k accuracy."""
+    first, *others = compared
+    return {"budget": first.budget, **_numbers(first), **{f"top_{one.top}": _numbers(one) for one in others}}
+
+
+def _numbers(compared: RunsCompared) -> dict[str, Any]:
     accuracies = {name: spread.values for name, spread in compared.accuracies.items()}
     differences = [
         {"first": one, "second": two, "mean": spread.mean, "half_width": spread.half_width}
         for (one, two), spread in compared.differences.items()
     ]
-    return {"budget": compared.budget, "accuracies": accuracies, "differences": differences}
+    return {"accuracies": accuracies, "differences": differences}

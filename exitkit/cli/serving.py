@@ -78,7 +78,12 @@ def run_on_ray(
         "trust": trust,
         "actors": actors,
     }
-    return write_predictions(package, inputs[0], None if address == _LOCAL else address, out, **options)
+    return write_predictions(package, inputs[0], cluster_of(address), out, **options)
+
+
+def cluster_of(given: str) -> str | None:
+    """The address that ``--ray`` names; None for this machine alone."""
+    return None if given == _LOCAL else given
 
 
 RayAddress = Annotated[

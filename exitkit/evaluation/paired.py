@@ -30,6 +30,7 @@ class PairedTest:
         p_value: McNemar's exact test of the hypothesis that these are equally probable.
         auc: first minus second of the mean accuracy over the budgets both can keep, with a paired bootstrap interval.
         same_backbone: whether their backbones have the same weights; None where the outputs do not say.
+        top: a sample counts as right where its label is among so many likeliest classes.
     """
 
     first: str
@@ -41,6 +42,7 @@ class PairedTest:
     p_value: float
     auc: Interval
     same_backbone: bool | None
+    top: int = 1
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,9 @@ class PairedTests:
     def __str__(self) -> str:
         names = [f"{p.first} – {p.second}{'' if p.same_backbone is not False else ' *'}" for p in self.pairs]
         width = max(26, *(len(name) + 2 for name in names))
-        lines = [f"{'pair':<{width}}{'accuracy':>17}{'only 1st':>10}{'only 2nd':>10}{'p':>9}"]
+        top = self.pairs[0].top
+        measure = "accuracy" if top == 1 else f"top-{top} accuracy"
+        lines = [f"{'pair':<{width}}{measure:>17}{'only 1st':>10}{'only 2nd':>10}{'p':>9}"]
         for name, pair in zip(names, self.pairs, strict=True):
             accuracies = "{:.2%} {:.2%}".format(*pair.accuracies)
             lines.append(
@@ -65,7 +69,7 @@ class PairedTests:
 
 
 def paired_tests(
-    outputs: Mapping[str, ExitOutputs], budget: float = 0.5, *, resamples: int = 500, seed: int = 0
+    outputs: Mapping[str, ExitOutputs], budget: float = 0.5, *, top: int = 1, resamples: int = 500, seed: int = 0
 ) -> PairedTests:
     """Compare every two of several methods' or models' outputs on the same samples.
 
@@ -74,11 +78,13 @@ def paired_tests(
     Args:
         outputs: by name, at least two, with labels and in the same order of samples.
         budget: share of the backbone's MACs.
+        top: a sample counts as right where its label is among so many likeliest classes, as for ``outputs.curve``.
         resamples: of the bootstrap.
         seed: of the bootstrap.
 
     Raises:
-        ArgumentError: other samples, another backbone, no labels, or a budget that one of them cannot keep.
+        ArgumentError: other samples, another backbone, no labels, a budget that one of them cannot keep, or ``top`` is
+            not from 1 to the number of classes.
     """
     if not isinstance(outputs, Mapping) or len(outputs) < 2:
         given = list(outputs) if isinstance(outputs, Mapping) else type(outputs).__name__
@@ -86,16 +92,16 @@ def paired_tests(
     check("resamples", resamples, Count)
     check("seed", seed, Index)
     check_comparable(outputs)
-    pairs = [_pair(one, two, outputs, budget, resamples, seed) for one, two in combinations(outputs, 2)]
+    pairs = [_pair(one, two, outputs, budget, top, resamples, seed) for one, two in combinations(outputs, 2)]
     return PairedTests(tuple(pairs))
 
 
 def _pair(
-    one: str, two: str, outputs: Mapping[str, ExitOutputs], budget: float, resamples: int, seed: int
+    one: str, two: str, outputs: Mapping[str, ExitOutputs], budget: float, top: int, resamples: int, seed: int
 ) -> PairedTest:
     from scipy.stats import binomtest
 
-    first, second = _right_at(outputs[one], budget), _right_at(outputs[two], budget)
+    first, second = (_right_at(outputs[name], budget, top) for name in (one, two))
     only_first, only_second = int((first & ~second).sum()), int((second & ~first).sum())
     differing = only_first + only_second
     return PairedTest(
@@ -106,8 +112,9 @@ def _pair(
         only_first,
         only_second,
         float(binomtest(only_first, differing).pvalue) if differing else 1.0,
-        _auc_difference(outputs[one], outputs[two], resamples, seed),
+        _auc_difference(outputs[one], outputs[two], top, resamples, seed),
         same_backbone(outputs[one], outputs[two]),
+        top,
     )
 
 
@@ -116,15 +123,15 @@ def same_backbone(one: ExitOutputs, other: ExitOutputs) -> bool | None:
     return None if one.weights is None or other.weights is None else same_weights(one.weights, other.weights)
 
 
-def _right_at(outputs: ExitOutputs, budget: float) -> NDArray[np.bool_]:
+def _right_at(outputs: ExitOutputs, budget: float, top: int) -> NDArray[np.bool_]:
     exits = outputs.exits_at(outputs.curve().at_budget(budget))
-    right: NDArray[np.bool_] = outputs.correct.numpy()[np.arange(len(outputs)), exits]
+    right: NDArray[np.bool_] = outputs.correct_among(top).numpy()[np.arange(len(outputs)), exits]
     return right
 
 
-def _auc_difference(one: ExitOutputs, two: ExitOutputs, resamples: int, seed: int) -> Interval:
+def _auc_difference(one: ExitOutputs, two: ExitOutputs, top: int, resamples: int, seed: int) -> Interval:
     low = max(one.costs[0], two.costs[0])
-    parts = [(o, o.scores()[:, :-1].numpy(), o.correct.numpy().astype(np.int64)) for o in (one, two)]
+    parts = [(o, o.scores()[:, :-1].numpy(), o.correct_among(top).numpy().astype(np.int64)) for o in (one, two)]
 
     def difference(rows: NDArray[np.int64]) -> float:
         first, second = (_curve(outputs, scores[rows], right[rows]).auc(low) for outputs, scores, right in parts)

@@ -85,24 +85,24 @@ class Runs:
         """Any measure of one run's outputs, over the runs."""
         return Spread(tuple(float(measure(one)) for one in self.outputs))
 
-    def accuracy(self) -> tuple[Spread, ...]:
-        """(M+1,): of each exit."""
-        each = zip(*(one.accuracy().tolist() for one in self.outputs), strict=True)
+    def accuracy(self, top: int = 1) -> tuple[Spread, ...]:
+        """(M+1,): of each exit; with ``top`` the label may be among so many likeliest classes, as in ``outputs.accuracy``."""
+        each = zip(*(one.accuracy(top).tolist() for one in self.outputs), strict=True)
         return tuple(map(Spread, each))
 
-    def at_budget(self, budget: float) -> Spread | None:
+    def at_budget(self, budget: float, *, top: int = 1) -> Spread | None:
         """Accuracy under a share of the backbone's cost, each run with its own τ; None where the first exit costs more."""
-        curves = [one.curve() for one in self.outputs]
+        curves = [one.curve(top=top) for one in self.outputs]
         if any(curve.cost[0] >= budget for curve in curves):
             return None
         return Spread(tuple(curve.at_budget(budget).accuracy for curve in curves))
 
-    def budget_table(self, budgets: Sequence[float] = BUDGETS) -> dict[str, Spread | None]:
+    def budget_table(self, budgets: Sequence[float] = BUDGETS, *, top: int = 1) -> dict[str, Spread | None]:
         """Accuracy at the budgets by name, and where no sample leaves, as ``curve().budget_table()`` of one run has it."""
-        rows = {f"{budget:.0%}": self.at_budget(budget) for budget in budgets}
-        return rows | {"no limit": self.measured(lambda one: float(one.accuracy()[-1]))}
+        rows = {f"{budget:.0%}": self.at_budget(budget, top=top) for budget in budgets}
+        return rows | {"no limit": self.accuracy(top)[-1]}
 
-    def minus(self, other: Runs, budget: float) -> Spread:
+    def minus(self, other: Runs, budget: float, *, top: int = 1) -> Spread:
         """This accuracy minus the other at a budget, seed by seed: what both owe to a seed cancels.
 
         Raises:
@@ -113,7 +113,7 @@ class Runs:
                 f"seeds {self.seeds} and {other.seeds} are not the same; compare runs of the same seeds"
             )
         check_comparable({"one": self.outputs[0], "other": other.outputs[0]})
-        first, second = self.at_budget(budget), other.at_budget(budget)
+        first, second = self.at_budget(budget, top=top), other.at_budget(budget, top=top)
         if first is None or second is None:
             raise ArgumentError(f"budget={budget!r} cannot be kept by both; give a larger one")
         return Spread(tuple(a - b for a, b in zip(first.values, second.values, strict=True)))
@@ -138,15 +138,18 @@ class RunsCompared:
         budget: the share of the backbone's cost at which accuracies are compared.
         accuracies: of each setting there.
         differences: of every two: the first minus the second, seed by seed.
+        top: a sample counts as right where its label is among so many likeliest classes.
     """
 
     budget: float
     accuracies: dict[str, Spread]
     differences: dict[tuple[str, str], Spread]
+    top: int = 1
 
     def __str__(self) -> str:
         runs = len(next(iter(self.accuracies.values())).values)
-        lines = [f"accuracy at {self.budget:.0%} of the backbone's MACs over {runs} seeds: mean ± standard deviation"]
+        measure = "accuracy" if self.top == 1 else f"top-{self.top} accuracy"
+        lines = [f"{measure} at {self.budget:.0%} of the backbone's MACs over {runs} seeds: mean ± standard deviation"]
         lines += [f"  {name:<34}{spread!s:>16}" for name, spread in self.accuracies.items()]
         lines.append("differences, seed by seed: mean and 95% interval (1.96 standard errors), in points")
         for (one, two), spread in self.differences.items():
@@ -155,7 +158,7 @@ class RunsCompared:
         return "\n".join(lines)
 
 
-def compare_runs(found: Mapping[str, Runs], budget: float = 0.5) -> RunsCompared:
+def compare_runs(found: Mapping[str, Runs], budget: float = 0.5, *, top: int = 1) -> RunsCompared:
     """Every two of several settings at a budget, paired over their seeds.
 
     With a few seeds the interval says how much the mean would move with others, and misses that a few are few.
@@ -163,12 +166,14 @@ def compare_runs(found: Mapping[str, Runs], budget: float = 0.5) -> RunsCompared
     Args:
         found: by name, at least two, each with the same seeds.
         budget: share of the backbone's MACs.
+        top: a sample counts as right where its label is among so many likeliest classes, as for ``outputs.curve``.
 
     Raises:
-        ArgumentError: fewer than two, other seeds or samples, or a budget that one of them cannot keep.
+        ArgumentError: fewer than two, other seeds or samples, a budget that one of them cannot keep, or ``top`` is not from
+            1 to the number of classes.
     """
     if len(found) < 2:
         raise ArgumentError(f"found={list(found)}: give runs of at least two settings, by name")
-    differences = {(one, two): found[one].minus(found[two], budget) for one, two in combinations(found, 2)}
-    accuracies = {name: runs.at_budget(budget) for name, runs in found.items()}
-    return RunsCompared(budget, {name: one for name, one in accuracies.items() if one is not None}, differences)
+    differences = {(one, two): found[one].minus(found[two], budget, top=top) for one, two in combinations(found, 2)}
+    accuracies = {name: runs.at_budget(budget, top=top) for name, runs in found.items()}
+    return RunsCompared(budget, {name: one for name, one in accuracies.items() if one is not None}, differences, top)

@@ -150,7 +150,11 @@ def _page(
             for name, one in outputs.items()
             for k in sorted({1, top})
         ],
-        repeated=[(name, len(runs.seeds), runs.budget_table()) for name, runs in repeated.items()],
+        repeated=[
+            (name if k == 1 else f"{name}, top {k}", len(runs.seeds), runs.budget_table(top=k))
+            for name, runs in repeated.items()
+            for k in sorted({1, top})
+        ],
         reliability=[_pictures(name, outputs[name], points[name], classes, path) for name in outputs],
         stages=[(name, _stage_rows(result)) for name, result in results.items() if result.stages],
         guarantees=[(name, one.calibrated) for name, one in results.items() if one.calibrated is not None],

@@ -29,7 +29,8 @@ def numbers_of(
         measure: ``"budgets"``: accuracy (%) under a share of the backbone's MACs (Zero Time Waste, section 4.1);
             ``"mse"``: mean squared error there; ``"budget-mode"``: top-k accuracy (%) of the exit, among the first i, that is
             best on the validation samples (Phuong and Lampert, section 3.2); ``"anytime-mode"``: of the mean prediction of
-            the first i exits; ``"milliseconds"``: to answer at exit i.
+            the first i exits; ``"milliseconds"``: to answer at exit i after those before it; ``"budget-milliseconds"``:
+            without these, of whose stages the backbone's part alone runs.
         columns: percentages of the backbone's MACs, ``"max"`` (the best τ at any cost) or ``"unlimited"`` (no sample leaves);
             for the other measures one for each exit.
         outputs: of the test samples.
@@ -41,9 +42,8 @@ def numbers_of(
         return [_under(column, outputs, measure) for column in columns]
     top = min(top, outputs.log_probs.shape[2])
     found: Sequence[float | None]
-    if measure == "milliseconds":
-        times = [stage.milliseconds for stage in stages]
-        found = [] if None in times else list(accumulate(time for time in times if time is not None))
+    if measure in ("milliseconds", "budget-milliseconds"):
+        found = _times(stages, alone=measure == "budget-milliseconds")
     elif measure == "anytime-mode":
         found = (100 * _first_means(outputs).accuracy(top)).tolist()
     else:
@@ -73,6 +73,17 @@ def _under(column: int | str, outputs: ExitOutputs, measure: Measure) -> float |
     else:
         reached = curve.at_budget(int(column) / 100).accuracy
     return (1 - reached) * variance if measure == "mse" else 100 * reached
+
+
+def _times(stages: Sequence[Stage], alone: bool) -> list[float]:
+    """Milliseconds to answer at each exit, ``alone`` or after those before it; none where nothing was measured."""
+    whole = [stage.milliseconds for stage in stages if stage.milliseconds is not None]
+    if len(whole) < len(stages):
+        return []
+    exits = [stage.head_milliseconds or 0.0 for stage in stages]
+    spent = list(accumulate(whole))
+    before = list(accumulate(exits, initial=0.0))
+    return [time - left_out for time, left_out in zip(spent, before, strict=False)] if alone else spent
 
 
 def _first_means(outputs: ExitOutputs) -> ExitOutputs:

@@ -91,6 +91,7 @@ def record(table: Table, outcomes: Sequence[Outcome], scale: str) -> dict[str, A
     rows = [
         {
             "name": one.row.name,
+            "measure": one.row.measure or table.measure,
             "runs": one.folder,
             "reason": one.reason or None,
             "numbers": [None if spread is None else list(spread.values) for spread in one.numbers],

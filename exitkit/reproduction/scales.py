@@ -118,7 +118,8 @@ def _small(given: Mapping[str, Any], scratch: Path) -> dict[str, Any]:
             recipe[key] = few
     trainer |= {"epochs": max(1, len(trainer.get("phase", ()))), "lr": _RATE}
     for phase in trainer.get("phase", ()):
-        phase.pop("share", None)
+        for key in ("share", "lr", "backbone_lr"):
+            phase.pop(key, None)
     for key in ("milestones", "backbone_lr", "validate_steps"):
         trainer.pop(key, None)
     if "patience" in trainer:

@@ -12,8 +12,9 @@ from typing import Any, Literal
 
 from exitkit.common.errors import unknown_name
 
-Measure = Literal["budgets", "mse", "budget-mode", "anytime-mode", "milliseconds"]
-"""Accuracy (or MSE) under shares of the backbone's MACs; top-k accuracy of the first exits alone, or of their mean; times."""
+Measure = Literal["budgets", "mse", "budget-mode", "anytime-mode", "milliseconds", "budget-milliseconds"]
+"""Accuracy (or MSE) under shares of the backbone's MACs; top-k accuracy of the first exits alone, or of their mean; times, of
+the exits in turn or of one without those before it."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,7 @@ class Row:
         deviation: of each; empty where the paper has none.
         criterion: the score by which samples leave, where it is not the method's.
         cpu: changes to its recipe for the scale ``cpu``, after those of the table.
+        measure: what its numbers are, where not what the table's are.
     """
 
     name: str
@@ -37,6 +39,7 @@ class Row:
     deviation: tuple[float | None, ...] = ()
     criterion: str | None = None
     cpu: dict[str, Any] = field(default_factory=dict)
+    measure: Measure | None = None
 
 
 @dataclass(frozen=True)
@@ -149,6 +152,7 @@ def _row(values: dict[str, Any], parts: dict[str, Any]) -> Row:
         _numbers(values.get("deviation", ())),
         values.get("criterion"),
         values.get("cpu", {}),
+        values.get("measure"),
     )
 
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
 from exitkit.common.errors import ArgumentError, ExitkitError
-from exitkit.exits.classifiers import HeadSpec, InternalClassifier
+from exitkit.exits.classifiers import Head, HeadSpec, InternalClassifier
 from exitkit.exits.factory import HeadMaker
 from exitkit.methods.presets import SDN
 from exitkit.multi_exit.assembly import Parts
@@ -66,11 +66,13 @@ class Place:
         boundary: where its head reads.
         head: what kind of head it is.
         macs: of the head, per sample.
+        given: the head as it was asked for, by its name or as a function, so that it can be made again.
     """
 
     boundary: Boundary
     head: str
     macs: int
+    given: Head
 
     @property
     def name(self) -> str:
@@ -78,13 +80,13 @@ class Place:
 
 
 def propose(
-    captured: Capture, heads: Sequence[str] | None, boundaries: Sequence[str] | None, grid: Grid, seed: int
+    captured: Capture, heads: Sequence[Head] | None, boundaries: Sequence[str] | None, grid: Grid, seed: int
 ) -> tuple[MultiExitModel, tuple[Place, ...]]:
     """All candidates, untrained, as the independent exits of one model on the captured backbone, and what they are.
 
     Args:
         captured: the backbone; nothing of it changes.
-        heads: their kinds; by default :data:`HEADS`. One that a boundary cannot have is left out there.
+        heads: their kinds, names or functions; by default :data:`HEADS`. One that a boundary cannot have is left out there.
         boundaries: names; by default the blocks nearest to the shares of ``grid``.
         grid: where light and heavy heads are tried.
         seed: the heads' weights follow from it.
@@ -93,13 +95,16 @@ def propose(
         ArgumentError: an unknown head or boundary, or nowhere a head that leaves something to save.
     """
     anatomy = find_boundaries(captured)
-    specs = HeadSpec.parse_all(HEADS if heads is None else heads)
+    given: Any = HEADS if heads is None else heads
+    asked = list(given) if isinstance(given, list | tuple) else [given]  # one for all, as attach takes it
+    specs = HeadSpec.parse_all(asked)
     if boundaries is None:
         light, heavy = _nearest(anatomy, grid.light), _nearest(anatomy, grid.heavy)
     else:
         light = heavy = place(anatomy, at=boundaries)
     at = [boundary for boundary in anatomy.boundaries if boundary in (*light, *heavy)]
-    tried = {boundary: [s for s in specs if boundary in (light if is_light(s.name) else heavy)] for boundary in at}
+    where = [(head, light if is_light(spec.name) else heavy) for head, spec in zip(asked, specs, strict=True)]
+    tried = {boundary: [head for head, places in where if boundary in places] for boundary in at}
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         made = list(_made(HeadMaker(captured, anatomy, outputs_of(captured)), tried))
@@ -115,12 +120,13 @@ def propose(
 _Made = tuple[Place, InternalClassifier, tuple[int | str, ...]]
 
 
-def _made(maker: HeadMaker, tried: Mapping[Boundary, Sequence[HeadSpec]]) -> Iterator[_Made]:
+def _made(maker: HeadMaker, tried: Mapping[Boundary, Sequence[Head]]) -> Iterator[_Made]:
     """Heads in order of their boundaries."""
     like = next(maker.captured.backbone.parameters())
-    for boundary, specs in tried.items():
+    for boundary, heads in tried.items():
         seen: set[int] = set()
-        for spec in specs:
+        for given in heads:
+            spec = HeadSpec.parse(given)
             try:
                 head, inputs = maker.make(boundary, spec, cascade=False)
             except ExitkitError:  # a convolution for tokens, a branch with nothing to leave out
@@ -131,7 +137,7 @@ def _made(maker: HeadMaker, tried: Mapping[Boundary, Sequence[HeadSpec]]) -> Ite
             repeated = spec.kind == "branch" and macs in seen  # the same blocks again: there were no more to keep
             if not repeated and (boundary.macs + macs) / whole <= _DEAREST:
                 seen.add(macs)
-                yield Place(boundary, spec.name, macs), head, inputs
+                yield Place(boundary, spec.name, macs, given), head, inputs
 
 
 def _nearest(anatomy: Anatomy, shares: Sequence[float]) -> tuple[Boundary, ...]:

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from exitkit.common.errors import DivergedError
 from exitkit.common.files import replacing
-from exitkit.exits.classifiers import InternalClassifier
+from exitkit.exits.classifiers import Head, InternalClassifier
 from exitkit.multi_exit.attaching import attach
 from exitkit.multi_exit.model import MultiExitModel
 from exitkit.retrofitting.candidates import Effort, is_light
@@ -39,7 +39,7 @@ def finish(search: Search, chosen: Sequence[int]) -> tuple[MultiExitModel | None
     if len(kept) < 2:
         return (search.part(kept), kept) if kept else (None, ())
     apart = search.part(kept)
-    linked = linked_from(apart, search.seed)
+    linked = linked_from(apart, [search.places[k].given for k in kept], search.seed)
     _train(search, linked, "finish-cascade", max(1, EPOCHS[search.effort] // 2))
     together = search.collected(linked, search.product("finish-cascade-outputs"))
     alone = torch.tensor([exit_.macs_fraction for exit_ in apart.exits]).numpy()
@@ -75,15 +75,15 @@ def _train(search: Search, model: MultiExitModel, name: str, epochs: int) -> Non
         remove_run(path.with_suffix(""))
 
 
-def linked_from(model: MultiExitModel, seed: int) -> MultiExitModel:
-    """The same exits with links and an ensemble, which begin as what they were without."""
+def linked_from(model: MultiExitModel, heads: Sequence[Head], seed: int) -> MultiExitModel:
+    """The same exits with links and an ensemble, which begin as what they were without; ``heads`` are theirs."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         linked = attach(
             model.backbone,
             model.example.spec.batch(model.example.tensors),
             at=[boundary.name for boundary in model.boundaries],
-            head=list(model.head),
+            head=heads,
             method="ztw",
         )
     for new, old in zip(linked.classifiers, model.classifiers, strict=True):

@@ -24,6 +24,7 @@ from exitkit.common.hashes import digest
 from exitkit.evaluation.collecting import collect
 from exitkit.evaluation.metrics import Interval
 from exitkit.evaluation.outputs import ExitOutputs
+from exitkit.exits.classifiers import Head
 from exitkit.methods.policy import ExitPolicy
 from exitkit.multi_exit.model import MultiExitModel
 from exitkit.retrofitting.alternatives import Alternative, beside, captured_alternatives, named, weighed
@@ -72,7 +73,7 @@ def retrofit(
     cost: Cost = "macs",
     batch_size: int = 1,
     effort: Effort = "standard",
-    heads: Sequence[str] | None = None,
+    heads: Sequence[Head] | None = None,
     boundaries: Sequence[str] | None = None,
     alternatives: Sequence[nn.Module] | Mapping[str, nn.Module] = (),
     search_loader: Iterable[Any] | None = None,
@@ -101,8 +102,8 @@ def retrofit(
         batch_size: how many samples are answered together in use.
         effort: what the search may cost, in epochs of the backbone's forward: ``"quick"`` 8, ``"standard"`` 30,
             ``"thorough"`` 90; finishing comes on top, with at most 5, 30 or 60 epochs of the chosen exits.
-        heads: their kinds, as for :func:`exitkit.attach`; by default ``1L``, ``2L-256``, ``strided``, ``tail`` and
-            ``branch-1`` to ``branch-3``.
+        heads: their kinds, names or functions as for :func:`exitkit.attach`; by default ``1L``, ``2L-256``, ``strided``,
+            ``tail`` and ``branch-1`` to ``branch-3``.
         boundaries: names, as ``exitkit.inspect(model)`` lists them; by default up to eight, spread over the backbone.
         alternatives: smaller classifiers of the same classes that take the same inputs; they stand beside, alone and before
             the model.
@@ -156,7 +157,7 @@ def _search(
     wanted: Wanted,
     captured: Capture,
     data: Data,
-    heads: Sequence[str] | None,
+    heads: Sequence[Head] | None,
     boundaries: Sequence[str] | None,
     folder: Path | None,
     show_progress: bool,

@@ -32,7 +32,7 @@ def import_ray() -> Any:
         import ray
         import ray.serve
     except ImportError as error:
-        raise ExitkitError(f"serving needs Ray: pip install 'exitkit[serve]' ({error})") from error
+        raise ExitkitError(f"this needs Ray: pip install 'exitkit[serve]' ({error})") from error
     return ray
 
 

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import os
 import shutil
-import socket
 import tempfile
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from exitkit.common.errors import ArgumentError
+from exitkit.serving.cluster import joined
 from exitkit.serving.dataset import predict
-from exitkit.serving.deployment import import_ray, start_ray
 
 if TYPE_CHECKING:
     from ray.data import Dataset
@@ -20,7 +19,6 @@ if TYPE_CHECKING:
 _COLUMNS = {".parquet": ("image", "text", "x", "bytes"), ".csv": ("text",)}
 """Columns that a file's inputs are looked for in, the first first."""
 _IMAGES = ["jpg", "jpeg", "png", "bmp", "webp", "gif", "tif", "tiff"]
-_PATIENCE = 5.0
 
 
 def write_predictions(
@@ -45,11 +43,7 @@ def write_predictions(
     """
     if out.exists():
         raise ArgumentError(f"--out {str(out)!r} is there already; name another, or remove it")
-    ray = import_ray()
-    started = not ray.is_initialized()
-    if started:
-        _connect(ray, address, actors)
-    try:
+    with joined(address, actors + 1):
         dataset, column = _read(source)
         answered = predict(dataset, package, column=column, on_error="column", actors=actors, **options)
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -60,9 +54,6 @@ def write_predictions(
             os.replace(temporary, out)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
-    finally:
-        if started:
-            ray.shutdown()
     bad = counts.pop(-1, 0)
     left = ", ".join(f"{count:,} at exit {exit_}" for exit_, count in sorted(counts.items()))
     faulty = f"; {bad:,} could not be read (column error)" if bad else ""
@@ -84,27 +75,6 @@ def _read(source: str) -> tuple[Dataset, str]:
     if column is None:
         raise ArgumentError(f"{source[:200]!r} has columns {names}; inputs are looked for in {list(_COLUMNS[ending])}")
     return dataset, column
-
-
-def _connect(ray: Any, address: str | None, actors: int) -> None:
-    if address is None:
-        start_ray(ray, actors + 1)
-        return
-    host, _, port = address.removeprefix("ray://").rpartition(":")
-    if host:
-        try:
-            socket.create_connection((host, int(port)), _PATIENCE).close()
-        except (OSError, ValueError) as error:
-            raise ArgumentError(
-                f"--ray {address!r}: nothing listens there ({error}); start one with: ray start --head"
-            ) from error
-    try:
-        ray.init(address=address, log_to_driver=False, logging_level="error")
-    except (ConnectionError, ValueError, RuntimeError) as error:
-        reason = str(error).partition("\n")[0][:160]
-        raise ArgumentError(
-            f"--ray {address!r} cannot be joined: {reason}; start one with: ray start --head"
-        ) from error
 
 
 def _count(folder: Path) -> Counter[int]:

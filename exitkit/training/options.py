@@ -16,7 +16,7 @@ from exitkit.common.errors import ArgumentError, ExitkitError
 from exitkit.multi_exit.model import MultiExitModel
 from exitkit.training.ensemble import EnsembleFit
 from exitkit.training.losses import Loss, check_loss
-from exitkit.training.rates import MakeOptimizer, rates_for
+from exitkit.training.rates import MakeOptimizer, Rates, rates_for
 from exitkit.training.regimes import Phase, epochs_of, phases_of
 from exitkit.training.schedules import Schedule, check_schedule
 
@@ -28,7 +28,7 @@ class Options:
     Attributes:
         phases: those of the regime.
         lengths: the epochs of each.
-        rates: the optimiser's kind, and the learning rate of each kind of part.
+        rates: the optimiser's kind, and the learning rate of each kind of part, in a phase without rates of its own.
         directory: ``output_dir`` as a path.
         optimizer_name: the optimiser's type and what it was given, for a checkpoint to compare.
 
@@ -91,15 +91,13 @@ class Options:
             )
         check_loss(self.loss, self.phases, self.model)
         self._check_cache()
-        self.rates = rates_for(
-            self.model, not self.trains_backbone, self.optimizer, self.lr, self.backbone_lr, self.weight_decay
-        )
+        self.rates = self._rates_at(self.lr, self.backbone_lr)
         some = {
             "params": [nn.Parameter(torch.zeros(1))],
             "lr": self.rates.heads,
             "weight_decay": self.rates.weight_decay,
         }
-        probe = self._made([some])
+        probe = self._made(self.rates, [some])
         self.optimizer_name = _name(probe)
         check_schedule(self.schedule, self.milestones, probe)
         self.directory = None if self.output_dir is None else Path(self.output_dir)
@@ -115,17 +113,27 @@ class Options:
         teachers = None if distillation is None else distillation.teachers
         return teachers if isinstance(teachers, nn.Module) else None
 
-    def make_optimizer(self) -> torch.optim.Optimizer:
-        """An optimiser of what learns now, at the rates of its kinds."""
-        return self._made(self.rates.groups(self.model))
+    def make_optimizer(self, phase: Phase) -> torch.optim.Optimizer:
+        """An optimiser of what learns now, in a phase, at the rates of its kinds."""
+        rates = self.rates_in(phase)
+        return self._made(rates, rates.groups(self.model))
 
-    def _made(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-        if not callable(self.rates.make):
+    def rates_in(self, phase: Phase) -> Rates:
+        """A phase's own rates, or the trainer's."""
+        if phase.lr is not None:
+            return self._rates_at(phase.lr, phase.backbone_lr)
+        return self._rates_at(self.lr, self.backbone_lr if phase.backbone_lr is None else phase.backbone_lr)
+
+    def _rates_at(self, lr: float | None, backbone_lr: float | None) -> Rates:
+        return rates_for(self.model, not self.trains_backbone, self.optimizer, lr, backbone_lr, self.weight_decay)
+
+    def _made(self, rates: Rates, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+        if not callable(rates.make):
             raise ArgumentError(
                 f"optimizer= is a {type(self.optimizer).__name__}; give a function that makes one, such as torch.optim.AdamW"
             )
         try:
-            optimizer = self.rates.make(groups)
+            optimizer = rates.make(groups)
         except (TypeError, ValueError) as error:
             raise ArgumentError(
                 f"optimizer= cannot be called with parameter groups ({error}); give other options by functools.partial, such "

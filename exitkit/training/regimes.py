@@ -22,12 +22,16 @@ class Phase:
         stages: the stages of the backbone that learn.
         alternate: exits whose losses alone count in every other step, beginning with the first step of the first epoch.
         share: how much of the run's epochs, relative to the other phases.
+        lr: in the place of the trainer's rates, of the backbone too; by default these.
+        backbone_lr: the backbone's, where it learns; by default ``lr``, or the trainer's.
     """
 
     exits: tuple[int, ...]
     stages: tuple[int, ...] = ()
     alternate: tuple[int, ...] | None = None
     share: Positive = 1.0
+    lr: Positive | None = None
+    backbone_lr: Positive | None = None
 
     def exits_at(self, epoch: int, step: int) -> tuple[int, ...]:
         """The exits whose losses count in a step of an epoch, both from 0; each epoch begins with the other turn."""
@@ -128,6 +132,11 @@ def _check(phase: Phase, number: int, last: int, new_head: bool) -> None:
         raise ArgumentError(
             f"phase {number} trains stage {phase.stages[-1]} of the backbone, which has no gradient: no exit behind it counts "
             f"(exits={phase.exits}); leave the stage out"
+        )
+    if phase.backbone_lr is not None and not phase.stages:
+        raise ArgumentError(
+            f"phase {number} sets backbone_lr={phase.backbone_lr!r}, but freezes the backbone; name the stages that learn, or "
+            "leave it out"
         )
     if last in phase.exits and not phase.stages and not new_head:
         raise ArgumentError(

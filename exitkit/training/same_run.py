@@ -17,6 +17,7 @@ from exitkit.training.options import Options
 from exitkit.training.schedules import schedule_name
 
 _SAMPLES = 32
+_RATES = ("lr", "backbone_lr")
 
 
 def settings_of(options: Options) -> dict[str, Any]:
@@ -30,7 +31,10 @@ def settings_of(options: Options) -> dict[str, Any]:
         "past_future": method.past_future,
         "width": method.width,
         "backbone": "trained" if options.trains_backbone else weights_digest(model.backbone, model.new_head),
-        "regime": [dict(vars(phase)) for phase in options.phases],
+        "regime": [
+            {name: part for name, part in vars(phase).items() if name not in _RATES} for phase in options.phases
+        ],
+        **{f"{name} of phases": _of_phases(name, options) for name in _RATES},
         "epochs": options.epochs,
         "lr": options.rates.heads,
         "backbone_lr": options.backbone_lr,
@@ -45,6 +49,12 @@ def settings_of(options: Options) -> dict[str, Any]:
         "mixed_precision": options.mixed_precision,
     }
     return {name: _plain(value) for name, value in settings.items()}
+
+
+def _of_phases(rate: str, options: Options) -> list[float | None] | None:
+    """A rate of each phase; None where none has one of its own, as in checkpoints that are older than these."""
+    rates = [getattr(phase, rate) for phase in options.phases]
+    return None if rates == [None] * len(rates) else rates
 
 
 def _plain(value: Any) -> Any:

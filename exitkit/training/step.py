@@ -69,7 +69,7 @@ class Learner:
         self.options, self.accelerator, self.phase, self.stages = options, accelerator, phase, stages
         self.objective = objective
         learn(options.model, phase, stages)
-        self.optimizer = options.make_optimizer()
+        self.optimizer = options.make_optimizer(phase)
         self.scheduler = make_scheduler(self.optimizer, options.schedule, options.milestones, epochs, steps)
         accelerator.free_memory()  # forgets the optimiser of the phase before
         self.stepper = accelerator.prepare_optimizer(self.optimizer)

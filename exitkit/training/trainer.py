@@ -49,7 +49,7 @@ class Trainer(Options):
             Adam at 1e-3 (Zero Time Waste, appendix A.1), but where some are copies of a frozen backbone with BatchNorm
             (``"branch-n"``, ``"tail"``) SGD with Nesterov momentum 0.9 and weight decay 5e-4, at 0.1 for these and 0.03 for
             the others. With an ``optimizer`` 1e-3.
-        backbone_lr: the backbone's; that of the heads by default.
+        backbone_lr: the backbone's; that of the heads by default. A phase of one's own may have rates of its own.
         weight_decay: handed to the optimiser; 0 by default, but as ``lr`` says.
         optimizer: makes the optimiser from parameter groups, which carry ``lr`` and ``weight_decay``: ``torch.optim.AdamW``,
             ``functools.partial(torch.optim.SGD, momentum=0.9)``. Each phase has one of its own. By default Adam where ``lr``
