@@ -68,7 +68,7 @@ class HeadsAlone(nn.Module):
         return (*reduced, heads[-1]), heads
 
     def run_heads(self, *parts: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-        """The reduced features, and every head's logits (the backbone's last), whatever precision the features were kept in."""
+        """The reduced features, and every head's logits (the backbone's last); features may be of less precision than heads."""
         dtype = next(self.heads.parameters()).dtype
         parts = tuple(part.to(dtype) for part in parts)
         return parts[:-1], (*(step.logits for step in self._steps(parts)), parts[-1])
