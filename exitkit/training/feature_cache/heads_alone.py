@@ -68,7 +68,7 @@ class HeadsAlone(nn.Module):
         return (*reduced, heads[-1]), heads
 
     def run_heads(self, *parts: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-        """The reduced features, and every head's logits (the backbone's last); features may be of less precision than heads."""
+        """The reduced features, and every head's logits (the backbone's last); features may be less precise than heads."""
         dtype = next(self.heads.parameters()).dtype
         parts = tuple(part.to(dtype) for part in parts)
         return parts[:-1], (*(step.logits for step in self._steps(parts)), parts[-1])
