@@ -304,10 +304,9 @@ def _fine_tune(model: nn.Module, loader: DataLoader[Any]) -> None:
     for _ in range(epochs):
         for batch in loader:
             inputs, labels = split_batch(batch)
-            with torch.autocast("cpu", torch.bfloat16):
-                logits = logits_of(call_on(model, inputs))
+            logits = logits_of(call_on(model, inputs))
             optimizer.zero_grad()
-            F.cross_entropy(logits.float(), torch.as_tensor(labels)).backward()
+            F.cross_entropy(logits, torch.as_tensor(labels)).backward()
             optimizer.step()
             schedule.step()
     model.eval()

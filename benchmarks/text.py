@@ -96,7 +96,7 @@ def _trained(args: argparse.Namespace, seed: int, regime: str, texts: tuple[Text
     ee = _attached(args, seed, backbone, exitkit.SDN())
     trainer = exitkit.Trainer(
         ee, "mixed", epochs=PASSES if mixed else 2 * PASSES, lr=1e-3, backbone_lr=5e-5, optimizer=torch.optim.AdamW,
-        weight_decay=0.01, mixed_precision="bf16", seed=seed, show_progress=False,
+        weight_decay=0.01, seed=seed, show_progress=False,
     )  # fmt: skip
     trainer.fit(_loader(args, texts[0], shuffle=True))
     return _kept(exitkit.collect(ee, _loader(args, texts[1])))
@@ -156,8 +156,7 @@ def _fine_tuned(args: argparse.Namespace, seed: int, layers: int, texts: Texts) 
     model.train()
     for _ in range(PASSES):
         for batch in loader:
-            with torch.autocast("cpu", torch.bfloat16):
-                loss = model(**batch).loss
+            loss = model(**batch).loss
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
