@@ -262,6 +262,7 @@ def test_status_tells_of_the_last_minute() -> None:
     assert document["last_minute"]["exits"] == [1, 1, 0]
     assert document["costs"] == [0.25, 0.5, 1.1]
     assert document["monitor"] is None
+    assert document["replicas"] == 1
     now = 0.0
     minute = LastMinute(lambda: now)
     for now in (0.0, 30.0, 70.0):  # noqa: B007 - the clock reads it

@@ -91,7 +91,7 @@ class Service:
         return guarantee is not None and (monitor is None or not monitor.alarm)
 
     def status(self) -> dict[str, Any]:
-        """What the page shows: the model, its policy, the last minute, and the monitor."""
+        """What the page shows: the model, its policy, and the last minute and the monitor of this one of the replicas."""
         preprocessing = None if self.engine.description is None else self.engine.description.preprocessing
         kinds = {ImagePreprocessing: "image", TextPreprocessing: "text"}
         policy, guarantee = self.scheduler.engine.policy, self.engine.policy.guarantee
@@ -109,6 +109,7 @@ class Service:
             "range": _range(policy, self.engine.loop.program.num_classes),
             "costs": [self.cost(exit_) for exit_ in range(len(exits))],
             "guarantee": None if guarantee is None else {"words": guarantee.words, "holds": self.guaranteed},
+            "replicas": self.settings.replicas,
             "queued": self.scheduler.queued,
             "last_minute": {
                 "answers": len(recent),
