@@ -154,7 +154,7 @@ class Engine:
         """
         tensors = self.inputs.checked(args, kwargs)
         with torch.inference_mode():
-            return self._noted(self._answer(tensors))
+            return self.noted(self._answer(tensors))
 
     def _answer(self, tensors: tuple[Tensor, ...]) -> Prediction:
         count = len(tensors[0])
@@ -197,9 +197,10 @@ class Engine:
     def _mapped(self, answers: Generator[Prediction, None, None]) -> Generator[Prediction, None, None]:
         with closing(answers):
             for prediction in answers:
-                yield self._noted(prediction)
+                yield self.noted(prediction)
 
-    def _noted(self, prediction: Prediction) -> Prediction:
+    def noted(self, prediction: Prediction) -> Prediction:
+        """The same answers, of which the monitor has been told where there is one; calls and ``map`` have done so."""
         if self.monitor is not None:
             sound = ~prediction.non_finite
             self.monitor.update(prediction.exit[sound], prediction.score[sound])

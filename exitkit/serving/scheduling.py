@@ -126,7 +126,7 @@ class RequestScheduler:
         finally:
             for row in request.rows:
                 self._requests.pop(row, None)
-        return engine._noted(prediction)
+        return engine.noted(prediction)
 
     async def close(self) -> None:
         """Take nothing more, and return once everything under way has its answer."""
