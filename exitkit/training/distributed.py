@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Iterable, Iterator, Sized
 from typing import TYPE_CHECKING, Any, cast
@@ -16,12 +17,14 @@ from exitkit.common.errors import ArgumentError
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-_SHARDING = {
-    "ACCELERATE_USE_FSDP": "FSDP",
+_FSDP, _FSDP_VERSION = "ACCELERATE_USE_FSDP", "FSDP_VERSION"
+_REFUSED = {
     "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
     "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+    "FSDP_OFFLOAD_PARAMS": "parameters on the CPU (--fsdp_offload_params)",
+    "FSDP_ACTIVATION_CHECKPOINTING": "activation checkpointing (--fsdp_activation_checkpointing)",
 }
-"""What ``accelerate launch`` asks every process for, by environment variable."""
+"""What ``accelerate launch`` may ask every process for, by environment variable."""
 
 
 _SEED_STRIDE = 100_003
@@ -35,18 +38,13 @@ def make_accelerator(mixed_precision: str) -> Accelerator:
     """An accelerator of this precision, whatever an earlier fit of this process had: accelerate keeps one per process.
 
     Raises:
-        ArgumentError: ``accelerate launch`` was asked to divide the model among processes, or the device does not have
-            this precision.
+        ArgumentError: ``accelerate launch`` was asked to divide the model among processes by other means than FSDP2, or the
+            device does not have this precision.
     """
     from accelerate import Accelerator, DataLoaderConfiguration
     from accelerate.state import AcceleratorState
-    from accelerate.utils import parse_flag_from_env
 
-    if asked := [name for variable, name in _SHARDING.items() if parse_flag_from_env(variable)]:
-        raise ArgumentError(
-            f"accelerate launch was asked for {asked[0]}, which divides the parameters among processes; Trainer needs the "
-            "whole model in each (DDP): start with torchrun, or accelerate launch --multi_gpu"
-        )
+    _check_launched()
     if AcceleratorState._shared_state and AcceleratorState().mixed_precision != mixed_precision:
         AcceleratorState._reset_state()
     accelerator = Accelerator(
@@ -57,6 +55,26 @@ def make_accelerator(mixed_precision: str) -> Accelerator:
             f"mixed_precision={mixed_precision!r} has no effect on this device ({accelerator.device.type}); use 'bf16' or 'no'"
         )
     return accelerator
+
+
+def asked_for_fsdp() -> bool:
+    """Whether ``accelerate launch`` was asked to divide models among processes."""
+    from accelerate.utils import parse_flag_from_env
+
+    return bool(parse_flag_from_env(_FSDP))
+
+
+def _check_launched() -> None:
+    from accelerate.utils import parse_flag_from_env
+
+    asked = [name for variable, name in _REFUSED.items() if parse_flag_from_env(variable)]
+    if asked_for_fsdp() and (version := os.environ.get(_FSDP_VERSION, "1")) != "2":
+        asked.insert(0, f"FSDP of version {version}")
+    if asked:
+        raise ArgumentError(
+            f"accelerate launch was asked for {asked[0]}, which Trainer does not do; start it with --multi_gpu, as torchrun "
+            "does (DDP: the whole model in each process), or with --use_fsdp --fsdp_version 2, which divides the model"
+        )
 
 
 def own_part(accelerator: Accelerator, loader: Iterable[Any], name: str) -> Iterable[Any]:
