@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -219,13 +220,9 @@ def _with_parts(state: dict[str, Any], folder: Path, mesh: Any) -> dict[str, Any
 
     try:
         stored: dict[str, Any] = FileSystemReader(folder).read_metadata().state_dict_metadata
-        parts: dict[str, Tensor] = {}
-        for name, about in stored.items():
-            size, dtype = about.size, about.properties.dtype
-            by_rows = {"device_mesh": mesh, "placements": [tensor.Shard(0)]}
-            parts[name] = (
-                torch.empty(size, dtype=dtype) if mesh is None else tensor.empty(size, dtype=dtype, **by_rows)
-            )
+        by_rows: Any = partial(tensor.empty, device_mesh=mesh, placements=[tensor.Shard(0)])
+        empty = torch.empty if mesh is None else by_rows
+        parts = {name: empty(about.size, dtype=about.properties.dtype) for name, about in stored.items()}
         load(parts, checkpoint_id=folder, no_dist=mesh is None)
     except (CheckpointException, OSError) as error:
         raise FileError(
