@@ -93,13 +93,14 @@ def fitted(batch: int, ending: int | None = None, **options: Any) -> tuple[Multi
     val = DataLoader(Samples(20), batch)
     settings = {"regime": "mixed", "epochs": 2, "lr": 1e-2, "optimizer": torch.optim.SGD, "show_progress": False}
     history = Trainer(ee, **(settings | options)).fit(train, val)  # type: ignore[arg-type]
-    return ee, [(record.loss, record.val_loss, record.accuracy) for record in history]
+    return ee, [(record.loss, record.val_loss) for record in history]
 
 
 DIVIDED: dict[str, dict[str, Any]] = {
     "mixed": {"accumulate": 2, "max_grad_norm": 1.0, "patience": 3, "optimizer": MOMENTUM},
     "joint": {"regime": "joint"},
-    "separate": {"regime": "separate", "epochs": 4},
+    "separate": {"regime": "separate"},
+    "bf16": {"mixed_precision": "bf16"},
 }
 
 
@@ -155,11 +156,12 @@ def test_a_divided_model_ends_with_the_weights_of_a_whole_one(tmp_path: Path, fs
             torch.load(tmp_path / run, weights_only=True)
             for run in (f"one/{name}-0.pt", f"two/{name}-0.pt", f"two/{name}-1.pt")
         )
-        close(one["weights"], two["weights"])
+        tolerance = 2e-2 if name == "bf16" else 1e-6
+        close(one["weights"], two["weights"], tolerance)
         assert list(one["weights"]) == list(two["weights"])
         assert all(torch.equal(value, second["weights"][key]) for key, value in two["weights"].items())
         for before, after in zip(one["history"], two["history"], strict=True):
-            assert [pytest.approx(part, abs=1e-5) for part in before] == list(after)
+            assert before == tuple(pytest.approx(part, abs=10 * tolerance) for part in after)
     assert sorted(path.name for path in (tmp_path / "two" / "exits").glob("*.safetensors")) == ["model.safetensors"]
     backbone = TinyViT()
     backbone.load_state_dict(torch.load(tmp_path / "two" / "backbone.pt", weights_only=True))
@@ -229,4 +231,4 @@ def same_as(directory: Path, whole: dict[str, Any]) -> None:
     result = torch.load(directory / "result.pt", weights_only=True)
     close(whole["weights"], result["weights"], 1e-5)
     for before, after in zip(whole["history"], result["history"], strict=True):
-        assert [pytest.approx(part, abs=1e-5) for part in before] == list(after)
+        assert before == tuple(pytest.approx(part, abs=1e-4) for part in after)

@@ -56,7 +56,7 @@ def divided(
     _take_weights_of_main_process(model, accelerator.device)
     twin = copy.deepcopy(model, {id(parameter): _alias(parameter) for parameter in model.parameters()})
     twin.combiners.to(accelerator.device)
-    _shard(twin, accelerator)
+    _shard(twin, accelerator, options.mixed_precision)
     theirs = dict(zip(model.parameters(), twin.parameters(), strict=True))
     modules = dict(zip(model.modules(), twin.modules(), strict=True))
     stages = replace(
@@ -108,16 +108,23 @@ def _set(tensor: Tensor, values: Tensor) -> None:
         tensor.copy_(values)
 
 
-def _shard(model: MultiExitModel, accelerator: Accelerator) -> None:
-    """Each block by itself; the rest of the backbone and the exits together. Between calls every parameter is divided."""
+def _shard(model: MultiExitModel, accelerator: Accelerator, precision: str) -> None:
+    """Each block by itself; the rest of the backbone and the exits together. Between calls every parameter is divided.
+
+    Under autocast to bf16 parameters are gathered in it: autograd would keep the copies that autocast makes, of all blocks.
+    """
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
     mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
+    low = torch.bfloat16 if precision == "bf16" else None
+    gathered = MixedPrecisionPolicy(low, reduce_dtype=torch.float32 if low else None, cast_forward_inputs=False)
+    divide = partial(fully_shard, mesh=mesh, reshard_after_forward=True, mp_policy=gathered)
     for block in _blocks(model):
-        fully_shard(block, mesh=mesh, reshard_after_forward=True)
-    ensemble = set(model.combiners.parameters())  # fitted in every process by itself
-    fully_shard(model, mesh=mesh, reshard_after_forward=True, ignored_params=ensemble)
+        divide(block)
+    divide(
+        model, ignored_params=set(model.combiners.parameters())
+    )  # the ensemble is fitted in every process by itself
     for method in ("run_heads", "run_until"):
         register_fsdp_forward_method(model, method)
 

@@ -170,7 +170,10 @@ class Trainer(Options):
             seed_everything(samples, self.seed)  # the same images, whatever was drawn before
             shown = self.show_progress and accelerator.is_main_process
             gather = accelerator.gather_for_metrics
-            fit_ensemble_on(options.model, data.view, samples, gather, self.ensemble_fit, shown)
+            with (
+                nullcontext() if options is self else accelerator.autocast()
+            ):  # a divided model gathers its weights in bf16
+                fit_ensemble_on(options.model, data.view, samples, gather, self.ensemble_fit, shown)
         return self.history
 
     def _settings(self, train: Iterable[Any], val: Iterable[Any] | None, processes: int) -> dict[str, Any]:
