@@ -99,7 +99,7 @@ def fitted(batch: int, ending: int | None = None, **options: Any) -> tuple[Multi
 DIVIDED: dict[str, dict[str, Any]] = {
     "mixed": {"accumulate": 2, "max_grad_norm": 1.0, "patience": 3, "optimizer": MOMENTUM},
     "joint": {"regime": "joint"},
-    "separate": {"regime": "separate"},
+    "separate": {"regime": "separate", "epochs": 3},
     "bf16": {"mixed_precision": "bf16"},
 }
 
@@ -162,7 +162,7 @@ def test_a_divided_model_ends_with_the_weights_of_a_whole_one(tmp_path: Path, fs
         assert all(torch.equal(value, second["weights"][key]) for key, value in two["weights"].items())
         for before, after in zip(one["history"], two["history"], strict=True):
             assert before == tuple(pytest.approx(part, abs=10 * tolerance) for part in after)
-    assert sorted(path.name for path in (tmp_path / "two" / "exits").glob("*.safetensors")) == ["model.safetensors"]
+    assert len(list((tmp_path / "two" / "exits").glob("*.safetensors"))) == 1
     backbone = TinyViT()
     backbone.load_state_dict(torch.load(tmp_path / "two" / "backbone.pt", weights_only=True))
     loaded = MultiExitModel.from_pretrained(backbone, tmp_path / "two" / "exits", IMAGES)

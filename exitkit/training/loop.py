@@ -269,7 +269,7 @@ class Run:
         if self.options.directory is None:
             return
         totals, batches = (
-            self.accelerator.reduce(part.to(self.accelerator.device)).cpu()
+            self.accelerator.reduce(part.to(self.accelerator.device), "mean").cpu()  # in whatever number of processes
             for part in (self.tally.totals, self.tally.batches)
         )
         main, scaler = self.accelerator.is_main_process, self.accelerator.scaler
@@ -315,9 +315,6 @@ class Run:
         self.history[:] = [Epoch(**record) for record in state["history"]]
         self.display.resume(len(self.history))
         self.tally = Tally(**state["tally"])
-        if not self.accelerator.is_main_process:  # the main process has everyone's sums
-            self.tally.totals.zero_()
-            self.tally.batches.zero_()
         self.random = state["random"] if self.tally.steps else None
 
     def _foreign(self, owner: str) -> ArgumentError:

@@ -231,7 +231,7 @@ def _with_parts(state: dict[str, Any], folder: Path, mesh: Any) -> dict[str, Any
         empty = torch.empty if mesh is None else by_rows
         parts = {name: empty(about.size, dtype=about.properties.dtype) for name, about in stored.items()}
         load(parts, checkpoint_id=folder, no_dist=mesh is None)
-    except (CheckpointException, OSError) as error:
+    except (CheckpointException, Exception) as error:  # the former is none, and a damaged file raises whatever it may
         raise FileError(
             f"the checkpoint's folder {str(folder)!r} is damaged ({_reason(error)}); start again by resume='never'"
         ) from error

@@ -170,9 +170,8 @@ class Trainer(Options):
             seed_everything(samples, self.seed)  # the same images, whatever was drawn before
             shown = self.show_progress and accelerator.is_main_process
             gather = accelerator.gather_for_metrics
-            with (
-                nullcontext() if options is self else accelerator.autocast()
-            ):  # a divided model gathers its weights in bf16
+            # a divided model's weights come in the precision of autocast
+            with nullcontext() if options is self else accelerator.autocast():
                 fit_ensemble_on(options.model, data.view, samples, gather, self.ensemble_fit, shown)
         return self.history
 
