@@ -221,9 +221,12 @@ def test_a_run_that_one_process_began_is_finished_by_two(
     in_two(f"resumed({str(tmp_path)!r}, 8)")
     same_as(tmp_path, uninterrupted)
     shards = checkpoint(tmp_path / "run")["shards"]
-    for file in (tmp_path / "run" / shards).iterdir():
-        file.write_bytes(b"damaged")
+    one, other = (tmp_path / "run" / shards).iterdir()
+    one.write_bytes(b"x" * one.stat().st_size)
     with pytest.raises(ExitkitError, match=rf"{shards}' is damaged .*resume='never'"):
+        resumed(str(tmp_path), 16)
+    other.unlink()
+    with pytest.raises(ExitkitError, match=rf"{shards}' is damaged .*not those that were written"):
         resumed(str(tmp_path), 16)
 
 

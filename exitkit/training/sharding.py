@@ -159,8 +159,9 @@ def _is_part(value: object) -> bool:
 
 
 def write_shards(state: dict[str, Any], directory: Path) -> dict[str, Any]:
-    """A checkpoint's state without the parts of divided tensors, which every process writes to a new folder; its name is in
-    the state as ``shards``.
+    """A checkpoint's state without the parts of divided tensors, which every process writes to a new folder.
+
+    Its name is in the state as ``shards``, and the sizes of its files as ``shard_bytes``.
 
     Raises:
         OSError: a process cannot write its parts.
@@ -178,15 +179,21 @@ def write_shards(state: dict[str, Any], directory: Path) -> dict[str, Any]:
         return state
     from accelerate.utils import broadcast_object_list
     from torch.distributed.checkpoint.api import CheckpointException
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
     from torch.distributed.checkpoint.state_dict_saver import save
 
     folder = directory / broadcast_object_list([f"{_FOLDERS}{secrets.token_hex(4)}"])[0]
     try:
-        save(parts, checkpoint_id=folder)
+        # as safetensors: torch's own format is unpickled when it is read, which may run code
+        save(parts, storage_writer=HuggingFaceStorageWriter(str(folder), save_distributed=True))
     except CheckpointException as error:
         shutil.rmtree(folder, ignore_errors=True)
         raise OSError(_reason(error)) from error
-    return {**rest, "shards": folder.name}
+    return {**rest, "shards": folder.name, "shard_bytes": _sizes(folder)}
+
+
+def _sizes(folder: Path) -> dict[str, int]:
+    return {file.name: file.stat().st_size for file in sorted(folder.iterdir())}
 
 
 def read_shards(
@@ -222,15 +229,18 @@ def read_shards(
 def _with_parts(state: dict[str, Any], folder: Path, mesh: Any) -> dict[str, Any]:
     from torch.distributed import tensor
     from torch.distributed.checkpoint.api import CheckpointException
-    from torch.distributed.checkpoint.filesystem import FileSystemReader
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
     from torch.distributed.checkpoint.state_dict_loader import load
 
     try:
-        stored: dict[str, Any] = FileSystemReader(folder).read_metadata().state_dict_metadata
+        if _sizes(folder) != state["shard_bytes"]:
+            raise ValueError("its files are not those that were written")
+        reader = HuggingFaceStorageReader(str(folder))
+        stored: dict[str, Any] = reader.read_metadata().state_dict_metadata
         by_rows: Any = partial(tensor.empty, device_mesh=mesh, placements=[tensor.Shard(0)])
         empty = torch.empty if mesh is None else by_rows
         parts = {name: empty(about.size, dtype=about.properties.dtype) for name, about in stored.items()}
-        load(parts, checkpoint_id=folder, no_dist=mesh is None)
+        load(parts, storage_reader=reader, no_dist=mesh is None)
     except (CheckpointException, Exception) as error:  # the former is none, and a damaged file raises whatever it may
         raise FileError(
             f"the checkpoint's folder {str(folder)!r} is damaged ({_reason(error)}); start again by resume='never'"
