@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Iterable, Iterator, Sized
-from typing import TYPE_CHECKING, Any, cast
+from collections.abc import Callable, Iterable, Iterator, Sized
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
 from exitkit.common.batches import check_iterable
-from exitkit.common.errors import ArgumentError
+from exitkit.common.errors import ArgumentError, ExitkitError
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+T = TypeVar("T")
 _FSDP, _FSDP_VERSION = "ACCELERATE_USE_FSDP", "FSDP_VERSION"
 _REFUSED = {
     "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
@@ -75,6 +76,34 @@ def _check_launched() -> None:
             f"accelerate launch was asked for {asked[0]}, which Trainer does not do; start it with --multi_gpu, as torchrun "
             "does (DDP: the whole model in each process), or with --use_fsdp --fsdp_version 2, which divides the model"
         )
+
+
+def done_by_main(accelerator: Accelerator, work: Callable[[Callable[[], object]], T]) -> T:
+    """What ``work`` gives in the main process, where alone it runs, in all of them; an error of it is raised in all.
+
+    It is given a function to call at least every few minutes: processes that wait longer for another give up.
+    """
+    from accelerate.utils import broadcast_object_list
+
+    def told(finished: bool, value: Any = None) -> Any:
+        return broadcast_object_list([(finished, value)])[0]
+
+    if accelerator.num_processes == 1:
+        return work(lambda: None)
+    if accelerator.is_main_process:
+        try:
+            value = work(lambda: told(False))
+        except Exception as error:
+            told(True, error if isinstance(error, ExitkitError) else RuntimeError(f"{type(error).__name__}: {error}"))
+            raise
+        told(True, value)
+        return value
+    finished, found = False, None
+    while not finished:
+        finished, found = told(False)
+    if isinstance(found, ExitkitError | RuntimeError):
+        raise found
+    return cast("T", found)
 
 
 def own_part(accelerator: Accelerator, loader: Iterable[Any], name: str) -> Iterable[Any]:
