@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +18,7 @@ import exitkit
 from exitkit import ExitkitError, MultiExitModel, Trainer
 from exitkit.training import Distillation, Loss
 from exitkit.training.feature_cache.store import Writer, read_store
+from tests.test_runs import launched
 from tests.toy import TinyNet
 
 Loader = DataLoader[Any]
@@ -179,6 +181,36 @@ def test_the_backbone_runs_once_per_sample() -> None:
     calls = Calls(ee)
     fitted(ee, images(48), images(32), cache=True, epochs=5)
     assert calls.count == 3 + 2
+
+
+def shared(directory: str, batch: int) -> None:
+    """A run from the cache, and how many samples went through the backbone of this process; the main one saves the weights."""
+    rank = os.environ.get("RANK", "0")
+    torch.manual_seed(1)
+    ee = attached(TinyNet(), EXAMPLE)
+    seen: list[int] = []
+    ee.backbone.stem.register_forward_hook(lambda module, args, output: seen.append(len(output)))
+    train = images(batch_size=batch, shuffle=True, generator=torch.Generator())
+    val = images(40, batch_size=batch)
+    trainer = fitted(ee, train, val, cache=True, optimizer=torch.optim.SGD, output_dir=directory)
+    records = [(record.loss, record.val_loss, record.accuracy) for record in trainer.history]
+    torch.save({"seen": sum(seen), "weights": ee.state_dict(), "history": records}, f"{directory}/run-{rank}.pt")
+
+
+def test_several_processes_share_what_one_of_them_wrote(tmp_path: Path) -> None:
+    """Batches of 8 in each of two, against 16 in one. 40 validation samples leave a last batch for one of them alone."""
+    result = launched(2, f"from tests.test_cache import shared; shared({str(tmp_path / 'two')!r}, 8)")
+    assert result.returncode == 0, result.stdout[-3000:]
+    shared(str(tmp_path / "one"), 16)
+    one, two, other = (
+        torch.load(tmp_path / name, weights_only=True) for name in ("one/run-0.pt", "two/run-0.pt", "two/run-1.pt")
+    )
+    assert (one["seen"], two["seen"], other["seen"]) == (48 + 40, 48 + 40, 0)
+    for name, value in one["weights"].items():
+        if not name.startswith("combiners."):
+            torch.testing.assert_close(two["weights"][name], value, atol=1e-5, rtol=1e-4)
+    for before, after in zip(one["history"], two["history"], strict=True):
+        assert before == tuple(pytest.approx(part, abs=1e-4) for part in after)
 
 
 def test_the_model_is_left_as_it_was() -> None:

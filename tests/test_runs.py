@@ -100,13 +100,22 @@ def test_the_optimiser_is_the_users(ee: MultiExitModel, loader: Loaders) -> None
     torch.testing.assert_close(ee.state_dict(), by_hand.state_dict())
 
 
-@pytest.mark.parametrize(("variable", "name"), [("FSDP", "FSDP"), ("DEEPSPEED", "DeepSpeed")])
-def test_a_model_divided_among_processes_is_refused(
-    ee: MultiExitModel, loader: Loaders, monkeypatch: pytest.MonkeyPatch, variable: str, name: str
+@pytest.mark.parametrize(
+    ("asked", "name"),
+    [
+        ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"}, "FSDP of version 1"),
+        ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_OFFLOAD_PARAMS": "true"}, "parameters on the CPU"),
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, "DeepSpeed"),
+        ({"ACCELERATE_USE_MEGATRON_LM": "true"}, "Megatron-LM"),
+    ],
+)
+def test_a_model_divided_by_other_means_than_fsdp2_is_refused(
+    ee: MultiExitModel, loader: Loaders, monkeypatch: pytest.MonkeyPatch, asked: dict[str, str], name: str
 ) -> None:
-    """What ``accelerate launch --use_fsdp`` sets; on CPU accelerate itself would go on without a word."""
-    monkeypatch.setenv(f"ACCELERATE_USE_{variable}", "true")
-    with pytest.raises(ExitkitError, match=f"{name}.*DDP"):
+    """What ``accelerate launch`` sets; on CPU accelerate itself would go on without a word."""
+    for variable, value in asked.items():
+        monkeypatch.setenv(variable, value)
+    with pytest.raises(ExitkitError, match=f"{name}.*DDP.*--use_fsdp --fsdp_version 2"):
         trainer(ee).fit(loader(16))
 
 

@@ -13,6 +13,7 @@ import torch
 from exitkit.common.errors import ArgumentError, FileError
 from exitkit.common.files import replacing
 from exitkit.common.hashes import digest
+from exitkit.training.sharding import remove_shards, write_shards
 
 _PREFIX = "exitkit-checkpoint-"
 _FORMAT = f"{_PREFIX}5"
@@ -21,11 +22,17 @@ DATA = ("train_loader ", "val_loader ")
 """How the names of settings begin that are read off the loaders."""
 
 
-def save_checkpoint(directory: Path, settings: dict[str, Any], state: dict[str, Any]) -> None:
-    """Write ``state`` to the run directory; the previous checkpoint stays until the new one is complete."""
-    content = {"format": _FORMAT, "settings": settings, **state}
-    with disk_errors_as_warnings(directory), replacing(directory / NAME) as temporary:
-        torch.save({**content, "sha256": digest(content)}, temporary)
+def save_checkpoint(directory: Path, settings: dict[str, Any], state: dict[str, Any], main: bool = True) -> None:
+    """Write ``state`` to the run directory; the previous checkpoint stays until the new one is complete.
+
+    Called in the main process, or in all where the model is divided among them: each then writes its parts to a new folder.
+    """
+    with disk_errors_as_warnings(directory):
+        content = {"format": _FORMAT, "settings": settings, **write_shards(state, directory)}
+        if main:
+            with replacing(directory / NAME) as temporary:
+                torch.save({**content, "sha256": digest(content)}, temporary)
+            remove_shards(directory, keep=content.get("shards"))
 
 
 @contextmanager
@@ -100,6 +107,7 @@ def remove_checkpoint(directory: Path) -> None:
     """What a run kept to be continued: its checkpoint and its cached features."""
     for path in (directory / NAME, *directory.glob("features-*.safetensors")):
         path.unlink(missing_ok=True)
+    remove_shards(directory)
 
 
 def remove_leftovers(directory: Path) -> None:

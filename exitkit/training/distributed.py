@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
+import os
 import random
-from collections.abc import Iterable, Iterator, Sized
-from typing import TYPE_CHECKING, Any, cast
+from collections.abc import Callable, Iterable, Iterator, Sized
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
 from exitkit.common.batches import check_iterable
-from exitkit.common.errors import ArgumentError
+from exitkit.common.errors import ArgumentError, ExitkitError
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-_SHARDING = {
-    "ACCELERATE_USE_FSDP": "FSDP",
+T = TypeVar("T")
+_FSDP, _FSDP_VERSION = "ACCELERATE_USE_FSDP", "FSDP_VERSION"
+_REFUSED = {
     "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
     "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+    "FSDP_OFFLOAD_PARAMS": "parameters on the CPU (--fsdp_offload_params)",
+    "FSDP_ACTIVATION_CHECKPOINTING": "activation checkpointing (--fsdp_activation_checkpointing)",
 }
-"""What ``accelerate launch`` asks every process for, by environment variable."""
+"""What ``accelerate launch`` may ask every process for, by environment variable."""
 
 
 _SEED_STRIDE = 100_003
@@ -35,18 +39,13 @@ def make_accelerator(mixed_precision: str) -> Accelerator:
     """An accelerator of this precision, whatever an earlier fit of this process had: accelerate keeps one per process.
 
     Raises:
-        ArgumentError: ``accelerate launch`` was asked to divide the model among processes, or the device does not have
-            this precision.
+        ArgumentError: ``accelerate launch`` was asked to divide the model among processes by other means than FSDP2, or the
+            device does not have this precision.
     """
     from accelerate import Accelerator, DataLoaderConfiguration
     from accelerate.state import AcceleratorState
-    from accelerate.utils import parse_flag_from_env
 
-    if asked := [name for variable, name in _SHARDING.items() if parse_flag_from_env(variable)]:
-        raise ArgumentError(
-            f"accelerate launch was asked for {asked[0]}, which divides the parameters among processes; Trainer needs the "
-            "whole model in each (DDP): start with torchrun, or accelerate launch --multi_gpu"
-        )
+    _check_launched()
     if AcceleratorState._shared_state and AcceleratorState().mixed_precision != mixed_precision:
         AcceleratorState._reset_state()
     accelerator = Accelerator(
@@ -57,6 +56,54 @@ def make_accelerator(mixed_precision: str) -> Accelerator:
             f"mixed_precision={mixed_precision!r} has no effect on this device ({accelerator.device.type}); use 'bf16' or 'no'"
         )
     return accelerator
+
+
+def asked_for_fsdp() -> bool:
+    """Whether ``accelerate launch`` was asked to divide models among processes."""
+    from accelerate.utils import parse_flag_from_env
+
+    return bool(parse_flag_from_env(_FSDP))
+
+
+def _check_launched() -> None:
+    from accelerate.utils import parse_flag_from_env
+
+    asked = [name for variable, name in _REFUSED.items() if parse_flag_from_env(variable)]
+    if asked_for_fsdp() and (version := os.environ.get(_FSDP_VERSION, "1")) != "2":
+        asked.insert(0, f"FSDP of version {version}")
+    if asked:
+        raise ArgumentError(
+            f"accelerate launch was asked for {asked[0]}, which Trainer does not do; start it with --multi_gpu, as torchrun "
+            "does (DDP: the whole model in each process), or with --use_fsdp --fsdp_version 2, which divides the model"
+        )
+
+
+def done_by_main(accelerator: Accelerator, work: Callable[[Callable[[], object]], T]) -> T:
+    """What ``work`` gives in the main process, where alone it runs, in all of them; an error of it is raised in all.
+
+    It is given a function to call at least every few minutes: processes that wait longer for another give up.
+    """
+    from accelerate.utils import broadcast_object_list
+
+    def told(finished: bool, value: Any = None) -> Any:
+        return broadcast_object_list([(finished, value)])[0]
+
+    if accelerator.num_processes == 1:
+        return work(lambda: None)
+    if accelerator.is_main_process:
+        try:
+            value = work(lambda: told(False))
+        except Exception as error:
+            told(True, error if isinstance(error, ExitkitError) else RuntimeError(f"{type(error).__name__}: {error}"))
+            raise
+        told(True, value)
+        return value
+    finished, found = False, None
+    while not finished:
+        finished, found = told(False)
+    if isinstance(found, ExitkitError | RuntimeError):
+        raise found
+    return cast("T", found)
 
 
 def own_part(accelerator: Accelerator, loader: Iterable[Any], name: str) -> Iterable[Any]:

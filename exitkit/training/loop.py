@@ -27,6 +27,7 @@ from exitkit.training.left_alone import left_as_found, loader_kept
 from exitkit.training.objective import Objective
 from exitkit.training.options import Options
 from exitkit.training.progress import Epoch, write_log
+from exitkit.training.sharding import is_divided, read_shards
 from exitkit.training.step import Learner
 from exitkit.training.tally import Tally, grouped
 from exitkit.training.validation import validate
@@ -164,8 +165,7 @@ class Run:
         accuracy, val_loss = self._validate(lambda: self._stop_if_asked(learner))
         temperature = None if self.options.loss.distillation is None else self.objective.temperature
         measured = dict(self.train_loader.measured) if isinstance(self.train_loader, StatefulLoader) else {}
-        exits = learner.phase.exits
-        confidence = self.objective.mean_confidence()
+        exits, confidence = learner.phase.exits, self.objective.mean_confidence()
         return Epoch(
             epoch, loss, accuracy, self.phase, exits, val_loss, speed, temperature, confidence, measured=measured
         )
@@ -269,11 +269,11 @@ class Run:
         if self.options.directory is None:
             return
         totals, batches = (
-            self.accelerator.reduce(part.to(self.accelerator.device)).cpu()
+            self.accelerator.reduce(part.to(self.accelerator.device), "mean").cpu()  # in whatever number of processes
             for part in (self.tally.totals, self.tally.batches)
         )
-        if self.accelerator.is_main_process:
-            scaler = self.accelerator.scaler
+        main, scaler = self.accelerator.is_main_process, self.accelerator.scaler
+        if main or is_divided(self.model):
             state = {
                 "phase": self.phase,
                 "weights": self._weights(),
@@ -289,14 +289,14 @@ class Run:
                 "random": random_state(),
                 "loader": self.train_loader.state() if isinstance(self.train_loader, StatefulLoader) else None,
             }
-            save_checkpoint(self.options.directory, self.settings, state)
+            save_checkpoint(self.options.directory, self.settings, state, main)
         self.accelerator.wait_for_everyone()
 
     def _restore(self, state: dict[str, Any], learner: Learner) -> None:
+        state = read_shards(state, self.options.directory, self.model, learner.optimizer)
         own, stored = self.model.state_dict(), state["weights"]
-        if not self._weights().keys() <= stored.keys() <= own.keys():
-            raise self._foreign("other heads")
-        if any(own[name].shape != value.shape for name, value in stored.items()):
+        same = self._weights().keys() <= stored.keys() <= own.keys()
+        if not same or any(own[name].shape != value.shape for name, value in stored.items()):
             raise self._foreign("other heads")
         if isinstance(self.train_loader, StatefulLoader):
             self.train_loader.restore(state["loader"])
@@ -315,9 +315,6 @@ class Run:
         self.history[:] = [Epoch(**record) for record in state["history"]]
         self.display.resume(len(self.history))
         self.tally = Tally(**state["tally"])
-        if not self.accelerator.is_main_process:  # the main process has everyone's sums
-            self.tally.totals.zero_()
-            self.tally.batches.zero_()
         self.random = state["random"] if self.tally.steps else None
 
     def _foreign(self, owner: str) -> ArgumentError:

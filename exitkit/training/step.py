@@ -24,6 +24,7 @@ from exitkit.training.objective import Objective
 from exitkit.training.options import Options
 from exitkit.training.regimes import Phase
 from exitkit.training.schedules import make_scheduler
+from exitkit.training.sharding import is_divided, whole
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -79,11 +80,12 @@ class Learner:
     def _pass(self, view: MultiExitModel | HeadsAlone) -> nn.Module:
         """What a step calls: the heads alone, or the model up to the last exit that this phase's losses read.
 
-        Under dynamo and gradient checkpointing the whole model runs, as both re-run the backbone's code.
+        Under dynamo and gradient checkpointing the whole model runs, as both re-run the backbone's code, and where it is
+        divided among processes, as FSDP does something after each block.
         """
         if isinstance(view, HeadsAlone):
             return view
-        if self.options.compile or self.options.gradient_checkpointing:
+        if self.options.compile or self.options.gradient_checkpointing or is_divided(view):
             return HeadsUntil(view, len(view.classifiers))
         return HeadsUntil(view, last_needed(self.phase.exits, self.options.loss.distillation, view))
 
@@ -111,7 +113,7 @@ class Learner:
         """Refuse weights that are not finite, before they are kept; a schedule by epochs advances."""
         with alone():  # parameters are fake ones while another thread captures the backbone
             for name, parameter in self.options.model.named_parameters():
-                if parameter.requires_grad and not bool(parameter.isfinite().all()):
+                if parameter.requires_grad and not bool(whole(parameter.isfinite().all())):
                     raise DivergedError(
                         f"{name} is not finite after epoch {epoch + 1}, at lr={self._rates()}; lower lr, or set max_grad_norm",
                         exit=int(name.split(".")[1]) if name.startswith("classifiers.") else None,
@@ -204,7 +206,7 @@ class Learner:
 
 def _wrapped(model: nn.Module, compiled: bool, accelerator: Accelerator) -> nn.Module:
     view: Any = torch.compile(model) if compiled else model
-    if accelerator.num_processes > 1:
+    if accelerator.num_processes > 1 and not is_divided(model):
         cuda = accelerator.device.type == "cuda"
         return DistributedDataParallel(view, device_ids=[accelerator.device] if cuda else None)
     return view  # type: ignore[no-any-return]

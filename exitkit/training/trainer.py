@@ -22,6 +22,7 @@ from exitkit.training.loop import Run
 from exitkit.training.options import Options
 from exitkit.training.progress import Epoch
 from exitkit.training.same_run import data_of, settings_of
+from exitkit.training.sharding import divided, divides
 
 
 @dataclass(eq=False)
@@ -112,7 +113,9 @@ class Trainer(Options):
         The ensemble is fitted on ``val_loader`` where there is one, on ``train_loader`` otherwise or where ``ensemble_on``
         says so. Choose thresholds on other samples than these.
 
-        Under ``accelerate launch`` or ``torchrun`` each process takes every n-th batch and the gradients are averaged.
+        Under ``accelerate launch`` or ``torchrun`` each process takes every n-th batch and the gradients are averaged. With
+        ``--use_fsdp --fsdp_version 2`` a model whose backbone learns is divided among the processes meanwhile; afterwards each
+        has the whole of it, on the device where it was.
 
         Args:
             train_loader: yields ``(inputs, labels)`` or dicts with ``labels``: class indices (-1 for none), class
@@ -121,7 +124,8 @@ class Trainer(Options):
             val_loader: the same, with class indices, for per-exit accuracy, early stopping and the ensemble's fit.
 
         Raises:
-            ArgumentError: an empty loader, labels out of range, a checkpoint made with other options or other data.
+            ArgumentError: an empty loader, labels out of range, a checkpoint made with other options or other data, an option
+                that FSDP rules out.
             FileError: a checkpoint that is damaged or of another version.
             DivergedError: a loss, weights or answers that are not finite.
         """
@@ -142,7 +146,7 @@ class Trainer(Options):
         accelerator = make_accelerator(self.mixed_precision)
         train = own_part(accelerator, data.train, "train_loader")
         val = None if data.val is None else own_part(accelerator, data.val, "val_loader")
-        self._place(accelerator.device)
+        self._place(accelerator.device, divides(self, accelerator))
         self.history = []
         settings = {} if self.directory is None else self._settings(train, val, accelerator.num_processes)
         checkpoint = self._checkpoint(settings, accelerator.is_main_process)
@@ -150,21 +154,25 @@ class Trainer(Options):
         with (
             flags_restored(self.model),
             cached(self, accelerator, data) if self.cache else nullcontext(data) as data,
+            divided(self, self._stages(), accelerator) as (options, stages),
         ):
-            stages = self._stages()
+            data = data if options is self else data._replace(view=options.model)
             with (
-                _gradient_checkpointing(self.model.backbone, self.gradient_checkpointing),
+                _gradient_checkpointing(options.model.backbone, self.gradient_checkpointing),
                 _in_evaluation_mode(self.teacher),
                 stop_noted(self.directory is not None) as interrupted,
                 self._display(accelerator.is_main_process, length(train)) as display,
             ):
-                Run(self, accelerator, *data, stages, display, interrupted, settings, self.history).train(checkpoint)
-            self.model.combiners.requires_grad_(True)
+                run = Run(options, accelerator, *data, stages, display, interrupted, settings, self.history)
+                run.train(checkpoint)
+            options.model.combiners.requires_grad_(True)
             samples = data.train if data.val is None or self.ensemble_on == "train" else data.val
             seed_everything(samples, self.seed)  # the same images, whatever was drawn before
             shown = self.show_progress and accelerator.is_main_process
             gather = accelerator.gather_for_metrics
-            fit_ensemble_on(self.model, data.view, samples, gather, self.ensemble_fit, shown)
+            # a divided model's weights come in the precision of autocast
+            with nullcontext() if options is self else accelerator.autocast():
+                fit_ensemble_on(options.model, data.view, samples, gather, self.ensemble_fit, shown)
         return self.history
 
     def _settings(self, train: Iterable[Any], val: Iterable[Any] | None, processes: int) -> dict[str, Any]:
@@ -191,8 +199,9 @@ class Trainer(Options):
                 f"output_dir={str(self.directory)!r} cannot be made ({error.strerror}); give a folder where you may write"
             ) from error
 
-    def _place(self, device: torch.device) -> None:
-        self.model.to(device)
+    def _place(self, device: torch.device, in_parts: bool) -> None:
+        if not in_parts:
+            self.model.to(device)
         if self.channels_last:
             self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         if self.teacher is not None:

@@ -6,11 +6,11 @@ import hashlib
 import shutil
 import tempfile
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -24,7 +24,7 @@ from exitkit.common.hashes import hash_samples
 from exitkit.multi_exit.model import MultiExitModel
 from exitkit.surgery.capturing import evaluation_mode
 from exitkit.surgery.fingerprint import weights_digest
-from exitkit.training.distributed import in_order, seed_everything
+from exitkit.training.distributed import done_by_main, in_order, own_part, seed_everything
 from exitkit.training.feature_cache.heads_alone import HeadsAlone
 from exitkit.training.feature_cache.store import Writer, read_store, row_bytes
 from exitkit.training.options import Options
@@ -53,23 +53,17 @@ class Data(NamedTuple):
 def cached(options: Options, accelerator: Accelerator, data: Data) -> Iterator[Data]:
     """The same samples in the same order, as reduced features; ``data`` as it is where there is no room for them.
 
-    They are kept in ``output_dir``, where a later run finds them, or in a temporary folder until the end.
+    They are kept in ``output_dir``, where a later run finds them, or in a temporary folder until the end. Of several processes
+    the main one writes them, and each reads its own part of every batch.
 
     Raises:
-        ArgumentError: several processes, a loader whose samples have no numbers, or features that differ in shape.
+        ArgumentError: a loader whose samples have no numbers, or features that differ in shape.
     """
-    if accelerator.num_processes > 1:
-        raise ArgumentError(
-            f"cache=True is for one process, this run has {accelerator.num_processes}; start without torchrun or accelerate "
-            "launch, or leave cache out"
-        )
     loaders = {"train": _numbered(data.train, "train_loader")}
     if data.val is not None:
         loaders["val"] = _numbered(data.val, "val_loader")
     with ExitStack() as stack:
-        folder = options.directory or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="exitkit-")))
-        for leftover in folder.glob(".features-*"):
-            leftover.unlink(missing_ok=True)  # of a run that was killed while it wrote one
+        folder = done_by_main(accelerator, lambda _: _folder(options, stack))
         cache = _Cache(options, accelerator, HeadsAlone(options.model))
         rows: dict[str, DataLoader[Any]] = {}
         try:
@@ -78,6 +72,14 @@ def cached(options: Options, accelerator: Accelerator, data: Data) -> Iterator[D
         except _NotStored as reason:
             warnings.warn(f"cache=True, but {reason}; the backbone runs in every epoch", stacklevel=4)
         yield Data(cache.view, rows["train"], rows.get("val")) if rows.keys() == loaders.keys() else data
+
+
+def _folder(options: Options, stack: ExitStack) -> Path:
+    """Where the stores are, without what a run that was killed left half written."""
+    folder = options.directory or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="exitkit-")))
+    for leftover in folder.glob(".features-*"):
+        leftover.unlink(missing_ok=True)
+    return folder
 
 
 def _numbered(loader: Iterable[Any], name: str) -> DataLoader[Any]:
@@ -112,20 +114,35 @@ class _Cache:
         """The loader's batches as rows of its store, which is computed where there is none of this content.
 
         Raises:
-            _NotStored: no room.
+            _NotStored: no room, or a process cannot read it.
         """
-        stored = read_store(path, self._key(loader)) if path.exists() else None
-        if stored is None:
-            path.unlink(missing_ok=True)  # so that never two of them take disk
-            stored = read_store(path, self._compute(loader, path))
-        if stored is None:
-            raise _NotStored(f"{str(path)!r} cannot be read back as it was written")
-        self.used += path.stat().st_size
-        return DataLoader(
-            _Rows(stored), batch_sampler=loader.batch_sampler, collate_fn=_as_it_is, generator=loader.generator
-        )
+        from accelerate.utils import gather_object
 
-    def _compute(self, loader: DataLoader[Any], path: Path) -> str:
+        key = done_by_main(self.accelerator, lambda alive: self._written(loader, path, alive))
+        if isinstance(key, _NotStored):
+            raise key
+        stored = read_store(path, key)
+        if any(gather_object([stored is None])):
+            raise _NotStored(f"{str(path)!r} cannot be read back as it was written, or not by every process")
+        assert stored is not None
+        self.used += path.stat().st_size
+        sampler = loader.batch_sampler
+        if self.accelerator.num_processes > 1:
+            sampler = sampler.batch_sampler  # type: ignore[union-attr]  # of all processes
+        rows = DataLoader(_Rows(stored), batch_sampler=sampler, collate_fn=_as_it_is, generator=loader.generator)
+        return cast("DataLoader[Any]", own_part(self.accelerator, rows, "the cache"))
+
+    def _written(self, loader: DataLoader[Any], path: Path, alive: Callable[[], object]) -> str | _NotStored:
+        """The key of the store at ``path``, written where it is not there; or why it is not."""
+        try:
+            if path.exists() and read_store(path, key := self._key(loader, alive)) is not None:
+                return key
+            path.unlink(missing_ok=True)  # so that never two of them take disk
+            return self._compute(loader, path, alive)
+        except _NotStored as reason:
+            return reason
+
+    def _compute(self, loader: DataLoader[Any], path: Path, alive: Callable[[], object]) -> str:
         """Write the store; its key."""
         content, start, rows = self._about(), 0, len(loader.dataset)  # type: ignore[arg-type]
         first: dict[str, Tensor] = {}
@@ -134,6 +151,7 @@ class _Cache:
                 temporary = stack.enter_context(replacing(path))
             batches, shown = self._in_order(loader), self.options.show_progress
             for batch in tracked(checked(batches, "the loader to cache"), "batches cached", batches, shown):
+                alive()
                 inputs, labels = self._added(content, batch)
                 parts = self._parts(inputs, labels)
                 if not first:
@@ -162,10 +180,11 @@ class _Cache:
         parts = {**{f"exit{m}": part for m, part in enumerate(reduced)}, _LOGITS: logits}
         return parts if labels is None else {**parts, _LABELS: labels}
 
-    def _key(self, loader: DataLoader[Any]) -> str:
+    def _key(self, loader: DataLoader[Any], alive: Callable[[], object]) -> str:
         content = self._about()
         batches = self._in_order(loader)
         for batch in tracked(batches, "batches compared with the cache", shown=self.options.show_progress):
+            alive()
             self._added(content, batch)
         return content.hexdigest()
 
