@@ -129,10 +129,12 @@ def _attached(args: argparse.Namespace, seed: int, backbone: nn.Module, method: 
 
 
 def _pretrained(args: argparse.Namespace, layers: int) -> nn.Module:
-    from transformers import AutoModelForSequenceClassification, logging
+    import transformers
+    from transformers import AutoModelForSequenceClassification
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    words: Any = transformers.logging
+    words.set_verbosity_error()
+    words.disable_progress_bar()
     classes = TASKS[args.task][0]
     model: Any = AutoModelForSequenceClassification.from_pretrained(
         args.data / "weights" / "minilm_l6", num_labels=classes, dtype=torch.float32
