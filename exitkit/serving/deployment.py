@@ -163,10 +163,10 @@ def serve_until_stopped(
 
         return noted
 
-    for number in (signal.SIGTERM, signal.SIGINT):
+    start(settings, host, port, metrics_port)
+    for number in (signal.SIGTERM, signal.SIGINT):  # after Ray, which sets a handler that ends at once
         signal.signal(number, note(stop))
     signal.signal(signal.SIGHUP, note(changed))
-    start(settings, host, port, metrics_port)
     make_console().print(f"{settings.name} at http://{host}:{port}/  (stop with Ctrl-C)")
     while not stop.is_set():
         woken.wait()
