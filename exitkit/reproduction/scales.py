@@ -126,6 +126,9 @@ def _small(given: Mapping[str, Any], scratch: Path) -> dict[str, Any]:
         trainer["patience"] = 1
     if "ensemble_fit" in trainer:
         trainer["ensemble_fit"]["epochs"] = 2
+    distillation = recipe.get("loss", {}).get("distillation", {})
+    if "confidence_limit" in distillation:
+        distillation["confidence_limit"] = "auto"  # the paper's are for other numbers of classes
     return recipe
 
 
