@@ -163,10 +163,10 @@ def serve_until_stopped(
 
         return noted
 
+    signal.signal(signal.SIGHUP, note(changed))  # before: one that comes while it starts would end it
     start(settings, host, port, metrics_port)
     for number in (signal.SIGTERM, signal.SIGINT):  # after Ray, which sets a handler that ends at once
         signal.signal(number, note(stop))
-    signal.signal(signal.SIGHUP, note(changed))
     make_console().print(f"{settings.name} at http://{host}:{port}/  (stop with Ctrl-C)")
     while not stop.is_set():
         woken.wait()
