@@ -176,7 +176,7 @@ def pneumonia(data: Path, out: Path) -> Task:
     model.reset_classifier(2)
     train = Subset(every, order[:3_500].tolist())
     loader = DataLoader(train, 64, shuffle=True)
-    _trained(model, loader, out / "pneumonia-mobilenetv2.safetensors", _last_layer)
+    trained(model, loader, out / "pneumonia-mobilenetv2.safetensors", _last_layer)
     return Task(
         model.eval(),
         loader,
@@ -224,14 +224,14 @@ class Texts(Dataset[Any]):
 
 def sst2(data: Path, out: Path) -> Task:
     """MiniLM-L6 fine-tuned on SST-2 against its first three layers; exits learn from 6,000 of its 12,000 sentences."""
-    rows = _rows(data / "text" / "sst2_train.tsv")
+    rows = read_texts(data / "text" / "sst2_train.tsv")
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))[:20_000].tolist()
     return _text("sst2", data, out, [rows[number] for number in order], 2, 48, tuned=12_000, learned=6_000)
 
 
 def agnews(data: Path, out: Path) -> Task:
     """MiniLM-L6 fine-tuned on AG News against its first three layers; 5,000 texts, those of the test part for the promise."""
-    rows = _rows(data / "text" / "agnews_train.tsv")[:5_000] + _rows(data / "text" / "agnews_test.tsv")
+    rows = read_texts(data / "text" / "agnews_train.tsv")[:5_000] + read_texts(data / "text" / "agnews_test.tsv")
     return _text("agnews", data, out, rows, 4, 64, tuned=5_000, learned=5_000)
 
 
@@ -258,8 +258,8 @@ def _text(
 
     models = {}
     for layers in (6, 3):
-        models[layers] = _minilm(source, classes, layers)
-        _trained(models[layers], loader(tuned), out / f"{name}-{layers}-layers.safetensors", _fine_tune)
+        models[layers] = minilm(source, classes, layers)
+        trained(models[layers], loader(tuned), out / f"{name}-{layers}-layers.safetensors", fine_tune)
     ids = tokenizer([text for text, _ in rows], truncation=True, max_length=length)["input_ids"]
     known = {tuple(one) for one in ids[:tuned]}
     rest = Texts(
@@ -278,25 +278,26 @@ def _text(
     )
 
 
-def _rows(path: Path) -> list[tuple[str, int]]:
+def read_texts(path: Path) -> list[tuple[str, int]]:
     with path.open(newline="", encoding="utf-8") as file:
         read = csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
         return [(row[0], int(row[1])) for row in read if len(row) > 1 and row[1].isdigit()]
 
 
-def _minilm(source: Path, classes: int, layers: int) -> nn.Module:
+def minilm(source: Path, classes: int, layers: int, seed: int = 0) -> nn.Module:
+    """The pretrained network's first layers, with a classifier that the seed draws."""
     from transformers import AutoModelForSequenceClassification
 
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     model: Any = AutoModelForSequenceClassification.from_pretrained(source, num_labels=classes, dtype=torch.float32)
     model.bert.encoder.layer = model.bert.encoder.layer[:layers]
     model.config.num_hidden_layers = layers
     return model.eval()  # type: ignore[no-any-return]
 
 
-def _fine_tune(model: nn.Module, loader: DataLoader[Any]) -> None:
+def fine_tune(model: nn.Module, loader: DataLoader[Any], seed: int = 0) -> None:
     """Two epochs of AdamW at 5e-5, linearly to 0."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-5, weight_decay=0.01)
     epochs = 2
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, epochs * len(loader))
@@ -312,7 +313,7 @@ def _fine_tune(model: nn.Module, loader: DataLoader[Any]) -> None:
     model.eval()
 
 
-def _trained(
+def trained(
     model: nn.Module, loader: DataLoader[Any], path: Path, train: Callable[[nn.Module, DataLoader[Any]], None]
 ) -> None:
     """Train once; later runs read the weights."""

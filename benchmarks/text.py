@@ -16,21 +16,20 @@ Every number is kept in ``--out`` as it comes, and what is there is not measured
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from retrofit_tasks import fine_tune, minilm, read_texts, trained
 from tables import BUDGETS, at, cell, table, write
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import exitkit
 from exitkit.common.console import make_console
-from exitkit.common.files import replacing
 from exitkit.evaluation import ExitOutputs
 
 METHODS = {
@@ -54,11 +53,11 @@ def main() -> None:
     path = args.out / f"{args.task}.json"
     found: dict[str, Any] = json.loads(path.read_text())["found"] if path.exists() else {}
     part = TASKS[args.task][1]
-    train = _read(args.data / "text" / f"{args.task}_train.tsv")
+    train = read_texts(args.data / "text" / f"{args.task}_train.tsv")
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))[: args.texts]
     texts = (
         [train[row] for row in order.tolist()],
-        _read(args.data / "text" / f"{args.task}_{part}.tsv")[: args.tested],
+        read_texts(args.data / "text" / f"{args.task}_{part}.tsv")[: args.tested],
     )
     for seed in range(args.seeds):
         for name, measure in _rows(args, seed, texts).items():
@@ -90,9 +89,8 @@ def _frozen(args: argparse.Namespace, seed: int, method: str, texts: tuple[Texts
 
 
 def _trained(args: argparse.Namespace, seed: int, regime: str, texts: tuple[Texts, Texts]) -> dict[str, Any]:
-    torch.manual_seed(seed)
     mixed = regime == "mixed"
-    backbone = _fine_tuned(args, seed, LAYERS, texts[0]) if mixed else _pretrained(args, LAYERS)
+    backbone = _fine_tuned(args, seed, LAYERS, texts[0]) if mixed else _pretrained(args, seed)
     ee = _attached(args, seed, backbone, exitkit.SDN())
     trainer = exitkit.Trainer(
         ee, "mixed", epochs=PASSES if mixed else 2 * PASSES, lr=1e-3, backbone_lr=5e-5, optimizer=torch.optim.AdamW,
@@ -110,7 +108,7 @@ def _first(args: argparse.Namespace, seed: int, layers: int, texts: tuple[Texts,
         for batch in _loader(args, texts[1]):
             labels = batch.pop("labels")
             right += int((model(**batch).logits.argmax(1) == labels).sum())
-    whole = exitkit.attach(_pretrained(args, LAYERS), _example(args), every=1, method="sdn", head="tail")
+    whole = exitkit.attach(_pretrained(args, seed), _example(args), every=1, method="sdn", head="tail")
     share = [one.macs_fraction for one in whole.exits][layers - 1]
     return {"accuracy": [100 * right / len(texts[1])], "costs": [share]}
 
@@ -128,44 +126,16 @@ def _attached(args: argparse.Namespace, seed: int, backbone: nn.Module, method: 
     return exitkit.attach(backbone, _example(args), every=1, method=method, head=args.head)
 
 
-def _pretrained(args: argparse.Namespace, layers: int) -> nn.Module:
-    import transformers
-    from transformers import AutoModelForSequenceClassification
-
-    words: Any = transformers.logging
-    words.set_verbosity_error()
-    words.disable_progress_bar()
-    classes = TASKS[args.task][0]
-    model: Any = AutoModelForSequenceClassification.from_pretrained(
-        args.data / "weights" / "minilm_l6", num_labels=classes, dtype=torch.float32
-    )
-    model.bert.encoder.layer = model.bert.encoder.layer[:layers]
-    model.config.num_hidden_layers = layers
-    return model.eval()  # type: ignore[no-any-return]
+def _pretrained(args: argparse.Namespace, seed: int, layers: int = LAYERS) -> nn.Module:
+    return minilm(args.data / "weights" / "minilm_l6", TASKS[args.task][0], layers, seed)
 
 
 def _fine_tuned(args: argparse.Namespace, seed: int, layers: int, texts: Texts) -> nn.Module:
-    """Two passes of AdamW at 5e-5, falling to 0 linearly; done once."""
-    torch.manual_seed(seed)
-    model = _pretrained(args, layers)
+    """Fine-tuned once, then read."""
+    model = _pretrained(args, seed, layers)
     path = args.out / f"{args.task}-{layers}-layers-{seed}.safetensors"
-    if path.exists():
-        model.load_state_dict(load_file(path))
-        return model
-    loader = _loader(args, texts, shuffle=True)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-5, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, PASSES * len(loader))
-    model.train()
-    for _ in range(PASSES):
-        for batch in loader:
-            loss = model(**batch).loss
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-    with replacing(path) as temporary:
-        save_file({name: value.contiguous().clone() for name, value in model.state_dict().items()}, temporary)
-    return model.eval()
+    trained(model, _loader(args, texts, shuffle=True), path, partial(fine_tune, seed=seed))
+    return model
 
 
 def _loader(args: argparse.Namespace, texts: Texts, shuffle: bool = False) -> DataLoader[Any]:
@@ -184,12 +154,6 @@ def _loader(args: argparse.Namespace, texts: Texts, shuffle: bool = False) -> Da
 def _example(args: argparse.Namespace) -> dict[str, Tensor]:
     batch: dict[str, Tensor] = next(iter(_loader(args, [("one text", 0), ("another", 0)])))
     return {key: value for key, value in batch.items() if key != "labels"}
-
-
-def _read(path: Path) -> Texts:
-    with path.open(newline="", encoding="utf-8") as file:
-        rows = csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
-        return [(row[0], int(row[1])) for row in rows if len(row) > 1 and row[1].isdigit()]
 
 
 def _numbers(row: dict[str, Any]) -> str:
