@@ -1,7 +1,7 @@
 """Does the wall clock follow the FLOPs? The engine against the backbone by itself, and against what is possible.
 
     python benchmarks/latency.py [--models cifar:resnet56 torchvision:resnet50 torchvision:vit_b_16 hf:bert-base ...]
-                                 [--batches 1 8 64 256] [--optimize] [--device cuda]
+                                 [--batches 1 8 64 256] [--optimize] [--device cuda] [--dtype bfloat16]
 
 Only time is asked, so weights are random and exits are not trained: thresholds are set so that the same share of the samples
 leaves at every exit, chosen so that the average cost is 25, 50 or 75% of the backbone's MACs (100%: no sample leaves). Inputs
@@ -74,8 +74,10 @@ def main() -> None:
     )
     parser.add_argument("--rounds", type=int, default=5, help="medians of so many runs over the samples")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--optimize", action="store_true", help="compile the engine's stages and the backbone")
+    parser.add_argument("--modes", nargs="*", help="of torch.compile that references are compiled in; by default all")
     parser.add_argument("--weights", type=Path, help="weights of cifar:resnet56")
     parser.add_argument("--images", type=Path, help="CIFAR images (.npz) for cifar:resnet56")
     parser.add_argument("--out", type=Path, default=Path("results/latency.json"))
@@ -95,8 +97,11 @@ def main() -> None:
 
 def measure(name: str, args: argparse.Namespace) -> Any:
     """One row for every target and batch size."""
+    device, dtype = torch.device(args.device), getattr(torch, args.dtype)
     backbone, samples = _backbone(name, args)
-    backbone, samples = backbone.to(args.device), move(samples, torch.device(args.device))
+    backbone, samples = backbone.to(device, dtype), move(samples, device)
+    if isinstance(samples, Tensor):
+        samples = samples.to(dtype)
     shares = [(index + 1) / (EXITS + 1) for index in range(EXITS)]
     torch.manual_seed(0)
     ee = exitkit.attach(backbone, at_cost=shares, method="sdn", head="1L").eval()
@@ -110,7 +115,7 @@ def measure(name: str, args: argparse.Namespace) -> Any:
         engine = compiled.at(thresholds)
         other = _earlyon(ee, thresholds)
         for batch in args.batches:
-            about = {"model": name, "optimize": args.optimize, "target": target, "batch": batch}
+            about = {"model": name, "dtype": args.dtype, "optimize": args.optimize, "target": target, "batch": batch}
             yield about | _row(engine, references, other, samples, batch, costs, args)
 
 
@@ -144,7 +149,7 @@ def _references(ee: exitkit.MultiExitModel, args: argparse.Namespace) -> dict[st
         captured = capture(ee.backbone, ee.example.spec.batch(ee.example.tensors))
         references["AOTI"] = compile_backbone(captured)
         references["AOTI in stages"] = compile_backbone(captured, ee.boundaries)
-        for mode in MODES[torch.device(args.device).type]:
+        for mode in MODES[torch.device(args.device).type] if args.modes is None else args.modes:
             compiled = torch.compile(ee.backbone, mode=mode, dynamic=False)
             references[f"torch.compile {mode}"] = partial(call_on, compiled)
     return references
@@ -204,13 +209,13 @@ def _row(
     if other is not None:
         answers["earlyon"] = other
     runs: dict[str, Callable[[], Any]] = {name: partial(_each, run, chunks) for name, run in answers.items()}
+    exits = torch.cat([call_on(engine, chunk).exit for chunk in chunks]).cpu()  # on a GPU it records the steps, too
     runs["steps"] = _steps_alone(engine, chunks)
     if batch > 1:
         runs["map"] = lambda: list(engine.map(chunks, batch))
     with torch.inference_mode():
         seconds = _interleaved(runs, args.rounds)
         decisions = decision_seconds(engine.loop, Example.of(chunks[0]).tensors)
-    exits = torch.cat([call_on(engine, chunk).exit for chunk in chunks]).cpu()
     full, own = seconds.get("AOTI", seconds["eager"]), seconds["engine"]
     return {
         "references_ms": {name: 1e3 * seconds[name] / len(chunks) for name in references},

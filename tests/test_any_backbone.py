@@ -10,9 +10,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 import exitkit
+from exitkit.surgery.capturing import capture
 from exitkit.surgery.macs import count_macs
 from tests.toy import TinyBlock, all_equal, images, staged
 
@@ -163,3 +165,24 @@ def test_any_chain_costs_what_its_stages_cost_and_comes_back_from_disk_and_from_
     assert [type(module) for module in model.modules()] == modules
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
     assert all(torch.equal(state[name], tensor) for name, tensor in model.state_dict().items())
+
+
+class Attention(nn.Module):
+    """Its ``view`` is legal where attention leaves heads and features side by side, as fused kernels do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.head = nn.Linear(8, 24), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        query, key, value = self.qkv(x).reshape(*x.shape[:2], 3, 2, 4).permute(2, 0, 3, 1, 4)
+        joined = scaled_dot_product_attention(query, key, value).transpose(1, 2).contiguous().view(*x.shape[:2], 8)
+        return self.head(joined.mean(1))
+
+
+def test_a_graph_captured_with_one_kernel_of_attention_runs_with_another() -> None:
+    model, x = Attention().eval(), torch.randn(3, 5, 8)
+    graph = capture(model, x).graph
+    for kernel in (SDPBackend.MATH, SDPBackend.FLASH_ATTENTION):
+        with sdpa_kernel(kernel):
+            assert torch.equal(graph(x), model(x))

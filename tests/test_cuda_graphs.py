@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 import exitkit
 from exitkit.engine import exported
+from exitkit.engine.cpp_compiler import check_compiler
 from exitkit.engine.cuda import reference, toolchain
 from exitkit.engine.cuda.buckets import SIZES, bucket_of, buckets_up_to
 from exitkit.engine.cuda.buffers import Memory, Results
@@ -509,3 +510,31 @@ def test_a_driver_without_a_libcuda_to_link_with_gets_one(
     toolchain.prepare()
     folder = Path(os.environ["LIBRARY_PATH"].split(os.pathsep)[0])
     assert (folder / "libcuda.so").resolve() == tmp_path / "libcuda.so.1"
+
+
+@pytest.fixture
+def compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
+    """Has Inductor build by g++ with an option of its own."""
+    from torch._inductor import config
+
+    def use(option: str) -> None:
+        wrapper = tmp_path / "g++"
+        wrapper.write_text(f'#!/bin/sh\nexec g++ "$@" {option}\n')
+        wrapper.chmod(0o755)
+        monkeypatch.setattr(config.cpp, "cxx", (None, str(wrapper)))
+
+    check_compiler.cache_clear()
+    yield use
+    check_compiler.cache_clear()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems' compilers have no such option")
+def test_a_compiler_that_copies_the_cpp_library_is_refused_before_it_ends_the_process(
+    compiler: Callable[[str], None], tmp_path: Path
+) -> None:
+    compiler("-static-libstdc++")
+    with pytest.raises(exitkit.ExitkitError, match=f"builds with '{tmp_path}/g.*CXX"):
+        exitkit.compile(exitkit.attach(TinyNet().eval(), images()), 0.5, optimize=True)
+    check_compiler.cache_clear()
+    compiler("-O1")
+    check_compiler()

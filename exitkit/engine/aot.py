@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.export import ExportedProgram
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from exitkit.engine.cpp_compiler import check_compiler
 from exitkit.engine.exported import export_steps
 from exitkit.engine.memory_format import in_format, is_channels_last
 from exitkit.engine.program import Program, Run
@@ -43,6 +44,7 @@ def compile_step(exported: ExportedProgram, path: Path) -> list[bool]:
 
     Frozen: BatchNorm is folded into convolutions, and weights are laid out as kernels want them.
     """
+    check_compiler()
     device = next(tensor.device for tensor in exported.state_dict.values())
     configs: dict[str, Any] = {"freezing": True}
     if device.type == "cuda":

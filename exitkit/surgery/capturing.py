@@ -80,7 +80,7 @@ def capture(model: nn.Module, example_inputs: Any = None) -> Capture:
     with untouched(model), torch.no_grad():
         _check_logits(_run(wrapped, example), len(example.tensors[0]), model)
         program = _export(wrapped, example, model)
-    return Capture(model, _without_asserts(program.module(check_guards=False)), example)
+    return Capture(model, _simplified(program.module(check_guards=False)), example)
 
 
 def logits_of(output: Any) -> Tensor:
@@ -204,11 +204,17 @@ def _export(wrapped: LogitsOf, example: Example, model: nn.Module) -> torch.expo
         ) from error
 
 
-def _without_asserts(graph: GraphModule) -> GraphModule:
-    """The graph without checks of values, and without what only they need (``.item()``, which nothing else can follow)."""
+def _simplified(graph: GraphModule) -> GraphModule:
+    """The graph without checks of values, and without what only they need (``.item()``, which nothing else can follow).
+
+    Views become reshapes: in which order attention leaves its result in memory depends on the kernel that is chosen for a
+    size and a device, and a view that the order of the captured one allows may be forbidden by another's.
+    """
     for node in list(graph.graph.nodes):
         if "_assert_" in str(node.target) and not node.users:
             graph.graph.erase_node(node)
+        elif node.target is torch.ops.aten.view.default:
+            node.target = torch.ops.aten.reshape.default
     graph.graph.eliminate_dead_code()
     graph.recompile()
     return graph

@@ -18,7 +18,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from exitkit.common.errors import NotCapturableError
 from exitkit.surgery.inputs import Example
-from exitkit.surgery.liveness import op_name
 from exitkit.surgery.memory import Storages, alive_bytes, parameter_bytes, storages_of
 
 if TYPE_CHECKING:
@@ -140,8 +139,6 @@ class _Walker(fx.Interpreter, Generic[T]):
         value = super().run_node(n)
         if n.op == "get_attr" and isinstance(value, Tensor):
             value = self.place(value)
-        if op_name(n) == "scaled_dot_product_attention" and n.meta["val"].transpose(-3, -2).is_contiguous():
-            value = value.transpose(-3, -2).contiguous().transpose(-3, -2)  # the fused layout, which views rely on
         self.readings.append(self.read(n, value))
         return value
 
