@@ -59,11 +59,14 @@ def env() -> None:
     """What is installed, and whether compiled steps can be built."""
     import triton
 
+    from exitkit.engine.cpp_compiler import check_compiler
     from exitkit.engine.cuda import toolchain
 
     say(f"CUDA {torch.version.cuda}, triton {triton.__version__}, {torch.cuda.device_count()} GPUs")
     with check("headers of CUDA"):
         toolchain.prepare()
+    with check("a C++ compiler that torch can live with"):
+        check_compiler()
     with check("g++ links against libcuda"), tempfile.TemporaryDirectory() as folder:
         build = ["g++", "-x", "c++", "-", "-lcuda", "-o", f"{folder}/a.out"]
         subprocess.run(build, input=b"int main() {}", check=True, capture_output=True)
