@@ -39,6 +39,6 @@ def check_compiler() -> None:
         shared = re.search(rb"lib(std)?c\+\+\.so", built.read_bytes())
     if not shared:
         raise ExitkitError(
-            f"optimize=True builds with {compiler!r}, which copies the C++ library into every file (as -static-libstdc++ does); "
-            "beside torch's own, this ends the process. Set the environment variable CXX to another, such as g++"
+            f"optimize=True builds with {compiler!r}, which copies the C++ library into every file, as -static-libstdc++ "
+            "does; beside torch's own, this ends the process. Set the environment variable CXX to another, such as g++"
         )
