@@ -14,6 +14,9 @@ from torch import Tensor, nn
 
 import exitkit
 from exitkit import ExitkitError
+from exitkit.engine.aot import compile_step
+from exitkit.engine.exported import example_of, export_steps
+from exitkit.engine.lowering import program_of
 from tests.test_hardening_packages import edited
 from tests.toy import TinyNet, images, noisy
 
@@ -299,3 +302,13 @@ def test_bfloat16_is_not_for_onnx(tmp_path: Path) -> None:
         exitkit.export(ee, tmp_path / "model.onnx.zip", 0.5)
     exitkit.export(ee, tmp_path / "model.pt2", 0.5)
     assert exitkit.load(tmp_path / "model.pt2")(images(3).bfloat16()).logits.dtype == torch.bfloat16
+
+
+def test_batchnorm_is_folded_into_the_convolutions_of_a_compiled_step(tmp_path: Path) -> None:
+    ee = exitkit.attach(exitkit.models.cifar_resnet(8).eval(), torch.zeros(2, 3, 32, 32), at_cost=[0.5]).eval()
+    exported = next(export_steps(program_of(ee, ee.policy_for(0.5)), example_of(ee), channels_last=True))
+    assert any("running_var" in name for name in exported.state_dict)
+    compile_step(exported, tmp_path / "step.pt2")
+    constants = torch._inductor.aoti_load_package(str(tmp_path / "step.pt2")).get_constant_fqns()
+    assert constants
+    assert not any("running_var" in name for name in constants)

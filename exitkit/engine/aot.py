@@ -52,7 +52,8 @@ def compile_step(exported: ExportedProgram, path: Path) -> list[bool]:
 
         prepare()
         configs["force_layout_optimization"] = True
-    with alone(), sdpa_kernel(PORTABLE_ATTENTION):  # Inductor traces, and patches torch meanwhile
+    # Inductor traces, and patches torch meanwhile; it freezes only where no gradient can be asked for
+    with alone(), torch.no_grad(), sdpa_kernel(PORTABLE_ATTENTION):
         torch._inductor.aoti_compile_and_package(exported, package_path=str(path), inductor_configs=configs)
     return [is_channels_last(tensor) for tensor in exported.example_inputs[0]]
 
