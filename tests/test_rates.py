@@ -48,6 +48,14 @@ def test_copies_with_batch_norm_learn_by_sgd_and_other_heads_beside_them_at_a_ra
     assert groups(ee, weight_decay=0.0)[1] == [(0.03, 0.0, plain), (0.1, 0.0, branch)]
 
 
+@pytest.mark.parametrize(("head", "rate"), [("strided", 0.003), ("conv", 0.003), ("msdnet", 0.03), ("2L-8", 0.03)])
+def test_convolutions_without_batch_norm_beside_copies_learn_slowly(head: str, rate: float) -> None:
+    ee = attached("branch-2", head)
+    ee.backbone.requires_grad_(False)
+    branch, other = map(size, ee.classifiers)
+    assert groups(ee)[1] == [(rate, 5e-4, other), (0.1, 5e-4, branch)]
+
+
 def test_copies_without_batch_norm_or_of_a_backbone_that_learns_stay_with_adam() -> None:
     tail, branch = attached("tail", "1L"), attached("branch-2", "1L")
     assert groups(tail)[0] == groups(branch, regime="mixed")[0] == torch.optim.Adam

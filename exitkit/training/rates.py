@@ -58,11 +58,12 @@ def rates_for(
     """What was given; where neither optimiser nor rate was, what is best for these heads.
 
     That is Adam at 1e-3, but for copies with BatchNorm on a frozen backbone SGD with Nesterov momentum: at 0.1 for these, at
-    0.03 for other heads beside them.
+    0.03 for other heads beside them; at 0.003 where convolutions of theirs read maps as they are, which diverge at more.
     """
     if make is None and lr is None and frozen and any(map(_is_copy, model.classifiers)):
         decay = 5e-4 if weight_decay is None else weight_decay
-        return Rates(partial(torch.optim.SGD, momentum=0.9, nesterov=True), 0.03, 0.1, 0.03, float(decay))
+        heads = 0.003 if any(map(_is_bare_convolution, model.classifiers)) else 0.03
+        return Rates(partial(torch.optim.SGD, momentum=0.9, nesterov=True), heads, 0.1, heads, float(decay))
     heads = float(1e-3 if lr is None else lr)
     backbone = heads if backbone_lr is None else float(backbone_lr)
     return Rates(make or torch.optim.Adam, heads, heads, backbone, float(weight_decay or 0.0))
@@ -70,3 +71,8 @@ def rates_for(
 
 def _is_copy(classifier: nn.Module) -> bool:
     return isinstance(classifier.body, TailBody) and any(isinstance(part, _BatchNorm) for part in classifier.modules())
+
+
+def _is_bare_convolution(classifier: nn.Module) -> bool:
+    kinds = {type(part) for part in classifier.modules()}
+    return nn.Conv2d in kinds and not any(issubclass(kind, _BatchNorm | TailBody) for kind in kinds)

@@ -49,7 +49,7 @@ class Trainer(Options):
         lr: the learning rate of all heads. By default, where no ``optimizer`` is given either, what is best for these heads:
             Adam at 1e-3 (Zero Time Waste, appendix A.1), but where some are copies of a frozen backbone with BatchNorm
             (``"branch-n"``, ``"tail"``) SGD with Nesterov momentum 0.9 and weight decay 5e-4, at 0.1 for these and 0.03 for
-            the others. With an ``optimizer`` 1e-3.
+            the others, 0.003 where some of these are convolutions without BatchNorm. With an ``optimizer`` 1e-3.
         backbone_lr: the backbone's; that of the heads by default. A phase of one's own may have rates of its own.
         weight_decay: handed to the optimiser; 0 by default, but as ``lr`` says.
         optimizer: makes the optimiser from parameter groups, which carry ``lr`` and ``weight_decay``: ``torch.optim.AdamW``,
