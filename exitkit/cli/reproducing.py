@@ -141,9 +141,9 @@ def _numbers(
 ) -> list[float | None]:
     """A row's numbers of one seed."""
     from exitkit.cli.repeating import finish
-    from exitkit.evaluation import ExitOutputs
+    from exitkit.evaluation import ExitOutputs, RegressionOutputs
     from exitkit.report import read_run
-    from exitkit.report.run import validation_file
+    from exitkit.report.run import outputs_file, validation_file
     from exitkit.reproduction.measures import numbers_of
 
     recipes = _recipes(setting, out, seed)
@@ -151,6 +151,9 @@ def _numbers(
         finish(recipe, folder, carry_out, say)
     recipe, own = recipes[-1]
     method = recipe.make_method().name
+    measure = setting.row.measure or table.measure
+    if measure == "mse":  # there is no report of a regression
+        return numbers_of(measure, table.columns, RegressionOutputs.load(outputs_file(own, method)))
     result = read_run(own).results[method]
     outputs = result.outputs
     if setting.row.criterion is not None:
@@ -158,7 +161,7 @@ def _numbers(
     seen = validation_file(own, method)
     validation = ExitOutputs.load(seen) if seen.exists() else None
     return numbers_of(
-        setting.row.measure or table.measure,
+        measure,
         table.columns,
         outputs,
         top=table.top,

@@ -162,6 +162,11 @@ def exits_folder(directory: str | Path, name: str) -> Path:
     return Path(directory) / "exits" / name
 
 
+def outputs_file(directory: str | Path, name: str) -> Path:
+    """Where a run keeps the outputs of the test samples by the exits of a result."""
+    return Path(directory) / f"{_OUTPUTS}{name}{_SUFFIX}"
+
+
 def validation_file(directory: str | Path, name: str) -> Path:
     """Where a run keeps the outputs on its validation samples: what early stopping and the ensemble saw."""
     return Path(directory) / f"validation-{name}{_SUFFIX}"
