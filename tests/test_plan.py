@@ -341,7 +341,7 @@ def test_exits_of_compiled_steps_are_left_out_too() -> None:
     torch.manual_seed(0)
     ee = noisy(exitkit.attach(TinyNet().eval(), images(), head="conv", at=["blocks.1"], method="sdn"))
     x = images(64)
-    tau = float(exitkit.collect(ee, [x]).scores()[:, 0].median())
+    tau = float(exitkit.collect(ee, [x]).scores()[:, 0].quantile(0.5))  # between two samples': rounding differs
     engine = exitkit.compile(ee, 2.0, samples=x, optimize=True, skip_unprofitable=True)
     assert engine.plan().skipped == (0,)
     with torch.no_grad():
