@@ -48,8 +48,6 @@ class Graphs:
         self._policy: tuple[float, ...] | None = None
         self._warned = False
         self._done = torch.cuda.Event() if device.type == "cuda" else None
-        self._current = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
-        self._stream: torch.cuda.Stream | None = None  # the caller's, looked up once a call
         if self._done is not None:  # memory that the device still writes to must not be given to others
             weakref.finalize(self, self._done.synchronize).atexit = False
 
@@ -94,9 +92,9 @@ class Graphs:
             )
 
     def wait(self) -> None:
-        """Wait until the device has done what this call has given it."""
+        """Wait until the device has done what it was given."""
         if self._done is not None:
-            self._done.record(self._stream)
+            self._done.record()
             self._done.synchronize()
 
     def recorded(self, index: int, step: Step, values: Mapping[str, Any], count: int) -> Run | None:
@@ -121,15 +119,14 @@ class Graphs:
     @contextmanager
     def _turn(self) -> Iterator[None]:
         """One call after another: threads by the lock, streams by an event."""
-        with self._lock, self._current:
+        with self._lock, torch.cuda.device(self.device) if self._done is not None else nullcontext():
             if self._done is not None:
-                self._stream = torch.cuda.current_stream(self.device)
-                self._done.wait(self._stream)
+                self._done.wait()
             try:
                 yield
             finally:
                 if self._done is not None:
-                    self._done.record(self._stream)
+                    self._done.record()
 
     def _run(self, recordings: Recordings, tensors: Sequence[Tensor], program: Program, waits: Sequence[bool]) -> None:
         recordings.load(tensors)
