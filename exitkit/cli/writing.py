@@ -23,7 +23,7 @@ from exitkit.common.files import replacing
 from exitkit.evaluation import ExitOutputs, RegressionOutputs, plot_curves, plot_hindsight
 from exitkit.multi_exit.preprocessing import preprocessing_to_json
 from exitkit.report import write_samples
-from exitkit.report.run import BACKBONE, INPUTS, RESULTS, THRESHOLDS, exits_folder, validation_file
+from exitkit.report.run import BACKBONE, INPUTS, RESULTS, THRESHOLDS, exits_folder, outputs_file, validation_file
 from exitkit.surgery.inputs import Example
 
 _SAMPLES, _BYTES = 64, 32 * 2**20
@@ -73,7 +73,7 @@ def write_results(
     _write_backbone(directory / BACKBONE, backbone)
     for name, one in results.items():
         one.model.save_pretrained(exits_folder(directory, name), outputs=one.outputs)
-        one.outputs.save(directory / f"outputs-{name}.safetensors")
+        one.outputs.save(outputs_file(directory, name))
         if validation is not None:
             validation.save(validation_file(directory, name))
     _write_inputs(directory / INPUTS, split)
