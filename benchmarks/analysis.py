@@ -98,7 +98,7 @@ def _trained(args: argparse.Namespace, regime: str, seed: int, train: tuple[Tens
     if regime in ("mixed", "joint"):
         options |= {"analyse": "gradient_dominance", "analyse_every": max(1, options["epochs"] // 10)}
     folder = args.out / args.backbone / f"run-{regime}-{seed}"
-    exitkit.Trainer(ee, output_dir=folder, show_progress=True, **options).fit(Augmented(*train))
+    exitkit.Trainer(ee, output_dir=folder, show_progress=True, channels_last=True, **options).fit(Augmented(*train))
     with replacing(path) as temporary:
         save_file({name: value.contiguous() for name, value in ee.state_dict().items()}, temporary)
     return ee.eval()

@@ -252,6 +252,29 @@ def test_the_backbone_of_a_row_is_what_its_exits_begin_from(small: None, invoke:
     assert any(not torch.equal(fresh[name], value) for name, value in load_file(given).items() if name in fresh)
 
 
+def test_a_regression_reads_its_errors_under_a_budget(invoke: Any, tmp_path: Path) -> None:
+    code, _, complained = invoke(
+        *("reproduce", "training-regimes", "2R", "--scale", "smoke", "--rows", "Joint", "--out", tmp_path / "out")
+    )
+    assert code == 0, complained
+    rows = json.loads((tmp_path / "out" / "training-regimes-2R-smoke.json").read_text())["rows"]
+    (joint,) = [one for one in rows if one["name"] == "STS-B Joint"]
+    kept = RegressionOutputs.load(Path(joint["runs"]) / "seed-0" / "outputs-pbee.safetensors")
+    predictions, labels = kept.predictions.double().numpy(), kept.labels.double().numpy()
+    costs = (kept.macs.double() / kept.backbone_macs).numpy()
+    changes = np.abs(np.diff(predictions, axis=1))  # a sample leaves at the first small one, never at the first exit
+    reached = []
+    for tolerance in (0.0, *(np.unique(changes) + 1e-9)):
+        leaves = np.hstack([np.zeros((len(labels), 1), bool), changes < tolerance])
+        leaves[:, -1] = True
+        exits = leaves.argmax(1)
+        errors = (predictions[np.arange(len(labels)), exits] - labels) ** 2
+        reached.append((costs[exits].mean(), errors.mean()))
+    for budget, found in zip((0.25, 0.5, 0.75, 1.0), joint["numbers"], strict=True):
+        below = [error for cost, error in reached if cost < budget]
+        assert found == (pytest.approx(below[:1], rel=1e-5) if below else None)
+
+
 class OneMachine:
     """Ray as far as tables use it: tasks run in turn when they are asked for, on one machine of two CPUs."""
 
