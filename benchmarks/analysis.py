@@ -24,7 +24,6 @@ from typing import Any
 import numpy as np
 import torch
 from cifar10 import Augmented, load
-from regimes import untrained
 from safetensors.torch import load_file, save_file
 from tables import cell, table, write
 from torch import Tensor
@@ -37,10 +36,11 @@ from exitkit.analysis.overview import Overview
 from exitkit.common.console import make_console
 from exitkit.common.files import replacing
 from exitkit.models import cifar_resnet
+from exitkit.reproduction.backbones import resnet20, vit_small_cifar
 from exitkit.training import Phase
 
 REGIMES = ("disjoint", "mixed", "joint")
-HEADS = {"resnet20": "2L-64", "vit": "1L"}
+BACKBONES = {"resnet20": (resnet20, "2L-64"), "vit": (vit_small_cifar, "1L")}
 SCALE = 0.25
 """The noise at which mutual information is compared: far from saturation, far from 0."""
 Data = list[tuple[Tensor, Tensor]]
@@ -76,8 +76,8 @@ def main() -> None:
 
 def _attached(args: argparse.Namespace, seed: int) -> exitkit.MultiExitModel:
     torch.manual_seed(seed)
-    backbone = untrained(args.backbone, seed)
-    return exitkit.attach(backbone, torch.zeros(2, 3, 32, 32), every=1, method="sdn", head=HEADS[args.backbone])
+    make, head = BACKBONES[args.backbone]
+    return exitkit.attach(make(), torch.zeros(2, 3, 32, 32), every=1, method="sdn", head=head)
 
 
 def _trained(args: argparse.Namespace, regime: str, seed: int, train: tuple[Tensor, Tensor]) -> exitkit.MultiExitModel:
@@ -295,7 +295,7 @@ def _costs(what: str, depth: int, every: int, samples: int, share: float) -> tup
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("backbone", choices=[*HEADS, "cost"])
+    parser.add_argument("backbone", choices=[*BACKBONES, "cost"])
     parser.add_argument("--data", type=Path, help="folder with cifar10_train.npz")
     parser.add_argument("--images", type=int, default=10_000, help="of training")
     parser.add_argument("--pretraining", type=int, default=20, help="epochs of the backbone alone")

@@ -36,18 +36,6 @@ def cell(values: Sequence[float | None], digits: int = 1) -> str:
     return f"{np.mean(known):.{digits}f}{spread}"
 
 
-def over_budgets(runs: dict[str, list[ExitOutputs]]) -> list[tuple[str, ...]]:
-    """A row of each name: accuracy at :data:`BUDGETS`, and where no sample leaves; mean ± standard deviation over its runs."""
-    return [
-        (
-            name,
-            *(cell([at(run, budget) for run in those]) for budget in BUDGETS),
-            cell([100 * float(run.accuracy()[-1]) for run in those]),
-        )
-        for name, those in runs.items()
-    ]
-
-
 def numbers(runs: dict[str, list[ExitOutputs]], budgets: Sequence[float] = BUDGETS) -> dict[str, dict[str, Any]]:
     """Of each name: the accuracies (%) of every run's exits and at budgets, and the exits' costs."""
     return {

@@ -101,8 +101,8 @@ def vit_t_cifar(num_classes: int = 100) -> nn.Module:
 
 
 def vit_small_cifar(num_classes: int = 10) -> nn.Module:
-    """The same of half the width, for a CPU."""
-    return _vit(num_classes, 32, patch_size=4, embed_dim=128, depth=7, num_heads=4, mlp_ratio=1.0)
+    """The same of half the width, in patches of 8, for a CPU."""
+    return _vit(num_classes, 32, patch_size=8, embed_dim=128, depth=7, num_heads=4, mlp_ratio=1.0)
 
 
 def vit_t_tiny(num_classes: int = 200) -> nn.Module:
