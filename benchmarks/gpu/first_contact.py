@@ -58,6 +58,7 @@ def say(line: str) -> None:
 def env() -> None:
     """What is installed, and whether compiled steps can be built."""
     import triton
+    from torch._inductor.cpp_builder import get_cpp_compiler
 
     from exitkit.engine.cpp_compiler import check_compiler
     from exitkit.engine.cuda import toolchain
@@ -67,8 +68,8 @@ def env() -> None:
         toolchain.prepare()
     with check("a C++ compiler that torch can live with"):
         check_compiler()
-    with check("g++ links against libcuda"), tempfile.TemporaryDirectory() as folder:
-        build = ["g++", "-x", "c++", "-", "-lcuda", "-o", f"{folder}/a.out"]
+    with check("it links against libcuda"), tempfile.TemporaryDirectory() as folder:
+        build = [get_cpp_compiler(), "-x", "c++", "-", "-lcuda", "-o", f"{folder}/a.out"]
         subprocess.run(build, input=b"int main() {}", check=True, capture_output=True)
     with check("copies in memory"):
         x = torch.empty(1 << 28, device=GPU)
