@@ -31,12 +31,10 @@ import os, sys, threading, warnings
 from dataclasses import replace
 import torch
 import exitkit
-from counting import counted
-from torch._dynamo.debug_utils import NNModuleToString
+from counting import counted, prepare
 from exitkit.engine.compiling import fastest
 from exitkit.packages import exporting
-torch.backends.cudnn.enabled = False
-NNModuleToString.convert = staticmethod(lambda *_, **__: "")  # prints the values of constants, which nothing has written
+prepare()
 exporting._compare = lambda *_: None  # kernels do nothing
 PACKAGE = sys.argv[1]
 def images(samples, device="cuda"):

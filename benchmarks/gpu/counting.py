@@ -1,10 +1,13 @@
-"""What the pretended CUDA runtime has counted."""
+"""What the pretended CUDA runtime has counted, and what torch must not do there."""
 
 from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
 from typing import Any
+
+import torch
+from torch._dynamo.debug_utils import NNModuleToString
 
 NAMES = ("graph_launches", "launches", "memcpys", "syncs", "captures", "mallocs")
 """Launches of graphs and of single kernels, copies, waits of the host, recordings, allocations that reached CUDA."""
@@ -21,3 +24,9 @@ def counted(run: Callable[[], Any]) -> dict[str, int]:
     before = counts()
     run()
     return {name: after - before[name] for name, after in counts().items()}
+
+
+def prepare() -> None:
+    """Before anything is compiled: there is no cuDNN, and small constants have no values that Inductor's log could print."""
+    torch.backends.cudnn.enabled = False
+    NNModuleToString.convert = staticmethod(lambda *_, **__: "")

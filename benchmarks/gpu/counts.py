@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from counting import counted
+from counting import counted, prepare
 from torch import Tensor
 
 import exitkit
@@ -39,7 +39,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--out", type=Path, default=Path("results/counts.json"))
     args = parser.parse_args()
-    torch.backends.cudnn.enabled = False  # there is none in the pretended runtime
+    prepare()
     rows = []
     for name in args.models:
         rows += measure(name, getattr(torch, args.dtype))
