@@ -7,10 +7,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 pytest.importorskip("typer", reason="the command line needs: pip install 'exitkit[cli]'")
 
-from exitkit.analysis import Connectivity, Rank
+from exitkit import analysis
+from exitkit.analysis import Connectivity, GradientDominance, Rank
 from exitkit.analysis.overview import KINDS, Overview
 from tests.test_cli import images, invoke, refused, run  # noqa: F401 - fixtures
 
@@ -69,6 +72,49 @@ def test_runs_are_measured_side_by_side_and_reported(
     assert page.count("analysis-rank-1-") > 1
     run("report", runs[1])
     assert "What training did" not in (runs[1] / "report.html").read_text()
+
+
+def test_what_was_measured_before_a_refusal_is_kept(
+    run: Callable[..., str],  # noqa: F811
+    refused: Callable[..., str],  # noqa: F811
+    runs: list[Path],
+    images: Path,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    """Two runs whose exits stand elsewhere have no path between them; everything else of them is measured, and said."""
+    recipe = tmp_path / "elsewhere.toml"
+    recipe.write_text(RECIPE.format(data=images, regime="mixed").replace('"sdn"', '"sdn"\nat = [0]'))
+    run("train", recipe, "--out", tmp_path / "elsewhere", "--trust")
+    arguments = (runs[0], tmp_path / "elsewhere", "--what", "connectivity,rank", "--samples", 40, "--trust")
+    told = refused("analyse", *arguments)
+    assert "1 of 2 measurements were refused: connectivity" in told
+    found = Overview.read(runs[0] / "analysis")
+    assert found is not None
+    assert list(found.rows) == ["rank"]
+
+
+def test_dominance_is_of_the_runs_own_loss_and_trained_weights(
+    run: Callable[..., str],  # noqa: F811
+    images: Path,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """With weights that are nearly all the first exit's, it has nearly all of the step."""
+    seen = []
+    measure = analysis.gradient_dominance
+    monkeypatch.setattr(analysis, "gradient_dominance", lambda ee, *a, **k: seen.append(ee) or measure(ee, *a, **k))
+    recipe = tmp_path / "weighted.toml"
+    loss = "[loss]\nweights = [1.0, 1e-6, 1e-6]\n"
+    recipe.write_text(RECIPE.format(data=images, regime="mixed").replace('"sdn"', '"sdn"\nat = [0, 1]') + loss)
+    run("train", recipe, "--out", tmp_path / "weighted", "--trust")
+    run("analyse", tmp_path / "weighted", "--what", "dominance", "--samples", 64, "--trust")
+    for name, value in load_file(tmp_path / "weighted" / "backbone.safetensors").items():
+        assert torch.equal(seen[0].backbone.state_dict()[name], value)
+    found = Overview.read(tmp_path / "weighted" / "analysis")
+    assert found is not None
+    dominance = found.rows["dominance"]["weighted"]
+    assert isinstance(dominance, GradientDominance)
+    assert dominance.share[0] == pytest.approx(1, abs=1e-3)
 
 
 @pytest.mark.parametrize(

@@ -15,8 +15,10 @@ from exitkit.common.errors import ArgumentError, unknown_name
 if TYPE_CHECKING:
     from exitkit.analysis.measurement import Measurement
     from exitkit.multi_exit.model import MultiExitModel
+    from exitkit.training import Loss
 
 WHAT = "dominance,rank,information,connectivity,landscape"
+BATCH = 64
 
 
 def analyse(
@@ -48,19 +50,29 @@ def analyse(
     from exitkit.analysis.overview import Overview
 
     models = {_name(run, runs): _model(run, method, trust) for run in runs}
+    losses = {_name(run, runs): _loss(run) for run in runs}
     loader = _samples(runs[0], next(iter(models.values())), data, samples)
     rows: dict[str, dict[str, Measurement]] = {}
+    refused: dict[str, ArgumentError] = {}
     say = make_console().print
     for kind in kinds:
-        rows[kind] = measured(kind, models, loader, samples, points, seed, say)
-    found = Overview({kind: row for kind, row in rows.items() if row})
-    found.write(folder)
-    say(f"Written to {folder}/: PNG, CSV and arrays. To look at them: exitkit report {runs[0]}")
+        try:
+            rows[kind] = measured(kind, models, losses, loader, samples, points, seed, say)
+        except ArgumentError as error:
+            refused[kind] = error
+        else:
+            Overview({name: row for name, row in rows.items() if row}).write(folder)  # kept, whatever comes later
+    if rows:
+        say(f"Written to {folder}/: PNG, CSV and arrays. To look at them: exitkit report {runs[0]}")
+    if refused:
+        reasons = "; ".join(f"{kind}: {error}" for kind, error in refused.items())
+        raise ArgumentError(f"{len(refused)} of {len(kinds)} measurements were refused: {reasons}")
 
 
 def measured(
     kind: str,
     models: dict[str, MultiExitModel],
+    losses: dict[str, Loss],
     loader: Iterable[Any],
     samples: int,
     points: int,
@@ -71,6 +83,7 @@ def measured(
     from exitkit import analysis
 
     first, *others = models.items()
+    batches = max(1, samples // BATCH)
     if kind == "connectivity":
         pairs = {f"{first[0]} to {name}": (first[1], model) for name, model in others}
         calls: dict[str, Callable[[], Measurement]] = {
@@ -78,13 +91,15 @@ def measured(
             for name, (a, b) in pairs.items()
         }
     else:
-        how: dict[str, Callable[[MultiExitModel], Measurement]] = {
-            "dominance": lambda ee: analysis.gradient_dominance(ee, loader, as_if_unfrozen=True, seed=seed),
-            "rank": lambda ee: analysis.numerical_rank(ee, loader, samples=samples, seed=seed),
-            "information": lambda ee: analysis.mutual_information(ee, loader, samples=samples, seed=seed),
-            "landscape": lambda ee: analysis.landscape(ee, loader, samples=samples, points=points, seed=seed),
+        how: dict[str, Callable[[MultiExitModel, Loss], Measurement]] = {
+            "dominance": lambda ee, loss: analysis.gradient_dominance(
+                ee, loader, batches=batches, loss=loss, as_if_unfrozen=True, seed=seed
+            ),
+            "rank": lambda ee, _: analysis.numerical_rank(ee, loader, samples=samples, seed=seed),
+            "information": lambda ee, _: analysis.mutual_information(ee, loader, samples=samples, seed=seed),
+            "landscape": lambda ee, _: analysis.landscape(ee, loader, samples=samples, points=points, seed=seed),
         }
-        calls = {name: lambda model=model: how[kind](model) for name, model in models.items()}  # type: ignore[misc]
+        calls = {name: lambda name=name: how[kind](models[name], losses[name]) for name in models}  # type: ignore[misc]
     made = {}
     for name, call in calls.items():
         made[name] = call()
@@ -110,6 +125,15 @@ def _model(run: Path, method: str | None, trust: bool) -> MultiExitModel:
     return MultiExitModel.from_pretrained(backbone, source.exits)
 
 
+def _loss(run: Path) -> Loss:
+    """What the exits of a run minimised: its recipe's, of which a run of ``exitkit bench`` has none."""
+    from exitkit.cli.recipe import Recipe
+    from exitkit.report.run import read_run
+
+    given = read_run(run).about.get("loss")
+    return Recipe(model="", data="", loss=given if isinstance(given, dict) else {}).make_loss()
+
+
 def _samples(run: Path, model: MultiExitModel, data: str | None, samples: int) -> Iterable[Any]:
     """Batches of training samples, the same for every model and measurement."""
     from exitkit.cli.data import load_data
@@ -129,4 +153,4 @@ def _samples(run: Path, model: MultiExitModel, data: str | None, samples: int) -
         pairs=about.get("pairs") is True,
         max_length=length if isinstance(length, int) else None,
     )
-    return split.loaders(64, samples, 0)[0]
+    return split.loaders(BATCH, samples, 0)[0]
