@@ -43,6 +43,7 @@ REGIMES = ("disjoint", "mixed", "joint")
 BACKBONES = {"resnet20": (resnet20, "2L-64"), "vit": (vit_small_cifar, "1L")}
 SCALE = 0.25
 """The noise at which mutual information is compared: far from saturation, far from 0."""
+MEASURED = ("dominance", "rank", "information", "connectivity", "plane", "landscape")
 Data = list[tuple[Tensor, Tensor]]
 
 
@@ -202,7 +203,14 @@ def _of_basins(between: dict[str, list[analysis.Connectivity]]) -> list[tuple[st
             [one >= half for one in barriers["disjoint to joint"]],
             f"{said['disjoint to joint']} against {cell(controls, 2)} between seeds; {said}",
         ),
+        _of_heights(between["disjoint to mixed"]),
     ]
+
+
+def _of_heights(paths: Sequence[analysis.Connectivity]) -> tuple[str, str, str]:
+    first, last = ([float(path.objective[at]) for path in paths] for at in (0, -1))
+    holds = [other < one for one, other in zip(first, last, strict=True)]
+    return _verdict("mixed lies lower than disjoint", holds, f"objective {cell(last, 2)} against {cell(first, 2)}")
 
 
 def _of_features(found: dict[int, dict[str, dict[str, Any]]]) -> list[tuple[str, str, str]]:
@@ -251,46 +259,52 @@ def _of_landscapes(found: dict[int, dict[str, dict[str, Any]]]) -> tuple[str, st
 
 
 def _cost(args: argparse.Namespace) -> None:
-    """Seconds and MiB of each measurement, one thing changed at a time."""
+    """CPU seconds and MiB of each measurement, one thing changed at a time."""
     settings = {
-        "ResNet-20, 8 exits, 2,000 samples": (20, 1, 2000),
-        "2 exits": (20, 4, 2000),
-        "500 samples": (20, 1, 500),
+        f"ResNet-20, 8 exits, {args.samples:,} samples": (20, 1, args.samples),
+        "2 exits": (20, 4, args.samples),
+        f"{args.samples // 4:,} samples": (20, 1, args.samples // 4),
+        "ResNet-56 (3 times the parameters)": (56, 3, args.samples),
     }
-    settings["ResNet-56 (3 times the parameters)"] = (56, 3, 2000)
     rows, results = [], {}
     for name, setting in settings.items():
         cells = []
-        for what in ("dominance", "rank", "information", "connectivity", "landscape"):
+        for what in MEASURED:
             with multiprocessing.get_context("spawn").Pool(1) as pool:
-                seconds, megabytes = pool.apply(_costs, (what, *setting, args.samples / 2000))
+                seconds, megabytes = pool.apply(_costs, (what, *setting, args.points))
             cells.append(f"{seconds:.0f} s, {megabytes:.0f} MiB")
             results[f"{name}: {what}"] = (seconds, megabytes)
+            print(f"{name}: {what}: {cells[-1]}", flush=True)
         rows.append((name, *cells))
-    headings = ("", "dominance", "rank", "information", "connectivity", "landscape")
-    make_console().print(table(headings, rows, "What a measurement costs", f"{torch.get_num_threads()} threads"))
+    caption = f"CPU seconds, {torch.get_num_threads()} threads; plane and landscape have {args.points} × {args.points} points"
+    make_console().print(table(("", *MEASURED), rows, "What a measurement costs", caption))
     write(args.out / "cost.json", args, results=results)
 
 
-def _costs(what: str, depth: int, every: int, samples: int, share: float) -> tuple[float, float]:
-    """Of one measurement in a process of its own, beyond the model and the data."""
-    torch.manual_seed(0)
-    ee = exitkit.attach(cifar_resnet(depth), torch.zeros(2, 3, 32, 32), every=every, method="sdn", head="2L-64")
-    samples = int(samples * share)
+def _costs(what: str, depth: int, every: int, samples: int, points: int) -> tuple[float, float]:
+    """Of one measurement in a process of its own, beyond the models and the data."""
+    ee, other, third = (_random(depth, every, seed) for seed in range(3))
     data = [(torch.randn(50, 3, 32, 32), torch.randint(10, (50,))) for _ in range(samples // 50)]
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew from here
-    before, started = resident("VmRSS"), time.perf_counter()
+    before, started = resident("VmRSS"), time.process_time()
     if what == "connectivity":
-        analysis.connectivity(ee, ee, data, samples=samples)
+        analysis.connectivity(ee, other, data, samples=samples)
+    elif what == "plane":
+        analysis.plane(ee, other, third, data, samples=samples, points=points)
     elif what == "dominance":
         analysis.gradient_dominance(ee, data, batches=len(data))
     elif what == "landscape":
-        analysis.landscape(ee, data, samples=samples)
+        analysis.landscape(ee, data, samples=samples, points=points)
     elif what == "rank":
         analysis.numerical_rank(ee, data, samples=samples)
     else:
         analysis.mutual_information(ee, data, samples=samples)
-    return time.perf_counter() - started, (resident("VmHWM") - before) / 1024
+    return time.process_time() - started, (resident("VmHWM") - before) / 1024
+
+
+def _random(depth: int, every: int, seed: int) -> exitkit.MultiExitModel:
+    torch.manual_seed(seed)
+    return exitkit.attach(cifar_resnet(depth), torch.zeros(2, 3, 32, 32), every=every, method="sdn", head="2L-64")
 
 
 def _arguments() -> argparse.Namespace:
@@ -302,7 +316,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--epochs", type=int, default=20, help="of disjoint and mixed; joint has both")
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--samples", type=int, default=2_000, help="that are measured on")
-    parser.add_argument("--points", type=int, default=21, help="of each axis of a landscape")
+    parser.add_argument("--points", type=int, default=21, help="of each axis of a landscape, and in cost of a plane")
     parser.add_argument("--landscape-batches", type=int, default=8, help="of 250 samples, for landscape and plane")
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--out", type=Path, default=Path("results/analysis"))
