@@ -87,14 +87,18 @@ class Overview:
     rows: Mapping[str, Mapping[str, Measurement]]
 
     def figure(self, kind: str) -> Figure:
-        """The models side by side, on axes of the same scale."""
+        """The models side by side, on axes or in colours of the same scale; below, what the first was measured with."""
         models = self.rows[kind]
-        figure = new_figure(max(5.0, 3.4 * len(models)), 3.4)
+        figure = new_figure(max(5.0, 3.4 * len(models)), 4.0)
         panels = figure.subplots(1, len(models), squeeze=False, sharey=kind != "landscape")[0]
         for panel, (name, measured) in zip(panels, models.items(), strict=True):
             measured.draw(panel)
             panel.set_title(name, fontsize=9)
-        return figure
+        if kind == "landscape":
+            for panel in panels:
+                panel.locator_params(nbins=4)
+            figure.colorbar(panels[-1].collections[0], ax=list(panels), format="%.2g", label="objective")
+        return next(iter(models.values())).with_note(figure)
 
     def figures(self, kind: str) -> dict[str, Figure]:
         """The same, a figure for each model."""
