@@ -157,7 +157,9 @@ def mutual_information(
         raise ArgumentError("scale=[] is empty; give at least one, such as 0.25")
     coordinates = Coordinates(features, seed, reading)
     blocks, batches = each_batch(model, loader, samples, coordinates, show_progress)
-    gathered = [torch.cat(parts) for parts in zip(*([part.float() for part in rows] for rows in batches), strict=True)]
+    gathered = [
+        torch.cat(parts) for parts in zip(*([part.float() for part in rows] for _, rows in batches), strict=True)
+    ]
     number = len(gathered[0])
     if number < 10:
         raise ArgumentError(f"samples: {number} came, and the estimate needs at least 10; give more data or samples=")
