@@ -194,7 +194,7 @@ def test_rotation_and_scale_change_nothing_where_noise_is_relative() -> None:
 
 
 def test_the_published_estimator_has_its_two_faults() -> None:
-    """An extra −(d − 1)/2 · log 2πσ², and a marginal without the own term: far from the truth where the other is near it."""
+    """An extra (d − 1)/2 · log 2πσ², and a marginal without the own term: far from the truth where the other is near it."""
     rows = gaussian(16, 1000)
     truth = 8 * math.log(2)
     published, proper = (

@@ -134,7 +134,7 @@ def mutual_information(
         reading: as for :func:`numerical_rank`, without ``"positions"``.
         estimator: ``"published"`` is that of the paper's source (Kawaguchi et al. 2023), for comparison: 400 reference points,
             the evaluation point without noise, and in the conditional term one coordinate's log-density alone, which adds
-            −(d − 1)/2 · log 2πσ² to the result.
+            (d − 1)/2 · log 2πσ² to the result.
         seed: of noise and subset.
         show_progress: draw a bar on a terminal.
 
