@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 import exitkit
 from exitkit.analysis import GradientDominance, gradient_dominance
-from exitkit.training import Distillation, Loss, gradients
+from exitkit.training import Distillation, Loss, Phase, gradients
 from tests.toy import TinyNet
 
 
@@ -41,13 +41,16 @@ def batches(number: int = 3, size: int = 16) -> list[tuple[Tensor, Tensor]]:
     return [(torch.randn(size, 6), torch.randint(3, (size,))) for _ in range(number)]
 
 
+def shared(ee: exitkit.MultiExitModel) -> list[nn.Parameter]:
+    """Exits read at blocks 0, 1 and 2; what lies behind is the last exit's own."""
+    return [parameter for block in ee.backbone.blocks[:3] for parameter in block.parameters()]
+
+
 def flat(ee: exitkit.MultiExitModel, loss: Tensor) -> Tensor:
-    """The gradient on the backbone as one float64 vector, by an ordinary backward pass."""
+    """The gradient on the blocks, which the exits share, as one float64 vector, by an ordinary backward pass."""
     ee.zero_grad()
     loss.backward(retain_graph=True)
-    return torch.cat(
-        [(torch.zeros_like(p) if p.grad is None else p.grad).reshape(-1).double() for p in ee.backbone.parameters()]
-    )
+    return torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).reshape(-1).double() for p in shared(ee)])
 
 
 def cosine(first: Tensor, second: Tensor) -> float:
@@ -119,6 +122,47 @@ def test_heads_pull_their_own_exit_up_and_stay_under_the_ceiling() -> None:
     assert whole.share.sum() == pytest.approx(1)
 
 
+def test_what_only_the_backbones_exit_reaches_counts_with_the_heads() -> None:
+    """Of four blocks the exits share three: the last one and the classifier are no block of the backbone's."""
+    ee, data = model(), batches(1)
+    found = gradient_dominance(ee, data)
+    assert found.gram.shape == (1, 3, 5, 5)
+    assert np.isfinite(found.by_block[2, 2:]).all()
+    whole = gradient_dominance(ee, data, parameters="all")
+    assert whole.gram[:, :3] == pytest.approx(found.gram, rel=1e-9)
+    ((inputs, labels),) = data
+    twin = copy.deepcopy(ee).train()
+    F.cross_entropy(twin(inputs).heads[-1], labels).backward()
+    own = [*twin.backbone.blocks[3].parameters(), *twin.backbone.linear.parameters()]
+    expected = sum(float(parameter.grad.double().square().sum()) for parameter in own if parameter.grad is not None)
+    assert whole.gram[0, 3, 3, 3] == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("method", "loss"),
+    [("sdn", Loss()), ("sdn", Loss(distillation=Distillation(weight=5.0))), (exitkit.ZTW(detach=False), Loss())],
+)
+def test_the_ceiling_over_all_parameters_is_the_objectives_length_where_an_exit_reaches(
+    method: Any, loss: Loss
+) -> None:
+    """With heads of their own exactly; with distillation and with links that gradients pass it is a bound."""
+    ee, data = model(method), batches(1)
+    found = gradient_dominance(ee, data, parameters="all", loss=loss)
+    assert (abs(found.dominance) <= found.ceiling + 1e-9).all()
+    if method != "sdn" or loss.distillation is not None:
+        return
+    ((inputs, labels),) = data
+    twin = copy.deepcopy(ee).train()
+    losses = [F.cross_entropy(logits, labels) for logits in twin(inputs).heads]
+    parameters = list(twin.parameters())
+    total = torch.autograd.grad(sum(losses), parameters, retain_graph=True)
+    for exit_, own in enumerate(losses):
+        reached = torch.autograd.grad(own, parameters, retain_graph=True, allow_unused=True)
+        part = sum(float(t.square().sum()) for t, mine in zip(total, reached, strict=True) if mine is not None)
+        length = sum(float(t.square().sum()) for t in total)
+        assert found.ceiling[exit_] == pytest.approx((part / length) ** 0.5, rel=1e-5)
+
+
 @pytest.mark.parametrize("loss", [Loss(), Loss(distillation=Distillation(weight=2.0), reduction="mean")])
 def test_what_the_objective_holds_besides_is_a_row_of_its_own(loss: Loss) -> None:
     ee = model("gpf" if loss.distillation is None else "sdn")
@@ -178,6 +222,17 @@ def test_a_frozen_backbone_shares_nothing() -> None:
     assert not any(parameter.requires_grad for parameter in ee.backbone.parameters())
 
 
+def test_where_the_backbones_own_classifier_alone_learns_nothing_is_shared() -> None:
+    ee = model()
+    ee.backbone.requires_grad_(False)
+    ee.backbone.linear.requires_grad_(True)
+    for parameters in ("backbone", "all"):
+        with pytest.raises(exitkit.ArgumentError, match="share nothing"):
+            gradient_dominance(ee, batches(), parameters=parameters)  # type: ignore[arg-type]
+    ee.backbone.blocks[2].requires_grad_(True)
+    assert np.isfinite(gradient_dominance(ee, batches()).dominance[2:]).all()
+
+
 def test_half_precision_is_measured_in_float32() -> None:
     ee = model()
     data = batches()
@@ -233,7 +288,9 @@ def separable(samples: int = 48) -> torch.utils.data.DataLoader[tuple[Tensor, ..
 def trained(folder: Path | None = None, **options: Any) -> tuple[exitkit.MultiExitModel, list[Any]]:
     torch.manual_seed(0)
     ee = exitkit.attach(TinyNet(), torch.randn(2, 1, 8, 8), every=1, method="sdn")
-    trainer = exitkit.Trainer(ee, epochs=3, output_dir=folder, show_progress=False, **{"regime": "mixed", **options})
+    trainer = exitkit.Trainer(
+        ee, output_dir=folder, show_progress=False, **{"epochs": 3, "regime": "mixed", **options}
+    )
     return ee, trainer.fit(separable())
 
 
@@ -281,6 +338,20 @@ def test_with_detach_the_first_exits_cosine_is_one() -> None:
 def test_phases_count_their_own_exits() -> None:
     _, history = trained(regime="mixed-gradual", analyse="gradient_dominance")
     assert [len(record.dominance) for record in history] == [2, 3, 4]
+
+
+def test_the_trainers_curve_is_of_what_the_exits_share() -> None:
+    """The same as the call by itself on the model at the end, which leaves out the last block and the classifier."""
+    ee, history = trained(epochs=1, analyse="gradient_dominance")
+    found = gradient_dominance(ee, separable(), batches=gradients.ANALYSED)
+    assert len(found.gram[0]) == 3
+    assert history[0].ceiling == pytest.approx(found.ceiling, rel=1e-4)
+    assert history[0].dominance == pytest.approx(found.dominance, abs=1e-4)
+
+
+def test_a_phase_of_one_exit_shares_nothing() -> None:
+    _, history = trained(epochs=1, regime=(Phase((3,), (0, 1, 2, 3)),), analyse="gradient_dominance")
+    assert history[0].dominance is None
 
 
 def test_a_frozen_backbone_is_refused_by_the_trainer(tiny_ee: exitkit.MultiExitModel) -> None:

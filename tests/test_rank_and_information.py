@@ -123,6 +123,25 @@ def test_readings_and_subsets_of_maps() -> None:
     assert "random subset" in flat.note
 
 
+def test_positions_are_summed_up_where_they_are_more_than_the_features(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Five samples of 64 pixels are 320 rows of 8 features: an 8 × 8 matrix, however many samples come, and no row is kept."""
+    seen: list[tuple[int, int, int]] = []
+    covariance = Moments.covariance
+
+    def counted(moments: Moments) -> Tensor:
+        matrix = covariance(moments)
+        seen.append((sum(len(rows) for rows in moments.kept), *matrix.shape))
+        return matrix
+
+    monkeypatch.setattr(Moments, "covariance", counted)
+    found = numerical_rank(TinyNet(), [torch.randn(5, 1, 8, 8)], samples=5, reading="positions")
+    assert found.samples.tolist() == [320] * 4
+    assert seen == [(0, 8, 8)] * 4
+    seen.clear()
+    numerical_rank(TinyNet(), [torch.randn(3, 1, 8, 8), torch.randn(2, 1, 8, 8)], samples=5)
+    assert seen == [(5, 5, 5)] * 4  # flattened: 5 rows of 512 features
+
+
 def test_exits_are_marked_and_the_model_is_left_alone(tiny_ee: exitkit.MultiExitModel) -> None:
     tiny_ee.train()
     before = {name: value.clone() for name, value in tiny_ee.state_dict().items()}
@@ -175,7 +194,7 @@ def test_rotation_and_scale_change_nothing_where_noise_is_relative() -> None:
 
 
 def test_the_published_estimator_has_its_two_faults() -> None:
-    """An extra −(d − 1)/2 · log 2πσ², and a marginal without the own term: far from the truth where the other is near it."""
+    """An extra (d − 1)/2 · log 2πσ², and a marginal without the own term: far from the truth where the other is near it."""
     rows = gaussian(16, 1000)
     truth = 8 * math.log(2)
     published, proper = (

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
+from torch import nn
 
 from exitkit.analysis.measurement import Array, Measurement, Table, exit_names, joined, spread
 from exitkit.analysis.samples import check_multi_exit, in_float32, size_of, tracked
@@ -19,7 +20,7 @@ from exitkit.evaluation.plots import labelled, new_figure
 from exitkit.multi_exit.model import MultiExitModel
 from exitkit.training.distributed import seed_everything
 from exitkit.training.freezing import stages_of
-from exitkit.training.gradients import blocks_of, dominance_of, gram_on, objective_weights
+from exitkit.training.gradients import dominance_of, gram_on, heads_of, objective_weights, shared_by
 from exitkit.training.left_alone import left_as_found, loader_kept
 from exitkit.training.losses import Loss
 from exitkit.training.objective import Objective
@@ -36,9 +37,10 @@ class GradientDominance(Measurement):
     """How the gradient of every exit's own loss lies to the objective's.
 
     Attributes:
-        gram: (batches, blocks, M+2, M+2) inner products of the gradients. Block b is what the backbone does between exits
-            b−1 and b; with ``parameters="all"`` the heads are one block more. Rows are the exits, the last the backbone's, and
-            what the objective holds beside their weighted sum (distillation, imitation; 0 where there is none).
+        gram: (batches, blocks, M+2, M+2) inner products of the gradients. Block b, of M, is what the backbone does between
+            exits b−1 and b; with ``parameters="all"`` the heads are one block more, among them what lies behind the last
+            internal exit, which only the backbone's own reaches. Rows are the exits, the last the backbone's, and what the
+            objective holds beside their weighted sum (distillation, imitation; 0 where there is none).
         weights: (M+1,) α, what each exit's loss is multiplied by.
         dominance: (M+1,) cos(g_i, g), mean over the batches.
         dominance_spread: (M+1,) its standard deviation.
@@ -49,7 +51,7 @@ class GradientDominance(Measurement):
         conflict: (M+1, M+1) cos(g_i, g_j); a negative entry is what PCGrad calls a conflict.
         by_block: (blocks, M+1) cos(g_i, g) on one block alone; NaN for exits that do not reach it.
         rest_share: the share of what the objective holds beside the exits' own losses.
-        parameters: ``"backbone"``, or ``"all"`` with the heads.
+        parameters: ``"backbone"``: what two or more exits reach; or ``"all"`` with the heads.
         samples: how many there were in all batches.
         seed: of the data's order, augmentation and dropout.
     """
@@ -145,14 +147,16 @@ def gradient_dominance(
         ee: what :func:`exitkit.attach` returned.
         loader: as for :class:`exitkit.Trainer`; give that of the training.
         batches: how many are measured, of which mean and spread are taken.
-        parameters: ``"backbone"``; with ``"all"`` the heads count too, each of which pulls its own exit's cosine up.
+        parameters: ``"backbone"``: up to the last internal exit, what the exits share; with ``"all"`` the heads count too, the
+            backbone's own among them, each of which pulls its exit's cosine up.
         loss: the objective; by default the sum of the exits' losses. Weights that change in training are as at its end.
         as_if_unfrozen: measure on a frozen backbone's parameters too.
         seed: of order, augmentation and dropout.
         show_progress: draw a bar on a terminal.
 
     Raises:
-        ArgumentError: no exits, an empty loader, no labels, a frozen backbone, or a batch of one sample under BatchNorm.
+        ArgumentError: no exits, an empty loader, no labels, no learning parameter that two exits reach (a frozen backbone), or
+            a batch of one sample under BatchNorm.
     """
     check_multi_exit(ee, "gradient dominance")
     check("batches", batches, Count)
@@ -160,14 +164,11 @@ def gradient_dominance(
     check("loss", loss, Loss | None)
     check("as_if_unfrozen", as_if_unfrozen, bool)
     check("seed", seed, Index)
-    _check_shared(ee, as_if_unfrozen)
     model = in_float32(ee)
     objective = Objective(Loss() if loss is None else loss, len(model.classifiers))
     weights = objective.loss.weights_at(1.0, [boundary.share for boundary in model.boundaries])
     with left_as_found(model), loader_kept(loader):
-        if as_if_unfrozen:
-            model.backbone.requires_grad_(True)
-        blocks = blocks_of(model, stages_of(model), heads=parameters == "all")
+        blocks = _blocks(model, parameters, as_if_unfrozen)
         model.train()
         seed_everything(loader, seed)
         found = list(islice(checked(loader, "loader"), batches))
@@ -180,19 +181,28 @@ def gradient_dominance(
     return GradientDominance(gram=gram, **numbers, parameters=parameters, samples=samples, seed=seed)
 
 
-def _check_shared(ee: MultiExitModel, as_if_unfrozen: bool) -> None:
-    if not as_if_unfrozen and not any(parameter.requires_grad for parameter in ee.backbone.parameters()):
-        raise ArgumentError(
-            "the backbone is frozen (no parameter has requires_grad=True), so the exits' gradients share nothing; "
-            "as_if_unfrozen=True measures what they would do to it"
+def _blocks(model: MultiExitModel, parameters: Parameters, as_if_unfrozen: bool) -> list[tuple[nn.Parameter, ...]]:
+    """The shared stages, and with ``"all"`` the heads. Frozen parameters are let learn where they are asked for."""
+    if as_if_unfrozen:
+        model.backbone.requires_grad_(True)
+    learns = any(parameter.requires_grad for parameter in model.backbone.parameters())
+    stages = stages_of(model) if learns else None
+    shared = shared_by(range(len(model.exits)), stages) if stages else []
+    if stages is None or not any(shared):
+        none = "no parameter of the backbone before the last internal exit " + (
+            "exists; attach exits further back"
+            if as_if_unfrozen
+            else "has requires_grad=True; as_if_unfrozen=True measures what the exits would do to frozen ones"
         )
+        raise ArgumentError(f"ee: its exits' gradients share nothing: {none}")
+    return [*shared, heads_of(model, stages)] if parameters == "all" else shared
 
 
 def _numbers(gram: Array, weights: Array) -> dict[str, Any]:
-    """All that follows from inner products (batches, blocks, R, R) and weights (R − 1,)."""
+    """All that follows from inner products (batches, blocks, R, R) and weights (R − 1,); R − 2 blocks are the backbone's."""
     exits = len(weights)
     full = torch.from_numpy(np.append(weights, 1.0))
-    each = [dominance_of(torch.from_numpy(one), full, exits) for one in gram]
+    each = [dominance_of(torch.from_numpy(one), full, exits - 1) for one in gram]
     dominance, share, ceiling = (np.stack([part[at].numpy() for part in each]) for at in range(3))
     return {
         "weights": weights.astype(np.float64),

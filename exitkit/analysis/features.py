@@ -104,8 +104,8 @@ def _read(feature: Tensor, boundary: Boundary, reading: Reading, samples: int) -
 
 def each_batch(
     model: nn.Module, loader: Iterable[Any], samples: int, coordinates: Coordinates, show_progress: bool
-) -> tuple[Blocks, Iterator[list[Tensor]]]:
-    """The blocks, and for every batch the rows at each of them, in eval mode, from the first ``samples`` of the loader.
+) -> tuple[Blocks, Iterator[tuple[int, list[Tensor]]]]:
+    """The blocks, and for every batch its size and the rows at each of them, in eval mode, from the loader's first ``samples``.
 
     Raises:
         ArgumentError: an empty loader, inputs of several sizes where features are flattened.
@@ -116,7 +116,7 @@ def each_batch(
     device = next(measured.parameters()).device
     blocks = blocks_of(measured, move(data[0][0], device))
 
-    def rows() -> Iterator[list[Tensor]]:
+    def rows() -> Iterator[tuple[int, list[Tensor]]]:
         widths: list[int] | None = None
         with left_as_found(backbone_of(measured)), torch.no_grad():
             for inputs, _ in tracked(data, "features", show_progress):
@@ -133,6 +133,6 @@ def each_batch(
                         "length, or take reading='pooled'"
                     )
                 widths = found
-                yield made
+                yield len(tensors[0]), made
 
     return blocks, rows()

@@ -134,7 +134,7 @@ def mutual_information(
         reading: as for :func:`numerical_rank`, without ``"positions"``.
         estimator: ``"published"`` is that of the paper's source (Kawaguchi et al. 2023), for comparison: 400 reference points,
             the evaluation point without noise, and in the conditional term one coordinate's log-density alone, which adds
-            −(d − 1)/2 · log 2πσ² to the result.
+            (d − 1)/2 · log 2πσ² to the result.
         seed: of noise and subset.
         show_progress: draw a bar on a terminal.
 
@@ -157,7 +157,9 @@ def mutual_information(
         raise ArgumentError("scale=[] is empty; give at least one, such as 0.25")
     coordinates = Coordinates(features, seed, reading)
     blocks, batches = each_batch(model, loader, samples, coordinates, show_progress)
-    gathered = [torch.cat(parts) for parts in zip(*([part.float() for part in rows] for rows in batches), strict=True)]
+    gathered = [
+        torch.cat(parts) for parts in zip(*([part.float() for part in rows] for _, rows in batches), strict=True)
+    ]
     number = len(gathered[0])
     if number < 10:
         raise ArgumentError(f"samples: {number} came, and the estimate needs at least 10; give more data or samples=")

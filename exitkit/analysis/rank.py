@@ -148,8 +148,8 @@ def numerical_rank(
     coordinates = Coordinates(features, seed, reading)
     blocks, batches = each_batch(model, loader, samples, coordinates, show_progress)
     sums: list[Moments] = []
-    for rows in batches:
-        sums = sums or [Moments.begun(part, samples, standardise) for part in rows]
+    for size, rows in batches:
+        sums = sums or [Moments.begun(part, samples * len(part) // size, standardise) for part in rows]
         for moments, part in zip(sums, rows, strict=True):
             moments.add(part)
     spectra = [_spectrum(moments, name) for moments, name in zip(sums, blocks.names, strict=True)]
@@ -194,7 +194,7 @@ class Moments:
 
     @classmethod
     def begun(cls, first: Tensor, most: int, standardise: bool) -> Moments:
-        """For the rows that begin with ``first`` and may be ``most`` (with positions as rows: more)."""
+        """For at most ``most`` rows, positions each counted, that begin with ``first``."""
         return cls(first.mean(0), most <= first.shape[1], standardise)
 
     @property

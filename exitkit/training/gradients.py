@@ -115,7 +115,8 @@ def dominance_of(gram: Tensor, weights: Tensor, stages: int) -> tuple[Tensor, Te
 
     Args:
         gram: (blocks, R, R), of the gradients of R losses. The first ``stages`` blocks are the backbone's; block b is reached
-            by the exits from b on. A block behind them holds heads, each of which one exit alone reaches.
+            by the exits from b on. A block behind them holds heads, each of which its own exit reaches, and where heads are
+            linked others.
         weights: (R,) α.
 
     Returns:
@@ -126,14 +127,24 @@ def dominance_of(gram: Tensor, weights: Tensor, stages: int) -> tuple[Tensor, Te
     square = weights @ along
     lengths = torch.einsum("i,bij,j->b", weights, gram[:stages], weights).clamp(min=0)
     reached = lengths.cumsum(0)[torch.arange(len(weights)).clamp(max=stages - 1)]
-    reached += weights.square() * gram[stages:].sum(0).diagonal()
+    heads = gram[stages:].sum(0)
+    meeting = weights * (heads != 0)  # losses that meet no gradient of exit i's reach none of its heads
+    reached += torch.einsum("ij,jk,ik->i", meeting, heads, meeting)
     return along / (whole.diagonal() * square).sqrt(), weights * along / square, (reached / square).clamp(max=1).sqrt()
 
 
-def blocks_of(model: MultiExitModel, stages: Stages, heads: bool = False) -> list[tuple[nn.Parameter, ...]]:
-    """The backbone's learning parameters, stage by stage; with ``heads`` those of the heads as one block more."""
-    learning = tuple(parameter for parameter in model.classifiers.parameters() if parameter.requires_grad)
-    return [*stages.parameters, *([learning] if heads else [])]
+def shared_by(exits: Sequence[int], stages: Stages) -> list[tuple[nn.Parameter, ...]]:
+    """The backbone's learning parameters that two or more of ``exits`` reach, stage by stage.
+
+    What lies behind all exits but the last, such as the backbone's classifier, is that exit's own: a head.
+    """
+    return list(stages.parameters[: sorted(exits)[-2] + 1]) if len(exits) > 1 else []
+
+
+def heads_of(model: MultiExitModel, stages: Stages) -> tuple[nn.Parameter, ...]:
+    """The learning parameters of all heads, the backbone's own behind the last internal exit among them."""
+    internal = (parameter for parameter in model.classifiers.parameters() if parameter.requires_grad)
+    return (*internal, *stages.parameters[-1])
 
 
 def gram_on(

@@ -21,7 +21,7 @@ from exitkit.training.distributed import length, random_state, seed_everything, 
 from exitkit.training.early_stopping import EarlyStopping
 from exitkit.training.feature_cache.heads_alone import HeadsAlone
 from exitkit.training.freezing import Stages, learn
-from exitkit.training.gradients import ANALYSED, blocks_of, dominance_of, gram_on, objective_weights
+from exitkit.training.gradients import ANALYSED, dominance_of, gram_on, objective_weights, shared_by
 from exitkit.training.interruption import ending
 from exitkit.training.left_alone import left_as_found, loader_kept
 from exitkit.training.objective import Objective
@@ -207,7 +207,7 @@ class Run:
                 first = [[p for p in self.model.classifiers[0].parameters() if p.requires_grad]]
                 return replace(record, first_exit=self._cosines(first, record, progress)[0][0]) if first[0] else record
             assert self.stages is not None
-            blocks = [[p for p in block if p.requires_grad] for block in blocks_of(self.model, self.stages)]
+            blocks = [[p for p in block if p.requires_grad] for block in shared_by(record.exits, self.stages)]
             if not any(blocks):
                 return record
             dominance, ceiling = self._cosines(blocks, record, progress)

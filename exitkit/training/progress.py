@@ -28,7 +28,8 @@ class Epoch:
         confidence: the teachers' at τ, as ``Distillation(confidence=)`` reads it, averaged over the batches (Phuong and
             Lampert 2019, figure 6); None without distillation.
         dominance: after the epoch, the cosine of the gradient of each exit that counts with the objective's, on the learning
-            part of the backbone; None where it was not measured (``Trainer(analyse=)``).
+            part of the backbone that two of these exits or more reach; None where there is none, or where it was not measured
+            (``Trainer(analyse=)``).
         ceiling: the most that each of these cosines can be, as an exit has no gradient behind it.
         first_exit: after the epoch, on the weights of the first exit's head, the cosine of the objective's gradient with that
             of the first exit's own loss (Zero Time Waste, appendix C.3); None where it was not measured.
