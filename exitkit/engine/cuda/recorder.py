@@ -27,7 +27,7 @@ class Recorder:
 
     It has a stream of its own: torch keeps a workspace of matrix products for every stream, and recordings of two engines
     that shared one would overwrite each other's. And it has random numbers of its own, since torch refuses all others while
-    they are recorded; steps draw none.
+    they are recorded; steps draw none. In the moment in which a recording begins, torch refuses those of other threads too.
     """
 
     def __init__(self, device: torch.device) -> None:
