@@ -48,6 +48,7 @@ def test_runs_have_the_accuracies_of_each() -> None:
     assert at.values == tuple(one.curve().at_budget(0.5).accuracy for one in each)
     assert runs.at_budget(0.3) is None  # the first exit costs a third
     assert list(runs.budget_table()) == ["25%", "50%", "75%", "100%", "no limit"]
+    assert list(runs.budget_table((0.125, 0.12))) == ["12.5%", "12%", "no limit"]
 
 
 def test_settings_are_compared_seed_by_seed() -> None:
@@ -66,7 +67,8 @@ def test_settings_are_compared_seed_by_seed() -> None:
     assert in_two.accuracies["better"].values == tuple(
         outputs_of(seed, 2.0).curve(top=2).at_budget(0.6).accuracy for seed in range(4)
     )
-    assert str(in_two).startswith("top-2 accuracy at 60%")
+    assert str(in_two).startswith("top-2 accuracy at 60% ")
+    assert str(compare_runs({"better": better, "worse": worse}, 0.625)).startswith("accuracy at 62.5% ")
     assert better.accuracy(top=4)[0].values == (1.0,) * 4  # of four classes
     with pytest.raises(exitkit.ArgumentError, match=r"top=5 .* there are 4 classes"):
         compare_runs({"better": better, "worse": worse}, 0.6, top=5)

@@ -99,7 +99,7 @@ class Runs:
 
     def budget_table(self, budgets: Sequence[float] = BUDGETS, *, top: int = 1) -> dict[str, Spread | None]:
         """Accuracy at the budgets by name, and where no sample leaves, as ``curve().budget_table()`` of one run has it."""
-        rows = {f"{budget:.0%}": self.at_budget(budget, top=top) for budget in budgets}
+        rows = {f"{100 * budget:g}%": self.at_budget(budget, top=top) for budget in budgets}
         return rows | {"no limit": self.accuracy(top)[-1]}
 
     def minus(self, other: Runs, budget: float, *, top: int = 1) -> Spread:
@@ -149,7 +149,7 @@ class RunsCompared:
     def __str__(self) -> str:
         runs = len(next(iter(self.accuracies.values())).values)
         measure = "accuracy" if self.top == 1 else f"top-{self.top} accuracy"
-        lines = [f"{measure} at {self.budget:.0%} of the backbone's MACs over {runs} seeds: mean ± standard deviation"]
+        lines = [f"{measure} at {100 * self.budget:g}% of the backbone's MACs over {runs} seeds: mean ± standard deviation"]
         lines += [f"  {name:<34}{spread!s:>16}" for name, spread in self.accuracies.items()]
         lines.append("differences, seed by seed: mean and 95% interval (1.96 standard errors), in points")
         for (one, two), spread in self.differences.items():
