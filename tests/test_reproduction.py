@@ -22,7 +22,7 @@ from exitkit.cli.recipe import Recipe
 from exitkit.evaluation import RegressionOutputs
 from exitkit.models import cifar_resnet
 from exitkit.report import Stage
-from exitkit.reproduction import Paper, Row, Table, find_table, papers, settings_of
+from exitkit.reproduction import Outcome, Paper, Row, Setting, Table, find_table, papers, settings_of
 from exitkit.reproduction.measures import numbers_of
 from exitkit.reproduction.tables import merged
 from tests.test_cli import images, invoke, refused, run  # noqa: F401 - fixtures
@@ -131,6 +131,33 @@ def test_later_values_stand_in_the_place_of_earlier_ones() -> None:
 def test_what_there_is_not_is_told(invoke: Any, tmp_path: Path, arguments: tuple[str, ...], message: str) -> None:
     _, printed, complained = invoke("reproduce", *arguments, "--out", tmp_path / "out")
     assert message.replace(" ", "") in (printed + complained).replace("\n", "").replace(" ", "").replace("│", "")
+
+
+@pytest.mark.parametrize(
+    ("words", "chosen"),
+    [
+        ("Joint", ["Joint", "Joint Inc.", "STS-B Joint"]),
+        ("joint inc.", ["Joint Inc."]),
+        ("B Joint", ["STS-B Joint"]),
+        ("CIFAR-10", ["ResNet-56 CIFAR-10 SDN"]),
+        ("CIFAR(150)", ["CIFAR(150) exit-wise"]),
+    ],
+)
+def test_rows_are_chosen_by_whole_words(
+    monkeypatch: pytest.MonkeyPatch, invoke: Any, tmp_path: Path, words: str, chosen: list[str]
+) -> None:
+    names = ("Joint", "Joint Inc.", "STS-B Joint", "Disjoint", "ResNet-56 CIFAR-10 SDN", "ResNet-56 CIFAR-100 SDN")
+    recipe = {"model": "nothing", "data": "nowhere.npz", "exits": {}}
+    rows = tuple(Row(name, recipe) for name in (*names, "CIFAR(150) exit-wise"))
+    small = Table("small", "1", "a small one", "budgets", (50,), 1, "nothing", 1.0, rows)
+    run = []
+    monkeypatch.setattr("exitkit.reproduction.find_table", lambda paper, table: small)
+    monkeypatch.setattr("exitkit.reproduction.settings_of", lambda *_: [Setting(row, recipe, None) for row in rows])
+    monkeypatch.setattr(
+        "exitkit.cli.reproducing._run", lambda table, setting, *_: run.append(setting.row.name) or Outcome(setting.row)
+    )
+    invoke("reproduce", "small", "1", "--out", tmp_path / "out", "--rows", words)
+    assert run == chosen
 
 
 # numbers --------------------------------------------------------------------------------------------------------------
@@ -258,7 +285,8 @@ def test_a_regression_reads_its_errors_under_a_budget(invoke: Any, tmp_path: Pat
     )
     assert code == 0, complained
     rows = json.loads((tmp_path / "out" / "training-regimes-2R-smoke.json").read_text())["rows"]
-    (joint,) = [one for one in rows if one["name"] == "STS-B Joint"]
+    (joint,) = rows
+    assert joint["name"] == "STS-B Joint"
     kept = RegressionOutputs.load(Path(joint["runs"]) / "seed-0" / "outputs-pbee.safetensors")
     predictions, labels = kept.predictions.double().numpy(), kept.labels.double().numpy()
     costs = (kept.macs.double() / kept.backbone_macs).numpy()
