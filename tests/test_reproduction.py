@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import sys
 from dataclasses import replace
@@ -301,6 +302,37 @@ def test_a_regression_reads_its_errors_under_a_budget(invoke: Any, tmp_path: Pat
     for budget, found in zip((0.25, 0.5, 0.75, 1.0), joint["numbers"], strict=True):
         below = [error for cost, error in reached if cost < budget]
         assert found == (pytest.approx(below[:1], rel=1e-5) if below else None)
+
+
+def test_runs_are_kept_by_the_content_of_their_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other pixels are other data, though the file is as large; the same file elsewhere is the same; each is read once."""
+    read = []
+    file_digest = hashlib.file_digest
+    monkeypatch.setattr(hashlib, "file_digest", lambda *given: read.append(1) or file_digest(*given))
+
+    def key(folder: str, data: str = "images.npz") -> str:
+        recipe = {"model": "m", "data": str(tmp_path / folder / data), "exits": {}}
+        return Setting(Row("row", recipe), recipe, None).key
+
+    for folder, grey in (("one", 0), ("other", 255), ("copy", 0)):
+        (tmp_path / folder).mkdir()
+        np.savez(tmp_path / folder / "images.npz", images=np.full((4, 8, 8, 3), grey, np.uint8), labels=np.arange(4))
+    first, second = (tmp_path / name / "images.npz" for name in ("one", "other"))
+    assert first.stat().st_size == second.stat().st_size
+    assert key("one") == key("copy") == key("one") != key("other")
+    assert len(read) == 3
+    kept = key("one")
+    first.write_bytes(second.read_bytes())
+    assert key("one") != kept
+
+    for folder in ("a", "b"):
+        (tmp_path / folder / "pets" / "cat").mkdir(parents=True)
+        (tmp_path / folder / "pets" / "cat" / "1.png").write_bytes(b"123")
+    assert key("a", "pets") == key("b", "pets")
+    for name, content in (("c", b"1234"), ("d", b"123")):
+        (tmp_path / name / "pets" / "cat").mkdir(parents=True)
+        (tmp_path / name / "pets" / "cat" / ("1.png" if name == "c" else "2.png")).write_bytes(content)
+    assert len({key(name, "pets") for name in "abcd"}) == 3
 
 
 class OneMachine:
