@@ -155,7 +155,9 @@ class Sliced(nn.Module):
 
 @pytest.mark.parametrize("grows", [True, False])
 def test_a_head_whose_width_changes_is_refused(tiny_net: TinyNet, grows: bool) -> None:
-    with pytest.raises(exitkit.ArgumentError, match=r"Sliced.*different widths.*: [234], [345], [234]\nIts width must"):
+    with pytest.raises(
+        exitkit.ArgumentError, match=r"Sliced.*different widths.*: [234], [345], [234]\nIts width must"
+    ):
         exitkit.attach(tiny_net, images(), every=2, head=partial(Sliced, grows=grows))
 
 

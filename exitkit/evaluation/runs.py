@@ -149,7 +149,9 @@ class RunsCompared:
     def __str__(self) -> str:
         runs = len(next(iter(self.accuracies.values())).values)
         measure = "accuracy" if self.top == 1 else f"top-{self.top} accuracy"
-        lines = [f"{measure} at {100 * self.budget:g}% of the backbone's MACs over {runs} seeds: mean ± standard deviation"]
+        lines = [
+            f"{measure} at {100 * self.budget:g}% of the backbone's MACs over {runs} seeds: mean ± standard deviation"
+        ]
         lines += [f"  {name:<34}{spread!s:>16}" for name, spread in self.accuracies.items()]
         lines.append("differences, seed by seed: mean and 95% interval (1.96 standard errors), in points")
         for (one, two), spread in self.differences.items():
