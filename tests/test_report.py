@@ -327,12 +327,32 @@ def test_several_runs_are_one_report_and_one_comparison(tmp_path: Path) -> None:
     assert list(read_comparison([tmp_path / "a"])) == ["sdn"]
 
 
-def test_a_regression_is_told_what_takes_the_place_of_a_report(tmp_path: Path) -> None:
+def test_a_regression_is_reported_by_its_errors(tmp_path: Path) -> None:
+    predictions = torch.randn(20, 3, generator=torch.Generator().manual_seed(0))
+    labels = torch.linspace(0, 1, 20)
+    RegressionOutputs(predictions, labels, torch.tensor([1.0, 2.0, 3.0]), 3.0).save(
+        tmp_path / "outputs-pbee.safetensors"
+    )
+    page = write_report([tmp_path]).read_text("utf-8")
+    errors = ((predictions - labels[:, None]) ** 2).mean(0)
+    assert all(f"<td>{error:.4f}</td>" in page for error in errors.tolist())
+    assert (tmp_path / "report-curve.csv").read_text().splitlines()[0] == "method,threshold,mse,cost"
+    with pytest.raises(ExitkitError, match="top=3 counts classes, and a regression has none"):
+        write_report([tmp_path], top=3)
+    run_of(
+        tmp_path / "classifier",
+        sdn=exitkit.ExitOutputs(torch.randn(20, 3, 2), torch.arange(20) % 2, torch.tensor([1.0, 2.0, 3.0]), 3.0),
+    )
+    with pytest.raises(ExitkitError, match=r"classifier' is of a classifier.*\nReport them apart"):
+        write_report([tmp_path, tmp_path / "classifier"])
+
+
+def test_a_regression_is_told_what_takes_the_place_of_a_test(tmp_path: Path) -> None:
     predictions = torch.randn(20, 3)
     RegressionOutputs(predictions, predictions[:, 2], torch.tensor([1.0, 2.0, 3.0]), 3.0).save(
         tmp_path / "outputs-pbee.safetensors"
     )
-    for use in (lambda: write_report([tmp_path]), lambda: read_comparison([tmp_path]), lambda: read_run(tmp_path)):
+    for use in (lambda: read_comparison([tmp_path]), lambda: read_run(tmp_path)):
         with pytest.raises(ExitkitError, match=r"regression.*RegressionOutputs\.load\(path\).*curve\(\)\.plot"):
             use()
 

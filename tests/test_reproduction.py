@@ -288,6 +288,8 @@ def test_a_regression_reads_its_errors_under_a_budget(invoke: Any, tmp_path: Pat
     rows = json.loads((tmp_path / "out" / "training-regimes-2R-smoke.json").read_text())["rows"]
     (joint,) = rows
     assert joint["name"] == "STS-B Joint"
+    code, _, complained = invoke("report", joint["runs"])
+    assert code == 0, complained
     kept = RegressionOutputs.load(Path(joint["runs"]) / "seed-0" / "outputs-pbee.safetensors")
     predictions, labels = kept.predictions.double().numpy(), kept.labels.double().numpy()
     costs = (kept.macs.double() / kept.backbone_macs).numpy()

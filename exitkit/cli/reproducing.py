@@ -142,9 +142,9 @@ def _numbers(
 ) -> list[float | None]:
     """A row's numbers of one seed."""
     from exitkit.cli.repeating import finish
-    from exitkit.evaluation import ExitOutputs, RegressionOutputs
+    from exitkit.evaluation import ExitOutputs
     from exitkit.report import read_run
-    from exitkit.report.run import outputs_file, validation_file
+    from exitkit.report.run import validation_file
     from exitkit.reproduction.measures import numbers_of
 
     recipes = _recipes(setting, out, seed)
@@ -153,10 +153,10 @@ def _numbers(
     recipe, own = recipes[-1]
     method = recipe.make_method().name
     measure = setting.row.measure or table.measure
-    if measure == "mse":  # there is no report of a regression
-        return numbers_of(measure, table.columns, RegressionOutputs.load(outputs_file(own, method)))
-    result = read_run(own).results[method]
+    result = read_run(own, regression=True).results[method]
     outputs = result.outputs
+    if measure == "mse":
+        return numbers_of(measure, table.columns, outputs)
     if setting.row.criterion is not None:
         outputs = replace(outputs, criterion=setting.row.criterion)
     seen = validation_file(own, method)

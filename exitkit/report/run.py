@@ -29,7 +29,8 @@ from exitkit.common.errors import ArgumentError, FileError, unknown_name
 from exitkit.common.files import replacing
 from exitkit.common.hashes import digest
 from exitkit.common.schema import build, read_json, to_json
-from exitkit.evaluation import ExitOutputs
+from exitkit.evaluation import ExitOutputs, RegressionOutputs
+from exitkit.evaluation.files import is_regression
 from exitkit.evaluation.paired import check_comparable
 from exitkit.methods.policy import ExitPolicy
 from exitkit.report.samples import CLASSES, Sample, read_class_names, read_samples
@@ -109,11 +110,15 @@ class Run:
     classes: tuple[str, ...] | None
 
 
-def read_run(directory: str | Path) -> Run:
+def read_run(directory: str | Path, *, regression: bool = False) -> Run:
     """Read a run.
 
+    Args:
+        directory: of the run.
+        regression: whether it may be one, whose outputs are :class:`exitkit.evaluation.RegressionOutputs`.
+
     Raises:
-        ExitkitError: no directory, no outputs in it, or a damaged file.
+        ExitkitError: no directory, no outputs in it, a damaged file, or a regression that is not asked for.
     """
     directory = Path(directory)
     paths = _outputs_in(directory)
@@ -122,7 +127,7 @@ def read_run(directory: str | Path) -> Run:
     thresholds = _read_thresholds(directory)
     results = {}
     for name, path in paths.items():
-        outputs = ExitOutputs.load(path)
+        outputs = (RegressionOutputs if regression and is_regression(path) else ExitOutputs).load(path)
         fitting = tuple(sample for sample in samples if 0 <= sample.row < len(outputs))
         measured = stages.get(name, ())
         if measured and len(measured) != len(outputs.macs):
@@ -155,6 +160,11 @@ def read_comparison(places: Sequence[str | Path]) -> dict[str, ExitOutputs]:
             found[full] = ExitOutputs.load(path)
     check_comparable(found)
     return found
+
+
+def holds_regression(directory: str | Path) -> bool:
+    """Whether any outputs of a run are a regression's."""
+    return any(map(is_regression, Path(directory).glob(f"{_OUTPUTS}*{_SUFFIX}")))
 
 
 def exits_folder(directory: str | Path, name: str) -> Path:

@@ -87,7 +87,7 @@ class Objective:
         if config is not None and self.limit is not None and confidence > self.limit:
             self.temperature *= float(config.multiplier)
 
-    def mean_confidences(self) -> tuple[float, float] | tuple[None, None]:
+    def mean_confidences(self) -> tuple[float | None, float | None]:
         """Of the teachers at τ and at 1, over the batches since the last call; None where there were no teachers."""
         adjusted, plain, batches = self.confidences
         self.confidences = (0.0, 0.0, 0)
