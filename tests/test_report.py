@@ -327,6 +327,21 @@ def test_several_runs_are_one_report_and_one_comparison(tmp_path: Path) -> None:
     assert list(read_comparison([tmp_path / "a"])) == ["sdn"]
 
 
+@pytest.mark.parametrize("place", [".", "runs"])
+def test_of_a_folder_of_runs_those_below_are_told(tmp_path: Path, place: str) -> None:
+    """As ``exitkit reproduce --out`` leaves it: the runs of the rows, each with its seeds."""
+    outputs = exitkit.ExitOutputs(torch.randn(20, 3, 2), torch.arange(20) % 2, torch.tensor([1.0, 2.0, 3.0]), 3.0)
+    for name in ("row-b/seed-0", "row-a/seed-0", "row-a/seed-1", "alone"):
+        run_of(tmp_path / "runs" / name, sdn=outputs)
+    (tmp_path / "runs" / "empty").mkdir()
+    with pytest.raises(ExitkitError) as told:
+        write_report([tmp_path / place])
+    first, second = str(told.value).splitlines()
+    assert first.endswith("holds no run itself, but 3 below it")
+    assert second.endswith(", ".join(str(tmp_path / "runs" / name) for name in ("alone", "row-a", "row-b")))
+    write_report([tmp_path / "runs" / "row-a"])
+
+
 def test_a_regression_is_reported_by_its_errors(tmp_path: Path) -> None:
     predictions = torch.randn(20, 3, generator=torch.Generator().manual_seed(0))
     labels = torch.linspace(0, 1, 20)

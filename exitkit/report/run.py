@@ -37,6 +37,8 @@ from exitkit.report.samples import CLASSES, Sample, read_class_names, read_sampl
 from exitkit.report.stages import Stage
 
 T = TypeVar("T")
+_LISTED = 8
+"""Folders that an error names."""
 _OUTPUTS, _CALIBRATION, _SUFFIX = "outputs-", "calibration-", ".safetensors"
 RESULTS, THRESHOLDS = "results.json", "thresholds.json"
 BACKBONE, INPUTS = "backbone.safetensors", "inputs.safetensors"
@@ -217,12 +219,25 @@ def _outputs_in(directory: Path) -> dict[str, Path]:
             f"RUN_DIR {str(directory)!r} is not a directory; give one that exitkit bench or exitkit demo wrote"
         )
     paths = {_name(path): path for path in sorted(directory.glob(f"{_OUTPUTS}*{_SUFFIX}"))}
+    if not paths and (below := _runs_below(directory)):
+        listed = ", ".join(str(folder) for folder in below[:_LISTED]) + (", ..." if len(below) > _LISTED else "")
+        raise ArgumentError(
+            f"RUN_DIR {str(directory)!r} holds no run itself, but {len(below)} below it\nGive one of them, or several of the "
+            f"same data: {listed}"
+        )
     if not paths:
         raise ArgumentError(
             f"RUN_DIR {str(directory)!r} holds no results: no {_OUTPUTS}METHOD{_SUFFIX}. Make a run with exitkit bench --out "
             f"{directory}, or write there with outputs.save({str(directory / (_OUTPUTS + 'mine' + _SUFFIX))!r})"
         )
     return paths
+
+
+def _runs_below(directory: Path) -> list[Path]:
+    """Folders of runs, once or with several seeds, in a folder of them, or in the ``runs/`` of ``exitkit reproduce --out``."""
+    outputs = f"{_OUTPUTS}*{_SUFFIX}"
+    folders = sorted(one for parent in (directory, directory / "runs") for one in parent.glob("*") if one.is_dir())
+    return [one for one in folders if any(one.glob(outputs)) or any(one.glob(f"seed-*/{outputs}"))]
 
 
 def _name(path: Path) -> str:
