@@ -4,36 +4,33 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from rich.table import Table
 
 from exitkit.cli.bench import machine
 from exitkit.common.files import replacing
-from exitkit.evaluation import ExitOutputs
+from exitkit.evaluation import ExitOutputs, Spread
 
 BUDGETS = (0.25, 0.5, 0.75, 1.0)
 """Shares of the backbone's MACs."""
 
 
 def at(run: ExitOutputs, budget: float) -> float | None:
-    """Accuracy in per cent under a share of the backbone's MACs; None where the first exit costs more (by over 0.5%)."""
+    """Accuracy in per cent below a share of the backbone's MACs; None where the first exit's cost is not below it."""
     curve = run.curve()
-    first = float(curve.cost[0])
-    return None if first > budget + 0.005 else 100 * curve.at_budget(max(budget, math.nextafter(first, 2))).accuracy
+    return 100 * curve.at_budget(budget).accuracy if curve.cost[0] < budget else None
 
 
 def cell(values: Sequence[float | None], digits: int = 1) -> str:
-    """Mean ± standard deviation over seeds."""
-    known = [value for value in values if value is not None]
+    """Mean ± standard deviation over seeds (divided by n − 1, as everywhere); - where one has none."""
+    known = tuple(value for value in values if value is not None)
     if not known or len(known) < len(values):
         return "-"
-    spread = f" ± {np.std(known):.{digits}f}" if len(known) > 1 else ""
-    return f"{np.mean(known):.{digits}f}{spread}"
+    spread = Spread(known)
+    return f"{spread.mean:.{digits}f}" + (f" ± {spread.std:.{digits}f}" if len(known) > 1 else "")
 
 
 def numbers(runs: dict[str, list[ExitOutputs]], budgets: Sequence[float] = BUDGETS) -> dict[str, dict[str, Any]]:
@@ -41,7 +38,7 @@ def numbers(runs: dict[str, list[ExitOutputs]], budgets: Sequence[float] = BUDGE
     return {
         name: {
             "exits": [(100 * run.accuracy()).tolist() for run in those],
-            "budgets": {f"{budget:.0%}": [at(run, budget) for run in those] for budget in budgets},
+            "budgets": {f"{100 * budget:g}%": [at(run, budget) for run in those] for budget in budgets},
             "costs": those[0].costs.tolist(),
         }
         for name, those in runs.items()

@@ -290,14 +290,26 @@ def test_label_free_training_copies_the_backbone(ee: MultiExitModel, loader: Loa
 def test_the_teachers_confidence_of_every_epoch_is_recorded(
     tiny_ee: MultiExitModel, loader: Loaders, tmp_path: Path
 ) -> None:
-    """Of a frozen teacher at a fixed temperature: the mean of its largest probability (Phuong and Lampert, figure 6)."""
+    """Of a frozen teacher at a fixed temperature: the mean of its largest probability there, and at τ = 1 (Phuong and
+    Lampert, figure 6)."""
     batches = list(loader())
     loss = Loss(distillation=Distillation(temperature=3.0, confidence_limit=None))
     history = trainer(tiny_ee, loss=loss, epochs=2, output_dir=tmp_path).fit(batches)
     with torch.no_grad():
-        sure = [(tiny_ee.backbone.eval()(x) / 3).softmax(-1).amax(-1).mean() for x, _ in batches]
-    assert [record.confidence for record in history] == pytest.approx([float(torch.stack(sure).mean())] * 2)
-    assert "teachers_confidence" in (tmp_path / "metrics.csv").read_text().splitlines()[0]
+        sure, plain = (
+            float(
+                torch.stack(
+                    [(tiny_ee.backbone.eval()(x) / tau).softmax(-1).amax(-1).mean() for x, _ in batches]
+                ).mean()
+            )
+            for tau in (3, 1)
+        )
+    assert plain > sure
+    assert [record.confidence for record in history] == pytest.approx([sure] * 2)
+    assert [record.unadjusted_confidence for record in history] == pytest.approx([plain] * 2)
+    names = (tmp_path / "metrics.csv").read_text().splitlines()[0].split(",")
+    assert {"teachers_confidence", "teachers_unadjusted_confidence"} <= set(names)
+    assert trainer(tiny_ee).fit(batches)[0].unadjusted_confidence is None
 
 
 def test_the_ensemble_needs_no_labels_either(tiny_ee: MultiExitModel, loader: Loaders) -> None:

@@ -138,6 +138,29 @@ def shared(feature: Feature) -> nn.Module:
     return _SHARED
 
 
+class Sliced(nn.Module):
+    """Averages of the first few channels: one more at every call, or as many as modules were made."""
+
+    made = 0
+
+    def __init__(self, feature: Feature, grows: bool) -> None:
+        super().__init__()
+        Sliced.made += 1
+        self.grows, self.width = grows, 2 + Sliced.made % 2
+
+    def forward(self, maps: Tensor) -> Tensor:
+        self.width += self.grows
+        return maps.mean((2, 3))[:, : self.width]
+
+
+@pytest.mark.parametrize("grows", [True, False])
+def test_a_head_whose_width_changes_is_refused(tiny_net: TinyNet, grows: bool) -> None:
+    with pytest.raises(
+        exitkit.ArgumentError, match=r"Sliced.*different widths.*: [234], [345], [234]\nIts width must"
+    ):
+        exitkit.attach(tiny_net, images(), every=2, head=partial(Sliced, grows=grows))
+
+
 @pytest.mark.parametrize(
     ("head", "message"),
     [

@@ -21,7 +21,7 @@ from torch import nn
 import exitkit
 from exitkit import ExitkitError, Trainer
 from exitkit.cli.augmentation import augmented
-from exitkit.cli.recipe import parse_override, read_recipe
+from exitkit.cli.recipe import Recipe, parse_override, read_recipe
 from exitkit.cli.schedule import by_name
 from exitkit.cli.sources import load_model
 from exitkit.cli.training import prepared, train_recipe
@@ -221,6 +221,43 @@ def test_what_comes_in_at_the_border_is_black(tmp_path: Path) -> None:
         samples, _ = augmented(split.train, None, names, 2, split.black)
         seen = torch.cat([samples[number % len(samples)][0].flatten(1).T for number in range(20)]).unique(dim=0)
         assert {tuple(value) for value in seen.tolist()} == {tuple(white.tolist()), tuple(black.tolist())}
+
+
+def test_training_crops_come_from_the_whole_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Borders too, which cropping the middle first would cut off; test and validation images are their middles as ever."""
+    pytest.importorskip("torchvision")
+    from PIL import Image
+
+    from exitkit.cli.data import load_data
+    from exitkit.cli.training import loaders
+
+    pixels = np.zeros((32, 64, 3), np.uint8)
+    pixels[:, :8] = 255  # white at the left, outside of the square in the middle
+    for part in ("train", "val"):
+        for label in ("cat", "dog"):
+            (tmp_path / "data" / part / label).mkdir(parents=True)
+            for number in range(4):
+                Image.fromarray(pixels).save(tmp_path / "data" / part / label / f"{number}.png")
+    recipe = Recipe(
+        model="m",
+        data=str(tmp_path / "data"),
+        exits={"method": "sdn"},
+        trainer={},
+        augment=["shift", "crop"],
+        validation=0.5,
+        batch_size=4,
+    )
+    preprocessing = exitkit.ImagePreprocessing((3, 16, 16), (0.0,) * 3, (1.0,) * 3)
+    monkeypatch.setattr("exitkit.cli.data._image_preprocessing", lambda model: preprocessing)
+    split = load_data(recipe.data, nn.Linear(1, 1))
+    torch.manual_seed(0)
+    train, val, test = loaders(recipe, split, 2, 0)
+    assert val is not None
+    seen = torch.cat([batch for _ in range(10) for batch, _ in train])
+    assert seen.shape[1:] == (3, 16, 16)
+    assert (seen.amax((1, 2, 3)) > 0.9).any()
+    for others in (val, test):
+        assert all(batch.shape[1:] == (3, 16, 16) and batch.max() < 0.1 for batch, _ in others)
 
 
 def test_the_trainer_gets_what_the_recipe_says(recipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

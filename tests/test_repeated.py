@@ -10,14 +10,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 import exitkit
 from exitkit import ExitOutputs
-from exitkit.evaluation import Runs, Spread, compare_runs
+from exitkit.evaluation import RegressionOutputs, Runs, Spread, compare_runs
 from exitkit.report import read_repeated, write_report
-from tests.test_cli import images, invoke, refused, run  # noqa: F401 - fixtures
+from tests.test_cli import bert, images, invoke, refused, run  # noqa: F401 - fixtures
 
 LABELS = torch.arange(40) % 4
 
@@ -48,6 +49,7 @@ def test_runs_have_the_accuracies_of_each() -> None:
     assert at.values == tuple(one.curve().at_budget(0.5).accuracy for one in each)
     assert runs.at_budget(0.3) is None  # the first exit costs a third
     assert list(runs.budget_table()) == ["25%", "50%", "75%", "100%", "no limit"]
+    assert list(runs.budget_table((0.125, 0.12))) == ["12.5%", "12%", "no limit"]
 
 
 def test_settings_are_compared_seed_by_seed() -> None:
@@ -66,10 +68,51 @@ def test_settings_are_compared_seed_by_seed() -> None:
     assert in_two.accuracies["better"].values == tuple(
         outputs_of(seed, 2.0).curve(top=2).at_budget(0.6).accuracy for seed in range(4)
     )
-    assert str(in_two).startswith("top-2 accuracy at 60%")
+    assert str(in_two).startswith("top-2 accuracy at 60% ")
+    assert str(compare_runs({"better": better, "worse": worse}, 0.625)).startswith("accuracy at 62.5% ")
     assert better.accuracy(top=4)[0].values == (1.0,) * 4  # of four classes
     with pytest.raises(exitkit.ArgumentError, match=r"top=5 .* there are 4 classes"):
         compare_runs({"better": better, "worse": worse}, 0.6, top=5)
+
+
+def errors_of(seed: int, noise: float = 1.0) -> RegressionOutputs:
+    drawn = torch.randn(40, 3, generator=torch.Generator().manual_seed(seed))
+    numbers = LABELS.float()
+    predictions = numbers[:, None] + noise * drawn * torch.tensor([1.0, 0.5, 0.2])
+    return RegressionOutputs(predictions, numbers, torch.tensor([1.0, 2.0, 3.0]), 3.0)
+
+
+def error_at(outputs: RegressionOutputs, budget: float) -> float:
+    """By hand: those samples leave at the second exit, at two thirds of the cost, whose predictions changed least."""
+    predictions, labels = outputs.predictions.double().numpy(), LABELS.numpy()
+    order = np.abs(predictions[:, 1] - predictions[:, 0]).argsort()
+    leaving = next(count for count in range(41) if (2 * count + 3 * (40 - count)) / (3 * 40) < budget)
+    exits = np.full(40, 2)
+    exits[order[:leaving]] = 1
+    return float(((predictions[np.arange(40), exits] - labels) ** 2).mean())
+
+
+def test_regressions_are_repeated_and_compared_in_squared_errors() -> None:
+    better, worse = (Runs(tuple(errors_of(seed, noise) for seed in range(3))) for noise in (0.5, 1.0))
+    by_hand = [error_at(errors_of(seed, 0.5), 0.8) for seed in range(3)]
+    assert better.at_budget(0.8).values == pytest.approx(by_hand, rel=1e-5)  # type: ignore[union-attr]
+    table = better.budget_table((0.8,))
+    assert str(table["80%"]) == f"{np.mean(by_hand):.4f} ± {np.std(by_hand, ddof=1):.4f}"
+    last = [float(((one.predictions[:, -1] - LABELS) ** 2).mean()) for one in better.outputs]  # type: ignore[attr-defined]
+    assert table["no limit"].values == pytest.approx(last, rel=1e-5)  # type: ignore[union-attr]
+    compared = compare_runs({"better": better, "worse": worse}, 0.8)
+    assert compared.differences["better", "worse"].mean < 0
+    printed = str(compared)
+    assert printed.startswith("mean squared error (less is better) at 80% of the backbone's MACs over 3 seeds")
+    assert "in points" not in printed
+    assert f"{compared.differences['better', 'worse'].mean:+.4f} (" in printed
+    with pytest.raises(exitkit.ArgumentError, match="top=2 counts classes, and a regression has none"):
+        compare_runs({"better": better, "worse": worse}, 0.8, top=2)
+    classifier = Runs(tuple(outputs_of(seed) for seed in range(3)))
+    with pytest.raises(exitkit.ArgumentError, match="a regression and a classifier\nCompare runs of one kind"):
+        better.minus(classifier, 0.8)
+    with pytest.raises(exitkit.ArgumentError, match="no squared error"):
+        classifier.mse()
 
 
 OTHERS = {
@@ -143,6 +186,34 @@ def test_a_recipe_with_three_seeds(run: Any, refused: Any, images: Path, tmp_pat
     (tmp_path / "sdn" / "seed-1").rename(tmp_path / "old")
     (tmp_path / "more" / "seed-1").rename(tmp_path / "sdn" / "seed-1")
     assert "are of different settings, and are not averaged" in refused("report", tmp_path / "sdn")
+
+
+def test_a_regression_with_two_seeds(run: Any, bert: Path, tmp_path: Path) -> None:
+    """Trained, compared with another and reported, all in squared errors."""
+    rows = [f"{'good ' * (i % 4)}{'bad ' * (3 - i % 4)}film\t{i % 4}.5" for i in range(24)]
+    (tmp_path / "scores.tsv").write_text("text\tscore\n" + "\n".join(rows) + "\n")
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(
+        f'model = "hf:{bert}"\ndata = "{tmp_path / "scores.tsv"}"\nnum_classes = 1\n'
+        '[exits]\nmethod = "pbee"\n[trainer]\nepochs = 1\n'
+    )
+    command = ("train", "--trust", recipe, "--seeds", 2, "--out")
+    printed = run(*command, tmp_path / "a")
+    assert "over 2 seeds" in printed
+    assert "mean squared error" in printed
+    run(*command, tmp_path / "b", "--epochs", 2)
+
+    kept = [RegressionOutputs.load(tmp_path / "a" / f"seed-{n}" / "outputs-pbee.safetensors") for n in range(2)]
+    errors = [float(((one.predictions[:, -1] - one.labels) ** 2).mean()) for one in kept]
+    last = f"{np.mean(errors):.4f} ± {abs(errors[0] - errors[1]) / math.sqrt(2):.4f}"
+    compared = run("compare", tmp_path / "a", tmp_path / "b", "--budget", 1.5)
+    assert "a/pbee – b/pbee" in compared
+    plain = json.loads(run("compare", tmp_path / "a", tmp_path / "b", "--budget", 1.5, "--json"))
+    assert len(plain["mse"]["a/pbee"]) == 2
+    run("report", tmp_path / "a")
+    assert last in (tmp_path / "a" / "report.html").read_text("utf-8")
+    run("report", tmp_path / "a", tmp_path / "b", "--out", tmp_path / "both.html")
+    assert "b/pbee" in (tmp_path / "both.html").read_text("utf-8")
 
 
 def test_one_seed_or_several(refused: Any, tmp_path: Path) -> None:

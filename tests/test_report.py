@@ -327,12 +327,47 @@ def test_several_runs_are_one_report_and_one_comparison(tmp_path: Path) -> None:
     assert list(read_comparison([tmp_path / "a"])) == ["sdn"]
 
 
-def test_a_regression_is_told_what_takes_the_place_of_a_report(tmp_path: Path) -> None:
+@pytest.mark.parametrize("place", [".", "runs"])
+def test_of_a_folder_of_runs_those_below_are_told(tmp_path: Path, place: str) -> None:
+    """As ``exitkit reproduce --out`` leaves it: the runs of the rows, each with its seeds."""
+    outputs = exitkit.ExitOutputs(torch.randn(20, 3, 2), torch.arange(20) % 2, torch.tensor([1.0, 2.0, 3.0]), 3.0)
+    for name in ("row-b/seed-0", "row-a/seed-0", "row-a/seed-1", "alone"):
+        run_of(tmp_path / "runs" / name, sdn=outputs)
+    (tmp_path / "runs" / "empty").mkdir()
+    with pytest.raises(ExitkitError) as told:
+        write_report([tmp_path / place])
+    first, second = str(told.value).splitlines()
+    assert first.endswith("holds no run itself, but 3 below it")
+    assert second.endswith(", ".join(str(tmp_path / "runs" / name) for name in ("alone", "row-a", "row-b")))
+    write_report([tmp_path / "runs" / "row-a"])
+
+
+def test_a_regression_is_reported_by_its_errors(tmp_path: Path) -> None:
+    predictions = torch.randn(20, 3, generator=torch.Generator().manual_seed(0))
+    labels = torch.linspace(0, 1, 20)
+    RegressionOutputs(predictions, labels, torch.tensor([1.0, 2.0, 3.0]), 3.0).save(
+        tmp_path / "outputs-pbee.safetensors"
+    )
+    page = write_report([tmp_path]).read_text("utf-8")
+    errors = ((predictions - labels[:, None]) ** 2).mean(0)
+    assert all(f"<td>{error:.4f}</td>" in page for error in errors.tolist())
+    assert (tmp_path / "report-curve.csv").read_text().splitlines()[0] == "method,threshold,mse,cost"
+    with pytest.raises(ExitkitError, match="top=3 counts classes, and a regression has none"):
+        write_report([tmp_path], top=3)
+    run_of(
+        tmp_path / "classifier",
+        sdn=exitkit.ExitOutputs(torch.randn(20, 3, 2), torch.arange(20) % 2, torch.tensor([1.0, 2.0, 3.0]), 3.0),
+    )
+    with pytest.raises(ExitkitError, match=r"classifier' is of a classifier.*\nReport them apart"):
+        write_report([tmp_path, tmp_path / "classifier"])
+
+
+def test_a_regression_is_told_what_takes_the_place_of_a_test(tmp_path: Path) -> None:
     predictions = torch.randn(20, 3)
     RegressionOutputs(predictions, predictions[:, 2], torch.tensor([1.0, 2.0, 3.0]), 3.0).save(
         tmp_path / "outputs-pbee.safetensors"
     )
-    for use in (lambda: write_report([tmp_path]), lambda: read_comparison([tmp_path]), lambda: read_run(tmp_path)):
+    for use in (lambda: read_comparison([tmp_path]), lambda: read_run(tmp_path)):
         with pytest.raises(ExitkitError, match=r"regression.*RegressionOutputs\.load\(path\).*curve\(\)\.plot"):
             use()
 

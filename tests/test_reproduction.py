@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import sys
 from dataclasses import replace
@@ -22,7 +23,7 @@ from exitkit.cli.recipe import Recipe
 from exitkit.evaluation import RegressionOutputs
 from exitkit.models import cifar_resnet
 from exitkit.report import Stage
-from exitkit.reproduction import Paper, Row, Table, find_table, papers, settings_of
+from exitkit.reproduction import Outcome, Paper, Row, Setting, Table, find_table, papers, settings_of
 from exitkit.reproduction.measures import numbers_of
 from exitkit.reproduction.tables import merged
 from tests.test_cli import images, invoke, refused, run  # noqa: F401 - fixtures
@@ -131,6 +132,33 @@ def test_later_values_stand_in_the_place_of_earlier_ones() -> None:
 def test_what_there_is_not_is_told(invoke: Any, tmp_path: Path, arguments: tuple[str, ...], message: str) -> None:
     _, printed, complained = invoke("reproduce", *arguments, "--out", tmp_path / "out")
     assert message.replace(" ", "") in (printed + complained).replace("\n", "").replace(" ", "").replace("│", "")
+
+
+@pytest.mark.parametrize(
+    ("words", "chosen"),
+    [
+        ("Joint", ["Joint", "Joint Inc.", "STS-B Joint"]),
+        ("joint inc.", ["Joint Inc."]),
+        ("B Joint", ["STS-B Joint"]),
+        ("CIFAR-10", ["ResNet-56 CIFAR-10 SDN"]),
+        ("CIFAR(150)", ["CIFAR(150) exit-wise"]),
+    ],
+)
+def test_rows_are_chosen_by_whole_words(
+    monkeypatch: pytest.MonkeyPatch, invoke: Any, tmp_path: Path, words: str, chosen: list[str]
+) -> None:
+    names = ("Joint", "Joint Inc.", "STS-B Joint", "Disjoint", "ResNet-56 CIFAR-10 SDN", "ResNet-56 CIFAR-100 SDN")
+    recipe = {"model": "nothing", "data": "nowhere.npz", "exits": {}}
+    rows = tuple(Row(name, recipe) for name in (*names, "CIFAR(150) exit-wise"))
+    small = Table("small", "1", "a small one", "budgets", (50,), 1, "nothing", 1.0, rows)
+    run = []
+    monkeypatch.setattr("exitkit.reproduction.find_table", lambda paper, table: small)
+    monkeypatch.setattr("exitkit.reproduction.settings_of", lambda *_: [Setting(row, recipe, None) for row in rows])
+    monkeypatch.setattr(
+        "exitkit.cli.reproducing._run", lambda table, setting, *_: run.append(setting.row.name) or Outcome(setting.row)
+    )
+    invoke("reproduce", "small", "1", "--out", tmp_path / "out", "--rows", words)
+    assert run == chosen
 
 
 # numbers --------------------------------------------------------------------------------------------------------------
@@ -258,7 +286,10 @@ def test_a_regression_reads_its_errors_under_a_budget(invoke: Any, tmp_path: Pat
     )
     assert code == 0, complained
     rows = json.loads((tmp_path / "out" / "training-regimes-2R-smoke.json").read_text())["rows"]
-    (joint,) = [one for one in rows if one["name"] == "STS-B Joint"]
+    (joint,) = rows
+    assert joint["name"] == "STS-B Joint"
+    code, _, complained = invoke("report", joint["runs"])
+    assert code == 0, complained
     kept = RegressionOutputs.load(Path(joint["runs"]) / "seed-0" / "outputs-pbee.safetensors")
     predictions, labels = kept.predictions.double().numpy(), kept.labels.double().numpy()
     costs = (kept.macs.double() / kept.backbone_macs).numpy()
@@ -273,6 +304,37 @@ def test_a_regression_reads_its_errors_under_a_budget(invoke: Any, tmp_path: Pat
     for budget, found in zip((0.25, 0.5, 0.75, 1.0), joint["numbers"], strict=True):
         below = [error for cost, error in reached if cost < budget]
         assert found == (pytest.approx(below[:1], rel=1e-5) if below else None)
+
+
+def test_runs_are_kept_by_the_content_of_their_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other pixels are other data, though the file is as large; the same file elsewhere is the same; each is read once."""
+    read = []
+    file_digest = hashlib.file_digest
+    monkeypatch.setattr(hashlib, "file_digest", lambda *given: read.append(1) or file_digest(*given))
+
+    def key(folder: str, data: str = "images.npz") -> str:
+        recipe = {"model": "m", "data": str(tmp_path / folder / data), "exits": {}}
+        return Setting(Row("row", recipe), recipe, None).key
+
+    for folder, grey in (("one", 0), ("other", 255), ("copy", 0)):
+        (tmp_path / folder).mkdir()
+        np.savez(tmp_path / folder / "images.npz", images=np.full((4, 8, 8, 3), grey, np.uint8), labels=np.arange(4))
+    first, second = (tmp_path / name / "images.npz" for name in ("one", "other"))
+    assert first.stat().st_size == second.stat().st_size
+    assert key("one") == key("copy") == key("one") != key("other")
+    assert len(read) == 3
+    kept = key("one")
+    first.write_bytes(second.read_bytes())
+    assert key("one") != kept
+
+    for folder in ("a", "b"):
+        (tmp_path / folder / "pets" / "cat").mkdir(parents=True)
+        (tmp_path / folder / "pets" / "cat" / "1.png").write_bytes(b"123")
+    assert key("a", "pets") == key("b", "pets")
+    for name, content in (("c", b"1234"), ("d", b"123")):
+        (tmp_path / name / "pets" / "cat").mkdir(parents=True)
+        (tmp_path / name / "pets" / "cat" / ("1.png" if name == "c" else "2.png")).write_bytes(content)
+    assert len({key(name, "pets") for name in "abcd"}) == 3
 
 
 class OneMachine:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,9 @@ from exitkit.common.torchvision_guard import import_torchvision
 
 Make = Callable[[Any, tuple[int, int], list[float]], Any]
 """(torchvision.transforms.v2, height and width, black per channel) → a transform of one image."""
+
+WHOLE: ContextVar[bool] = ContextVar("whole", default=False)
+"""Whether images are decoded as large as they are: while a training sample is read that is cropped at random."""
 
 
 def _contrast(image: Tensor) -> Tensor:
@@ -34,25 +38,38 @@ SINGLE: dict[str, Make] = {
 }
 MIXING = {"mixup": "MixUp", "cutmix": "CutMix"}
 AUGMENTATIONS = (*SINGLE, *MIXING)
-"""``shift`` is a crop after padding by 4 (CIFAR); of ``mixup`` and ``cutmix`` together each batch gets one or the other."""
+"""``crop`` is of the whole image, and comes first; ``shift`` is a crop after padding by 4 (CIFAR); of ``mixup`` and ``cutmix``
+together each batch gets one or the other."""
 
 
 @dataclass(frozen=True)
 class AugmentedImages(Dataset[Any]):
-    """(image, label) samples, the images augmented anew every time."""
+    """(image, label) samples, the images augmented anew every time.
+
+    Attributes:
+        samples: (image, label), the image normalised.
+        names: of :data:`SINGLE`, in the order that they are done in.
+        black: a black pixel after normalisation, per channel.
+        size: height and width of the images that come out.
+    """
 
     samples: Any
     names: Sequence[str]
     black: Sequence[float]
+    size: tuple[int, int]
 
     def __len__(self) -> int:
         return len(self.samples)
 
     def __getitem__(self, number: int) -> Any:
-        image, label = self.samples[number]
+        before = WHOLE.set("crop" in self.names)
+        try:
+            image, label = self.samples[number]
+        finally:
+            WHOLE.reset(before)
         v2 = import_torchvision("transforms.v2", "augment")
         for name in self.names:
-            image = SINGLE[name](v2, tuple(image.shape[-2:]), list(self.black))(image)
+            image = SINGLE[name](v2, self.size, list(self.black))(image)
         return image, label
 
 
@@ -75,10 +92,11 @@ def augmented(
     first = samples[0]
     if not isinstance(first, tuple) or getattr(first[0], "dim", lambda: 0)() != 3:
         raise ArgumentError(f"augment = {list(names)} is for images, and these samples are not; leave it out")
-    single = [name for name in names if name in SINGLE]
+    single = sorted((name for name in names if name in SINGLE), key="crop".__ne__)  # others need images of one size
+    images = AugmentedImages(samples, single, black, tuple(first[0].shape[-2:]))
     mixing = [name for name in names if name in MIXING]
     if not mixing:
-        return AugmentedImages(samples, single, black), collate
+        return images, collate
     v2 = import_torchvision("transforms.v2", "augment")
     mix = v2.RandomChoice([getattr(v2, MIXING[name])(num_classes=num_classes) for name in mixing])
-    return AugmentedImages(samples, single, black), lambda batch: mix(*default_collate(batch))
+    return images, lambda batch: mix(*default_collate(batch))

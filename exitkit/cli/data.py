@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import Dataset, TensorDataset
 
+from exitkit.cli.augmentation import WHOLE
 from exitkit.cli.split import Split, hold_out
 from exitkit.cli.text_files import texts
 from exitkit.cli.unpacking import check_inflation
@@ -145,7 +146,7 @@ def _image_folder(path: Path, model: nn.Module, test: str | None) -> Split:
 
     def folder(at: Path, option: str = "--data") -> Any:
         try:
-            return datasets.ImageFolder(str(at), loader=partial(prepared_image, preprocessing=preprocessing))
+            return datasets.ImageFolder(str(at), loader=partial(_read, preprocessing=preprocessing))
         except (FileNotFoundError, OSError) as error:
             raise ArgumentError(
                 f"{option} {str(at)!r} is not an image folder (one subfolder per class): {error}"
@@ -168,6 +169,14 @@ def _image_folder(path: Path, model: nn.Module, test: str | None) -> Split:
         )
     _check_readable(path for path, _ in test_set.imgs)
     return Split(train_set, test_set, preprocessing=preprocessing, classes=len(train_set.classes))
+
+
+def _read(path: str, preprocessing: ImagePreprocessing) -> Tensor:
+    return prepared_image(path, preprocessing, whole=WHOLE.get())
+
+
+def _transformed(image: Any, preprocessing: ImagePreprocessing) -> Tensor:
+    return preprocessing.transform(image, whole=WHOLE.get())
 
 
 def _check_readable(paths: Iterable[str]) -> None:
@@ -224,7 +233,7 @@ def _made(data: str, option: str, preprocessing: ImagePreprocessing) -> Any:
     if "download" in inspect.signature(kind.__init__).parameters:
         options["download"] = True
     try:
-        return kind("data", transform=preprocessing.transform, **options)
+        return kind("data", transform=partial(_transformed, preprocessing=preprocessing), **options)
     except Exception as error:  # downloads fail in many ways
         raise ArgumentError(
             f"{option} {data}: {type(error).__name__}: {error}. Files are looked for in ./data"

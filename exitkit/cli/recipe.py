@@ -56,7 +56,7 @@ class Recipe:
         classes: groups of the data's classes; each is one class, and classes in none are left out.
         validation: share of the training samples, the same of each class, that is held out for early stopping; from 1 on, how
             many of each class.
-        augment: names of augmentations, applied in this order to training images.
+        augment: names of augmentations, applied in this order to training images, ``crop`` first.
         exits: options of :func:`exitkit.attach`; ``method`` is a name or ``{name = "gpf", ...}``
             with its options.
         trainer: options of :class:`exitkit.Trainer`; ``phase`` is a list of tables (:mod:`exitkit.cli.recipe_phases`), and

@@ -95,9 +95,11 @@ def finished(recipe: Recipe, folder: Path) -> bool:
 
 
 def table_of(found: dict[str, Runs], title: str) -> Table:
-    """Each method at the papers' budgets: mean ± standard deviation."""
+    """Each method at the papers' budgets: mean ± standard deviation of the accuracy, or of a regression's squared error."""
     rows = {name: runs.budget_table() for name, runs in found.items()}
-    table = Table(title=title, caption="mean ± standard deviation", caption_justify="left")
+    errors = any(runs.measure == "mse" for runs in found.values())
+    caption = "mean squared error (less is better): " if errors else ""
+    table = Table(title=title, caption=f"{caption}mean ± standard deviation", caption_justify="left")
     for heading in ("method", *next(iter(rows.values()))):
         table.add_column(heading, justify="left" if heading == "method" else "right")
     for name, row in rows.items():

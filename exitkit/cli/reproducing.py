@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -37,7 +38,7 @@ def reproduce(
     ] = None,
     data: Annotated[Path, typer.Option(help="Folder of the data sets and weights that the rows name")] = Path("data"),
     out: Annotated[Path, typer.Option(help="Folder for the runs and the tables")] = Path("runs/reproduce"),
-    rows: Annotated[str | None, typer.Option(help="Only rows in whose name this occurs")] = None,
+    rows: Annotated[str | None, typer.Option(help="Only rows in whose name these words stand")] = None,
     device: Device = None,
     threads: Threads = None,
     ray: RayAddress = None,
@@ -62,7 +63,7 @@ def reproduce(
     chosen = replace(chosen, top=chosen.cpu_top) if scale == "cpu" else chosen
     check_folder(out)
     settings = settings_of(chosen, scale, data, out / "made-up")
-    settings = [one for one in settings if rows is None or rows.lower() in one.row.name.lower()]
+    settings = [one for one in settings if rows is None or _has_words(one.row.name, rows)]
     if not settings:
         raise ArgumentError(f"--rows {rows!r} is in no row of this table and scale: {_names(chosen)}")
     if all(one.missing for one in settings):
@@ -141,9 +142,9 @@ def _numbers(
 ) -> list[float | None]:
     """A row's numbers of one seed."""
     from exitkit.cli.repeating import finish
-    from exitkit.evaluation import ExitOutputs, RegressionOutputs
+    from exitkit.evaluation import ExitOutputs
     from exitkit.report import read_run
-    from exitkit.report.run import outputs_file, validation_file
+    from exitkit.report.run import validation_file
     from exitkit.reproduction.measures import numbers_of
 
     recipes = _recipes(setting, out, seed)
@@ -152,10 +153,10 @@ def _numbers(
     recipe, own = recipes[-1]
     method = recipe.make_method().name
     measure = setting.row.measure or table.measure
-    if measure == "mse":  # there is no report of a regression
-        return numbers_of(measure, table.columns, RegressionOutputs.load(outputs_file(own, method)))
-    result = read_run(own).results[method]
+    result = read_run(own, regression=True).results[method]
     outputs = result.outputs
+    if measure == "mse":
+        return numbers_of(measure, table.columns, outputs)
     if setting.row.criterion is not None:
         outputs = replace(outputs, criterion=setting.row.criterion)
     seen = validation_file(own, method)
@@ -205,6 +206,11 @@ def _tell(table: Table, outcomes: list[Outcome], scale: str, out: Path, machine:
         say(f"A row to look at: exitkit report {shlex.quote(ran)}")
     if failed := [one.row.name for one in outcomes if one.failed]:
         raise ArgumentError(f"{len(failed)} of {len(outcomes)} rows failed: {', '.join(failed)[:300]}")
+
+
+def _has_words(name: str, words: str) -> bool:
+    """Whether the words stand in a name, one after another and whole: "Joint" in "Joint Inc.", and not in "Disjoint"."""
+    return re.search(rf"(?<!\w){re.escape(words.strip())}(?!\w)", name, re.IGNORECASE) is not None
 
 
 def _names(table: Table) -> str:

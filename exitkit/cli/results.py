@@ -159,4 +159,5 @@ def _numbers(compared: RunsCompared) -> dict[str, Any]:
         {"first": one, "second": two, "mean": spread.mean, "half_width": spread.half_width}
         for (one, two), spread in compared.differences.items()
     ]
-    return {"accuracies": accuracies, "differences": differences}
+    measure = next(iter(compared.accuracies.values())).measure
+    return {"mse" if measure == "mse" else "accuracies": accuracies, "differences": differences}

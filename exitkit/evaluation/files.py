@@ -63,6 +63,16 @@ def save_outputs(outputs: ExitOutputs, path: str | Path, form: str, half: bool) 
         save_file(tensors, temporary, metadata={**header, "sha256": _digest(tensors, header)})
 
 
+def is_regression(path: str | Path) -> bool:
+    """Whether a file holds outputs of a regression; a damaged one is of neither kind."""
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            found = (file.metadata() or {}).get("format")
+    except Exception:  # as in _read, which tells what is wrong
+        return False
+    return _OLDER.get(str(found), found) == REGRESSION
+
+
 def load_fields(path: str | Path, form: str, kind: str) -> dict[str, Any]:
     """The fields of the outputs in a file of format ``form``.
 
@@ -75,9 +85,9 @@ def load_fields(path: str | Path, form: str, kind: str) -> dict[str, Any]:
     found = header.get("format")
     if _OLDER.get(str(found), found) == REGRESSION != form:
         raise ArgumentError(
-            f"path={str(path)!r} holds predictions of a regression, which have no right and wrong answers to report, "
-            "calibrate or compare by: read them with exitkit.evaluation.RegressionOutputs.load(path), whose "
-            "curve().plot(picture) and curve().budget_table() show the correlation against cost"
+            f"path={str(path)!r} holds predictions of a regression, which have no right and wrong answers to calibrate or "
+            "test by: read them with exitkit.evaluation.RegressionOutputs.load(path), whose curve().plot(picture) and "
+            "curve().budget_table() show the correlation against cost; exitkit report shows their errors"
         )
     if _OLDER.get(str(found), found) != form:
         raise FileError(

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from itertools import combinations
 
 import numpy as np
+from numpy.typing import NDArray
 
 from exitkit.common.errors import ArgumentError
-from exitkit.evaluation.curve import BUDGETS
+from exitkit.evaluation.curve import BUDGETS, Curve
 from exitkit.evaluation.outputs import ExitOutputs, check_outputs
 from exitkit.evaluation.paired import check_comparable
+from exitkit.evaluation.regression import RegressionOutputs
 
 _SETTING = ("criterion", "dtype", "backbone_macs")
 
@@ -22,9 +24,11 @@ class Spread:
 
     Attributes:
         values: one of each run.
+        measure: what they are; ``"accuracy"`` is printed in per cent, anything else (``"mse"``) as it is.
     """
 
     values: tuple[float, ...]
+    measure: str = "accuracy"
 
     @property
     def mean(self) -> float:
@@ -41,16 +45,20 @@ class Spread:
         return float(1.96 * self.std / np.sqrt(len(self.values)))
 
     def __str__(self) -> str:
-        """Mean ± standard deviation, as shares of 1 in per cent."""
-        return f"{self.mean:.2%}" + (f" ± {100 * self.std:.2f}" if len(self.values) > 1 else "")
+        """Mean ± standard deviation."""
+        share = self.measure == "accuracy"
+        mean, std = (f"{self.mean:.2%}", f"{100 * self.std:.2f}") if share else (f"{self.mean:.4f}", f"{self.std:.4f}")
+        return f"{mean} ± {std}" if len(self.values) > 1 else mean
 
 
 @dataclass(frozen=True, eq=False)
 class Runs:
     """Outputs of one setting on the same samples, of runs that differ in their seed alone.
 
+    Of regressions what is measured under budgets is the mean squared error, of which less is better.
+
     Attributes:
-        outputs: one of each run, with labels.
+        outputs: one of each run, with labels; of regressions :class:`RegressionOutputs`.
         seeds: of each run; by default 0, 1, 2, …
 
     Raises:
@@ -81,33 +89,58 @@ class Runs:
                 )
         check_comparable(named)
 
+    @property
+    def measure(self) -> str:
+        """``"accuracy"``, or of regressions ``"mse"``."""
+        return "mse" if isinstance(self.outputs[0], RegressionOutputs) else "accuracy"
+
     def measured(self, measure: Callable[[ExitOutputs], float]) -> Spread:
         """Any measure of one run's outputs, over the runs."""
         return Spread(tuple(float(measure(one)) for one in self.outputs))
 
     def accuracy(self, top: int = 1) -> tuple[Spread, ...]:
-        """(M+1,): of each exit; with ``top`` the label may be among so many likeliest classes, as in ``outputs.accuracy``."""
-        each = zip(*(one.accuracy(top).tolist() for one in self.outputs), strict=True)
-        return tuple(map(Spread, each))
+        """(M+1,): of each exit; with ``top`` the label may be among so many likeliest classes, as in ``outputs.accuracy``.
 
-    def at_budget(self, budget: float, *, top: int = 1) -> Spread | None:
-        """Accuracy under a share of the backbone's cost, each run with its own τ; None where the first exit costs more."""
-        curves = [one.curve(top=top) for one in self.outputs]
-        if any(curve.cost[0] >= budget for curve in curves):
-            return None
-        return Spread(tuple(curve.at_budget(budget).accuracy for curve in curves))
+        Of regressions it is Pearson's correlation, as there.
+        """
+        measure = self.outputs[0].measure
+        return tuple(Spread(each, measure) for each in _per_exit(one.accuracy(top) for one in self.outputs))
 
-    def budget_table(self, budgets: Sequence[float] = BUDGETS, *, top: int = 1) -> dict[str, Spread | None]:
-        """Accuracy at the budgets by name, and where no sample leaves, as ``curve().budget_table()`` of one run has it."""
-        rows = {f"{budget:.0%}": self.at_budget(budget, top=top) for budget in budgets}
-        return rows | {"no limit": self.accuracy(top)[-1]}
-
-    def minus(self, other: Runs, budget: float, *, top: int = 1) -> Spread:
-        """This accuracy minus the other at a budget, seed by seed: what both owe to a seed cancels.
+    def mse(self) -> tuple[Spread, ...]:
+        """(M+1,): the mean squared error of each exit.
 
         Raises:
-            ArgumentError: other seeds, other samples, or a budget that a first exit costs more than.
+            ArgumentError: outputs of classifiers.
         """
+        found = [one.mse() for one in self.outputs if isinstance(one, RegressionOutputs)]
+        if not found:
+            raise ArgumentError("outputs are of classifiers, which have no squared error; use accuracy()")
+        return tuple(Spread(each, "mse") for each in _per_exit(found))
+
+    def at_budget(self, budget: float, *, top: int = 1) -> Spread | None:
+        """The measure under a share of the backbone's cost, each run with its own τ; None where the first exit costs more."""
+        curves = [_curve(one, top) for one in self.outputs]
+        if any(curve.cost[0] >= budget for curve in curves):
+            return None
+        return Spread(tuple(curve.at_budget(budget).accuracy for curve in curves), self.measure)
+
+    def budget_table(self, budgets: Sequence[float] = BUDGETS, *, top: int = 1) -> dict[str, Spread | None]:
+        """The measure at the budgets by name, and where no sample leaves, as ``curve().budget_table()`` of one run has it."""
+        rows = {f"{100 * budget:g}%": self.at_budget(budget, top=top) for budget in budgets}
+        return rows | {"no limit": (self.mse() if self.measure == "mse" else self.accuracy(top))[-1]}
+
+    def minus(self, other: Runs, budget: float, *, top: int = 1) -> Spread:
+        """This measure minus the other's at a budget, seed by seed: what both owe to a seed cancels.
+
+        Raises:
+            ArgumentError: other seeds, other samples, a regression and a classifier, or a budget that a first exit costs more
+                than.
+        """
+        if self.measure != other.measure:
+            raise ArgumentError(
+                f"one is measured in {self.measure}, the other in {other.measure}: a regression and a classifier\nCompare "
+                "runs of one kind"
+            )
         if self.seeds != other.seeds:
             raise ArgumentError(
                 f"seeds {self.seeds} and {other.seeds} are not the same; compare runs of the same seeds"
@@ -116,7 +149,19 @@ class Runs:
         first, second = self.at_budget(budget, top=top), other.at_budget(budget, top=top)
         if first is None or second is None:
             raise ArgumentError(f"budget={budget!r} cannot be kept by both; give a larger one")
-        return Spread(tuple(a - b for a, b in zip(first.values, second.values, strict=True)))
+        return Spread(tuple(a - b for a, b in zip(first.values, second.values, strict=True)), self.measure)
+
+
+def _curve(outputs: ExitOutputs, top: int) -> Curve:
+    """What is measured against cost."""
+    if isinstance(outputs, RegressionOutputs):
+        return outputs.curve(measure="mse", top=top)
+    return outputs.curve(top=top)
+
+
+def _per_exit(each: Iterable[NDArray[np.float64]]) -> Iterator[tuple[float, ...]]:
+    """From the numbers (M+1,) of each run to those of each exit."""
+    return zip(*(one.tolist() for one in each), strict=True)
 
 
 def _differing(one: ExitOutputs, other: ExitOutputs) -> str:
@@ -135,8 +180,8 @@ class RunsCompared:
     """Settings side by side, each with its runs; prints as a table.
 
     Attributes:
-        budget: the share of the backbone's cost at which accuracies are compared.
-        accuracies: of each setting there.
+        budget: the share of the backbone's cost at which they are compared.
+        accuracies: of each setting there; of regressions the mean squared errors.
         differences: of every two: the first minus the second, seed by seed.
         top: a sample counts as right where its label is among so many likeliest classes.
     """
@@ -147,14 +192,20 @@ class RunsCompared:
     top: int = 1
 
     def __str__(self) -> str:
-        runs = len(next(iter(self.accuracies.values())).values)
+        first = next(iter(self.accuracies.values()))
+        runs, errors = len(first.values), first.measure == "mse"
         measure = "accuracy" if self.top == 1 else f"top-{self.top} accuracy"
-        lines = [f"{measure} at {self.budget:.0%} of the backbone's MACs over {runs} seeds: mean ± standard deviation"]
+        measure = "mean squared error (less is better)" if errors else measure
+        unit, scale, digits = ("", 1, 4) if errors else (", in points", 100, 2)
+        lines = [
+            f"{measure} at {100 * self.budget:g}% of the backbone's MACs over {runs} seeds: mean ± standard deviation"
+        ]
         lines += [f"  {name:<34}{spread!s:>16}" for name, spread in self.accuracies.items()]
-        lines.append("differences, seed by seed: mean and 95% interval (1.96 standard errors), in points")
+        lines.append(f"differences, seed by seed: mean and 95% interval (1.96 standard errors){unit}")
         for (one, two), spread in self.differences.items():
-            mean, half = 100 * spread.mean, 100 * spread.half_width
-            lines.append(f"  {f'{one} – {two}':<34}{mean:>+7.2f} ({mean - half:+.2f} … {mean + half:+.2f})")
+            mean, half = scale * spread.mean, scale * spread.half_width
+            low, high = mean - half, mean + half
+            lines.append(f"  {f'{one} – {two}':<34}{mean:>+7.{digits}f} ({low:+.{digits}f} … {high:+.{digits}f})")
         return "\n".join(lines)
 
 

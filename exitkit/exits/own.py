@@ -89,7 +89,7 @@ def make_body(name: str, function: HeadFunction, feature: Feature) -> tuple[nn.M
 
     Raises:
         ArgumentError: the function fails, returns no module, the same one again, or one of another structure at its second
-            call; or its module does not make vectors.
+            call; or its module does not make vectors, or not of one width.
     """
     at = f"head={name!r} for the feature {feature.layout} {feature.shape}"
     try:
@@ -99,7 +99,7 @@ def make_body(name: str, function: HeadFunction, feature: Feature) -> tuple[nn.M
         for made in (body, again):
             if not isinstance(made, nn.Module):
                 raise ArgumentError(f"{at} returned {type(made).__name__}; return a torch.nn.Module")
-        vectors = [_tried(made, feature) for made in (body, again)]
+        vectors = [_tried(made, feature) for made in (body, body, again)]
     except ExitkitError:
         raise
     except Exception as error:  # whatever a user's function or module raises
@@ -113,7 +113,17 @@ def make_body(name: str, function: HeadFunction, feature: Feature) -> tuple[nn.M
             f"{at} made two modules of different structure: {body} and {again}; its structure must follow from the feature "
             "alone, or the exits could not be loaded"
         )
-    vector = vectors[0]
+    widths = [_width(vector, at) for vector in vectors]
+    if len(set(widths)) > 1:
+        raise ArgumentError(
+            f"{at} makes vectors of different widths, one call after another: {', '.join(map(str, widths))}\nIts width must "
+            "follow from the feature alone; set it in the function, not in forward or at random"
+        )
+    return body, widths[0]
+
+
+def _width(vector: Any, at: str) -> int:
+    """D of vectors (B, D)."""
     if (
         not isinstance(vector, Tensor)
         or vector.dim() != 2
@@ -125,7 +135,7 @@ def make_body(name: str, function: HeadFunction, feature: Feature) -> tuple[nn.M
             f"{at} makes {shown} of a batch of {_SAMPLES}; its module must make one vector of each sample, ({_SAMPLES}, D): "
             "end it with a pooling and nn.Flatten()"
         )
-    return body, vector.shape[1]
+    return vector.shape[1]
 
 
 def _call(name: str, feature: Feature) -> nn.Module:

@@ -34,14 +34,14 @@ def opened_image(path: str, source: Any = None) -> Any:
         raise FileError(f"{path!r} cannot be read as an image: {str(error)[:200]}") from error
 
 
-def prepared_image(path: str, preprocessing: ImagePreprocessing, source: Any = None) -> Tensor:
-    """An image as a model takes it, (C, H, W); arguments are those of :func:`opened_image`.
+def prepared_image(path: str, preprocessing: ImagePreprocessing, source: Any = None, *, whole: bool = False) -> Tensor:
+    """An image as a model takes it, (C, H, W); arguments are those of :func:`opened_image`, and ``whole`` of ``transform``.
 
     Raises:
         FileError: it cannot be read or prepared.
     """
     image = opened_image(path, source)
     try:
-        return preprocessing.transform(image)
+        return preprocessing.transform(image, whole=whole)
     except ArgumentError as error:
         raise FileError(f"{path!r} cannot be prepared: {error}") from error

@@ -88,8 +88,10 @@ class ImagePreprocessing:
         """A black pixel, normalised, per channel."""
         return tuple(-mean / std for mean, std in zip(self.mean, self.std, strict=True))
 
-    def transform(self, image: Any) -> Tensor:
+    def transform(self, image: Any, *, whole: bool = False) -> Tensor:
         """One PIL image, uint8 array (H, W) or (H, W, C), or uint8 tensor (C, H, W) → float32 (C, H, W).
+
+        ``whole`` leaves it as large as it is, neither resized nor cropped, for a random crop to follow.
 
         Raises:
             ArgumentError: other values than of 8 or 16 bits, a ratio of sides that no memory holds, or a model of other than
@@ -101,8 +103,11 @@ class ImagePreprocessing:
                 f"size={self.size}: the model takes {channels} channels, and images have 1 (grey) or 3 (RGB); make its inputs "
                 "yourself, and call the engine on tensors"
             )
-        image = self._cropped(self._resized(upright(image).convert(_MODES[channels])))
-        pixels = torch.from_numpy(np.array(image)).view(*self.size[1:], channels).permute(2, 0, 1).float() / 255
+        image = upright(image).convert(_MODES[channels])
+        image = image if whole else self._cropped(self._resized(image))
+        pixels = (
+            torch.from_numpy(np.array(image)).view(image.height, image.width, channels).permute(2, 0, 1).float() / 255
+        )
         mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (self.mean, self.std))
         return (pixels - mean) / std
 

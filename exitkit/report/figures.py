@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from exitkit.common.files import replacing
-from exitkit.evaluation import ExitOutputs, calibration_error, reliability
+from exitkit.evaluation import Curve, ExitOutputs, calibration_error, reliability
 from exitkit.evaluation.plots import curves_figure, hindsight_figure, labelled, new_figure, write_figure
 from exitkit.methods.policy import typed
 from exitkit.report.points import MATRIX, Points
@@ -75,6 +75,22 @@ def draw_curves(points: Mapping[str, Points], beside: Path, name: str) -> tuple[
     (left, bottom), (right, top) = axes.transData.transform([(0, 0), (1, 1)])
     height = figure.get_size_inches()[1] * _POINTS_PER_INCH
     return drawn, Axis(left, right - left), Axis(height - bottom, bottom - top)
+
+
+def draw_errors(curves: Mapping[str, Curve], beside: Path, name: str) -> Drawn:
+    """Mean squared error against cost."""
+    figure = curves_figure(curves, "mean squared error")
+    rows = (
+        (method, *values)
+        for method, curve in curves.items()
+        for values in zip(curve.thresholds, curve.accuracy, curve.cost, strict=True)
+    )
+    _beside(figure, ["method", "threshold", "mse", "cost"], rows, beside, name)
+    ends = "; ".join(
+        f"{method} from {curve.accuracy[0]:.4f} at {curve.cost[0]:.0%} to {curve.accuracy[-1]:.4f} at {curve.cost[-1]:.0%}"
+        for method, curve in curves.items()
+    )
+    return embedded(figure, name, f"Mean squared error against average cost, a share of the backbone's MACs: {ends}.")
 
 
 def draw_hindsight(outputs: Mapping[str, ExitOutputs], beside: Path, name: str) -> Drawn:

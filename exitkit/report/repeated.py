@@ -33,7 +33,7 @@ def read_repeated(directory: str | Path) -> dict[str, Runs]:
     folders = seeds_in(directory)
     if not folders:
         raise ArgumentError(f"{str(directory)!r} holds no {_SEED}0, {_SEED}1, …; make them by exitkit train --seeds 3")
-    runs = {seed: read_run(folder) for seed, folder in folders.items()}
+    runs = {seed: read_run(folder, regression=True) for seed, folder in folders.items()}
     (first, one), *others = runs.items()
     for seed, other in others:
         if one.results.keys() != other.results.keys() or _setting(one) != _setting(other):

@@ -29,13 +29,16 @@ from exitkit.common.errors import ArgumentError, FileError, unknown_name
 from exitkit.common.files import replacing
 from exitkit.common.hashes import digest
 from exitkit.common.schema import build, read_json, to_json
-from exitkit.evaluation import ExitOutputs
+from exitkit.evaluation import ExitOutputs, RegressionOutputs
+from exitkit.evaluation.files import is_regression
 from exitkit.evaluation.paired import check_comparable
 from exitkit.methods.policy import ExitPolicy
 from exitkit.report.samples import CLASSES, Sample, read_class_names, read_samples
 from exitkit.report.stages import Stage
 
 T = TypeVar("T")
+_LISTED = 8
+"""Folders that an error names."""
 _OUTPUTS, _CALIBRATION, _SUFFIX = "outputs-", "calibration-", ".safetensors"
 RESULTS, THRESHOLDS = "results.json", "thresholds.json"
 BACKBONE, INPUTS = "backbone.safetensors", "inputs.safetensors"
@@ -109,11 +112,15 @@ class Run:
     classes: tuple[str, ...] | None
 
 
-def read_run(directory: str | Path) -> Run:
+def read_run(directory: str | Path, *, regression: bool = False) -> Run:
     """Read a run.
 
+    Args:
+        directory: of the run.
+        regression: whether it may be one, whose outputs are :class:`exitkit.evaluation.RegressionOutputs`.
+
     Raises:
-        ExitkitError: no directory, no outputs in it, or a damaged file.
+        ExitkitError: no directory, no outputs in it, a damaged file, or a regression that is not asked for.
     """
     directory = Path(directory)
     paths = _outputs_in(directory)
@@ -122,7 +129,7 @@ def read_run(directory: str | Path) -> Run:
     thresholds = _read_thresholds(directory)
     results = {}
     for name, path in paths.items():
-        outputs = ExitOutputs.load(path)
+        outputs = (RegressionOutputs if regression and is_regression(path) else ExitOutputs).load(path)
         fitting = tuple(sample for sample in samples if 0 <= sample.row < len(outputs))
         measured = stages.get(name, ())
         if measured and len(measured) != len(outputs.macs):
@@ -155,6 +162,11 @@ def read_comparison(places: Sequence[str | Path]) -> dict[str, ExitOutputs]:
             found[full] = ExitOutputs.load(path)
     check_comparable(found)
     return found
+
+
+def holds_regression(directory: str | Path) -> bool:
+    """Whether any outputs of a run are a regression's."""
+    return any(map(is_regression, Path(directory).glob(f"{_OUTPUTS}*{_SUFFIX}")))
 
 
 def exits_folder(directory: str | Path, name: str) -> Path:
@@ -207,12 +219,25 @@ def _outputs_in(directory: Path) -> dict[str, Path]:
             f"RUN_DIR {str(directory)!r} is not a directory; give one that exitkit bench or exitkit demo wrote"
         )
     paths = {_name(path): path for path in sorted(directory.glob(f"{_OUTPUTS}*{_SUFFIX}"))}
+    if not paths and (below := _runs_below(directory)):
+        listed = ", ".join(str(folder) for folder in below[:_LISTED]) + (", ..." if len(below) > _LISTED else "")
+        raise ArgumentError(
+            f"RUN_DIR {str(directory)!r} holds no run itself, but {len(below)} below it\nGive one of them, or several of the "
+            f"same data: {listed}"
+        )
     if not paths:
         raise ArgumentError(
             f"RUN_DIR {str(directory)!r} holds no results: no {_OUTPUTS}METHOD{_SUFFIX}. Make a run with exitkit bench --out "
             f"{directory}, or write there with outputs.save({str(directory / (_OUTPUTS + 'mine' + _SUFFIX))!r})"
         )
     return paths
+
+
+def _runs_below(directory: Path) -> list[Path]:
+    """Folders of runs, once or with several seeds, in a folder of them, or in the ``runs/`` of ``exitkit reproduce --out``."""
+    outputs = f"{_OUTPUTS}*{_SUFFIX}"
+    folders = sorted(one for parent in (directory, directory / "runs") for one in parent.glob("*") if one.is_dir())
+    return [one for one in folders if any(one.glob(outputs)) or any(one.glob(f"seed-*/{outputs}"))]
 
 
 def _name(path: Path) -> str:

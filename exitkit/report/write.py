@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from importlib.resources import files
 from itertools import accumulate
@@ -29,8 +29,9 @@ from exitkit.evaluation.paired import check_comparable, same_backbone
 from exitkit.report import figures
 from exitkit.report.decision import decide, export_command, opened
 from exitkit.report.points import MATRIX, Points, points_of
+from exitkit.report.regressions import errors_shown, regressions_in
 from exitkit.report.repeated import read_repeated, seeds_in
-from exitkit.report.run import Check, Result, Run, read_run
+from exitkit.report.run import Check, Result, Run, holds_regression, read_run
 from exitkit.report.stages import backbone_milliseconds
 
 _FACTS = ("model", "weights", "data", "epochs", "every", "device")
@@ -38,6 +39,8 @@ _FACTS = ("model", "weights", "data", "epochs", "every", "device")
 
 def write_report(runs: Sequence[str | Path], path: str | Path | None = None, top: int = 1) -> Path:
     """Write the report of one or several runs of the same backbone on the same samples.
+
+    That of regressions is a short page: squared errors under budgets and of every exit.
 
     Args:
         runs: their directories, as ``exitkit bench`` writes them (:mod:`exitkit.report.run`). Of repeated runs
@@ -53,10 +56,34 @@ def write_report(runs: Sequence[str | Path], path: str | Path | None = None, top
     """
     if not runs:
         raise ArgumentError("runs=[] is empty; give at least one run's directory")
-    read = [read_run(next(iter(seeds_in(run).values()), run)) for run in runs]
+    firsts = [next(iter(seeds_in(run).values()), Path(run)) for run in runs]
+    page = _of_regressions(runs, top) if any(map(holds_regression, firsts)) else _of_classifiers(runs, firsts, top)
     path = Path(path) if path is not None else Path(runs[0]) / "report.html"
     if path.suffix.lower() not in (".html", ".htm"):
         raise ArgumentError(f"--out {str(path)!r} must end in .html")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ArgumentError(f"--out {str(path)!r} cannot be written: {error}") from error
+    with matplotlib.rc_context({"text.parse_math": False}):  # a dollar in a name is a dollar
+        written = page(path)
+    with replacing(path) as temporary:
+        temporary.write_text(written, encoding="utf-8")
+    return path
+
+
+def _of_regressions(runs: Sequence[str | Path], top: int) -> Callable[[Path], str]:
+    """What makes the page of regressions, for where it shall lie."""
+    found = regressions_in(runs)
+    about = _facts(read_run(next(iter(seeds_in(runs[0]).values()), runs[0]), regression=True).about)
+    return lambda path: _render(
+        "regression.html", title=_title(list(map(Path, runs))), about=about, **errors_shown(found, path, top)
+    )
+
+
+def _of_classifiers(runs: Sequence[str | Path], firsts: Sequence[Path], top: int) -> Callable[[Path], str]:
+    """What makes the page of classifiers, for where it shall lie; ``firsts`` are the runs, or each one's first seed."""
+    read = [read_run(first) for first in firsts]
     places = _together(read, [printable(Path(run).resolve().name) for run in runs])
     results = {name: run.results[method] for name, (run, method) in places.items()}
     outputs = {name: result.outputs for name, result in results.items()}
@@ -70,15 +97,15 @@ def write_report(runs: Sequence[str | Path], path: str | Path | None = None, top
     check_comparable(outputs)
     results = {first: results[first] for first in [opened(results)]} | results
     points = {name: points_of(one.outputs, _chosen(one)) for name, one in results.items()}
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ArgumentError(f"--out {str(path)!r} cannot be written: {error}") from error
-    with matplotlib.rc_context({"text.parse_math": False}):  # a dollar in a name is a dollar
-        page = _page(places, results, points, path, top, _repeated(runs))
-    with replacing(path) as temporary:
-        temporary.write_text(page, encoding="utf-8")
-    return path
+    return lambda path: _page(places, results, points, path, top, _repeated(runs))
+
+
+def _title(directories: Sequence[Path]) -> str:
+    return "Early exits: " + ", ".join(printable(directory.resolve().name) for directory in directories)
+
+
+def _facts(about: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    return [(name, about[name]) for name in _FACTS if about.get(name) is not None]
 
 
 def _repeated(runs: Sequence[str | Path]) -> dict[str, Runs]:
@@ -135,8 +162,9 @@ def _page(
         "pictures": [asdict(sample) for sample in kept.values()],
     }
     return _render(
-        title="Early exits: " + ", ".join(printable(run.directory.resolve().name) for run in runs),
-        about=[(name, runs[0].about[name]) for name in _FACTS if runs[0].about.get(name) is not None],
+        "report.html",
+        title=_title([run.directory for run in runs]),
+        about=_facts(runs[0].about),
         data=data,
         decision=decision,
         device=", on " + str(runs[0].about["device"]) if runs[0].about.get("device") else "",
@@ -177,9 +205,9 @@ def _analysis(folder: Path) -> list[tuple[Kind, list[figures.Drawn], list[Table]
     return rows
 
 
-def _render(**values: Any) -> str:
+def _render(template: str, **values: Any) -> str:
     source = files("exitkit.report") / "page"
-    page, css, js = ((source / f"report.{kind}").read_text(encoding="utf-8") for kind in ("html", "css", "js"))
+    page, css, js = ((source / name).read_text(encoding="utf-8") for name in (template, "report.css", "report.js"))
     script = base64.b64encode(hashlib.sha256(js.encode()).digest()).decode()
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     environment.filters["interval"] = _interval

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -141,10 +144,26 @@ def _key(recipe: Mapping[str, Any], backbone: Mapping[str, Any] | None) -> str:
 
 
 def _by_content(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """The recipe with its files by name and size, wherever they lie."""
-    sizes = {}
-    for key in ("data", "test", "weights"):
-        path = Path(str(recipe.get(key, "")))
-        if key in recipe:
-            sizes[key] = [path.name, path.stat().st_size if path.is_file() else 0]
-    return {**recipe, **sizes}
+    """The recipe with its files by name and content, wherever they lie."""
+    paths = {key: Path(str(recipe[key])) for key in ("data", "test", "weights") if key in recipe}
+    return {**recipe, **{key: [path.name, _content(path)] for key, path in paths.items()}}
+
+
+def _content(path: Path) -> str | None:
+    """A digest of a file's bytes, or of the names and sizes below a folder; None of what is not there."""
+    if not path.exists():
+        return None
+    state = path.stat()
+    return _digest_of(path.resolve(), state.st_mtime_ns, state.st_size)
+
+
+@cache
+def _digest_of(path: Path, changed: int, size: int) -> str:
+    """SHA-256, computed once in a process as long as the file was not ``changed`` since: rows share their data."""
+    if path.is_file():
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    # the bytes of an image folder may be a hundred gigabytes; its links are followed, as when it is read
+    walked = (Path(at, name) for at, _, names in os.walk(path, followlinks=True) for name in names)
+    below = sorted(one for one in walked if one.is_file())
+    return digest([(one.relative_to(path).as_posix(), one.stat().st_size) for one in below])

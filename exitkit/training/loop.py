@@ -165,9 +165,9 @@ class Run:
         accuracy, val_loss = self._validate(lambda: self._stop_if_asked(learner))
         temperature = None if self.options.loss.distillation is None else self.objective.temperature
         measured = dict(self.train_loader.measured) if isinstance(self.train_loader, StatefulLoader) else {}
-        exits, confidence = learner.phase.exits, self.objective.mean_confidence()
+        exits, confidences = learner.phase.exits, self.objective.mean_confidences()
         return Epoch(
-            epoch, loss, accuracy, self.phase, exits, val_loss, speed, temperature, confidence, measured=measured
+            epoch, loss, accuracy, self.phase, exits, val_loss, speed, temperature, *confidences, measured=measured
         )
 
     def _share_statistics(self) -> None:

@@ -24,7 +24,8 @@ class Objective:
         last: the number of the backbone's own exit.
         temperature: τ of the distillation.
         confidence: the teachers' confidence at τ in the last batch; None without teachers.
-        confidences: those of all batches since the last call of :meth:`mean_confidence`, summed, and their number.
+        unadjusted: the same at τ = 1.
+        confidences: both of all batches since the last call of :meth:`mean_confidences`, summed, and their number.
         limit: μ, above which τ grows; None keeps τ, and is there before the first batch.
         shown: the last losses as a user sees them, without gradient. The distillation term is the KL divergence at τ in them,
             0 for a perfect copy; the factor τ² and the teachers' entropy, which grow with τ, would hide what was learned.
@@ -34,7 +35,8 @@ class Objective:
     last: int
     temperature: float = field(init=False)
     confidence: Tensor | None = field(init=False, default=None)
-    confidences: tuple[float, int] = field(init=False, default=(0.0, 0))
+    unadjusted: Tensor | None = field(init=False, default=None)
+    confidences: tuple[float, float, int] = field(init=False, default=(0.0, 0.0, 0))
     limit: float | None = field(init=False, default=None)
     shown: Tensor = field(init=False)
 
@@ -74,19 +76,22 @@ class Objective:
         weighted = losses * losses.new_tensor([weights[m] for m in exits])
         return weighted.mean() if self.loss.reduction == "mean" else weighted.sum()
 
+    def note(self, confidence: float, unadjusted: float) -> None:
+        """Keep the teachers' confidence in a batch, at τ and at 1, for the epoch's record."""
+        adjusted, plain, batches = self.confidences
+        self.confidences = (adjusted + confidence, plain + unadjusted, batches + 1)
+
     def anneal(self, confidence: float) -> None:
-        """Note the teachers' confidence in a batch, and let τ grow if it is above the limit (algorithm 1, line 11)."""
-        total, batches = self.confidences
-        self.confidences = (total + confidence, batches + 1)
+        """Let τ grow if the teachers' confidence in a batch is above the limit (algorithm 1, line 11)."""
         config = self.loss.distillation
         if config is not None and self.limit is not None and confidence > self.limit:
             self.temperature *= float(config.multiplier)
 
-    def mean_confidence(self) -> float | None:
-        """Of the teachers over the batches since the last call; None where there were no teachers."""
-        total, batches = self.confidences
-        self.confidences = (0.0, 0)
-        return total / batches if batches else None
+    def mean_confidences(self) -> tuple[float | None, float | None]:
+        """Of the teachers at τ and at 1, over the batches since the last call; None where there were no teachers."""
+        adjusted, plain, batches = self.confidences
+        self.confidences = (0.0, 0.0, 0)
+        return (adjusted / batches, plain / batches) if batches else (None, None)
 
     def _check_teachable(self, targets: Tensor | None, exits: Sequence[int]) -> None:
         config = self.loss.distillation
@@ -115,12 +120,17 @@ class Objective:
         config = self.loss.distillation
         assert config is not None
         teaching = {m: ((-1,) if teacher is not None else config.of(m, self.last)) for m in exits}
-        answers: dict[int, Tensor] = {}
-        for t in {t for those in teaching.values() for t in those}:
-            source = logits[t] if teacher is None else teacher
-            answers[t] = F.softmax(source.detach() / self.temperature, dim=-1)
+        sources = {
+            t: (logits[t] if teacher is None else teacher).detach()
+            for t in {t for those in teaching.values() for t in those}
+        }
+        answers = {t: F.softmax(source / self.temperature, dim=-1) for t, source in sources.items()}
         self.limit = config.limit_for(logits[exits[0]].shape[1])
-        self.confidence = None if not answers else teachers_confidence(list(answers.values()), config.confidence)
+        self.confidence = self.unadjusted = None
+        if answers:
+            self.confidence = teachers_confidence(list(answers.values()), config.confidence)
+            plain = [F.softmax(source, dim=-1) for source in sources.values()]
+            self.unadjusted = teachers_confidence(plain, config.confidence)
         scale = config.weight * self.temperature**2
         zero = logits[exits[0]].new_zeros(())
         terms, divergences = [zero] * len(exits), [zero] * len(exits)

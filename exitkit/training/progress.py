@@ -26,7 +26,8 @@ class Epoch:
         speed: training samples per second.
         temperature: τ of the distillation, at the end; None without distillation.
         confidence: the teachers' at τ, as ``Distillation(confidence=)`` reads it, averaged over the batches (Phuong and
-            Lampert 2019, figure 6); None without distillation.
+            Lampert 2019, figure 6: adjusted); None without distillation. In the logs ``teachers_confidence``.
+        unadjusted_confidence: the same at τ = 1 (figure 6: unadjusted). In the logs ``teachers_unadjusted_confidence``.
         dominance: after the epoch, the cosine of the gradient of each exit that counts with the objective's, on the learning
             part of the backbone that two of these exits or more reach; None where there is none, or where it was not measured
             (``Trainer(analyse=)``).
@@ -45,6 +46,7 @@ class Epoch:
     speed: float = field(default=0.0, compare=False)
     temperature: float | None = None
     confidence: float | None = None
+    unadjusted_confidence: float | None = None
     dominance: tuple[float, ...] | None = None
     ceiling: tuple[float, ...] | None = None
     first_exit: float | None = None
@@ -59,6 +61,8 @@ class Epoch:
         named |= {} if self.temperature is None else {"temperature": self.temperature}
         named |= {} if self.first_exit is None else {"first_exit_cosine": self.first_exit}
         named |= {} if self.confidence is None else {"teachers_confidence": self.confidence}
+        unadjusted = self.unadjusted_confidence
+        named |= {} if unadjusted is None else {"teachers_unadjusted_confidence": unadjusted}
         for name, values in (("dominance", self.dominance), ("dominance_ceiling", self.ceiling)):
             named |= {f"{name}/exit{m}": value for m, value in zip(self.exits, values or (), strict=False)}
         return named | {"phase": float(self.phase), "samples_per_second": self.speed} | dict(self.measured)

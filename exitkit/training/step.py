@@ -185,8 +185,12 @@ class Learner:
         return " and ".join(dict.fromkeys(f"{group['lr']:g}" for group in self.optimizer.param_groups))
 
     def _anneal(self) -> None:
-        if self.objective.confidence is not None:
-            self.objective.anneal(float(self.accelerator.reduce(self.objective.confidence, "mean")))
+        objective = self.objective
+        if objective.confidence is not None and objective.unadjusted is not None:
+            both = torch.stack([objective.confidence, objective.unadjusted])
+            confidence, unadjusted = self.accelerator.reduce(both, "mean").tolist()
+            objective.note(confidence, unadjusted)
+            objective.anneal(confidence)
 
     def _adjust_gradients(self, exits: Sequence[int]) -> None:
         model = self.options.model
