@@ -205,6 +205,18 @@ def test_what_is_not_understood_stays_and_is_listed() -> None:
     assert not units(symmetries, "backbone.sorted.weight", 0)
 
 
+@pytest.mark.parametrize("every", [1, 2])
+def test_the_state_of_past_future_exits_stays_in_its_order_and_is_listed(every: int) -> None:
+    ee = exitkit.attach(TinyNet(), torch.zeros(2, 1, 8, 8), every=every, method="gpf")
+    symmetries = symmetries_of(ee)
+    assert "classifiers.0.shared" in " ".join(symmetries.frozen)
+    moved = {axis for group in symmetries.groups for part in group.parts for axis in part.indices}
+    state = {name for name, _ in ee.named_parameters() if "shared" in name or name.endswith("state.bias")}
+    assert state
+    assert not {name for name, _ in moved} & state
+    assert all(axis == 1 for name, axis in moved if name.endswith("state.weight"))  # the backbone's channels
+
+
 def test_a_wrong_rule_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
     from exitkit.analysis.permutations import operators
 

@@ -204,6 +204,41 @@ def test_everything_is_as_it_was() -> None:
     assert not np.array_equal(gradient_dominance(ee, data, seed=1).gram, first.gram)
 
 
+class Twice(nn.Module):
+    """Two blocks of which the second changes nothing, so that exits behind both read the same."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Sequential(nn.Linear(6, 6), nn.ReLU()), nn.ReLU()
+        self.third = nn.Sequential(nn.Linear(6, 6), nn.Tanh())
+        self.linear = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.linear(self.third(self.second(self.first(x))))
+        return out
+
+
+def test_exits_that_are_the_same_follow_each_other_and_their_sum() -> None:
+    ee = exitkit.attach(Twice(), torch.randn(2, 6), at=["first", "second"], method="sdn")
+    ee.classifiers[1].load_state_dict(ee.classifiers[0].state_dict())
+    found = gradient_dominance(ee, batches(), loss=Loss(weights=[1.0, 2.0, 0.0]))
+    assert found.dominance[:2] == pytest.approx(1)
+    assert found.conflict[0, 1] == pytest.approx(1)
+    assert found.share[:2] == pytest.approx([1 / 3, 2 / 3])
+
+
+def test_scaling_losses_leaves_directions_and_the_gram_matrix_has_no_negative_eigenvalue() -> None:
+    ee, data = model(), batches()
+    plain = gradient_dominance(ee, data)
+    scaled = gradient_dominance(ee, data, loss=Loss(weights=[7.0] * 4))
+    assert scaled.dominance == pytest.approx(plain.dominance)
+    one = gradient_dominance(ee, data, loss=Loss(weights=[1.0, 9.0, 1.0, 1.0]))
+    assert one.conflict == pytest.approx(plain.conflict)
+    for gram in plain.gram.reshape(-1, 5, 5):
+        assert np.array_equal(gram, gram.T)
+        assert np.linalg.eigvalsh(gram).min() >= -1e-12 * np.trace(gram)
+
+
 def test_a_shuffled_loader_stands_where_it_stood() -> None:
     generator = torch.Generator().manual_seed(5)
     data = torch.utils.data.TensorDataset(torch.randn(32, 6), torch.randint(3, (32,)))

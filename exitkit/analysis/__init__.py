@@ -2,7 +2,8 @@
 
 from exitkit.analysis.dominance import GradientDominance, gradient_dominance
 from exitkit.analysis.information import Information, mutual_information
-from exitkit.analysis.paths import Connectivity, Plane, connectivity, plane
+from exitkit.analysis.path_results import Connectivity, Plane
+from exitkit.analysis.paths import connectivity, plane
 from exitkit.analysis.permutations.matching import align
 from exitkit.analysis.rank import Rank, numerical_rank
 from exitkit.analysis.surface import Landscape, landscape

@@ -17,16 +17,13 @@ from exitkit.analysis.losses import Evaluation, Scores
 from exitkit.analysis.measurement import exit_names
 from exitkit.analysis.permutations.deriving import State, symmetries_of
 from exitkit.analysis.permutations.matching import aligned, distance
-from exitkit.analysis.samples import Batch, count, in_float32, read_samples
+from exitkit.analysis.samples import Batch, in_float32, read_samples
 from exitkit.common.errors import ArgumentError
 from exitkit.multi_exit.model import MultiExitModel
 from exitkit.surgery.inputs import call_on
 from exitkit.training.left_alone import left_as_found
 from exitkit.training.losses import Loss
 from exitkit.training.step import batch_norm_explained
-
-ORDERS = 3
-"""Random orders of the matching."""
 
 
 @dataclass
@@ -42,6 +39,7 @@ class Ends:
     groups: int
     frozen: tuple[str, ...]
     align: bool
+    orders: int
     seed: int
 
     @classmethod
@@ -52,24 +50,28 @@ class Ends:
         others: Sequence[MultiExitModel],
         loader: Iterable[Any],
         align: bool,
+        orders: int,
         samples: int,
         loss: Loss | None,
         seed: int,
+        show_progress: bool,
     ) -> Iterator[Ends]:
-        first, *rest = (in_float32(model) for model in (a, *others))
+        first, *rest = measured = [in_float32(model) for model in (a, *others)]
+        copied = any(model is not given for model, given in zip(measured, (a, *others), strict=True))
         names = [name for name, _ in first.named_parameters()]
         states = [_copied(model) for model in (first, *rest)]
         before = [distance(states[0], state, names) for state in states[1:]]
         groups, frozen, after = 0, tuple[str, ...](), before
         with left_as_found(first, *rest):
             probe = copy.deepcopy(first).eval()
-            evaluation = Evaluation.of(probe, read_samples(loader, samples), loss)
+            evaluation = Evaluation.of(probe, read_samples(loader, samples, widen=copied), loss)
             if align:
                 symmetries = symmetries_of(first)
-                matched = [aligned(first, model, symmetries, ORDERS, seed) for model in rest]
+                matched = [aligned(first, model, symmetries, orders, seed, show_progress) for model in rest]
                 states = [states[0], *({n: v.clone() for n, v in one.state.items()} for one in matched)]
                 groups, frozen, after = len(symmetries.groups), symmetries.frozen, [one.after for one in matched]
-            yield cls(probe, states, names, evaluation, before, after, groups, frozen, align, seed)
+            tried = orders if align else 0
+            yield cls(probe, states, names, evaluation, before, after, groups, frozen, align, tried, seed)
 
     def scores(self, weights: Sequence[float], reset: bool, where: str) -> Scores:
         """At Σ w_i θ_i, of weights that add up to 1; a model itself is taken as it is.
@@ -96,8 +98,9 @@ class Ends:
             "groups": self.groups,
             "frozen": self.frozen,
             "batchnorm_reset": reset,
-            "samples": count(self.evaluation.batches),
             "seed": self.seed,
+            "orders": self.orders,
+            **self.evaluation.settings(),
         }
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from exitkit.analysis.measurement import Array, Measurement, Table, exit_names, joined, spread
-from exitkit.analysis.samples import check_multi_exit, in_float32, size_of, tracked
+from exitkit.analysis.samples import check_multi_exit, in_float32, size_of, tracked, widened
 from exitkit.common.batches import checked, split_batch
 from exitkit.common.checks import Count, Index, check, numbers_in
 from exitkit.common.errors import ArgumentError
@@ -54,6 +54,7 @@ class GradientDominance(Measurement):
         parameters: ``"backbone"``: what two or more exits reach; or ``"all"`` with the heads.
         samples: how many there were in all batches.
         seed: of the data's order, augmentation and dropout.
+        as_if_unfrozen: whether frozen parameters of the backbone were measured too.
     """
 
     gram: Array
@@ -69,6 +70,7 @@ class GradientDominance(Measurement):
     parameters: str
     samples: int
     seed: int
+    as_if_unfrozen: bool = False
 
     def weighted(self, weights: Sequence[float]) -> GradientDominance:
         """The same gradients under an objective of other weights (M+1,): no further pass is needed.
@@ -90,7 +92,7 @@ class GradientDominance(Measurement):
         note = joined(
             (
                 f"{len(self.gram)} batches, {self.samples} samples, seed {self.seed}",
-                f"parameters: {self.parameters}",
+                f"parameters: {self.parameters}{', as if unfrozen' if self.as_if_unfrozen else ''}",
                 "training mode (batch statistics, dropout), mean of the batches' cosines, plain gradients (no optimiser)",
                 f"share of the rest of the objective {self.rest_share:.3g}" if self.rest_share else "",
             )
@@ -171,14 +173,20 @@ def gradient_dominance(
         blocks = _blocks(model, parameters, as_if_unfrozen)
         model.train()
         seed_everything(loader, seed)
-        found = list(islice(checked(loader, "loader"), batches))
+        found = [batch if model is ee else widened(batch) for batch in islice(checked(loader, "loader"), batches)]
         grams = [
             gram_on(model, objective, batch, weights, blocks) for batch in tracked(found, "gradients", show_progress)
         ]
     samples = sum(size_of(split_batch(batch)[0]) for batch in found)
     gram = np.stack([one.numpy() for one in grams])
     numbers = _numbers(gram, np.array(objective_weights(objective, weights)))
-    return GradientDominance(gram=gram, **numbers, parameters=parameters, samples=samples, seed=seed)
+    settings: dict[str, Any] = {
+        "parameters": parameters,
+        "samples": samples,
+        "seed": seed,
+        "as_if_unfrozen": as_if_unfrozen,
+    }
+    return GradientDominance(gram=gram, **numbers, **settings)
 
 
 def _blocks(model: MultiExitModel, parameters: Parameters, as_if_unfrozen: bool) -> list[tuple[nn.Parameter, ...]]:

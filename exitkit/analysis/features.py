@@ -105,14 +105,14 @@ def _read(feature: Tensor, boundary: Boundary, reading: Reading, samples: int) -
 def each_batch(
     model: nn.Module, loader: Iterable[Any], samples: int, coordinates: Coordinates, show_progress: bool
 ) -> tuple[Blocks, Iterator[tuple[int, list[Tensor]]]]:
-    """The blocks, and for every batch its size and the rows at each of them, in eval mode, from the loader's first ``samples``.
+    """The blocks, and for every batch its size and the rows at each of them, in eval mode, of the loader's first ``samples``.
 
     Raises:
         ArgumentError: an empty loader, inputs of several sizes where features are flattened.
     """
     backbone_of(model)  # refuses what is no model
     measured = in_float32(model)
-    data = read_samples(loader, samples, labelled=False)
+    data = read_samples(loader, samples, labelled=False, widen=measured is not model)
     device = next(measured.parameters()).device
     blocks = blocks_of(measured, move(data[0][0], device))
 

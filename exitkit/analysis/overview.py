@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from exitkit.analysis.dominance import GradientDominance
 from exitkit.analysis.information import Information
 from exitkit.analysis.measurement import Measurement
-from exitkit.analysis.paths import Connectivity
+from exitkit.analysis.path_results import Connectivity
 from exitkit.analysis.rank import Rank
 from exitkit.analysis.surface import Landscape
 from exitkit.common.files import replacing

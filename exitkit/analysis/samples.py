@@ -23,6 +23,8 @@ M = TypeVar("M", bound=nn.Module)
 Batch = tuple[Any, Tensor | None]
 """Inputs and labels."""
 
+_HALVES = (torch.float16, torch.bfloat16)
+
 
 def check_multi_exit(model: Any, measurement: str, name: str = "ee") -> None:
     """Refuse a model without exits.
@@ -48,8 +50,11 @@ def backbone_of(model: nn.Module) -> nn.Module:
 
 
 def in_float32(model: M) -> M:
-    """The model, or where it is in half precision a copy in float32, with a warning that says so."""
-    halves = {p.dtype for p in model.parameters() if p.dtype in (torch.float16, torch.bfloat16)}
+    """The model, or where it is in half precision a copy in float32, with a warning that says so.
+
+    A copy takes :func:`widened` batches.
+    """
+    halves = {p.dtype for p in model.parameters() if p.dtype in _HALVES}
     if not halves:
         return model
     kind = str(halves.pop()).removeprefix("torch.")
@@ -57,8 +62,17 @@ def in_float32(model: M) -> M:
     return copy.deepcopy(model).float()
 
 
-def read_samples(loader: Iterable[Any], samples: int | None, labelled: bool = True) -> list[Batch]:
-    """The first ``samples`` of a loader, as batches, for several passes over the very same values.
+def widened(batch: Any) -> Batch:
+    """A batch taken apart, its half-precision inputs in float32."""
+    inputs, labels = split_batch(batch)
+    return tree_map_only(Tensor, lambda t: t.float() if t.dtype in _HALVES else t, inputs), labels
+
+
+def read_samples(
+    loader: Iterable[Any], samples: int | None, labelled: bool = True, widen: bool = False
+) -> list[Batch]:
+    """The first ``samples`` of a loader, as batches, for several passes over the very same values; ``widen`` for a copy of
+    :func:`in_float32`'s.
 
     Raises:
         ArgumentError: an empty loader, or no labels where they are needed.
@@ -67,7 +81,7 @@ def read_samples(loader: Iterable[Any], samples: int | None, labelled: bool = Tr
     seen = 0
     with loader_kept(loader):
         for batch in checked(loader, "loader"):
-            inputs, labels = split_batch(batch)
+            inputs, labels = widened(batch) if widen else split_batch(batch)
             if labels is None and labelled:
                 raise ArgumentError(
                     "the loader yields no labels, which a loss needs; yield (inputs, labels) or a dict with 'labels'"
@@ -100,11 +114,6 @@ def size_of(inputs: Any) -> int:
             f"the loader yields inputs of type {type(inputs).__name__} without any tensor; give tensors"
         )
     return len(tensors[0])
-
-
-def count(batches: Sequence[Batch]) -> int:
-    """How many samples there are."""
-    return sum(size_of(inputs) for inputs, _ in batches)
 
 
 def tracked(items: Sequence[T], what: str, show_progress: bool) -> Iterable[T]:

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from exitkit.analysis.losses import Evaluation
+from exitkit.analysis.losses import Evaluation, objective_in_words
 from exitkit.analysis.measurement import Array, Measurement, Table, exit_names, joined
-from exitkit.analysis.samples import check_multi_exit, count, in_float32, read_samples, tracked
+from exitkit.analysis.samples import check_multi_exit, in_float32, read_samples, tracked
 from exitkit.common.checks import Bounds, Count, Index, Positive, check
 from exitkit.evaluation.plots import new_figure
 from exitkit.multi_exit.model import MultiExitModel
@@ -43,6 +43,8 @@ class Landscape(Measurement):
         normalisation: see :func:`landscape`.
         samples: how many the losses are means of.
         seed: of the directions.
+        weights: (M+1,) what each exit's loss is multiplied by in the objective.
+        reduction, label_smoothing: of the objective, see :class:`exitkit.training.Loss`.
     """
 
     axis: Array
@@ -53,6 +55,9 @@ class Landscape(Measurement):
     normalisation: str
     samples: int
     seed: int
+    weights: Array = field(default_factory=lambda: np.zeros(0))
+    reduction: str = ""
+    label_smoothing: float = 0.0
 
     def table(self) -> Table:
         """For every exit the loss at the centre, and its mean rise at half and at the whole of the span, on all sides."""
@@ -77,6 +82,7 @@ class Landscape(Measurement):
             (
                 f"{len(self.axis)} × {len(self.axis)} points in ±{whole:g}, {self.samples:,} samples, eval mode",
                 f"{treatment}; directions of seed {self.seed}",
+                objective_in_words(self.weights, self.reduction, self.label_smoothing),
             )
         )
         return Table("Loss landscape", headings, tuple(rows), note)
@@ -135,7 +141,7 @@ def landscape(
 
     Args:
         ee: what :func:`exitkit.attach` returned.
-        loader: as for :class:`exitkit.Trainer`; the same samples are taken at every point.
+        loader: as for :class:`exitkit.Trainer`; the same samples are taken at every point. Those without a label are left out.
         points: of each axis; an odd number has the model itself among them.
         span: the axes run from −span to span.
         samples: the first of the loader.
@@ -163,7 +169,7 @@ def landscape(
         check(name, value, allowed)
     model = in_float32(ee)
     with left_as_found(model):
-        evaluation = Evaluation.of(model, read_samples(loader, samples), loss)
+        evaluation = Evaluation.of(model, read_samples(loader, samples, widen=model is not ee), loss)
         weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
         across, up = (directions(model, seed, axis, normalisation) for axis in (0, 1))
         axis = np.linspace(-span, span, points)
@@ -183,8 +189,8 @@ def landscape(
         centre=centre.loss,
         centre_objective=centre.objective,
         normalisation=normalisation,
-        samples=count(evaluation.batches),
         seed=seed,
+        **evaluation.settings(),
     )
 
 

@@ -95,7 +95,9 @@ class _Resolved:
 
 
 def _single_axis(grid: Ids) -> tuple[int, Ids] | None:
-    """The axis along which alone the classes change, and the classes along it."""
+    """The axis along which alone the classes change, and the classes along it; None where there is none, as in no units."""
+    if not grid.size:
+        return None
     changing = [axis for axis in range(grid.ndim) if (grid != grid.take([0], axis)).any()]
     if len(changing) != 1:
         return None

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from exitkit.analysis.measurement import Array
+from exitkit.analysis.measurement import Array, exit_names
 from exitkit.analysis.permutations.deriving import Move, State, Symmetries, permuted, symmetries_of
 from exitkit.analysis.permutations.groups import Group, Part
 from exitkit.analysis.permutations.labels import Ids
@@ -21,9 +21,13 @@ from exitkit.analysis.samples import check_multi_exit, tracked
 from exitkit.common.checks import Count, Index, check
 from exitkit.common.errors import ArgumentError
 from exitkit.multi_exit.model import MultiExitModel
+from exitkit.training.left_alone import left_as_found
 
 SWEEPS = 100
 """At most so many rounds over all groups."""
+
+_SAME = 1e-5
+"""How much the answers of the same code on the same weights may differ in float32, of their size."""
 
 _PROGRESS = 1e-12
 """By what share of the weights' squared length their inner product must grow to count."""
@@ -78,7 +82,7 @@ def align(
 
 
 def check_alike(a: Any, b: Any, name: str = "b") -> None:
-    """Whether two models have the same tensors and the same exits.
+    """Whether two models have the same tensors, the same exits and, given the same weights, the same answers.
 
     Raises:
         ArgumentError: the first difference.
@@ -98,6 +102,33 @@ def check_alike(a: Any, b: Any, name: str = "b") -> None:
     ):
         if one != other:
             raise ArgumentError(f"a and {name} differ in their {what}: {one} and {other}; attach them in the same way")
+    _check_same_code(a, b, name)
+
+
+def _check_same_code(a: MultiExitModel, b: MultiExitModel, name: str) -> None:
+    """Tensors do not tell a ReLU from a Tanh: with the weights of ``b``, the code of ``a`` must answer as ``b`` does."""
+    own = copy.deepcopy(b).to(next(a.parameters()).device).float().eval()
+    other = copy.deepcopy(a).float().eval()
+    other.load_state_dict(own.state_dict())
+    generator = torch.Generator().manual_seed(0)
+    example = other.example.with_batch(2)
+    tensors = tuple(
+        torch.randn(one.shape, generator=generator).to(one) if one.is_floating_point() else one
+        for one in example.tensors
+    )
+    outputs = []
+    for model in (own, other):
+        args, kwargs = example.spec.call(tensors)
+        with left_as_found(model), torch.no_grad():
+            torch.manual_seed(0)
+            outputs.append(model(*args, **kwargs).logits)
+    for exit_, first, second in zip(exit_names(len(a.exits)), *outputs, strict=True):
+        scale = float(first.abs().max().nan_to_num())
+        if not torch.allclose(first, second, rtol=_SAME, atol=_SAME * scale, equal_nan=True):
+            raise ArgumentError(
+                f"a and {name} differ in what they compute: with the weights of {name}, a answers otherwise at {exit_} "
+                f"(by up to {float((first - second).abs().max()):.3g}); give models of the same code"
+            )
 
 
 def aligned(
