@@ -144,7 +144,7 @@ def test_settings_stand_in_the_result_and_under_the_picture(
     path = connectivity(tiny_ee, other(tiny_ee), data(), points=2, orders=1, loss=loss)
     assert shown == [("matching", True)]
     assert path.orders == 1
-    assert "1 random orders tried" in path.table().note
+    assert "random orders tried: 1" in path.table().note
     for found in (path, landscape(tiny_ee, data(), points=3, loss=loss)):
         assert found.weights.tolist() == [0, 0.25, 0.5, 1]
         assert (found.reduction, found.label_smoothing) == ("mean", 0.1)

@@ -167,7 +167,7 @@ class Plane(Measurement):
 def _note(measured: Connectivity | Plane) -> str:
     before, after = np.atleast_1d(measured.distance_before), np.atleast_1d(measured.distance)
     apart = ", ".join(f"{was:.3g} → {now:.3g}" for was, now in zip(before, after, strict=True))
-    tried = f"{measured.orders} random orders tried"
+    tried = f"random orders tried: {measured.orders}"
     fit = f"{measured.groups} groups of units permuted to fit ({tried}), ‖A − B‖ {apart}"
     return joined(
         (
