@@ -20,6 +20,8 @@ from torch import nn
 from exitkit import ExitOutputs
 from exitkit.cli.recipe import Recipe
 from exitkit.evaluation import RegressionOutputs
+from exitkit.exits import Feature
+from exitkit.exits.own import named
 from exitkit.models import cifar_resnet
 from exitkit.report import Stage
 from exitkit.reproduction import Paper, Row, Table, find_table, papers, settings_of
@@ -91,6 +93,22 @@ def test_the_papers_settings() -> None:
     assert row("training-regimes", "7", "Every-4 Mixed").recipe["exits"]["at"] == [4, 8, 12]
     assert row("training-regimes", "1", "ViT-T ImageNet Joint").backbone is None
     assert row("training-regimes", "1", "ViT-T ImageNet Mixed").backbone is not None
+
+
+@pytest.mark.parametrize("table", ["1", "4", "5"])
+def test_exits_of_the_imagenet_msdnet_are_as_wide_as_what_they_read(table: str) -> None:
+    """The published classifier: ConvBasic(nIn, nIn) twice; 768 channels behind the tenth layer."""
+    for one in find_table("distillation", table).rows:
+        head = named(one.recipe["exits"]["head"])
+        assert head is not None
+        convolutions = [
+            part
+            for part in head(Feature((768, 7, 7), "channels_first", image_side=224))
+            if isinstance(part, nn.Conv2d)
+        ]
+        assert [(part.in_channels, part.out_channels, part.stride) for part in convolutions] == [
+            (768, 768, (2, 2))
+        ] * 2
 
 
 @pytest.mark.parametrize("table", TABLES, ids=NAMES)
