@@ -27,6 +27,7 @@ from exitkit.report import Stage
 from exitkit.reproduction import Paper, Row, Table, find_table, papers, settings_of
 from exitkit.reproduction.measures import numbers_of
 from exitkit.reproduction.tables import merged
+from exitkit.training import Distillation
 from exitkit.training.regimes import epochs_of, phases_of
 from tests.test_cli import images, invoke, refused, run  # noqa: F401 - fixtures
 
@@ -43,7 +44,17 @@ def row(paper: str, table: str, name: str) -> Row:
 
 ROWS = {
     "zero-time-waste": {"1": 36, "2": 3, "5": 3, "C.1": 8, "C.2": 6, "C.3": 12, "B.3": 3},
-    "distillation": {"1": 11, "2": 11, "3": 4, "4": 4, "5": 11, "6": 11},
+    "distillation": {
+        "1": 11,
+        "2": 11,
+        "3": 4,
+        "4": 4,
+        "5": 11,
+        "6": 11,
+        "figure-7": 10,
+        "figure-9": 6,
+        "figure-10": 3,
+    },
     "training-regimes": {"1": 18, "2": 3, "2R": 3, "3": 9, "4": 3, "5": 10, "6": 9, "7": 21, "20": 9}
     | dict.fromkeys(("8", "9", "10", "13", "14"), 7),
 }
@@ -182,6 +193,30 @@ def test_ablations_of_zero_time_waste_read_the_runs_of_its_first_table(data: str
             if one.name.startswith(f"ResNet-56 {data} "):
                 assert one.recipe["trainer"]["milestones"] == milestones
                 assert (one.recipe["trainer"].get("analyse") == "first_exit") == ("let through" in one.name)
+
+
+def distillation_of(table: str, name: str) -> Distillation:
+    given = row("distillation", table, name).recipe
+    found = Recipe(**{key: value for key, value in given.items() if key != "smoke"}).make_loss().distillation
+    assert found is not None
+    return found
+
+
+def test_figures_of_distillation() -> None:
+    """Figure 7: τ is constant, or rises by algorithm 1. Figures 9 and 10: who teaches, and 30 + 50 labels of 500 a class."""
+    for mode in ("budget-mode", "anytime-mode"):
+        names = ("rising", *(f"constant {temperature}" for temperature in (1, 2, 3, 4)))
+        rising, *constant = (distillation_of("figure-7", f"{name}, {mode}") for name in names)
+        assert (rising.confidence_limit, rising.temperature, rising.multiplier) == (0.5, 1.0, 1.05)
+        assert [(one.confidence_limit, one.temperature) for one in constant] == [(None, t) for t in (1, 2, 3, 4)]
+    assert distillation_of("figure-9", "all later exits, budget-mode").of(8, last=10) == (9, 10)
+    for mode, table in (("budget-mode", "2"), ("anytime-mode", "6")):
+        for name, same in (("exit-wise", "exit-wise"), ("last exit", "distillation")):
+            there = row("distillation", table, f"CIFAR(250) {same}")
+            assert row("distillation", "figure-9", f"{name}, {mode}").recipe == there.recipe
+    semi = row("distillation", "figure-10", "semi-supervised").recipe
+    assert (semi["per_class"] - 30, semi["validation"], semi["per_class"] + semi["unlabelled"]) == (50, 50, 500)
+    assert find_table("distillation", "Figure-7") is find_table("distillation", "figure-7")
 
 
 @pytest.mark.parametrize("table", ["1", "4", "5"])
