@@ -12,6 +12,8 @@ from torch.nn import functional as F
 
 import exitkit
 from exitkit.models import cifar_mobilenet, cifar_resnet, cifar_vgg, cifar_wide_resnet, imagenet_msdnet
+from exitkit.reproduction.backbones import sdn_resnet56_tiny
+from exitkit.surgery.macs import count_macs
 from tests.toy import images, names
 
 CONVOLUTIONS = 14_714_688 + 8_448
@@ -83,6 +85,21 @@ def test_option_b_has_convolutions_where_shapes_change_alone() -> None:
     assert not any("shortcut" in name for name in cifar_resnet(20).state_dict())
 
 
+def test_the_resnet_of_tiny_imagenet_computes_as_much_as_that_of_cifar() -> None:
+    """The first convolution halves images of 64 (code of Shallow-Deep Networks): stages of 32², 16² and 8² pixels, by hand."""
+    stages = 0
+    for before, width, pixels in ((16, 16, 32**2), (16, 32, 16**2), (32, 64, 8**2)):
+        shortcut = 0 if before == width else before * width
+        stages += pixels * (9 * before * width + 17 * 9 * width * width + shortcut)
+    stem = 9 * 3 * 16 * 32**2
+    for side, classes in ((32, 10), (64, 200)):
+        model = cifar_resnet(56, classes, option="B", image_size=side).eval()  # type: ignore[arg-type]
+        assert count_macs(model, torch.zeros(1, 3, side, side)) == stem + stages + 64 * classes
+    tiny = sdn_resnet56_tiny().eval()
+    assert tiny.conv1(torch.zeros(1, 3, 64, 64)).shape[2:] == (32, 32)  # type: ignore[operator]
+    assert tiny.image_size == 64
+
+
 def test_the_imagenet_msdnet_has_four_scales_and_the_published_channels() -> None:
     """32 channels and 16 more a layer, times 4 at the coarsest scale; layers 11, 21 and 31 drop a scale and halve the rest."""
     model = imagenet_msdnet().to("meta").eval()
@@ -106,6 +123,7 @@ def test_the_imagenet_msdnet_has_four_scales_and_the_published_channels() -> Non
         (lambda: cifar_mobilenet(image_size=224), "image_size=224 must be 32 or 64"),  # type: ignore[arg-type]
         (lambda: cifar_wide_resnet(blocks=0), "blocks=0"),
         (lambda: cifar_resnet(20, option="C"), "option='C'"),  # type: ignore[arg-type]
+        (lambda: cifar_resnet(20, image_size=224), "image_size=224 must be 32 or 64"),  # type: ignore[arg-type]
     ],
 )
 def test_networks_that_do_not_exist_are_refused(call: Callable[[], Any], message: str) -> None:

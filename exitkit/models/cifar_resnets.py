@@ -15,6 +15,7 @@ from exitkit.common.checks import check, is_count
 from exitkit.common.errors import ArgumentError, FileError
 
 Option = Literal["A", "B"]
+Side = Literal[32, 64]
 
 
 class BasicBlock(nn.Module):
@@ -47,17 +48,17 @@ class BasicBlock(nn.Module):
 
 
 class CifarResNet(nn.Module):
-    """6n + 2 layers: three stages of n blocks with 16, 32 and 64 channels on 32×32 images."""
+    """6n + 2 layers: three stages of n blocks with 16, 32 and 64 channels, the first on maps of 32×32."""
 
-    image_size = 32
-
-    def __init__(self, depth: int, num_classes: int = 10, option: Option = "A") -> None:
+    def __init__(self, depth: int, num_classes: int = 10, option: Option = "A", image_size: Side = 32) -> None:
         super().__init__()
         if not is_count(depth) or depth < 8 or (depth - 2) % 6:
             raise ArgumentError(f"depth={depth!r} is not 6n + 2; use 20, 32, 44, 56, 110, ...")
         check("option", option, Option)
+        check("image_size", image_size, Side)
+        self.image_size = image_size
         blocks = (depth - 2) // 6
-        self.conv1 = nn.Conv2d(3, 16, 3, padding=1, bias=False)
+        self.conv1 = nn.Conv2d(3, 16, 3, stride=image_size // 32, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(16)
         self.layer1 = _stage(16, 16, blocks, stride=1, option=option)
         self.layer2 = _stage(16, 32, blocks, stride=2, option=option)
@@ -72,7 +73,11 @@ class CifarResNet(nn.Module):
 
 
 def cifar_resnet(
-    depth: int = 20, num_classes: int = 10, weights: str | Path | None = None, option: Option = "A"
+    depth: int = 20,
+    num_classes: int = 10,
+    weights: str | Path | None = None,
+    option: Option = "A",
+    image_size: Side = 32,
 ) -> CifarResNet:
     """A CIFAR ResNet, with pretrained weights from a safetensors file if one is given.
 
@@ -83,11 +88,13 @@ def cifar_resnet(
             normalised with the ImageNet mean (0.485, 0.456, 0.406) and standard deviation (0.229, 0.224, 0.225).
         option: shortcuts where shapes change: ``"A"``, without parameters, or ``"B"``, a 1×1 convolution with batch
             normalisation, as Shallow-Deep Networks and Zero Time Waste have them.
+        image_size: side of the images; those of 64 (Tiny ImageNet) are halved by the first convolution, as in the code of
+            Shallow-Deep Networks.
 
     Raises:
-        ExitkitError: an impossible depth, another option, or weights that do not fit.
+        ExitkitError: an impossible depth, another option or size, or weights that do not fit.
     """
-    model = CifarResNet(depth, num_classes, option)
+    model = CifarResNet(depth, num_classes, option, image_size)
     if weights is not None:
         load_weights(model, weights)
     return model

@@ -47,7 +47,7 @@ def wide_resnet(num_classes: int = 10) -> nn.Module:
 
 def sdn_resnet56_tiny(num_classes: int = 200) -> nn.Module:
     """On the 64×64 images of Tiny ImageNet, as are the next three."""
-    return _sized(sdn_resnet56(num_classes), _TINY)
+    return _of_models("cifar_resnet")(56, num_classes, option="B", image_size=_TINY)
 
 
 def vgg16_tiny(num_classes: int = 200) -> nn.Module:

@@ -106,7 +106,8 @@ def record(table: Table, outcomes: Sequence[Outcome], scale: str) -> dict[str, A
 
 def title_of(table: Table, scale: str) -> str:
     """Which table this is."""
-    return f"{table.paper}, table {table.name}, scale {scale}: {table.title}"
+    number = table.name.replace("-", " ") if table.name.startswith("figure") else f"table {table.name}"
+    return f"{table.paper}, {number}, scale {scale}: {table.title}"
 
 
 def caption_of(table: Table, scale: str) -> str:

@@ -48,10 +48,10 @@ class Table:
 
     Attributes:
         paper: the name of its paper.
-        name: its number there.
+        name: its number there; ``figure-7`` where it is a figure.
         title: what it is about.
         measure: what its numbers are.
-        columns: headings: percentages of the backbone's MACs, ``max``, or exits.
+        columns: headings: percentages of the backbone's MACs, ``max``, ``unlimited``, or exits.
         seeds: how many runs of each setting the paper has.
         spread: what the paper prints beside its means.
         needs: data and weights, in words.
@@ -108,10 +108,11 @@ def find_table(paper: str, table: str) -> Table:
     if paper not in known:
         raise unknown_name("PAPER", paper, known)
     tables = known[paper].tables
-    wanted = table.upper() if table.upper() in tables else table.upper().removeprefix("T")
-    if wanted not in tables:
+    by_name = {name.lower(): one for name, one in tables.items()}
+    wanted = table.lower() if table.lower() in by_name else table.lower().removeprefix("t")
+    if wanted not in by_name:
         raise unknown_name(f"TABLE of {paper}", table, tables)
-    return tables[wanted]
+    return by_name[wanted]
 
 
 def merged(changes: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
