@@ -226,11 +226,8 @@ def test_exits_of_the_imagenet_msdnet_are_as_wide_as_what_they_read(table: str) 
     for one in find_table("distillation", table).rows:
         head = named(one.recipe["exits"]["head"])
         assert head is not None
-        convolutions = [
-            part
-            for part in head(Feature((768, 7, 7), "channels_first", image_side=224))
-            if isinstance(part, nn.Conv2d)
-        ]
+        body = head(Feature((768, 7, 7), "channels_first", image_side=224))
+        convolutions = [part for part in body.modules() if isinstance(part, nn.Conv2d)]
         assert [(part.in_channels, part.out_channels, part.stride) for part in convolutions] == [
             (768, 768, (2, 2))
         ] * 2
