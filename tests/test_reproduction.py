@@ -164,7 +164,7 @@ def test_the_papers_settings() -> None:
         ("14", 11, 30, "STS-B "),
     ],
 )
-def test_the_regimes_of_appendix_a(table: str, exits: int, epochs: int, first: str) -> None:
+def test_the_regimes_of_appendix_a(table: str, exits: int, epochs: int, first: str, tmp_path: Path) -> None:
     """As many epochs a phase as the others have; the three that the paper's main text has are the runs of its tables there."""
     names = ("Disjoint", "Joint", "Mixed", "Branch-wise", "Separate", "Alternating", "Mixed-gradual")
     phases = dict(zip(names, (1, 1, 1, exits + 1, exits + 1, 1, exits), strict=True))
@@ -176,6 +176,8 @@ def test_the_regimes_of_appendix_a(table: str, exits: int, epochs: int, first: s
         lengths = epochs_of(phases_of(regime, exits), one.recipe["trainer"]["epochs"])
         assert lengths == (epochs,) * phases[one.name]
         assert (one.backbone is not None) == (regime in ("disjoint", "mixed", "mixed-gradual"))
+    tiny = settings_of(find_table("training-regimes", table), "smoke", tmp_path, tmp_path)
+    assert [one.recipe["trainer"]["epochs"] for one in tiny] == [phases[one.row.name] for one in tiny]  # one a phase
     for one in rows[:3]:
         same = row("training-regimes", {"13": "2", "14": "2R"}.get(table, "1"), first + one.name)
         assert (same.recipe, same.backbone, same.published) == (one.recipe, one.backbone, one.published)

@@ -119,7 +119,7 @@ def _small(given: Mapping[str, Any], scratch: Path) -> dict[str, Any]:
     for key, few in (("per_class", 6), ("unlabelled", 2), ("validation", 2)):
         if key in recipe and classes > 1:
             recipe[key] = few
-    trainer |= {"epochs": max(1, len(trainer.get("phase", ()))), "lr": _RATE}
+    trainer |= {"epochs": max(1, kind.get("phases", len(trainer.get("phase", ())))), "lr": _RATE}
     for phase in trainer.get("phase", ()):
         for key in ("share", "lr", "backbone_lr"):
             phase.pop(key, None)
