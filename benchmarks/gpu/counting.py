@@ -29,4 +29,4 @@ def counted(run: Callable[[], Any]) -> dict[str, int]:
 def prepare() -> None:
     """Before anything is compiled: there is no cuDNN, and small constants have no values that Inductor's log could print."""
     torch.backends.cudnn.enabled = False
-    NNModuleToString.convert = staticmethod(lambda *_, **__: "")
+    NNModuleToString.convert = staticmethod(lambda *_, **__: "")  # type: ignore[method-assign]
