@@ -26,7 +26,7 @@ from exitkit.training.left_alone import left_as_found
 SWEEPS = 100
 """At most so many rounds over all groups."""
 
-_SAME = 1e-5
+_SAME = 1e-4
 """How much the answers of the same code on the same weights may differ in float32, of their size."""
 
 _PROGRESS = 1e-12
