@@ -73,8 +73,8 @@ KINDS = {
     "landscape": Kind(
         Landscape,
         "Loss landscape",
-        "The objective on a plane of two random directions around the model, in the same colours for all. It shows two "
-        "directions of millions; how sharp it looks cannot be compared across architectures or widths.",
+        "The objective, divided by the number of exits, on a plane of two random directions around the model, in the same colours "
+        "for all. It shows two directions of millions; how sharp it looks cannot be compared across architectures or widths.",
     ),
 }
 """The measurements by the names that the command line has for them."""
@@ -97,7 +97,7 @@ class Overview:
         if kind == "landscape":
             for panel in panels:
                 panel.locator_params(nbins=4)
-            figure.colorbar(panels[-1].collections[0], ax=list(panels), format="%.2g", label="objective")
+            figure.colorbar(panels[-1].collections[0], ax=list(panels), format="%.2g", label="objective / exits")
         return next(iter(models.values())).with_note(figure)
 
     def figures(self, kind: str) -> dict[str, Figure]:

@@ -88,8 +88,9 @@ class Landscape(Measurement):
         return Table("Loss landscape", headings, tuple(rows), note)
 
     def draw(self, axes: Axes) -> None:
-        self._contours(axes, self.objective)
-        axes.set_title(f"objective, {self.centre_objective:.3f} at the centre", fontsize=8)
+        exits = len(self.centre)  # so that colours are those of a single loss
+        self._contours(axes, self.objective / exits)
+        axes.set_title(f"objective / exits, {self.centre_objective / exits:.3f} at the centre", fontsize=8)
 
     def figure(self) -> Figure:
         exits = len(self.centre)
