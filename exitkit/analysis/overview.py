@@ -74,7 +74,8 @@ KINDS = {
         Landscape,
         "Loss landscape",
         "The objective, divided by the number of exits, on a plane of two random directions around the model, in the same "
-        "colours for all. It shows two directions of millions; how sharp it looks cannot be compared across architectures or widths.",
+        "colours for all. It shows two directions of millions; how sharp it looks cannot be compared across architectures or "
+        "widths.",
     ),
 }
 """The measurements by the names that the command line has for them."""
