@@ -276,7 +276,7 @@ def _cost(args: argparse.Namespace) -> None:
             results[f"{name}: {what}"] = (seconds, megabytes)
             print(f"{name}: {what}: {cells[-1]}", flush=True)
         rows.append((name, *cells))
-    caption = f"CPU seconds, {torch.get_num_threads()} threads; plane and landscape have {args.points} × {args.points} points"
+    caption = f"CPU seconds; plane and landscape have {args.points} × {args.points} points"
     make_console().print(table(("", *MEASURED), rows, "What a measurement costs", caption))
     write(args.out / "cost.json", args, results=results)
 
