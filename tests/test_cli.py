@@ -156,8 +156,8 @@ def test_a_run_is_calibrated_compared_and_reported(run: Run, refused: Run, image
     assert "risk='loss' is unknown" in refused("calibrate", out, "--risk", "loss")
     assert "outputs='gpf' is unknown" in refused("calibrate", out, "--outputs", "gpf")
     assert "at least two" in refused("compare", out / "outputs-sdn.safetensors")
-    assert "holds no results" in refused("compare", tmp_path, out)
-    assert "holds no results" in refused("report", tmp_path)
+    assert "holds no run itself, but 1 below it" in refused("compare", tmp_path, out)
+    assert "holds no run itself, but 1 below it" in refused("report", tmp_path)
     assert json.loads((out / "thresholds.json").read_text()) == chosen
 
 
