@@ -55,15 +55,16 @@ def analyse(
     rows: dict[str, dict[str, Measurement]] = {}
     refused: dict[str, ArgumentError] = {}
     say = make_console().print
-    for kind in kinds:
-        try:
-            rows[kind] = measured(kind, models, losses, loader, samples, points, seed, say)
-        except ArgumentError as error:
-            refused[kind] = error
-        else:
-            Overview({name: row for name, row in rows.items() if row}).write(folder)  # kept, whatever comes later
-    if rows:
-        say(f"Written to {folder}/: PNG, CSV and arrays. To look at them: exitkit report {runs[0]}")
+    try:
+        for kind in kinds:
+            try:
+                rows[kind] = measured(kind, models, losses, loader, samples, points, seed, say)
+            except ArgumentError as error:
+                refused[kind] = error
+    finally:  # also what was measured before an interruption
+        if rows:
+            Overview({kind: row for kind, row in rows.items() if row}).write(folder)
+            say(f"Written to {folder}/: PNG, CSV and arrays. To look at them: exitkit report {runs[0]}")
     if refused:
         reasons = "; ".join(f"{kind}: {error}" for kind, error in refused.items())
         raise ArgumentError(f"{len(refused)} of {len(kinds)} measurements were refused: {reasons}")

@@ -132,12 +132,16 @@ def _probe(model: MultiExitModel) -> MultiExitModel:
                 scale = tensor.abs().mean().nan_to_num() + 0.01
                 factor, added = (torch.rand(tensor.shape, generator=generator).to(tensor) for _ in range(2))
                 tensor.mul_(0.5 + factor).add_(0.3 * scale * added)
-    tensors = tuple(
-        torch.randn(tensor.shape, generator=generator).to(tensor) if tensor.is_floating_point() else tensor
-        for tensor in probe.example.with_batch(2).tensors
-    )
-    object.__setattr__(probe.example, "tensors", tensors)
+    object.__setattr__(probe.example, "tensors", drawn_like(probe.example.with_batch(2).tensors, generator))
     return probe
+
+
+def drawn_like(tensors: Sequence[Tensor], generator: torch.Generator) -> tuple[Tensor, ...]:
+    """Normal random numbers in the place of floating-point inputs; others, which may be looked up, stay."""
+    return tuple(
+        torch.randn(tensor.shape, generator=generator).to(tensor) if tensor.is_floating_point() else tensor
+        for tensor in tensors
+    )
 
 
 class _Standardised(nn.Module):

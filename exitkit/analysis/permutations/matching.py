@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from exitkit.analysis.measurement import Array, exit_names
-from exitkit.analysis.permutations.deriving import Move, State, Symmetries, permuted, symmetries_of
+from exitkit.analysis.permutations.deriving import Move, State, Symmetries, drawn_like, permuted, symmetries_of
 from exitkit.analysis.permutations.groups import Group, Part
 from exitkit.analysis.permutations.labels import Ids
 from exitkit.analysis.samples import check_multi_exit, tracked
@@ -110,12 +110,8 @@ def _check_same_code(a: MultiExitModel, b: MultiExitModel, name: str) -> None:
     own = copy.deepcopy(b).to(next(a.parameters()).device).float().eval()
     other = copy.deepcopy(a).float().eval()
     other.load_state_dict(own.state_dict())
-    generator = torch.Generator().manual_seed(0)
     example = other.example.with_batch(2)
-    tensors = tuple(
-        torch.randn(one.shape, generator=generator).to(one) if one.is_floating_point() else one
-        for one in example.tensors
-    )
+    tensors = drawn_like(example.tensors, torch.Generator().manual_seed(0))
     outputs = []
     for model in (own, other):
         args, kwargs = example.spec.call(tensors)
