@@ -93,6 +93,24 @@ def test_what_was_measured_before_a_refusal_is_kept(
     assert list(found.rows) == ["rank"]
 
 
+def test_a_demo_is_told_what_it_lacks(
+    run: Callable[..., str],  # noqa: F811
+    refused: Callable[..., str],  # noqa: F811
+    runs: list[Path],
+    images: Path,  # noqa: F811
+) -> None:
+    """As exitkit demo leaves it: several methods, and data that are in no file."""
+    results = runs[0] / "results.json"
+    written = results.read_text()
+    assert json.dumps(str(images)) in written
+    results.write_text(written.replace(json.dumps(str(images)), '"digits, made up"'))
+    told = refused("analyse", runs[0], "--what", "rank", "--trust")
+    assert "was trained on 'digits, made up', which cannot be read again; give its samples by --data" in told
+    outputs = runs[0] / "outputs-sdn.safetensors"
+    (runs[0] / "outputs-other.safetensors").write_bytes(outputs.read_bytes())
+    assert "choose one by --method" in refused("analyse", runs[0], "--what", "rank", "--trust")
+
+
 def test_dominance_is_of_the_runs_own_loss_and_trained_weights(
     run: Callable[..., str],  # noqa: F811
     images: Path,  # noqa: F811

@@ -15,6 +15,7 @@ from exitkit.common.errors import ArgumentError, unknown_name
 if TYPE_CHECKING:
     from exitkit.analysis.measurement import Measurement
     from exitkit.multi_exit.model import MultiExitModel
+    from exitkit.report.run import Run
     from exitkit.training import Loss
 
 WHAT = "dominance,rank,information,connectivity,landscape"
@@ -48,10 +49,12 @@ def analyse(
     if kinds == ["connectivity"] and len(runs) < 2:
         raise ArgumentError("--what connectivity needs two runs; name another RUN_DIR")
     from exitkit.analysis.overview import Overview
+    from exitkit.report.run import read_run
 
-    models = {_name(run, runs): _model(run, method, trust) for run in runs}
-    losses = {_name(run, runs): _loss(run) for run in runs}
-    loader = _samples(runs[0], next(iter(models.values())), data, samples)
+    read = {_name(run, runs): read_run(run) for run in runs}
+    models = {name: _model(run, method, trust) for name, run in read.items()}
+    losses = {name: _loss(run) for name, run in read.items()}
+    loader = _samples(next(iter(read.values())), next(iter(models.values())), data, samples)
     rows: dict[str, dict[str, Measurement]] = {}
     refused: dict[str, ArgumentError] = {}
     say = make_console().print
@@ -116,42 +119,52 @@ def _name(run: Path, runs: list[Path]) -> str:
     return printable(run.resolve().name)
 
 
-def _model(run: Path, method: str | None, trust: bool) -> MultiExitModel:
+def _model(run: Run, method: str | None, trust: bool) -> MultiExitModel:
     from exitkit.cli.exporting import find_source, flags_over
     from exitkit.cli.sources import load_model
     from exitkit.multi_exit.model import MultiExitModel
 
-    source = flags_over(find_source(str(run), method), None, None, None, None, None, trust)
+    if method is None and len(run.results) > 1 and not any(one.calibrated for one in run.results.values()):
+        raise ArgumentError(
+            f"RUN_DIR {str(run.directory)!r} has the methods {', '.join(run.results)}; choose one by --method"
+        )
+    source = flags_over(find_source(str(run.directory), method), None, None, None, None, None, trust)
     backbone = load_model(str(source.model), source.weights, source.num_classes).eval()
     return MultiExitModel.from_pretrained(backbone, source.exits)
 
 
-def _loss(run: Path) -> Loss:
+def _loss(run: Run) -> Loss:
     """What the exits of a run minimised: its recipe's, of which a run of ``exitkit bench`` has none."""
     from exitkit.cli.recipe import Recipe
-    from exitkit.report.run import read_run
 
-    given = read_run(run).about.get("loss")
+    given = run.about.get("loss")
     return Recipe(model="", data="", loss=given if isinstance(given, dict) else {}).make_loss()
 
 
-def _samples(run: Path, model: MultiExitModel, data: str | None, samples: int) -> Iterable[Any]:
+def _samples(run: Run, model: MultiExitModel, data: str | None, samples: int) -> Iterable[Any]:
     """Batches of training samples, the same for every model and measurement."""
     from exitkit.cli.data import load_data
-    from exitkit.report.run import read_run
 
-    about = read_run(run).about
+    about = run.about
     chosen = about.get("data") if data is None else data
     if not isinstance(chosen, str):
-        raise ArgumentError(f"RUN_DIR {str(run)!r} does not say what data it was trained on; give --data")
+        raise ArgumentError(f"RUN_DIR {str(run.directory)!r} does not say what data it was trained on; give --data")
     name, test, length = str(about.get("model")), about.get("test"), about.get("max_length")
-    split = load_data(
-        chosen,
-        model.backbone,
-        test if isinstance(test, str) and data is None else None,
-        name.removeprefix("hf:") if name.startswith("hf:") else None,
-        numbers=model.regression,
-        pairs=about.get("pairs") is True,
-        max_length=length if isinstance(length, int) else None,
-    )
+    try:
+        split = load_data(
+            chosen,
+            model.backbone,
+            test if isinstance(test, str) and data is None else None,
+            name.removeprefix("hf:") if name.startswith("hf:") else None,
+            numbers=model.regression,
+            pairs=about.get("pairs") is True,
+            max_length=length if isinstance(length, int) else None,
+        )
+    except ArgumentError as error:
+        if data is not None:
+            raise
+        raise ArgumentError(
+            f"RUN_DIR {str(run.directory)!r} was trained on {chosen!r}, which cannot be read again; "
+            f"give its samples by --data ({error})"
+        ) from error
     return split.loaders(BATCH, samples, 0)[0]
