@@ -1,0 +1,132 @@
+"""The search before its first round: what is asked for, the candidates, their prices, a backbone better than chance."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from exitkit.calibration.risks import as_risk
+from exitkit.common.checks import Count, Index, Share, check_fields
+from exitkit.common.errors import ArgumentError
+from exitkit.common.hashes import digest
+from exitkit.evaluation.collecting import collect
+from exitkit.evaluation.outputs import ExitOutputs
+from exitkit.exits.classifiers import Head
+from exitkit.multi_exit.model import MultiExitModel
+from exitkit.retrofitting.candidates import GRIDS, Effort, Place, propose
+from exitkit.retrofitting.finishing import EPOCHS
+from exitkit.retrofitting.prices import Cost, Prices, in_macs, in_time, kept_prices
+from exitkit.retrofitting.rounds import BUDGETS, Search
+from exitkit.retrofitting.samples import Data
+from exitkit.surgery.capturing import Capture
+from exitkit.surgery.fingerprint import weights_digest
+from exitkit.training.losses import Distillation, Loss
+
+_STATE = "search.json"
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What is asked for: the arguments of :func:`retrofit` that are plain values."""
+
+    max_drop: Share
+    confidence: Share
+    cost: Cost
+    batch_size: Count
+    effort: Effort
+    seed: Index
+    mixed_precision: Literal["no", "fp16", "bf16"]
+    channels_last: bool
+    optimize: bool
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+
+def search_for(
+    wanted: Wanted,
+    captured: Capture,
+    data: Data,
+    heads: Sequence[Head] | None,
+    boundaries: Sequence[str] | None,
+    folder: Path | None,
+    show_progress: bool,
+    say: Callable[[str], None],
+) -> Search:
+    """The search, ready for its first round.
+
+    Raises:
+        ArgumentError: heads or boundaries that are not there, a backbone no better than chance, a folder of another search.
+    """
+    pool, places = propose(captured, heads, boundaries, GRIDS[wanted.effort], wanted.seed)
+    settings = {**asdict(wanted), "backbone": weights_digest(captured.backbone), "samples": data.split.samples}
+    settings |= {"calibration": digest(data.hashes), "candidates": [place.name for place in places]}
+    prices = kept_prices(
+        None if folder is None else folder / _STATE, settings, lambda: _measured(wanted, pool, places)
+    )
+    started = time.monotonic()
+    few = collect(pool.prune_exits(set(range(1, len(places)))) if len(places) > 1 else pool, data.split.search)
+    labelled = few.labels is not None
+    if labelled:
+        _check_backbone(few)
+    each = (time.monotonic() - started) / len(few)
+    minutes = each * data.split.samples * BUDGETS[wanted.effort] / 60
+    at = len({place.boundary.position for place in places})
+    say(
+        f"{len(places)} candidates at {at} boundaries. The search costs at most {BUDGETS[wanted.effort]:.0f} epochs of the "
+        f"backbone's forward over {data.split.samples:,} samples, here about {minutes:.0f} min; then at most "
+        f"{EPOCHS[wanted.effort]} epochs of the chosen exits"
+    )
+    risk = as_risk("accuracy_drop" if labelled else "disagreement")
+    training = {
+        "loss": Loss() if labelled else Loss(distillation=Distillation(confidence_limit=None, divergence="kl")),
+        "seed": wanted.seed,
+        "mixed_precision": wanted.mixed_precision,
+        "channels_last": wanted.channels_last,
+        "show_progress": show_progress,
+    }
+    return Search(
+        pool,
+        places,
+        prices,
+        data.split,
+        risk,
+        data.limit(wanted.max_drop),
+        labelled,
+        training,
+        wanted.effort,
+        folder,
+        say,
+    )
+
+
+def _measured(wanted: Wanted, pool: MultiExitModel, places: Sequence[Place]) -> Prices:
+    if wanted.cost == "macs":
+        return in_macs(pool, places)
+    example = pool.example.with_batch(wanted.batch_size)
+    return in_time(pool, places, example.spec.batch(example.tensors))
+
+
+def _check_backbone(outputs: ExitOutputs) -> None:
+    """Refuse a backbone that guesses: exits on it would guess too."""
+    from scipy.stats import binomtest
+
+    labels = outputs.labels
+    assert labels is not None
+    most = float(torch.bincount(labels).max()) / len(labels)
+    right = int(outputs.correct[:, -1].sum())
+    if len(labels.unique()) < 2:
+        raise ArgumentError(
+            "train_loader has one class in its labels; give samples of all classes, as they come in use"
+        )
+    if binomtest(right, len(labels), most, alternative="greater").pvalue > 0.05:
+        raise ArgumentError(
+            f"model is right about {right / len(labels):.1%} of the held-out training samples, and always naming their most "
+            f"frequent class about {most:.1%}: it is no better than chance on these data. Check labels, their order and the "
+            "preprocessing, or train the model on these classes first"
+        )
