@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -69,40 +69,54 @@ def search_for(
     prices = kept_prices(
         None if folder is None else folder / _STATE, settings, lambda: _measured(wanted, pool, places)
     )
+    labelled, seconds = _looked_at(pool, data)
+    _announce(wanted, places, data.split.samples, seconds, say)
+    return Search(
+        pool,
+        places,
+        prices,
+        data.split,
+        as_risk("accuracy_drop" if labelled else "disagreement"),
+        data.limit(wanted.max_drop),
+        labelled,
+        _training(wanted, labelled, show_progress),
+        wanted.effort,
+        folder,
+        say,
+    )
+
+
+def _looked_at(pool: MultiExitModel, data: Data) -> tuple[bool, float]:
+    """Whether the samples to choose on have labels, and what the backbone takes for one, in seconds."""
     started = time.monotonic()
-    few = collect(pool.prune_exits(set(range(1, len(places)))) if len(places) > 1 else pool, data.split.search)
-    labelled = few.labels is not None
-    if labelled:
-        _check_backbone(few)
-    each = (time.monotonic() - started) / len(few)
-    minutes = each * data.split.samples * BUDGETS[wanted.effort] / 60
-    at = len({place.boundary.position for place in places})
+    backbone = pool.prune_exits(set(range(1, len(pool.boundaries)))) if len(pool.boundaries) > 1 else pool
+    outputs = collect(backbone, data.split.search)
+    if outputs.labels is not None:
+        _check_backbone(outputs)
+    return outputs.labels is not None, (time.monotonic() - started) / len(outputs)
+
+
+def _announce(
+    wanted: Wanted, places: Sequence[Place], samples: int, seconds: float, say: Callable[[str], None]
+) -> None:
+    """Say what the search will take, where the backbone takes so many seconds for a sample."""
+    epochs, boundaries = BUDGETS[wanted.effort], len({place.boundary.position for place in places})
     say(
-        f"{len(places)} candidates at {at} boundaries. The search costs at most {BUDGETS[wanted.effort]:.0f} epochs of the "
-        f"backbone's forward over {data.split.samples:,} samples, here about {minutes:.0f} min; then at most "
+        f"{len(places)} candidates at {boundaries} boundaries. The search costs at most {epochs:.0f} epochs of the backbone's "
+        f"forward over {samples:,} samples, here about {seconds * samples * epochs / 60:.0f} min; then at most "
         f"{EPOCHS[wanted.effort]} epochs of the chosen exits"
     )
-    risk = as_risk("accuracy_drop" if labelled else "disagreement")
-    training = {
+
+
+def _training(wanted: Wanted, labelled: bool, show_progress: bool) -> dict[str, Any]:
+    """The trainer's options; without labels exits imitate the backbone."""
+    return {
         "loss": Loss() if labelled else Loss(distillation=Distillation(confidence_limit=None, divergence="kl")),
         "seed": wanted.seed,
         "mixed_precision": wanted.mixed_precision,
         "channels_last": wanted.channels_last,
         "show_progress": show_progress,
     }
-    return Search(
-        pool,
-        places,
-        prices,
-        data.split,
-        risk,
-        data.limit(wanted.max_drop),
-        labelled,
-        training,
-        wanted.effort,
-        folder,
-        say,
-    )
 
 
 def _measured(wanted: Wanted, pool: MultiExitModel, places: Sequence[Place]) -> Prices:
