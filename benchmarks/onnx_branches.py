@@ -24,7 +24,7 @@ from tables import table, write
 from torch import Tensor
 
 import exitkit
-from exitkit.cli.data import normalise
+from exitkit.cli.arrays import normalise
 from exitkit.common.console import make_console
 from exitkit.models import cifar_resnet
 from exitkit.models.cifar_resnets import load_weights

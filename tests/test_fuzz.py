@@ -27,7 +27,7 @@ from torch import Tensor
 
 import exitkit
 from exitkit import ExitkitError
-from exitkit.cli.data import _read_npz
+from exitkit.cli.arrays import read_npz
 from exitkit.cli.recipe import read_recipe
 from exitkit.cli.text_files import _label_indices, _numbers, _read_text
 from exitkit.evaluation import RegressionOutputs
@@ -379,7 +379,7 @@ KINDS = {
     "thresholds.json, lies": Kind(_make_run("thresholds.json"), _read_thresholds, False, {json_lies: 150}),
     "samples.json": Kind(_make_run("samples.json"), lambda path: read_run(path.parent), False, {bits: 80, json_lies: 120}),
     "recipe": Kind(_make_recipe, lambda path: read_recipe(path, {}), False, {bits: 80, spans: 40, toml_lies: 200}),
-    ".npz": Kind(_make_npz, _read_npz, False, {bits: 100, spans: 60, entry_bits: 40}),
+    ".npz": Kind(_make_npz, read_npz, False, {bits: 100, spans: 60, entry_bits: 40}),
     "image": Kind(_make_image, lambda path: opened_image(str(path)), False, {bits: 80, spans: 60}),
     "table": Kind(_make_table, _read_table, False, {bits: 60, spans: 60}),
 }  # fmt: skip

@@ -397,3 +397,22 @@ def test_recipes_that_are_none(tmp_path: Path, text: str) -> None:
     path.write_text(RECIPE.format(data="d.npz") + "seed = 0x" + "f" * 5000)
     with pytest.raises(ExitkitError):
         read_recipe(path, {"batch_size": 0})
+
+
+def test_an_npz_whose_images_would_not_fit_where_they_were_enlarged(tmp_path: Path) -> None:
+    """As floats of the size that the model takes these would be 61 GB."""
+    from exitkit.cli.data import load_data
+    from exitkit.cli.sources import load_model
+
+    count = 200_000
+    images = np.random.default_rng(0).integers(0, 256, (count, 8, 8, 3), np.uint8)
+    np.savez(tmp_path / "many.npz", images=images, labels=np.arange(count) % 1000)
+    split = load_data(str(tmp_path / "many.npz"), load_model("timm:test_vit"))
+    image, label = split.test[0]
+    side = image.shape[-1]
+    row = split.test.indices[0]  # type: ignore[attr-defined]
+    pixels = torch.from_numpy(images[row]).permute(2, 0, 1)[None].float() / 255
+    expected = torch.nn.functional.interpolate(pixels, (side, side), mode="bilinear", antialias=True)[0]
+    mean, std = split.preprocessing.mean, split.preprocessing.std  # type: ignore[union-attr]
+    assert label == row % 1000
+    assert torch.allclose(image, (expected - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None])

@@ -5,26 +5,21 @@ from __future__ import annotations
 import inspect
 import os
 import tomllib
-import zipfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.utils.data import Dataset, TensorDataset
 
+from exitkit.cli.arrays import image_arrays
 from exitkit.cli.augmentation import WHOLE
 from exitkit.cli.split import Split, hold_out
 from exitkit.cli.text_files import texts
-from exitkit.cli.unpacking import check_inflation
-from exitkit.common.errors import ArgumentError, FileError, unknown_name
+from exitkit.common.errors import ArgumentError, unknown_name
 from exitkit.common.torchvision_guard import import_torchvision
 from exitkit.multi_exit.image_files import opened_image, prepared_image
-from exitkit.multi_exit.preprocessing import ImagePreprocessing, default_statistics
+from exitkit.multi_exit.preprocessing import ImagePreprocessing
 
 
 def load_data(
@@ -62,82 +57,10 @@ def load_data(
     if test is not None and not os.path.exists(test):
         raise ArgumentError(f"--test {test!r} does not exist; leave it out to hold out a fifth of --data")
     if path.suffix == ".npz":
-        return _arrays(path, model, test)
+        return image_arrays(path, model, test)
     if path.suffix in (".csv", ".tsv"):
         return texts(path, model, test, tokenizer, numbers, pairs, max_length)
     raise ArgumentError(f"--data {data!r} has an unknown format; give an image folder, .npz, .csv or .tsv")
-
-
-def normalise(
-    images: np.ndarray[Any, Any] | Tensor, size: Sequence[int] | None = None, mean: Any = None, std: Any = None
-) -> Tensor:
-    """uint8 images (N, H, W) or (N, H, W, C) → float (N, C, H, W): scaled to [0, 1], resized, normalised.
-
-    ``size`` is (C, H, W) as the model takes it; grey images are repeated over its channels. The default mean and
-    standard deviation are ImageNet's.
-    """
-    pixels = torch.as_tensor(images)
-    pixels = pixels.unsqueeze(-1) if pixels.dim() == 3 else pixels
-    pixels = pixels.permute(0, 3, 1, 2).float() / 255
-    if size is not None:
-        if pixels.shape[1] == 1 and size[0] > 1:
-            pixels = pixels.expand(-1, size[0], -1, -1)
-        if pixels.shape[2:] != tuple(size[1:]):
-            pixels = F.interpolate(pixels, tuple(size[1:]), mode="bilinear", antialias=True)
-    channels = pixels.shape[1]
-    centre, spread = default_statistics(channels)
-    return (pixels - torch.tensor(mean or centre).view(-1, 1, 1)) / torch.tensor(std or spread).view(-1, 1, 1)
-
-
-def _arrays(path: Path, model: nn.Module, test: str | None) -> Split:
-    """``images``/``labels``, or MedMNIST's ``train_images``, ``train_labels``, ``test_images``, ``test_labels``."""
-    arrays, given = _read_npz(path), f"--data {str(path)!r}"
-    declared = ImagePreprocessing.of(model)
-    size, mean, std = (None,) * 3 if declared is None else (declared.size, declared.mean, declared.std)
-
-    def samples(source: dict[str, Any], prefix: str, origin: str) -> TensorDataset:
-        names = f"{prefix}images", f"{prefix}labels"
-        if any(name not in source for name in names):
-            raise ArgumentError(f"{origin} holds {str(sorted(source))[:200]}, but needs 'images' and 'labels'")
-        images, labels = source[names[0]], np.asarray(source[names[1]]).reshape(-1)
-        if images.dtype != np.uint8 or images.ndim not in (3, 4) or len(images) != len(labels) or not len(images):
-            raise ArgumentError(
-                f"{origin} has images of dtype {images.dtype} and shape {images.shape} and {len(labels)} labels; "
-                "expected uint8 (N, H, W) or (N, H, W, C), as many labels, and N > 0"
-            )
-        channels = 1 if images.ndim == 3 else images.shape[-1]
-        if size is not None and channels not in (1, size[0]):
-            raise ArgumentError(f"{origin} has {channels} channels, but the model takes {size[0]}")
-        if not np.issubdtype(labels.dtype, np.integer):
-            raise ArgumentError(f"{origin} has labels of dtype {labels.dtype}; expected class indices from 0")
-        return TensorDataset(normalise(images, size, mean, std), torch.as_tensor(labels.astype(np.int64)))
-
-    train: Dataset[Any]
-    held_out: Dataset[Any]
-    if test is not None:
-        train, held_out = samples(arrays, "", given), samples(_read_npz(Path(test)), "", f"--test {test!r}")
-    elif "train_images" in arrays:
-        train, held_out = samples(arrays, "train_", given), samples(arrays, "test_", given)
-    else:
-        train, held_out = hold_out(samples(arrays, "", given))
-    shape = tuple(train[0][0].shape)
-    centre, spread = default_statistics(shape[0])
-    preprocessing = ImagePreprocessing(shape, tuple(mean or centre), tuple(std or spread), 1.0, "bilinear", "squash")
-    labels = [np.asarray(array).max() for name, array in arrays.items() if name.endswith("labels")]
-    return Split(train, held_out, preprocessing=preprocessing, classes=int(max(labels)) + 1)
-
-
-def _read_npz(path: Path) -> dict[str, Any]:
-    if not zipfile.is_zipfile(path):  # numpy would take it for a pickle, and advise to trust it
-        raise FileError(f"{str(path)!r} cannot be read as .npz: it is not a zip archive; write it with numpy.savez")
-    try:
-        check_inflation(path)
-        with np.load(path, allow_pickle=False) as file:
-            return dict(file)
-    except FileError:
-        raise
-    except Exception as error:  # numpy and zipfile raise a dozen kinds on a damaged file
-        raise FileError(f"{str(path)!r} cannot be read as .npz: {str(error)[:200]}") from error
 
 
 def _image_folder(path: Path, model: nn.Module, test: str | None) -> Split:
