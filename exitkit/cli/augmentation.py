@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -99,4 +100,8 @@ def augmented(
         return images, collate
     v2 = import_torchvision("transforms.v2", "augment")
     mix = v2.RandomChoice([getattr(v2, MIXING[name])(num_classes=num_classes) for name in mixing])
-    return images, lambda batch: mix(*default_collate(batch))
+    return images, partial(_mixed, mix)
+
+
+def _mixed(mix: Callable[..., Any], batch: Any) -> Any:
+    return mix(*default_collate(batch))

@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from exitkit.cli.arrays import image_arrays
@@ -20,6 +21,8 @@ from exitkit.common.errors import ArgumentError, unknown_name
 from exitkit.common.torchvision_guard import import_torchvision
 from exitkit.multi_exit.image_files import opened_image, prepared_image
 from exitkit.multi_exit.preprocessing import ImagePreprocessing
+
+_DECODERS = 8
 
 
 def load_data(
@@ -81,7 +84,7 @@ def _image_folder(path: Path, model: nn.Module, test: str | None) -> Split:
         whole = folder(path)
         train_part, test_part = hold_out(whole)
         _check_readable(whole.imgs[index][0] for index in test_part.indices)
-        return Split(train_part, test_part, preprocessing=preprocessing, classes=len(whole.classes))
+        return _decoded(train_part, test_part, preprocessing, len(whole.classes))
     train_set = folder(parts.get("train", path))
     option = "--data" if test is None else "--test"
     test_set = folder(held_out, option)
@@ -91,7 +94,14 @@ def _image_folder(path: Path, model: nn.Module, test: str | None) -> Split:
             f"{train_set.classes[:5]} (first five of each); both need the same subfolders"
         )
     _check_readable(path for path, _ in test_set.imgs)
-    return Split(train_set, test_set, preprocessing=preprocessing, classes=len(train_set.classes))
+    return _decoded(train_set, test_set, preprocessing, len(train_set.classes))
+
+
+def _decoded(train: Any, test: Any, preprocessing: ImagePreprocessing, classes: int | None) -> Split:
+    """Images that are decoded as they are read: by several processes for a GPU, which would wait for one; on a CPU they would
+    take the model's cores."""
+    workers = min(_DECODERS, os.cpu_count() or 1) if torch.cuda.is_available() else 0
+    return Split(train, test, preprocessing=preprocessing, classes=classes, workers=workers)
 
 
 def _read(path: str, preprocessing: ImagePreprocessing) -> Tensor:
@@ -120,11 +130,11 @@ def _torchvision_dataset(data: str, test: str | None, model: nn.Module) -> Split
             )
         samples = _made(data, "--data", preprocessing)
         train, held_out = hold_out(samples) if test is None else (samples, _made(test, "--test", preprocessing))
-        return Split(train, held_out, preprocessing=preprocessing, classes=_classes(samples))
+        return _decoded(train, held_out, preprocessing, _classes(samples))
     if test is not None:
         raise ArgumentError(f"--test {test!r}: {data} brings its own test samples; leave --test out")
     train, held_out = (_made(f"{data}:train={part}", "--data", preprocessing) for part in ("true", "false"))
-    return Split(train, held_out, preprocessing=preprocessing, classes=_classes(train))
+    return _decoded(train, held_out, preprocessing, _classes(train))
 
 
 def _classes(samples: Any) -> int | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ class Split:
         preprocessing: of images, how they became tensors.
         classes: how many classes the labels name; None where nothing tells.
         note: a word to the user on what was lost, or empty.
+        workers: how many processes read samples; with 0 the one that trains does.
     """
 
     train: Dataset[Any]
@@ -30,6 +32,7 @@ class Split:
     preprocessing: ImagePreprocessing | None = None
     classes: int | None = None
     note: str = ""
+    workers: int = 0
 
     @property
     def black(self) -> tuple[float, ...]:
@@ -42,10 +45,10 @@ class Split:
         size = len(train)  # type: ignore[arg-type]
         if limit is not None and limit < size:
             train = Subset(train, torch.randperm(size, generator=generator_of(seed))[:limit].tolist())
-        generator = generator_of(seed)
+        loader = partial(DataLoader[Any], collate_fn=self.collate, num_workers=self.workers)
         return (
-            DataLoader(train, batch, shuffle=True, generator=generator, collate_fn=self.collate),
-            DataLoader(self.test, 4 * batch, collate_fn=self.collate),
+            loader(train, batch, shuffle=True, generator=generator_of(seed)),
+            loader(self.test, 4 * batch),
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -113,10 +114,10 @@ def loaders(
         train, unlabelled = balanced(train, recipe.per_class, recipe.unlabelled, seed)
     if recipe.validation is not None:
         train, held_out = held_out_of(train, recipe.validation, seed)
-        _, val = Split(train, held_out, split.collate).loaders(recipe.batch_size, None, seed)
+        _, val = replace(split, test=held_out).loaders(recipe.batch_size, None, seed)
     everything = together(train, unlabelled)
     samples, collate = augmented(everything, split.collate, recipe.augment, num_classes, split.black)
-    batches, _ = Split(samples, split.test, collate).loaders(recipe.batch_size, recipe.limit, seed)
+    batches, _ = replace(split, train=samples, collate=collate).loaders(recipe.batch_size, recipe.limit, seed)
     _, test = split.loaders(recipe.batch_size, None, seed)
     return batches, val, test
 
