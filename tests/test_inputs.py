@@ -77,6 +77,20 @@ def test_an_older_package_prepares_images_as_it_did() -> None:
     assert torch.equal(made([photo(300, 200)])[0], torch.from_numpy(np.array(small)).permute(2, 0, 1) / 127.5 - 1)
 
 
+@pytest.mark.filterwarnings("ignore:Image size")
+@pytest.mark.parametrize("limit", [100, 10])
+def test_an_image_of_more_pixels_than_pillow_allows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int
+) -> None:
+    """Pillow refuses alone what has twice as many."""
+    photo(15, 10).save(tmp_path / "large.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 150)
+    assert opened_image(str(tmp_path / "large.png")).size == (15, 10)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
+    with pytest.raises(FileError, match=r"large\.png' cannot be read as an image: .*(pixels|PIXELS)"):
+        opened_image(str(tmp_path / "large.png"))
+
+
 def test_a_photo_is_seen_as_it_was_taken(tmp_path: Path) -> None:
     """All eight orientations of EXIF, written as a camera does: pixels as the sensor has them, and a tag."""
     upright = photo(48, 32)

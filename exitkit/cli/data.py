@@ -6,6 +6,7 @@ import inspect
 import os
 import tomllib
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -114,8 +115,13 @@ def _transformed(image: Any, preprocessing: ImagePreprocessing) -> Tensor:
 
 def _check_readable(paths: Iterable[str]) -> None:
     """Test images are needed after the training, which a damaged one would lose."""
-    for path in paths:
-        opened_image(path)
+    with ThreadPoolExecutor() as threads:  # Pillow decodes without Python's lock
+        for _ in threads.map(_opened, paths):
+            pass
+
+
+def _opened(path: str) -> None:
+    opened_image(path)  # and let go: of many only those that wait for their turn are in memory
 
 
 def _torchvision_dataset(data: str, test: str | None, model: nn.Module) -> Split:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import warnings
+import math
 from typing import Any
 
 from torch import Tensor
@@ -25,11 +25,13 @@ def opened_image(path: str, source: Any = None) -> Any:
     from PIL import Image
 
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path if source is None else source) as image:
-                image.load()
-                return upright(image)
+        with Image.open(path if source is None else source) as image:
+            if image.width * image.height > (
+                Image.MAX_IMAGE_PIXELS or math.inf
+            ):  # Pillow warns alone, up to twice as many
+                raise FileError(f"it has {image.width} × {image.height} pixels, above PIL.Image.MAX_IMAGE_PIXELS")
+            image.load()
+            return upright(image)
     except Exception as error:  # Pillow raises a dozen kinds on a damaged file, SyntaxError among them
         raise FileError(f"{path!r} cannot be read as an image: {str(error)[:200]}") from error
 
