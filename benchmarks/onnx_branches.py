@@ -25,7 +25,7 @@ from torch import Tensor
 
 import exitkit
 from exitkit.cli.arrays import normalise
-from exitkit.common.console import make_console
+from exitkit.common.console import counted, make_console
 from exitkit.models import cifar_resnet
 from exitkit.models.cifar_resnets import load_weights
 
@@ -43,7 +43,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     rows = measure(*_model(args))
     console = make_console()
-    console.print(_table(rows, f"ResNet-{args.depth}, milliseconds of one sample, {args.threads} threads"))
+    console.print(_table(rows, f"ResNet-{args.depth}, milliseconds of one sample, {counted(args.threads, 'thread')}"))
     write(args.out, args, rows=rows)
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 import exitkit
 from exitkit import ExitOutputs, choose_threshold
 from exitkit.cli.arrays import normalise
+from exitkit.common.console import counted
 from exitkit.engine.backbone_alone import compile_backbone
 from exitkit.surgery.capturing import capture
 
@@ -86,5 +87,5 @@ def time_table(rows: list[dict[str, Any]]) -> Table:
         ("batch", "images", "backbone", "engine", "time saved", "accuracy, backbone", "engine", "leave at exits"),
         cells,
         f"Milliseconds per image at the calibrated τ (ltt, a drop of at most {MAX_DROP:.0%}), untouched images",
-        f"both compiled, CPU, {torch.get_num_threads()} threads",
+        f"both compiled, CPU, {counted(torch.get_num_threads(), 'thread')}",
     )

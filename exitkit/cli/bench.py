@@ -13,6 +13,7 @@ from rich.table import Table
 from torch import nn
 
 from exitkit.common.batches import move, split_batch
+from exitkit.common.console import counted
 from exitkit.common.errors import ArgumentError, ExitkitError
 from exitkit.common.intervals import with_interval
 from exitkit.evaluation import ExitOutputs, collect
@@ -164,5 +165,9 @@ def _caption(results: Mapping[str, ExitOutputs]) -> str:
 
 def machine() -> dict[str, str]:
     """What the numbers were measured on."""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
+    device = (
+        torch.cuda.get_device_name()
+        if torch.cuda.is_available()
+        else f"CPU, {counted(torch.get_num_threads(), 'thread')}"
+    )
     return {"device": device, "torch": torch.__version__, "python": platform.python_version()}

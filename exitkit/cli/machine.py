@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from exitkit.common.console import counted
 from exitkit.common.errors import ArgumentError
 from exitkit.surgery.default_inputs import example_for
 from exitkit.surgery.inputs import call_on
@@ -66,5 +67,5 @@ def threads_for(backbone: nn.Module, example_inputs: Any, threads: int | None, r
         macs = count_macs(lambda *tensors: call_on(backbone, example.spec.batch(tensors)), *example.tensors)
         if macs < _SMALL:
             chosen, why = 1, f"the backbone costs {macs / 1e6:.0f} MMACs, which more would not make faster"
-    report(f"{chosen} thread{'s' * (chosen > 1)}: {why}; --threads sets another number")
+    report(f"{counted(chosen, 'thread')}: {why}; --threads sets another number")
     return chosen

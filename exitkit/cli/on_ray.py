@@ -12,6 +12,7 @@ from typing import Any
 from exitkit.cli.machine import train_on
 from exitkit.cli.recipe import Recipe
 from exitkit.cli.repeating import carry_out, finish, finished
+from exitkit.common.console import counted
 from exitkit.common.errors import ArgumentError, ExitkitError
 
 Chain = Sequence[tuple[Recipe, Path]]
@@ -100,7 +101,7 @@ def _needed(machines: Sequence[dict[str, float]], threads: int, device: str | No
     """What Ray gives to each task; refused where no machine has it, as the task would wait for ever."""
     gpu = device == "cuda" or (device is None and any(machine.get("GPU", 0) for machine in machines))
     if not any(machine.get("CPU", 0) >= threads and machine.get("GPU", 0) >= gpu for machine in machines):
-        wanted = f"{threads} CPU{'s' * (threads > 1)}{' and a GPU' * gpu}"
+        wanted = f"{counted(threads, 'CPU')}{' and a GPU' * gpu}"
         raise ArgumentError(
             f"no machine of the cluster has {wanted} for a run; give --threads fewer{', or --device cpu' * gpu}"
         )

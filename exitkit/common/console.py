@@ -23,6 +23,11 @@ _PAUSE = 10.0
 _quiet: ContextVar[bool] = ContextVar("quiet", default=False)
 
 
+def counted(number: int, noun: str) -> str:
+    """``1 thread``, ``2 threads``."""
+    return f"{number} {noun}{'s' * (number != 1)}"
+
+
 @contextmanager
 def without_progress() -> Iterator[None]:
     """Inside, nothing says how far it is, and nothing warns."""

@@ -13,6 +13,7 @@ import torch
 
 from exitkit.common.batches import split_batch
 from exitkit.common.checks import Count, check, checked_each
+from exitkit.common.console import counted
 from exitkit.common.errors import ArgumentError
 from exitkit.engine.engine import Engine, with_every_exit
 from exitkit.evaluation.exit_times import ExitTimes
@@ -63,7 +64,7 @@ def _times(engine: Engine, example: Example) -> ExitTimes:
     hardware = (
         torch.cuda.get_device_name(device)
         if device.type == "cuda"
-        else f"{platform.machine()}, {torch.get_num_threads()} threads"
+        else f"{platform.machine()}, {counted(torch.get_num_threads(), 'thread')}"
     )
     rising = tuple(np.maximum.accumulate(medians).tolist())
     return ExitTimes(device.type, hardware, len(example.tensors[0]), rising)

@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any, Literal
 
 from exitkit.common.checks import Count, check, check_fields
+from exitkit.common.console import counted
 from exitkit.common.errors import ArgumentError, unknown_name
 from exitkit.exits.gpf import Variant
 from exitkit.methods.criteria import Criterion, Tolerance, as_criterion
@@ -163,5 +164,5 @@ def check_task(criterion: Criterion, outputs: int) -> None:
     if criterion.regression != (outputs == 1):
         raise ArgumentError(
             f"criterion={criterion.name!r} is for {'regression' if criterion.regression else 'classes'}, but the model has "
-            f"{outputs} output{'s' if outputs > 1 else ''}; use {'tolerance' if outputs == 1 else 'patience'!r}"
+            f"{counted(outputs, 'output')}; use {'tolerance' if outputs == 1 else 'patience'!r}"
         )

@@ -17,6 +17,7 @@ from torch import nn
 
 from exitkit.calibration.risks import Risk
 from exitkit.common.batches import move, split_batch
+from exitkit.common.console import counted
 from exitkit.common.errors import DivergedError
 from exitkit.common.files import replacing
 from exitkit.evaluation.collecting import collect
@@ -168,7 +169,7 @@ class Search:
         """Train some candidates; those whose loss stayed finite. Done already where their weights lie in the directory."""
         path = self.product(name)
         self.say(
-            f"{name.replace('-', ' ')}: {len(candidates)} candidates, {epochs} epoch{'s' if epochs > 1 else ''} of "
+            f"{name.replace('-', ' ')}: {len(candidates)} candidates, {counted(epochs, 'epoch')} of "
             f"{round(share * self.split.samples):,} samples"
         )
         if path is not None and path.exists():

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 
 from exitkit.common.batches import move, split_batch
+from exitkit.common.console import counted
 from exitkit.common.errors import ExitkitError
 from exitkit.engine.backbone_alone import compile_backbone
 from exitkit.engine.compiling import compile
@@ -114,7 +115,7 @@ def timed(
                 seconds[name].append(_once(run, batches, device))
     samples = batch_size * len(batches)
     medians = {name: 1e3 * statistics.median(times[1:]) / samples for name, times in seconds.items()}
-    kind = device.type if device.type != "cpu" else f"cpu, {_threads()}"
+    kind = device.type if device.type != "cpu" else f"cpu, {counted(torch.get_num_threads(), 'thread')}"
     others = {name: value for name, value in medians.items() if name}
     return Times(kind, batch_size, compiled, medians[""], medians.get(None), others)
 
@@ -176,8 +177,3 @@ def _exits_or_backbone(policy: ExitPolicy | None, times: Times | None) -> tuple[
         "exits",
         f"the guaranteed policy saves {1 - cost:.1%} of the MACs and {times.saved:.1%} of the time ({measured})",
     )
-
-
-def _threads() -> str:
-    count = torch.get_num_threads()
-    return f"{count} thread{'s' if count > 1 else ''}"

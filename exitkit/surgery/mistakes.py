@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from exitkit.common.console import counted
 from exitkit.surgery.inputs import Example, argument_names
 
 
@@ -76,7 +77,7 @@ def _mistaken_shape(key: int | str, given: tuple[int, ...], taken: Sequence[int 
         return f"{came}; the channels come last: x.permute(0, 3, 1, 2) puts them first"
     if given[1] == 1:
         return f"{came}; repeat the one channel: x.expand(-1, {channels}, -1, -1)"
-    return f"{came}; give images of {channels} channel{'s' if channels > 1 else ''}"
+    return f"{came}; give images of {counted(channels, 'channel')}"
 
 
 def _size(size: int | None) -> str:
