@@ -45,7 +45,7 @@ def load_data(
             ``torchvision.datasets``, with arguments where it takes some: ``ImageNet:split=val``.
         test: the same for the test samples; without it, a seeded fifth is held out.
         tokenizer: for text: a Hugging Face tokenizer's name or folder.
-        numbers: for text: the last column holds numbers to predict instead of labels.
+        numbers: of an ``.npz``, or in the last column of text, labels are numbers to predict.
         pairs: for text: every sample is two texts, in the first two columns.
         max_length: for text: tokens after which one is cut; by default as many as the tokenizer and the model take.
 
@@ -62,7 +62,7 @@ def load_data(
     if test is not None and not os.path.exists(test):
         raise ArgumentError(f"--test {test!r} does not exist; leave it out to hold out a fifth of --data")
     if path.suffix == ".npz":
-        return _arrays(path, model, test)
+        return _arrays(path, model, test, numbers)
     if path.suffix in (".csv", ".tsv"):
         return texts(path, model, test, tokenizer, numbers, pairs, max_length)
     raise ArgumentError(f"--data {data!r} has an unknown format; give an image folder, .npz, .csv or .tsv")
@@ -89,7 +89,7 @@ def normalise(
     return (pixels - torch.tensor(mean or centre).view(-1, 1, 1)) / torch.tensor(std or spread).view(-1, 1, 1)
 
 
-def _arrays(path: Path, model: nn.Module, test: str | None) -> Split:
+def _arrays(path: Path, model: nn.Module, test: str | None, numbers: bool) -> Split:
     """``images``/``labels``, or MedMNIST's ``train_images``, ``train_labels``, ``test_images``, ``test_labels``."""
     arrays, given = _read_npz(path), f"--data {str(path)!r}"
     declared = ImagePreprocessing.of(model)
@@ -108,9 +108,7 @@ def _arrays(path: Path, model: nn.Module, test: str | None) -> Split:
         channels = 1 if images.ndim == 3 else images.shape[-1]
         if size is not None and channels not in (1, size[0]):
             raise ArgumentError(f"{origin} has {channels} channels, but the model takes {size[0]}")
-        if not np.issubdtype(labels.dtype, np.integer):
-            raise ArgumentError(f"{origin} has labels of dtype {labels.dtype}; expected class indices from 0")
-        return TensorDataset(normalise(images, size, mean, std), torch.as_tensor(labels.astype(np.int64)))
+        return TensorDataset(normalise(images, size, mean, std), _targets(labels, origin, numbers))
 
     train: Dataset[Any]
     held_out: Dataset[Any]
@@ -124,7 +122,21 @@ def _arrays(path: Path, model: nn.Module, test: str | None) -> Split:
     centre, spread = default_statistics(shape[0])
     preprocessing = ImagePreprocessing(shape, tuple(mean or centre), tuple(std or spread), 1.0, "bilinear", "squash")
     labels = [np.asarray(array).max() for name, array in arrays.items() if name.endswith("labels")]
-    return Split(train, held_out, preprocessing=preprocessing, classes=int(max(labels)) + 1)
+    return Split(train, held_out, preprocessing=preprocessing, classes=None if numbers else int(max(labels)) + 1)
+
+
+def _targets(labels: np.ndarray[Any, Any], origin: str, numbers: bool) -> Tensor:
+    """Class indices, or ``numbers`` to predict."""
+    if numbers:
+        if not np.issubdtype(labels.dtype, np.number) or not np.isfinite(labels).all():
+            raise ArgumentError(f"{origin} has labels of dtype {labels.dtype}; a regression needs finite numbers")
+        return torch.as_tensor(labels.astype(np.float32))
+    if not np.issubdtype(labels.dtype, np.integer):
+        raise ArgumentError(
+            f"{origin} has labels of dtype {labels.dtype}; expected class indices from 0, or for numbers to predict a recipe "
+            "with num_classes = 1"
+        )
+    return torch.as_tensor(labels.astype(np.int64))
 
 
 def _read_npz(path: Path) -> dict[str, Any]:
