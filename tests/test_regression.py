@@ -15,7 +15,7 @@ from torch import Tensor
 
 import exitkit
 from exitkit import ExitkitError
-from exitkit.evaluation import RegressionOutputs
+from exitkit.evaluation import RegressionOutputs, paired_errors
 from exitkit.methods.criteria import Tolerance
 from tests.toy import TinyNet, images
 
@@ -139,6 +139,39 @@ def test_the_table_names_the_measure() -> None:
     assert "pearson" in table
     assert "accuracy" not in table
     assert len({len(line) for line in table.splitlines()}) == 1  # also where τ is the lowest number there is
+
+
+def test_squared_errors_are_compared_at_a_budget() -> None:
+    """By hand: half of the samples change nothing from exit 0 to 1, and leave there for 5/6 of the cost."""
+    labels = torch.tensor([1.0, 2.0, 3.0, 4.0])
+    a = RegressionOutputs(torch.tensor([[3, 3, 1], [4, 4, 2], [9, 0, 3], [9, 0, 4]]).float(), labels, [1, 2, 3], 3.0)
+    b = RegressionOutputs(torch.tensor([[1, 1, 8], [2, 2, 8], [9, 0, 4], [9, 0, 5]]).float(), labels, [1, 2, 3], 3.0)
+    (pair,) = paired_errors({"a": a, "b": b}, 0.9).pairs
+    assert pair.errors == (2.0, 0.5)  # (4 + 4 + 0 + 0) / 4 and (0 + 0 + 1 + 1) / 4
+    assert pair.difference.value == 1.5
+    assert "+1.5000" in str(paired_errors({"a": a, "b": b}, 0.9))
+    classifier = exitkit.ExitOutputs(torch.zeros(4, 3, 2), torch.zeros(4).long(), [1, 2, 3], 3.0)
+    with pytest.raises(ExitkitError, match="a regression and a classifier"):
+        paired_errors({"a": a, "b": classifier})  # type: ignore[dict-item]
+    with pytest.raises(ExitkitError, match="of a classifier; compare those by paired_tests"):
+        paired_errors({"a": classifier, "b": classifier})  # type: ignore[dict-item]
+    with pytest.raises(ExitkitError, match="regressions have none; compare their errors by paired_errors"):
+        exitkit.evaluation.paired_tests({"a": a, "b": b})
+
+
+def test_the_interval_of_a_difference_is_as_wide_as_its_standard_error_says() -> None:
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.randn(2000, generator=generator)
+    one, two = (
+        RegressionOutputs(labels[:, None] + spread * torch.randn(2000, 2, generator=generator), labels, [1, 2], 2.0)
+        for spread in (1.0, 1.2)
+    )
+    (pair,) = paired_errors({"one": one, "two": two}, 5.0, resamples=2000).pairs
+    errors = [(each.predictions[:, 1] - labels).square() for each in (one, two)]
+    difference = errors[0] - errors[1]
+    assert pair.difference.value == pytest.approx(float(difference.mean()), rel=1e-4)
+    width = 2 * 1.96 * float(difference.std()) / 2000**0.5
+    assert pair.difference.high - pair.difference.low == pytest.approx(width, rel=0.1)
 
 
 # from model to outputs -----------------------------------------------------------------------------------------------

@@ -109,7 +109,7 @@ def test_regressions_are_repeated_and_compared_in_squared_errors() -> None:
     with pytest.raises(exitkit.ArgumentError, match="top=2 counts classes, and a regression has none"):
         compare_runs({"better": better, "worse": worse}, 0.8, top=2)
     classifier = Runs(tuple(outputs_of(seed) for seed in range(3)))
-    with pytest.raises(exitkit.ArgumentError, match="a regression and a classifier\nCompare runs of one kind"):
+    with pytest.raises(exitkit.ArgumentError, match="a regression and a classifier\nGive those of one kind"):
         better.minus(classifier, 0.8)
     with pytest.raises(exitkit.ArgumentError, match="no squared error"):
         classifier.mse()

@@ -15,9 +15,12 @@ from exitkit import ImagePreprocessing, TextPreprocessing
 from exitkit.engine.program import Description
 from exitkit.serving import dataset
 from exitkit.serving.dataset import Predictor
+from exitkit.serving.service import Service
+from exitkit.serving.settings import Settings
 from exitkit.surgery.inputs import CallSpec
 from tests.stages import staged_engine
-from tests.test_serving_http import COSTS, LABELS, image_service
+from tests.test_serving_http import COSTS, LABELS, image_service, once
+from tests.toy import TinyNet
 
 
 def predictor(monkeypatch: pytest.MonkeyPatch, engine: exitkit.Engine, **options: Any) -> Predictor:
@@ -41,6 +44,30 @@ def test_rows_are_answered_as_the_engine_does(monkeypatch: pytest.MonkeyPatch) -
     assert len(set(got["exit"].tolist())) == 3
     hard = int((expected.exit == 2).sum())
     assert stages[2].sizes == [4] * (hard // 4) + [hard % 4] * (hard % 4 > 0)  # filled up across batches
+
+
+def test_a_regression_answers_with_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the rows of a data set, and over HTTP."""
+    from PIL import Image
+
+    ee = exitkit.attach(TinyNet(num_classes=1), torch.zeros(2, 1, 8, 8), method="pbee").eval()
+    described = Description(
+        None, ImagePreprocessing((1, 8, 8), (0.0,), (1.0,)), tuple((f"{m}", 1.0) for m in range(4))
+    )
+    engine = replace(exitkit.compile(ee, float("inf")), description=described)
+    out = io.BytesIO()
+    Image.new("L", (8, 8), 51).save(out, "PNG")
+    with torch.no_grad():
+        wanted = float(ee.backbone(torch.full((1, 1, 8, 8), 0.2)))
+    rows = {"x": np.array([out.getvalue(), b"no image"], object)}
+    got = predictor(monkeypatch, engine, on_error="column")(rows)
+    assert list(got) == ["value", "exit", "score", "non_finite", "error"]
+    assert got["value"][0] == pytest.approx(wanted, abs=1e-5)
+    assert np.isnan(got["value"][1])
+    served = Service(engine, Settings("m.pt2"))
+    document = once(served, "POST", "/predict", out.getvalue(), "image/png")[1]
+    assert document["value"] == pytest.approx(wanted, abs=1e-5)
+    assert "label" not in document
 
 
 def test_bad_rows_fail_by_their_id_or_are_set_aside(monkeypatch: pytest.MonkeyPatch) -> None:

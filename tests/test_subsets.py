@@ -14,6 +14,7 @@ import torch
 from torch.utils.data import Subset, TensorDataset
 
 import exitkit
+from exitkit.cli.arrays import PackedImages
 from exitkit.cli.recipe import Recipe
 from exitkit.cli.sources import load_model
 from exitkit.cli.split import Split
@@ -25,23 +26,23 @@ SIZES = {0: 40, 1: 25, 2: 10}
 
 
 @pytest.fixture
-def samples() -> TensorDataset:
+def samples() -> PackedImages:
     """Sample i is the number i; its class follows from where it lies."""
     labels = torch.tensor([label for label, count in SIZES.items() for _ in range(count)])
-    return TensorDataset(torch.arange(len(labels)), labels)
+    return PackedImages(np.arange(len(labels), dtype=np.uint8), labels, torch.from_numpy)
 
 
 def numbers(part: Any) -> list[int]:
     return [int(part[index][0]) for index in range(len(part))]
 
 
-def test_a_balanced_subset_has_as_many_of_each_class_and_another_seed_other_ones(samples: TensorDataset) -> None:
+def test_a_balanced_subset_has_as_many_of_each_class_and_another_seed_other_ones(samples: PackedImages) -> None:
     parts = [balanced(samples, 8, None, seed)[0] for seed in (0, 0, 1)]
     assert Counter(labels_of(parts[0])) == {0: 8, 1: 8, 2: 8}
     assert numbers(parts[0]) == numbers(parts[1]) != numbers(parts[2])
 
 
-def test_unlabelled_samples_are_others_and_have_no_label(samples: TensorDataset) -> None:
+def test_unlabelled_samples_are_others_and_have_no_label(samples: PackedImages) -> None:
     labelled, unlabelled = balanced(samples, 6, 4, 0)
     assert not set(numbers(labelled)) & set(numbers(unlabelled))
     assert set(labels_of(unlabelled)) == {-1}
@@ -56,14 +57,14 @@ def test_unlabelled_samples_are_others_and_have_no_label(samples: TensorDataset)
     ],
 )
 def test_more_than_a_class_has_is_refused(
-    samples: TensorDataset, per_class: int, unlabelled: int | None, message: str
+    samples: PackedImages, per_class: int, unlabelled: int | None, message: str
 ) -> None:
     with pytest.raises(exitkit.ArgumentError, match=message):
         balanced(samples, per_class, unlabelled, 0)
 
 
 @pytest.mark.parametrize("share", [0.1, 0.2, 0.34])
-def test_validation_has_its_share_of_every_class(samples: TensorDataset, share: float) -> None:
+def test_validation_has_its_share_of_every_class(samples: PackedImages, share: float) -> None:
     train, held_out = held_out_of(samples, share, 3)
     assert sorted(numbers(train) + numbers(held_out)) == list(range(75))
     assert len(held_out) == int(share * 75)
@@ -71,7 +72,7 @@ def test_validation_has_its_share_of_every_class(samples: TensorDataset, share: 
         assert abs(Counter(labels_of(held_out))[label] - share * size) <= 1
 
 
-def test_validation_has_so_many_of_every_class(samples: TensorDataset) -> None:
+def test_validation_has_so_many_of_every_class(samples: PackedImages) -> None:
     assert Counter(labels_of(held_out_of(samples, 5, 0)[1])) == {0: 5, 1: 5, 2: 5}
     with pytest.raises(exitkit.ArgumentError, match="validation = 12 is more than class 2 has: 10"):
         held_out_of(samples, 12, 0)
@@ -83,7 +84,7 @@ def test_numbers_to_predict_are_held_out_without_classes() -> None:
     assert (len(train), len(held_out)) == (40, 10)
 
 
-def test_groups_of_classes_are_classes(samples: TensorDataset) -> None:
+def test_groups_of_classes_are_classes(samples: PackedImages) -> None:
     split = regrouped(Split(samples, Subset(samples, [0, 50, 70])), [[2], [0]])
     assert split.classes == 2
     assert labels_of(split.train) == [1] * 40 + [0] * 10
@@ -101,7 +102,7 @@ def test_groups_of_classes_are_classes(samples: TensorDataset) -> None:
         ([["a"], [1]], "must be two or more lists of classes"),
     ],
 )
-def test_groups_that_are_none_are_refused(samples: TensorDataset, groups: Any, message: str) -> None:
+def test_groups_that_are_none_are_refused(samples: PackedImages, groups: Any, message: str) -> None:
     with pytest.raises(exitkit.ArgumentError, match=message):
         regrouped(Split(samples, samples), groups)
 

@@ -51,7 +51,7 @@ def analyse(
     from exitkit.analysis.overview import Overview
     from exitkit.report.run import read_run
 
-    read = {_name(run, runs): read_run(run) for run in runs}
+    read = {_name(run, runs): read_run(run, regression=True) for run in runs}
     models = {name: _model(run, method, trust) for name, run in read.items()}
     losses = {name: _loss(run) for name, run in read.items()}
     loader = _samples(next(iter(read.values())), next(iter(models.values())), data, samples)

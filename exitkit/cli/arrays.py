@@ -28,22 +28,22 @@ class PackedImages(Dataset[Any]):
 
     Attributes:
         images: (N, H, W) or (N, H, W, C) uint8.
-        labels: (N,) integers.
+        labels: (N,) int64, or float32 where they are numbers to predict.
         prepared: makes of images (n, ...) what the model takes, (n, C, H, W) float32.
     """
 
     images: NDArray[np.uint8]
-    labels: NDArray[Any]
+    labels: Tensor
     prepared: Callable[[NDArray[np.uint8]], Tensor]
 
     def __len__(self) -> int:
         return len(self.labels)
 
-    def __getitem__(self, number: int) -> tuple[Tensor, int]:
-        return self.prepared(self.images[number : number + 1])[0], int(self.labels[number])
+    def __getitem__(self, number: int) -> tuple[Tensor, Tensor]:
+        return self.prepared(self.images[number : number + 1])[0], self.labels[number]
 
 
-def image_arrays(path: Path, model: nn.Module, test: str | None) -> Split:
+def image_arrays(path: Path, model: nn.Module, test: str | None, numbers: bool) -> Split:
     """``images``/``labels``, or MedMNIST's ``train_images``, ``train_labels``, ``test_images``, ``test_labels``."""
     arrays, given = read_npz(path), f"--data {str(path)!r}"
     declared = ImagePreprocessing.of(model)
@@ -62,9 +62,9 @@ def image_arrays(path: Path, model: nn.Module, test: str | None) -> Split:
         channels = 1 if images.ndim == 3 else images.shape[-1]
         if size is not None and channels not in (1, size[0]):
             raise ArgumentError(f"{origin} has {channels} channels, but the model takes {size[0]}")
-        if not np.issubdtype(labels.dtype, np.integer):
-            raise ArgumentError(f"{origin} has labels of dtype {labels.dtype}; expected class indices from 0")
-        return PackedImages(images, labels, partial(normalise, size=size, mean=mean, std=std))
+        return PackedImages(
+            images, _targets(labels, origin, numbers), partial(normalise, size=size, mean=mean, std=std)
+        )
 
     train: Dataset[Any]
     held_out: Dataset[Any]
@@ -78,7 +78,21 @@ def image_arrays(path: Path, model: nn.Module, test: str | None) -> Split:
     centre, spread = default_statistics(shape[0])
     preprocessing = ImagePreprocessing(shape, tuple(mean or centre), tuple(std or spread), 1.0, "bilinear", "squash")
     labels = [np.asarray(array).max() for name, array in arrays.items() if name.endswith("labels")]
-    return Split(train, held_out, preprocessing=preprocessing, classes=int(max(labels)) + 1)
+    return Split(train, held_out, preprocessing=preprocessing, classes=None if numbers else int(max(labels)) + 1)
+
+
+def _targets(labels: NDArray[Any], origin: str, numbers: bool) -> Tensor:
+    """Class indices, or ``numbers`` to predict."""
+    if numbers:
+        if not np.issubdtype(labels.dtype, np.number) or not np.isfinite(labels).all():
+            raise ArgumentError(f"{origin} has labels of dtype {labels.dtype}; a regression needs finite numbers")
+        return torch.as_tensor(labels.astype(np.float32))
+    if not np.issubdtype(labels.dtype, np.integer):
+        raise ArgumentError(
+            f"{origin} has labels of dtype {labels.dtype}; expected class indices from 0, or for numbers to predict a recipe "
+            "with num_classes = 1"
+        )
+    return torch.as_tensor(labels.astype(np.int64))
 
 
 def normalise(

@@ -56,7 +56,8 @@ def compare(
     data, where known; ``top`` of them will be counted as right.
 
     Raises:
-        ArgumentError: the model tells other classes apart than the data have, and ``placement`` does not say how many.
+        ArgumentError: a regression, or the model tells other classes apart than the data have, and ``placement`` does not say
+            how many.
     """
     trained: dict[Method, Trained] = {}
     for method in methods:
@@ -65,6 +66,11 @@ def compare(
             torch.manual_seed(training.get("seed", 0))
             own = backbone if placement.get("num_classes") is None else deepcopy(backbone)  # a new layer for each
             model = attach(own, example_inputs, method=method, **placement)
+            if model.regression:
+                raise ArgumentError(
+                    "the model has 1 output, which is regression, and bench compares methods by accuracy; train exits of one "
+                    "method by a recipe (exitkit init, exitkit train), and set such runs side by side by exitkit compare"
+                )
             check_classes(model.num_classes, classes, placement.get("num_classes"), "--num-classes {}")
             check_top(top, model.num_classes)
             report(

@@ -44,7 +44,7 @@ def load_data(
             ``torchvision.datasets``, with arguments where it takes some: ``ImageNet:split=val``.
         test: the same for the test samples; without it, a seeded fifth is held out.
         tokenizer: for text: a Hugging Face tokenizer's name or folder.
-        numbers: for text: the last column holds numbers to predict instead of labels.
+        numbers: of an ``.npz``, or in the last column of text, labels are numbers to predict.
         pairs: for text: every sample is two texts, in the first two columns.
         max_length: for text: tokens after which one is cut; by default as many as the tokenizer and the model take.
 
@@ -61,7 +61,7 @@ def load_data(
     if test is not None and not os.path.exists(test):
         raise ArgumentError(f"--test {test!r} does not exist; leave it out to hold out a fifth of --data")
     if path.suffix == ".npz":
-        return image_arrays(path, model, test)
+        return image_arrays(path, model, test, numbers)
     if path.suffix in (".csv", ".tsv"):
         return texts(path, model, test, tokenizer, numbers, pairs, max_length)
     raise ArgumentError(f"--data {data!r} has an unknown format; give an image folder, .npz, .csv or .tsv")

@@ -61,7 +61,7 @@ def find_source(place: str, method: str | None) -> Source:
     if not any(folder.glob("outputs-*.safetensors")):
         inside = sorted(path.parent for path in (*folder.glob(f"exits/*/{CONFIG}"), *folder.glob(f"*/{CONFIG}")))
         return Source(str(_one(inside, folder)))
-    run = read_run(folder)
+    run = read_run(folder, regression=True)
     name = _chosen(run, method)
     exits = exits_folder(folder, name)
     if not exits.is_dir():
@@ -113,6 +113,11 @@ def export_source(source: Source, out: Path, threshold: float | None, optimize: 
     model = str(source.model)
     ee = MultiExitModel.from_pretrained(load_model(model, source.weights, source.num_classes).eval(), source.exits)
     if threshold is None and source.method is not None and source.policy is None:
+        if ee.regression:
+            raise ArgumentError(
+                "--threshold is missing: of a regression no τ holds a promise. Give −a, such as -0.1, for samples to leave "
+                "once predictions change by less than a; exitkit report writes the error at every τ to report-curve.csv"
+            )
         raise ArgumentError(
             f"no threshold that was calibrated holds a promise for {source.method!r}; run exitkit calibrate on the run (with "
             "a larger --max-drop where nothing was found), or give --threshold"

@@ -13,6 +13,7 @@ from exitkit.common.batches import move
 from exitkit.common.errors import ArgumentError
 from exitkit.engine import Engine
 from exitkit.multi_exit.preprocessing import ImagePreprocessing, Preprocessing
+from exitkit.packages.answers import said
 from exitkit.packages.onnx_branches import OnnxBranches
 from exitkit.surgery.inputs import call_on
 
@@ -22,7 +23,7 @@ T = TypeVar("T")
 def predict(
     package: Engine | OnnxBranches, inputs: Sequence[str], batch: int, losses: Losses, top: int = 1
 ) -> Iterator[dict[str, Any]]:
-    """One record for each image or text: the input, its label, the exit it left at, and the score there.
+    """One record for each image or text: the input, its label or value, the exit it left at, and the score there.
 
     Args:
         package: a loaded package.
@@ -33,15 +34,17 @@ def predict(
 
     Raises:
         ArgumentError: a package that does not say how inputs become tensors, images for texts or the other way round, a
-            path that does not exist.
+            path that does not exist, or ``top`` of a regression.
     """
     labels = None if package.description is None else package.description.labels
     for names, made in _batches(_preprocessing(package), inputs, batch, losses):
         answer = call_on(package, move(made, package.inputs.device))
         for name, logits, exit_, score in zip(names, answer.logits, answer.exit, answer.score, strict=True):
+            if top > 1 and len(logits) == 1:
+                raise ArgumentError(f"--top {top} counts classes, and a regression has none; leave it out")
             record: dict[str, Any] = {
                 "input": name,
-                "label": _shown(int(logits.argmax()), labels),
+                **said(logits, labels),
                 "exit": int(exit_),
                 "score": round(float(score), 6) if score.isfinite() else None,
             }

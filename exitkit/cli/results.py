@@ -14,7 +14,7 @@ from exitkit.common.errors import ArgumentError
 from exitkit.common.intervals import with_interval
 
 if TYPE_CHECKING:
-    from exitkit.evaluation import Runs, RunsCompared
+    from exitkit.evaluation import ExitOutputs, PairedErrors, PairedTests, Runs, RunsCompared
 
 _SHARES = ("accuracy_drop", "disagreement")
 """Risks that are shares of the samples."""
@@ -96,7 +96,7 @@ def calibrate(
 
 def compare(
     runs: Annotated[list[Path], typer.Argument(metavar="A B...", help="Run directories, or files of outputs in them")],
-    budget: Annotated[float, typer.Option(help="Share of the backbone's MACs at which accuracies are compared")] = 0.5,
+    budget: Annotated[float, typer.Option(help="Share of the backbone's MACs at which they are compared")] = 0.5,
     top: Top = 1,
     resamples: Annotated[int, typer.Option(help="Of the bootstrap")] = 500,
     seed: Annotated[int, typer.Option(help="Seed of the bootstrap")] = 0,
@@ -104,17 +104,16 @@ def compare(
 ) -> None:
     """Test whether methods or runs differ.
 
-    On the same samples: McNemar at a budget, and the area under the curves. Of repeated runs (exitkit train --seeds): means
-    over their seeds, and differences seed by seed.
+    On the same samples: McNemar at a budget, and the area under the curves; of regressions the squared errors at the budget.
+    Of repeated runs (exitkit train --seeds): means over their seeds, and differences seed by seed.
     """
     check_least(top=top)
     from dataclasses import asdict
 
     from exitkit.common.schema import to_json
-    from exitkit.evaluation import compare_runs, paired_tests
+    from exitkit.evaluation import compare_runs
     from exitkit.report import read_comparison, seeds_in
 
-    counted = sorted({1, top})
     repeated = [run for run in runs if seeds_in(run)]
     if repeated:
         if alone := [str(run) for run in runs if run not in repeated]:
@@ -123,7 +122,7 @@ def compare(
                 "single runs, such as one of those below it"
             )
         named = _named_runs(runs)
-        compared = [compare_runs(named, budget, top=k) for k in counted]
+        compared = [compare_runs(named, budget, top=k) for k in sorted({1, top})]
         typer.echo(to_json(_plain(compared)) if json else "\n".join(map(str, compared)))
         return
     found = read_comparison(runs)
@@ -132,8 +131,22 @@ def compare(
             f"{str(runs[0])!r} holds one set of outputs, {next(iter(found))!r}, and a comparison needs at least two; name "
             "another run, or a file of outputs, beside it"
         )
-    tests = [paired_tests(found, budget, top=k, resamples=resamples, seed=seed) for k in counted]
+    tests = _tests(found, budget, top, resamples, seed)
     typer.echo(to_json([asdict(pair) for one in tests for pair in one.pairs]) if json else "\n".join(map(str, tests)))
+
+
+def _tests(
+    found: dict[str, ExitOutputs], budget: float, top: int, resamples: int, seed: int
+) -> list[PairedTests] | list[PairedErrors]:
+    """Of classifiers by accuracy, and by top-k accuracy where it is asked for; of regressions by squared errors."""
+    from exitkit.evaluation import RegressionOutputs, paired_errors, paired_tests
+
+    regressions = {name: one for name, one in found.items() if isinstance(one, RegressionOutputs)}
+    if not regressions:
+        return [paired_tests(found, budget, top=k, resamples=resamples, seed=seed) for k in sorted({1, top})]
+    if top > 1:
+        raise ArgumentError(f"--top {top} counts classes, and a regression has none; leave it out")
+    return [paired_errors(regressions, budget, resamples=resamples, seed=seed)]
 
 
 def _named_runs(places: Sequence[Path]) -> dict[str, Runs]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch.utils.data import ConcatDataset, Dataset, Subset, TensorDataset, random_split
+from torch.utils.data import ConcatDataset, Dataset, Subset, random_split
 
 from exitkit.cli.split import Split, generator_of
 from exitkit.common.errors import ArgumentError
@@ -35,13 +35,10 @@ def labels_of(samples: Any) -> list[Any]:
     if isinstance(samples, Subset):
         labels = labels_of(samples.dataset)
         return [labels[index] for index in samples.indices]
-    if isinstance(samples, TensorDataset):
-        labels = samples.tensors[1].tolist()
-        return labels
     for name in ("labels", "targets", "_labels"):
         kept = getattr(samples, name, None)
         if kept is not None and len(kept) == len(samples):
-            return [int(label) for label in kept]
+            return torch.as_tensor(kept).tolist()
     return [samples[index][1] for index in range(len(samples))]
 
 

@@ -23,7 +23,16 @@ from exitkit.common.files import replacing
 from exitkit.evaluation import ExitOutputs, RegressionOutputs, plot_curves, plot_hindsight
 from exitkit.multi_exit.preprocessing import preprocessing_to_json
 from exitkit.report import write_samples
-from exitkit.report.run import BACKBONE, INPUTS, RESULTS, THRESHOLDS, exits_folder, outputs_file, validation_file
+from exitkit.report.run import (
+    BACKBONE,
+    INPUTS,
+    RESULTS,
+    THRESHOLDS,
+    exits_folder,
+    holds_regression,
+    outputs_file,
+    validation_file,
+)
 from exitkit.surgery.inputs import Example
 
 _SAMPLES, _BYTES = 64, 32 * 2**20
@@ -94,6 +103,12 @@ def write_results(
 def next_steps(out: Path) -> list[str]:
     """What to do with a run that was written, in lines."""
     folder = shlex.quote(str(out))
+    if holds_regression(out):
+        return [
+            f"Written to {out}/. To go on:",
+            f"  exitkit report {folder}                   # a page to look at; its .csv has the error at every τ",
+            f"  exitkit export {folder} --threshold TAU   # one file that runs without the model's code",
+        ]
     return [
         f"Written to {out}/. To go on:",
         f"  exitkit calibrate {folder}   # choose τ, with a guarantee",

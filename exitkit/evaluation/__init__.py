@@ -18,6 +18,7 @@ from exitkit.evaluation.metrics import (
 )
 from exitkit.evaluation.outputs import ExitChoice, ExitOutputs
 from exitkit.evaluation.paired import PairedTest, PairedTests, paired_tests
+from exitkit.evaluation.paired_regressions import PairedError, PairedErrors, paired_errors
 from exitkit.evaluation.plots import plot_curves, plot_hindsight
 from exitkit.evaluation.regression import RegressionOutputs
 from exitkit.evaluation.runs import Runs, RunsCompared, Spread, compare_runs
@@ -31,6 +32,8 @@ __all__ = [
     "ExitTimes",
     "Interval",
     "Overthinking",
+    "PairedError",
+    "PairedErrors",
     "PairedTest",
     "PairedTests",
     "RegressionOutputs",
@@ -45,6 +48,7 @@ __all__ = [
     "content_hashes",
     "exit_rates_by_class",
     "overthinking",
+    "paired_errors",
     "paired_tests",
     "plot_curves",
     "plot_hindsight",

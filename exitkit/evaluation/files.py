@@ -85,9 +85,9 @@ def load_fields(path: str | Path, form: str, kind: str) -> dict[str, Any]:
     found = header.get("format")
     if _OLDER.get(str(found), found) == REGRESSION != form:
         raise ArgumentError(
-            f"path={str(path)!r} holds predictions of a regression, which have no right and wrong answers to calibrate or "
-            "test by: read them with exitkit.evaluation.RegressionOutputs.load(path), whose curve().plot(picture) and "
-            "curve().budget_table() show the correlation against cost; exitkit report shows their errors"
+            f"path={str(path)!r} holds predictions of a regression, which have no right and wrong answers to calibrate "
+            "by: read them with exitkit.evaluation.RegressionOutputs.load(path), whose curve().plot(picture) and "
+            "curve().budget_table() show the correlation against cost; exitkit report and exitkit compare show their errors"
         )
     if _OLDER.get(str(found), found) != form:
         raise FileError(

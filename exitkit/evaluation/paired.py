@@ -83,8 +83,8 @@ def paired_tests(
         seed: of the bootstrap.
 
     Raises:
-        ArgumentError: other samples, another backbone, no labels, a budget that one of them cannot keep, or ``top`` is
-            not from 1 to the number of classes.
+        ArgumentError: regressions, other samples, another backbone, no labels, a budget that one of them cannot keep, or
+            ``top`` is not from 1 to the number of classes.
     """
     if not isinstance(outputs, Mapping) or len(outputs) < 2:
         given = list(outputs) if isinstance(outputs, Mapping) else type(outputs).__name__
@@ -92,6 +92,10 @@ def paired_tests(
     check("resamples", resamples, Count)
     check("seed", seed, Index)
     check_comparable(outputs)
+    if any(one.measure != "accuracy" for one in outputs.values()):
+        raise ArgumentError(
+            "outputs: paired_tests counts right answers, and regressions have none; compare their errors by paired_errors"
+        )
     pairs = [_pair(one, two, outputs, budget, top, resamples, seed) for one, two in combinations(outputs, 2)]
     return PairedTests(tuple(pairs))
 
@@ -154,12 +158,17 @@ def check_comparable(outputs: Mapping[str, ExitOutputs]) -> None:
     """Refuse outputs that cannot be set side by side.
 
     Raises:
-        ArgumentError: other samples, another backbone, or no labels.
+        ArgumentError: other samples, another backbone, a regression and a classifier, or no labels.
     """
     for name, one in outputs.items():
         check_outputs(one, f"outputs[{name!r}]")
     (name, first), *others = outputs.items()
     for other, candidate in others:
+        if candidate.measure != first.measure:
+            raise ArgumentError(
+                f"{name!r} is measured in {first.measure}, {other!r} in {candidate.measure}: a regression and a classifier\n"
+                "Give those of one kind"
+            )
         if candidate.labels is None or first.labels is None:
             raise ArgumentError(f"labels=None in {other!r} or {name!r}: comparing accuracies needs labels")
         if len(candidate) != len(first) or not torch.equal(candidate.labels, first.labels):

@@ -69,9 +69,16 @@ class RegressionOutputs(ExitOutputs):
         columns = self.predictions.double().numpy().T
         return np.array([spearmanr(column, targets).statistic if np.ptp(column) else 0.0 for column in columns])
 
+    def squared_errors(self) -> NDArray[np.float64]:
+        """(N, M+1): of each sample at each exit."""
+        if self.labels is None:
+            raise ArgumentError("labels=None: how good predictions are needs labels")
+        errors: NDArray[np.float64] = (self.predictions.double() - self.labels[:, None]).square().numpy()
+        return errors
+
     def mse(self) -> NDArray[np.float64]:
         """(M+1,): mean squared error of each exit."""
-        errors: NDArray[np.float64] = self._squared_errors().mean(0)
+        errors: NDArray[np.float64] = self.squared_errors().mean(0)
         return errors
 
     def curve(
@@ -95,7 +102,7 @@ class RegressionOutputs(ExitOutputs):
         if measure not in get_args(Measure):
             raise unknown_name("measure", measure, get_args(Measure))
         targets = self._targets()
-        values = self._moments() if measure == "pearson" else self._squared_errors()
+        values = self._moments() if measure == "pearson" else self.squared_errors()
         scores = self.scores(criterion)[:, :-1].numpy()
         thresholds, sums, spent = sweep(scores, values, self._prices(milliseconds))
         if measure == "pearson":
@@ -134,12 +141,6 @@ class RegressionOutputs(ExitOutputs):
         self._no_classes(top)
         moments = self._moments()[np.arange(len(self)), exits]
         return float(_correlation(moments.sum(0), self._targets()))
-
-    def _squared_errors(self) -> NDArray[np.float64]:
-        if self.labels is None:
-            raise ArgumentError("labels=None: how good predictions are needs labels")
-        errors: NDArray[np.float64] = (self.predictions.double() - self.labels[:, None]).square().numpy()
-        return errors
 
     def _moments(self) -> NDArray[np.float64]:
         """(N, M+1, 3): prediction, its square, and its product with the label, both centred for precision."""

@@ -136,11 +136,6 @@ class Runs:
             ArgumentError: other seeds, other samples, a regression and a classifier, or a budget that a first exit costs more
                 than.
         """
-        if self.measure != other.measure:
-            raise ArgumentError(
-                f"one is measured in {self.measure}, the other in {other.measure}: a regression and a classifier\nCompare "
-                "runs of one kind"
-            )
         if self.seeds != other.seeds:
             raise ArgumentError(
                 f"seeds {self.seeds} and {other.seeds} are not the same; compare runs of the same seeds"

@@ -169,7 +169,7 @@ def _compare(program: Program, written: Program, example: Sequence[Tensor]) -> N
 def _labels(model: MultiExitModel, labels: Sequence[str] | None) -> tuple[str, ...] | None:
     if labels is None:
         known = getattr(getattr(model.backbone, "config", None), "id2label", None)
-        if not isinstance(known, dict) or set(known) != set(range(model.num_classes)):
+        if model.regression or not isinstance(known, dict) or set(known) != set(range(model.num_classes)):
             return None
         labels = [known[index] for index in range(model.num_classes)]
     if not isinstance(labels, Sequence) or isinstance(labels, str):

@@ -27,10 +27,6 @@ def regressions_in(places: Sequence[str | Path]) -> dict[str, Runs]:
             name = method if len(places) == 1 else f"{printable(Path(place).resolve().name)}/{method}"
             if name in found:
                 raise ArgumentError(f"RUN_DIR: {name!r} comes twice; give each run once, under a name of its own")
-            if runs.measure != "mse":
-                raise ArgumentError(
-                    f"RUN_DIR {str(place)!r} is of a classifier, and others are of regressions\nReport them apart"
-                )
             found[name] = runs
     check_comparable({name: runs.outputs[0] for name, runs in found.items()})
     return found

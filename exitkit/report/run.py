@@ -129,7 +129,7 @@ def read_run(directory: str | Path, *, regression: bool = False) -> Run:
     thresholds = _read_thresholds(directory)
     results = {}
     for name, path in paths.items():
-        outputs = (RegressionOutputs if regression and is_regression(path) else ExitOutputs).load(path)
+        outputs = (_either if regression else ExitOutputs.load)(path)
         fitting = tuple(sample for sample in samples if 0 <= sample.row < len(outputs))
         measured = stages.get(name, ())
         if measured and len(measured) != len(outputs.macs):
@@ -150,7 +150,8 @@ def read_comparison(places: Sequence[str | Path]) -> dict[str, ExitOutputs]:
     Names are those of the methods, with the run's before them where several places are given.
 
     Raises:
-        ExitkitError: nothing there, the same place twice, or outputs of other samples or another backbone.
+        ExitkitError: nothing there, the same place twice, outputs of other samples or another backbone, or a regression and a
+            classifier.
     """
     found: dict[str, ExitOutputs] = {}
     for place in map(Path, places):
@@ -159,7 +160,7 @@ def read_comparison(places: Sequence[str | Path]) -> dict[str, ExitOutputs]:
             full = name if len(places) == 1 else f"{directory.resolve().name}/{name}"
             if full in found:
                 raise ArgumentError(f"{full!r} comes twice in {[str(place) for place in places]}; name each run once")
-            found[full] = ExitOutputs.load(path)
+            found[full] = _either(path)
     check_comparable(found)
     return found
 
@@ -211,6 +212,11 @@ def named(results: dict[str, Result], names: str | None) -> dict[str, Result]:
         if name not in results:
             raise unknown_name("outputs", name, results)
     return {name: results[name] for name in wanted}
+
+
+def _either(path: Path) -> ExitOutputs:
+    """Outputs of a classifier or of a regression."""
+    return (RegressionOutputs if is_regression(path) else ExitOutputs).load(path)
 
 
 def _outputs_in(directory: Path) -> dict[str, Path]:

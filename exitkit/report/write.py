@@ -57,7 +57,8 @@ def write_report(runs: Sequence[str | Path], path: str | Path | None = None, top
     if not runs:
         raise ArgumentError("runs=[] is empty; give at least one run's directory")
     firsts = [next(iter(seeds_in(run).values()), Path(run)) for run in runs]
-    page = _of_regressions(runs, top) if any(map(holds_regression, firsts)) else _of_classifiers(runs, firsts, top)
+    regression = any(map(holds_regression, firsts))
+    page = _of_regressions(runs, firsts[0], top) if regression else _of_classifiers(runs, firsts, top)
     path = Path(path) if path is not None else Path(runs[0]) / "report.html"
     if path.suffix.lower() not in (".html", ".htm"):
         raise ArgumentError(f"--out {str(path)!r} must end in .html")
@@ -72,12 +73,15 @@ def write_report(runs: Sequence[str | Path], path: str | Path | None = None, top
     return path
 
 
-def _of_regressions(runs: Sequence[str | Path], top: int) -> Callable[[Path], str]:
-    """What makes the page of regressions, for where it shall lie."""
+def _of_regressions(runs: Sequence[str | Path], first: Path, top: int) -> Callable[[Path], str]:
+    """What makes the page of regressions, for where it shall lie; ``first`` is the first run, or its first seed."""
     found = regressions_in(runs)
-    about = _facts(read_run(next(iter(seeds_in(runs[0]).values()), runs[0]), regression=True).about)
     return lambda path: _render(
-        "regression.html", title=_title(list(map(Path, runs))), about=about, **errors_shown(found, path, top)
+        "regression.html",
+        title=_title(list(map(Path, runs))),
+        about=_facts(read_run(first, regression=True).about),
+        analysis=_analysis(first / FOLDER),
+        **errors_shown(found, path, top),
     )
 
 
@@ -207,12 +211,17 @@ def _analysis(folder: Path) -> list[tuple[Kind, list[figures.Drawn], list[Table]
 
 def _render(template: str, **values: Any) -> str:
     source = files("exitkit.report") / "page"
-    page, css, js = ((source / name).read_text(encoding="utf-8") for name in (template, "report.css", "report.js"))
+    css, js = ((source / name).read_text(encoding="utf-8") for name in ("report.css", "report.js"))
     script = base64.b64encode(hashlib.sha256(js.encode()).digest()).decode()
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    environment = jinja2.Environment(
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        loader=jinja2.FunctionLoader(lambda name: (source / name).read_text(encoding="utf-8")),
+    )
     environment.filters["interval"] = _interval
     environment.filters["shown"] = shown
-    return environment.from_string(page).render(
+    return environment.get_template(template).render(
         **values, css=Markup(css), js=Markup(js), script=script, version=installed_versions()["exitkit"]
     )
 

@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 
 Rows = dict[str, NDArray[Any]]
 OnError = Literal["raise", "column"]
-_COLUMNS = ("label", "exit", "score", "non_finite")
 
 
 def predict(
@@ -65,7 +64,7 @@ def predict(
         id_column: by which a bad row is named; by default by its place in its block.
         threshold: another τ than the package's, or one for each exit, or a policy.
         on_error: whether a row that cannot be read fails the job, or gets its reason in a column ``error`` (null for others),
-            the label −1 (null where there are names), the exit −1 and a score of NaN.
+            the label −1 (null where there are names; of a regression the value NaN), the exit −1 and a score of NaN.
         batch_size: samples that a stage runs on at once.
         block: rows that an actor is given at once.
         actors: how many processes answer.
@@ -76,8 +75,8 @@ def predict(
         keep_order: keep the rows' order; the data sets that this one is made of share the setting.
 
     Returns:
-        The rows without ``column``, and with ``label`` (the class's name, or its number), ``exit``, ``score`` and
-        ``non_finite``.
+        The rows without ``column``, and with ``label`` (the class's name, or its number; of a regression ``value``), ``exit``,
+        ``score`` and ``non_finite``.
 
     Raises:
         ArgumentError: arguments out of range, a column that is missing, a package that cannot be loaded here.
@@ -161,6 +160,7 @@ class Predictor:
             )
         self.engine, self.batch_size = engine, batch_size
         self.column, self.id_column, self.on_error = column, id_column, on_error
+        self.regression = engine.loop.program.num_classes == 1
         described = engine.description
         self.labels = None if described is None else described.labels
         self.preprocessing = None if described is None else described.preprocessing
@@ -217,7 +217,7 @@ class Predictor:
     def _answered(self, made: Mapping[int, Any], count: int) -> Rows:
         """Columns for all rows, in their order."""
         answers: Rows = {
-            "label": np.full(count, -1) if self.labels is None else np.full(count, None, object),
+            **self._unanswered(count),
             "exit": np.full(count, -1),
             "score": np.full(count, np.nan),
             "non_finite": np.zeros(count, bool),
@@ -225,11 +225,22 @@ class Predictor:
         groups = list(self._groups(made))
         batches = (move(self._batch([made[place] for place in group]), self.engine.inputs.device) for group in groups)
         for group, answer in zip(groups, self.engine.map(batches, self.batch_size), strict=True):
-            label = answer.logits.argmax(1).tolist()
-            given = (label if self.labels is None else [self.labels[one] for one in label], *answer[1:])
-            for name, value in zip(_COLUMNS, given, strict=True):
+            for name, value in zip(answers, (self._said(answer.logits), *answer[1:]), strict=True):
                 answers[name][group] = value.cpu().numpy() if isinstance(value, Tensor) else value
         return answers
+
+    def _unanswered(self, count: int) -> Rows:
+        """The column of what is said, before anything is."""
+        if self.regression:
+            return {"value": np.full(count, np.nan)}
+        return {"label": np.full(count, -1) if self.labels is None else np.full(count, None, object)}
+
+    def _said(self, logits: Tensor) -> Any:
+        """A batch's values for that column: numbers of a regression; else classes, by name where there are names."""
+        if self.regression:
+            return logits[:, 0]
+        label = logits.argmax(1).tolist()
+        return label if self.labels is None else [self.labels[one] for one in label]
 
     def _groups(self, made: Mapping[int, Any]) -> Iterator[list[int]]:
         """Places of one batch each: tensors of one shape, or texts of nearly one length, so that little is padded."""

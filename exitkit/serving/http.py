@@ -16,6 +16,7 @@ from exitkit.common.batches import move
 from exitkit.common.errors import ArgumentError, ExitkitError
 from exitkit.common.schema import to_json
 from exitkit.common.versions import installed_versions
+from exitkit.packages.answers import said
 from exitkit.serving.protocol import finite, metadata, output_names, read_request, response
 from exitkit.serving.scheduling import StageError, UnavailableError
 from exitkit.serving.service import Reply, Service
@@ -159,9 +160,8 @@ def _query_threshold(request: Request) -> float | None:
 def _record(service: Service, reply: Reply) -> dict[str, Any]:
     """One answer in words."""
     logits, exit_, score, _ = (column[0] for column in reply.prediction)
-    index = int(logits.argmax())
     return {
-        "label": index if service.labels is None else service.labels[index],
+        **said(logits, service.labels),
         "exit": int(exit_),
         "score": finite([float(score)])[0],
         "cost": service.cost(int(exit_)),
