@@ -111,7 +111,8 @@ DISTILLATION = {"distillation": {"teachers": "last"}}
 
 
 def test_a_semi_supervised_recipe_has_labelled_validation_and_training_samples_of_both_kinds() -> None:
-    samples = TensorDataset(torch.randn(75, 1, 8, 8), torch.arange(75) % 3)
+    pixels = np.zeros((75, 1, 8, 8), np.uint8)
+    samples = PackedImages(pixels, torch.arange(75) % 3, lambda some: torch.from_numpy(some).float())
     recipe = Recipe(
         "tests.toy:net", "x.npz", per_class=10, unlabelled=5, validation=4, batch_size=7, loss=DISTILLATION
     )
