@@ -57,7 +57,7 @@ def drawn_outputs(draw: st.DrawFn) -> ExitOutputs:
     """Small outputs with many ties: logits are small integers. Costs are integers, and may stand still."""
     samples, exits, classes = draw(st.integers(1, 9)), draw(st.integers(2, 4)), draw(st.integers(2, 4))
     count = samples * exits * classes
-    logits = draw(st.lists(st.integers(-2, 2), min_size=count, max_size=count))
+    logits = draw(st.lists(st.integers(-5, -1), min_size=count, max_size=count))
     labels = draw(st.lists(st.integers(0, classes - 1), min_size=samples, max_size=samples))
     steps = draw(st.lists(st.integers(0, 5), min_size=exits - 1, max_size=exits - 1))
     first = draw(st.integers(1, 5))
@@ -518,6 +518,9 @@ LOGITS = torch.zeros(4, 3, 2)
         ({"log_probs": LOGITS[:0]}, r"log_probs has .*shape \(0, 3, 2\)"),
         ({"log_probs": LOGITS[:, :, :1]}, "log_probs has .*classes"),
         ({"log_probs": LOGITS.long()}, "log_probs has dtype torch.int64"),
+        ({"log_probs": LOGITS.softmax(-1)}, r"log_probs look like probabilities.*pass .*probs\.log\(\)"),
+        ({"log_probs": torch.tensor([0.9, 0.1]).bfloat16().expand(4, 3, 2)}, "log_probs look like probabilities"),
+        ({"log_probs": torch.eye(2)[:, None].expand(2, 3, 2)}, "log_probs look like probabilities"),
         ({"macs": [1, 2]}, r"macs=\[1\.0, 2\.0\] must hold one positive cost per exit, 3"),
         ({"macs": [1, 3, 2]}, r"macs=\[1\.0, 3\.0, 2\.0\].*none below"),
         ({"macs": [0, 1, 2]}, r"macs=\[0\.0, 1\.0, 2\.0\].*positive"),
@@ -538,6 +541,13 @@ def test_bad_outputs_are_refused(changes: dict[str, Any], message: str) -> None:
     good = {"log_probs": LOGITS, "labels": torch.zeros(4).long(), "macs": [1, 2, 3], "backbone_macs": 3.0}
     with pytest.raises(ExitkitError, match=message):
         ExitOutputs(**(good | changes))
+
+
+def test_logits_that_are_probabilities_in_part_are_logits() -> None:
+    """As of a first exit that never learned."""
+    logits = torch.full((2_000, 2, 2), 0.5)
+    logits[-1] = torch.tensor([1.0, 3.0])
+    assert torch.allclose(ExitOutputs(logits, None, [1, 2], 2.0).log_probs, logits.log_softmax(-1), atol=1e-6)
 
 
 @pytest.mark.parametrize("ask", [ExitOutputs.accuracy, ExitOutputs.curve, ExitOutputs.hindsight_improvability])
