@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +24,8 @@ from exitkit.multi_exit.calling import call_model
 from exitkit.multi_exit.model import MultiExitModel
 from exitkit.surgery.capturing import evaluation_mode
 from exitkit.surgery.fingerprint import fingerprint_of
+from exitkit.surgery.inputs import as_call
+from exitkit.surgery.mistakes import other_size
 
 
 def collect(
@@ -38,7 +41,8 @@ def collect(
         show_progress: on stderr, a bar where there is a terminal, elsewhere a line every ten seconds.
 
     Raises:
-        ArgumentError: an empty loader, labels out of range, labels in some batches only, or NaN in the outputs.
+        ArgumentError: an empty loader, inputs that do not run, labels out of range, labels in some batches only, or NaN in the
+            outputs.
 
     Returns:
         For a model with one output :class:`RegressionOutputs`, whose labels are numbers.
@@ -91,7 +95,7 @@ class _Seen:
 
 def _run(model: MultiExitModel, batches: Iterable[Any], keep: Callable[[Tensor], Any]) -> _Seen:
     """One pass; ``keep`` is given each batch's log-probabilities (n, M+1, C), float32."""
-    device, seen = next(model.parameters()).device, _Seen(model)
+    device, seen, other = next(model.parameters()).device, _Seen(model), None
     with evaluation_mode(model), torch.no_grad():
         for batch in batches:
             inputs, labels = split_batch(batch)
@@ -100,6 +104,8 @@ def _run(model: MultiExitModel, batches: Iterable[Any], keep: Callable[[Tensor],
             keep((logits.float() if model.regression else F.log_softmax(logits.float(), dim=-1)).cpu())
             seen.hashes.append(hash_samples(inputs))
             seen.dtype = str(answers[-1].dtype).removeprefix("torch.")
+            if other is None and (other := other_size(as_call(model.example.spec.understood(inputs)), model.example)):
+                warnings.warn(f"{other}: costs and budgets are those of the attached size", stacklevel=3)
             if labels is not None or seen.labels:
                 seen.labels.append(check_labels(labels, model.num_classes, len(logits)).cpu())
     return seen
