@@ -17,6 +17,7 @@ from exitkit.common.batches import check_labels, checked, move, split_batch
 from exitkit.common.checks import PATH, check
 from exitkit.common.console import tracked
 from exitkit.common.errors import ArgumentError
+from exitkit.common.files import make_folder
 from exitkit.common.hashes import hash_samples
 from exitkit.evaluation.outputs import ExitOutputs
 from exitkit.evaluation.regression import RegressionOutputs
@@ -43,6 +44,7 @@ def collect(
     Raises:
         ArgumentError: an empty loader, inputs that do not run, labels out of range, labels in some batches only, or NaN in the
             outputs.
+        WriteError: a folder that cannot be written.
 
     Returns:
         For a model with one output :class:`RegressionOutputs`, whose labels are numbers.
@@ -57,7 +59,7 @@ def collect(
         if path is not None:
             collected.save(path)
         return collected
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    make_folder(Path(path).parent)
     with tempfile.NamedTemporaryFile(dir=Path(path).parent, prefix=".collect-") as spool:
         seen = _run(model, batches, lambda log_probs: spool.write(log_probs.half().numpy().tobytes()))
         spool.flush()

@@ -166,7 +166,8 @@ class MultiExitModel(nn.Module):
             outputs: what :func:`exitkit.collect` returned for held-out samples with labels; then the card tells accuracies.
 
         Raises:
-            ExitkitError: a threshold that is not finite or not for these exits, outputs without labels or of another model.
+            ExitkitError: a threshold that is not finite or not for these exits, outputs without labels or of another model,
+                a folder that cannot be written.
         """
         save_exits(self, directory, threshold, outputs)
 
