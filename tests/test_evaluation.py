@@ -212,7 +212,7 @@ def test_accuracy_of_each_exit() -> None:
 
 @pytest.mark.parametrize("criterion", CRITERIA)
 @property_test
-@given(outputs=drawn_outputs(), budget=st.sampled_from([0.25, 0.375, 0.5, 0.75, 0.875, 1.0, 2.0, 100.0]))
+@given(outputs=drawn_outputs(), budget=st.sampled_from([0.25, 0.375, 0.5, 0.75, 0.875, 1.0, 2.0, 1000.0]))
 def test_at_budget_is_the_highest_threshold_below_it(criterion: str, outputs: ExitOutputs, budget: float) -> None:
     curve, scores = outputs.curve(criterion), scores_of(outputs, criterion)
     points = [brute(outputs, scores, threshold) for threshold in candidates(scores)]
@@ -246,6 +246,25 @@ def test_staying_to_the_end_costs_exactly_the_last_exit(samples: int, macs: list
 def test_budgets_that_cannot_be_kept_are_refused(budget: float) -> None:
     with pytest.raises(ExitkitError, match=r"budget=.*(the first exit already costs 0\.250|must be a number above 0)"):
         confident([[0.6, 0.9]]).curve().at_budget(budget)
+
+
+@pytest.mark.parametrize("budget", [50, 100.0, 10.5])
+def test_percentages_are_no_budgets(budget: float) -> None:
+    outputs = confident([[0.6, 0.9]])
+    message = rf"={budget} would be .*; budgets are shares of it: {budget / 100:g} for {budget:g}%"
+    with pytest.raises(ExitkitError, match="budget" + message):
+        outputs.curve().at_budget(budget)
+    with pytest.raises(ExitkitError, match="budget" + message):
+        outputs.best_exit(budget)
+    with pytest.raises(ExitkitError, match="budgets" + message):
+        outputs.curve().budget_table([0.5, budget])
+
+
+@pytest.mark.parametrize("budget", [10, 1_000, math.inf])
+def test_budgets_of_several_backbones_are_kept_by_all_samples(budget: float) -> None:
+    outputs = confident([[0.6, 0.9]])
+    assert outputs.curve().at_budget(budget) == outputs.curve().no_limit()
+    assert outputs.best_exit(budget).exit == 0
 
 
 def test_a_budget_point_holds_its_policy_and_goes_to_json() -> None:
