@@ -136,6 +136,19 @@ def test_a_call_of_the_model_is_explained(ee: exitkit.MultiExitModel, x: Any) ->
         ee(x)
 
 
+@pytest.mark.parametrize(
+    ("x", "message"),
+    [
+        (X.numpy(), r"^input 0 is a numpy array.*give torch\.from_numpy\(x\)$"),
+        ([1.0] * 64, r"^input 0 is a list of float; the model takes tensors"),
+    ],
+    ids=["array", "list"],
+)
+def test_the_engine_names_an_input_that_is_no_tensor(ee: exitkit.MultiExitModel, x: Any, message: str) -> None:
+    with pytest.raises(ExitkitError, match=message):
+        exitkit.compile(ee, 0.5)(x)
+
+
 def test_short_memory_is_no_mistake_of_the_inputs(ee: exitkit.MultiExitModel) -> None:
     def out_of_memory(*_: Any) -> None:
         raise torch.OutOfMemoryError("1 EiB")

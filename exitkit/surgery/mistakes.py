@@ -7,13 +7,12 @@ from contextlib import contextmanager
 from inspect import Parameter, signature
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from exitkit.common.console import counted
 from exitkit.common.errors import ArgumentError, ExitkitError
-from exitkit.surgery.inputs import Example, argument_names
+from exitkit.surgery.inputs import Example, argument_names, not_a_tensor
 
 _RAISED = (RuntimeError, TypeError, ValueError, IndexError, AttributeError)
 """By torch, of inputs that do not fit."""
@@ -39,7 +38,7 @@ def mistake_in(
     args: Sequence[Any], kwargs: Mapping[str, Any], example: Example, forward: Callable[..., Any]
 ) -> str | None:
     """What no batch of a loader may have: more inputs than the example, or others, or :func:`mistaken_input`; else None."""
-    if mistake := _not_a_tensor(args, kwargs, example):
+    if mistake := _no_tensor(args, kwargs, example):
         return mistake
     if len(args) > len(example.spec.keys):
         return (
@@ -58,7 +57,7 @@ def mistake_in(
 
 def mistaken_input(args: Sequence[Any], kwargs: Mapping[str, Any], example: Example) -> str | None:
     """The first difference between the inputs of a call that failed and the example's, in words, or None."""
-    if mistake := _not_a_tensor(args, kwargs, example):
+    if mistake := _no_tensor(args, kwargs, example):
         return mistake
     given: dict[int | str, Any] = dict([*enumerate(args), *kwargs.items()])
     for key, taken in zip(example.spec.keys, example.tensors, strict=True):
@@ -96,20 +95,11 @@ def mistake_of(key: int | str, value: Tensor, shape: Sequence[int | None], dtype
     return _mistaken_shape(key, tuple(value.shape), shape)
 
 
-def _not_a_tensor(args: Sequence[Any], kwargs: Mapping[str, Any], example: Example) -> str | None:
+def _no_tensor(args: Sequence[Any], kwargs: Mapping[str, Any], example: Example) -> str | None:
     """What is said of the first input that is something else."""
     given: dict[int | str, Any] = dict([*enumerate(args), *kwargs.items()])
     key = next((key for key in example.spec.keys if key in given and not isinstance(given[key], Tensor)), None)
-    if key is None:
-        return None
-    value = given[key]
-    if isinstance(value, np.ndarray):
-        return f"input {key!r} is a numpy array; the model takes tensors: give torch.from_numpy(x)"
-    item = f" of {type(value[0]).__name__}" if isinstance(value, list | tuple) and value else ""
-    return (
-        f"input {key!r} is a {type(value).__name__}{item}; the model takes tensors, batch first: make them in the data set's "
-        "transform or the loader's collate_fn"
-    )
+    return None if key is None else not_a_tensor(key, given[key])
 
 
 def _mistaken_shape(key: int | str, given: tuple[int, ...], taken: Sequence[int | None]) -> str | None:
