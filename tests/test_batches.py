@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -111,6 +112,81 @@ def test_inputs_without_labels_are_explained(
 ) -> None:
     with pytest.raises(ExitkitError, match=r"the loader yields no labels; yield \(inputs, labels\) or a dict"):
         use(ee, X)
+
+
+def ask(ee: exitkit.MultiExitModel, batch: Any) -> None:
+    ee(batch[0])
+
+
+@pytest.mark.parametrize("use", [fit, validate, collect, ask])
+def test_inputs_of_a_size_that_does_not_run_are_explained(use: Callable[[exitkit.MultiExitModel, Any], None]) -> None:
+    backbone = torch.nn.Sequential(torch.nn.Flatten(), *(torch.nn.Linear(64, 64) for _ in range(3)))
+    model = exitkit.attach(backbone.eval(), X, every=1, method="sdn")
+    message = (
+        r"input 0 has shape \(6, 1, 8, 7\), and the model was attached with \(batch, 1, 8, 8\); make it that size, or attach "
+        "again with example_inputs of this one$"
+    )
+    with pytest.raises(ExitkitError, match=message):
+        use(model, (X[..., :7], Y))
+
+
+@pytest.mark.parametrize("x", [X.byte(), X.permute(0, 2, 3, 1), X.numpy()], ids=["dtype", "order", "array"])
+def test_a_call_of_the_model_is_explained(ee: exitkit.MultiExitModel, x: Any) -> None:
+    with pytest.raises(ExitkitError, match=r"^input 0 "):
+        ee(x)
+
+
+@pytest.mark.parametrize(
+    ("x", "message"),
+    [
+        (X.numpy(), r"^input 0 is a numpy array.*give torch\.from_numpy\(x\)$"),
+        ([1.0] * 64, r"^input 0 is a list of float; the model takes tensors"),
+    ],
+    ids=["array", "list"],
+)
+def test_the_engine_names_an_input_that_is_no_tensor(ee: exitkit.MultiExitModel, x: Any, message: str) -> None:
+    with pytest.raises(ExitkitError, match=message):
+        exitkit.compile(ee, 0.5)(x)
+
+
+def test_short_memory_is_no_mistake_of_the_inputs(ee: exitkit.MultiExitModel) -> None:
+    def out_of_memory(*_: Any) -> None:
+        raise torch.OutOfMemoryError("1 EiB")
+
+    handle = ee.backbone.register_forward_pre_hook(out_of_memory)
+    with pytest.raises(torch.OutOfMemoryError):
+        collect(ee, (torch.randn(6, 1, 9, 9), Y))
+    handle.remove()
+
+
+def test_collecting_at_another_size_warns_once_that_costs_are_of_the_attached_one(ee: exitkit.MultiExitModel) -> None:
+    with pytest.warns(
+        UserWarning, match=r"shape \(6, 1, 9, 9\).*attached with \(batch, 1, 8, 8\): costs and budgets"
+    ) as seen:
+        outputs = exitkit.collect(ee, [(X, Y), *[(torch.randn(6, 1, 9, 9), Y)] * 3], show_progress=False)
+    assert [one.filename for one in seen] == [__file__]
+    assert outputs.macs.tolist() == exitkit.collect(ee, [(X, Y)]).macs.tolist()
+
+
+def test_texts_are_of_any_length() -> None:
+    class Words(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.words = torch.nn.Embedding(10, 8)
+            self.layers = torch.nn.ModuleList(torch.nn.Linear(8, 8) for _ in range(3))
+            self.last = torch.nn.Linear(8, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            hidden: Tensor = self.words(x)
+            for layer in self.layers:
+                hidden = layer(hidden).relu()
+            answer: Tensor = self.last(hidden.mean(1))
+            return answer
+
+    model = exitkit.attach(Words().eval(), torch.ones(2, 5, dtype=torch.long), every=1, method="sdn")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        collect(model, (torch.ones(6, 7, dtype=torch.long), Y))
 
 
 def test_one_channel_for_a_backbone_of_three_is_repeated_by_the_user() -> None:

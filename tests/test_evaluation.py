@@ -57,7 +57,7 @@ def drawn_outputs(draw: st.DrawFn) -> ExitOutputs:
     """Small outputs with many ties: logits are small integers. Costs are integers, and may stand still."""
     samples, exits, classes = draw(st.integers(1, 9)), draw(st.integers(2, 4)), draw(st.integers(2, 4))
     count = samples * exits * classes
-    logits = draw(st.lists(st.integers(-2, 2), min_size=count, max_size=count))
+    logits = draw(st.lists(st.integers(-5, -1), min_size=count, max_size=count))
     labels = draw(st.lists(st.integers(0, classes - 1), min_size=samples, max_size=samples))
     steps = draw(st.lists(st.integers(0, 5), min_size=exits - 1, max_size=exits - 1))
     first = draw(st.integers(1, 5))
@@ -212,7 +212,7 @@ def test_accuracy_of_each_exit() -> None:
 
 @pytest.mark.parametrize("criterion", CRITERIA)
 @property_test
-@given(outputs=drawn_outputs(), budget=st.sampled_from([0.25, 0.375, 0.5, 0.75, 0.875, 1.0, 2.0, 100.0]))
+@given(outputs=drawn_outputs(), budget=st.sampled_from([0.25, 0.375, 0.5, 0.75, 0.875, 1.0, 2.0, 1000.0]))
 def test_at_budget_is_the_highest_threshold_below_it(criterion: str, outputs: ExitOutputs, budget: float) -> None:
     curve, scores = outputs.curve(criterion), scores_of(outputs, criterion)
     points = [brute(outputs, scores, threshold) for threshold in candidates(scores)]
@@ -246,6 +246,25 @@ def test_staying_to_the_end_costs_exactly_the_last_exit(samples: int, macs: list
 def test_budgets_that_cannot_be_kept_are_refused(budget: float) -> None:
     with pytest.raises(ExitkitError, match=r"budget=.*(the first exit already costs 0\.250|must be a number above 0)"):
         confident([[0.6, 0.9]]).curve().at_budget(budget)
+
+
+@pytest.mark.parametrize("budget", [50, 100.0, 10.5])
+def test_percentages_are_no_budgets(budget: float) -> None:
+    outputs = confident([[0.6, 0.9]])
+    message = rf"={budget} would be .*; budgets are shares of it: {budget / 100:g} for {budget:g}%"
+    with pytest.raises(ExitkitError, match="budget" + message):
+        outputs.curve().at_budget(budget)
+    with pytest.raises(ExitkitError, match="budget" + message):
+        outputs.best_exit(budget)
+    with pytest.raises(ExitkitError, match="budgets" + message):
+        outputs.curve().budget_table([0.5, budget])
+
+
+@pytest.mark.parametrize("budget", [10, 1_000, math.inf])
+def test_budgets_of_several_backbones_are_kept_by_all_samples(budget: float) -> None:
+    outputs = confident([[0.6, 0.9]])
+    assert outputs.curve().at_budget(budget) == outputs.curve().no_limit()
+    assert outputs.best_exit(budget).exit == 0
 
 
 def test_a_budget_point_holds_its_policy_and_goes_to_json() -> None:
@@ -518,6 +537,9 @@ LOGITS = torch.zeros(4, 3, 2)
         ({"log_probs": LOGITS[:0]}, r"log_probs has .*shape \(0, 3, 2\)"),
         ({"log_probs": LOGITS[:, :, :1]}, "log_probs has .*classes"),
         ({"log_probs": LOGITS.long()}, "log_probs has dtype torch.int64"),
+        ({"log_probs": LOGITS.softmax(-1)}, r"log_probs look like probabilities.*pass .*probs\.log\(\)"),
+        ({"log_probs": torch.tensor([0.9, 0.1]).bfloat16().expand(4, 3, 2)}, "log_probs look like probabilities"),
+        ({"log_probs": torch.eye(2)[:, None].expand(2, 3, 2)}, "log_probs look like probabilities"),
         ({"macs": [1, 2]}, r"macs=\[1\.0, 2\.0\] must hold one positive cost per exit, 3"),
         ({"macs": [1, 3, 2]}, r"macs=\[1\.0, 3\.0, 2\.0\].*none below"),
         ({"macs": [0, 1, 2]}, r"macs=\[0\.0, 1\.0, 2\.0\].*positive"),
@@ -538,6 +560,13 @@ def test_bad_outputs_are_refused(changes: dict[str, Any], message: str) -> None:
     good = {"log_probs": LOGITS, "labels": torch.zeros(4).long(), "macs": [1, 2, 3], "backbone_macs": 3.0}
     with pytest.raises(ExitkitError, match=message):
         ExitOutputs(**(good | changes))
+
+
+def test_logits_that_are_probabilities_in_part_are_logits() -> None:
+    """As of a first exit that never learned."""
+    logits = torch.full((2_000, 2, 2), 0.5)
+    logits[-1] = torch.tensor([1.0, 3.0])
+    assert torch.allclose(ExitOutputs(logits, None, [1, 2], 2.0).log_probs, logits.log_softmax(-1), atol=1e-6)
 
 
 @pytest.mark.parametrize("ask", [ExitOutputs.accuracy, ExitOutputs.curve, ExitOutputs.hindsight_improvability])

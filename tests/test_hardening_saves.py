@@ -177,6 +177,31 @@ def test_a_folder_that_is_a_file_and_a_name_too_long(tmp_path: Path) -> None:
     assert [file.name for file in tmp_path.iterdir()] == ["file"]
 
 
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda ee, folder: ee.save_pretrained(folder),
+        lambda ee, folder: exitkit.collect(ee, [torch.zeros(2, 1, 8, 8)], folder / "outputs.safetensors"),
+        lambda ee, folder: exitkit.export(ee, folder / "model.pt2", 0.5),
+    ],
+    ids=["save", "collect", "export"],
+)
+def test_a_folder_that_cannot_be_made(tiny_ee: exitkit.MultiExitModel, tmp_path: Path, write: Any) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(FileError, match=r"cannot be written: Not a directory") as caught:
+        write(tiny_ee, tmp_path / "file" / "exits")
+    assert isinstance(caught.value, OSError)
+    assert [file.name for file in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_folder_that_may_not_be_written(
+    tiny_ee: exitkit.MultiExitModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # to root every folder is open
+    with pytest.raises(FileError, match=r"cannot be written: Permission denied; give one where you may write"):
+        tiny_ee.save_pretrained(tmp_path)
+
+
 def test_threads_that_write_at_once(tmp_path: Path) -> None:
     def write(name: str) -> None:
         for _ in range(20):

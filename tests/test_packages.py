@@ -210,6 +210,9 @@ def test_a_package_of_another_kind(package: Path, tmp_path: Path) -> None:
         exitkit.load(newer)
     with pytest.raises(ExitkitError, match=r"nowhere\.pt2' does not exist"):
         exitkit.load(tmp_path / "nowhere.pt2")
+    (tmp_path / "folder.pt2").mkdir()
+    with pytest.raises(ExitkitError, match=r"folder\.pt2' is a folder; name a file"):
+        exitkit.load(tmp_path / "folder.pt2")
     for device in ("gpu", [0]):
         with pytest.raises(ExitkitError, match=r"device=.* is not a device of torch; give 'cpu', 'cuda'"):
             exitkit.load(package, device=device)
@@ -237,6 +240,16 @@ def test_arguments_out_of_range(
     with pytest.raises(ExitkitError, match=message):
         exitkit.export(models["sdn"], tmp_path / path, 0.5, **arguments)
     assert (tmp_path / path).read_text() == "older"
+
+
+@pytest.mark.parametrize("ending", ["onnx", "onnx.zip"])
+def test_missing_onnx_is_said_before_anything_is_captured(
+    models: dict[str, exitkit.MultiExitModel], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ending: str
+) -> None:
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    monkeypatch.setattr(torch.export, "export", lambda *_, **__: pytest.fail("captured"))
+    with pytest.raises(ExitkitError, match=r"writing ONNX needs onnx and onnxscript: pip install"):
+        exitkit.export(models["sdn"], tmp_path / f"model.{ending}", 0.5)
 
 
 def test_a_single_graph_has_its_thresholds_fixed(models: dict[str, exitkit.MultiExitModel], tmp_path: Path) -> None:

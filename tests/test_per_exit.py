@@ -38,7 +38,9 @@ def some_outputs(samples: int = 600, seed: int = 0, skill: float = 1.0) -> ExitO
 @st.composite
 def small_outputs(draw: st.DrawFn) -> ExitOutputs:
     samples, exits = draw(st.integers(2, 8)), draw(st.integers(1, 3))
-    logits = draw(st.lists(st.integers(-3, 3), min_size=2 * samples * (exits + 1), max_size=2 * samples * (exits + 1)))
+    logits = draw(
+        st.lists(st.integers(-7, -1), min_size=2 * samples * (exits + 1), max_size=2 * samples * (exits + 1))
+    )
     labels = draw(st.lists(st.integers(0, 1), min_size=samples, max_size=samples))
     macs = np.cumsum(draw(st.lists(st.integers(1, 5), min_size=exits + 1, max_size=exits + 1)))
     return ExitOutputs(

@@ -154,6 +154,6 @@ def test_a_refused_forward_prints_nothing(capfd: pytest.CaptureFixture[str]) -> 
         def forward(self, x: Tensor) -> Tensor:
             return super().forward(x if x.sum() > 0 else 2 * x)
 
-    with pytest.raises(ExitkitError, match=r"ReadsValues cannot be captured.*use torch\.where"):
+    with pytest.raises(ExitkitError, match=r"ReadsValues cannot be captured.*Use torch\.where"):
         exitkit.attach(ReadsValues(), images())
     assert capfd.readouterr() == ("", "")

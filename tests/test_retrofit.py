@@ -451,6 +451,13 @@ def test_a_backbone_no_better_than_chance_is_said_before_anything_is_trained() -
         quick(Net().eval(), train, calibration)
 
 
+def test_calibration_samples_that_the_model_does_not_take_are_named(net: nn.Module) -> None:
+    train, _ = loaders()
+    x, y = easy(400, 3)
+    with pytest.raises(ArgumentError, match=r"^samples of calibration_loader of shapes \{0: \(2, 15\)\} do not run"):
+        quick(net, train, [(x[:, :15], y)])
+
+
 def test_one_class_in_the_labels_is_refused(net: nn.Module) -> None:
     inputs, labels = easy(600, 2)
     train, _ = loaders()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import secrets
 from collections.abc import Callable, Iterator
@@ -62,19 +63,38 @@ def _of_writing(error: OSError, target: Path) -> bool:
     return named.parent == target.parent or named in target.parents
 
 
+def make_folder(folder: Path) -> None:
+    """A folder to write into, made where it does not exist.
+
+    Raises:
+        WriteError: it cannot be made, or not be written to.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+        raise WriteError(
+            f"folder {str(folder)!r} cannot be written: {error.strerror}; give one where you may write"
+        ) from error
+
+
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """One at a time among those, in any process, who change several files of ``folder`` that belong together.
 
     The lock is on the folder itself, leaves no file, and ends with the process. Where the system has none (Windows, some
     network drives), there is none.
+
+    Raises:
+        WriteError: as :func:`make_folder`, which makes it.
     """
+    make_folder(folder)
     try:
         import fcntl
     except ImportError:
         yield
         return
-    folder.mkdir(parents=True, exist_ok=True)
     handle = os.open(folder, os.O_RDONLY)
     try:
         with suppress(OSError):

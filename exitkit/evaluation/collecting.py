@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +17,7 @@ from exitkit.common.batches import check_labels, checked, move, split_batch
 from exitkit.common.checks import PATH, check
 from exitkit.common.console import tracked
 from exitkit.common.errors import ArgumentError
+from exitkit.common.files import make_folder
 from exitkit.common.hashes import hash_samples
 from exitkit.evaluation.outputs import ExitOutputs
 from exitkit.evaluation.regression import RegressionOutputs
@@ -23,6 +25,8 @@ from exitkit.multi_exit.calling import call_model
 from exitkit.multi_exit.model import MultiExitModel
 from exitkit.surgery.capturing import evaluation_mode
 from exitkit.surgery.fingerprint import fingerprint_of
+from exitkit.surgery.inputs import as_call
+from exitkit.surgery.mistakes import other_size
 
 
 def collect(
@@ -38,7 +42,9 @@ def collect(
         show_progress: on stderr, a bar where there is a terminal, elsewhere a line every ten seconds.
 
     Raises:
-        ArgumentError: an empty loader, labels out of range, labels in some batches only, or NaN in the outputs.
+        ArgumentError: an empty loader, inputs that do not run, labels out of range, labels in some batches only, or NaN in the
+            outputs.
+        WriteError: a folder that cannot be written.
 
     Returns:
         For a model with one output :class:`RegressionOutputs`, whose labels are numbers.
@@ -53,7 +59,7 @@ def collect(
         if path is not None:
             collected.save(path)
         return collected
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    make_folder(Path(path).parent)
     with tempfile.NamedTemporaryFile(dir=Path(path).parent, prefix=".collect-") as spool:
         seen = _run(model, batches, lambda log_probs: spool.write(log_probs.half().numpy().tobytes()))
         spool.flush()
@@ -91,7 +97,7 @@ class _Seen:
 
 def _run(model: MultiExitModel, batches: Iterable[Any], keep: Callable[[Tensor], Any]) -> _Seen:
     """One pass; ``keep`` is given each batch's log-probabilities (n, M+1, C), float32."""
-    device, seen = next(model.parameters()).device, _Seen(model)
+    device, seen, other = next(model.parameters()).device, _Seen(model), None
     with evaluation_mode(model), torch.no_grad():
         for batch in batches:
             inputs, labels = split_batch(batch)
@@ -100,6 +106,8 @@ def _run(model: MultiExitModel, batches: Iterable[Any], keep: Callable[[Tensor],
             keep((logits.float() if model.regression else F.log_softmax(logits.float(), dim=-1)).cpu())
             seen.hashes.append(hash_samples(inputs))
             seen.dtype = str(answers[-1].dtype).removeprefix("torch.")
+            if other is None and (other := other_size(as_call(model.example.spec.understood(inputs)), model.example)):
+                warnings.warn(f"{other}: costs and budgets are those of the attached size", stacklevel=3)
             if labels is not None or seen.labels:
                 seen.labels.append(check_labels(labels, model.num_classes, len(logits)).cpu())
     return seen

@@ -110,8 +110,8 @@ class Curve:
             batch: for ``ms``, as for :meth:`timed`.
 
         Raises:
-            ArgumentError: a budget that is not a positive number, or that even leaving at exit 0 does not stay under; a device
-                or batch that was not measured.
+            ArgumentError: a budget that is not a positive number or is a percentage, or that even leaving at exit 0 does not
+                stay under; a device or batch that was not measured.
         """
         if (budget is None) == (ms is None):
             raise ArgumentError(f"budget={budget!r}, ms={ms!r}: give one of them")
@@ -120,7 +120,7 @@ class Curve:
                 raise ArgumentError(
                     f"device={device!r}, batch={batch!r} are for ms=; shares of them: curve.timed(device, batch)"
                 )
-            return self._under(positive("budget", budget, "a share of the backbone's cost, such as 0.5"))
+            return self._under(share_of_cost("budget", budget))
         limit = positive("ms", ms, "milliseconds that a batch may take on average")
         if self.milliseconds is None or (device, batch) != (None, None):
             return self.timed(device, batch).at_budget(ms=limit)
@@ -174,9 +174,9 @@ class Curve:
             budgets: other shares of the backbone's cost.
 
         Raises:
-            ArgumentError: a budget that is not a positive number.
+            ArgumentError: a budget that is not a positive number, or is a percentage.
         """
-        shares = [positive("budgets", budget, "shares of the backbone's cost, such as 0.5") for budget in budgets]
+        shares = [share_of_cost("budgets", budget) for budget in budgets]
         rows: dict[str, BudgetPoint | None] = {
             f"{100 * share:g}%": self.at_budget(share) if self.cost[0] < share else None for share in shares
         }
@@ -209,6 +209,21 @@ class Curve:
     def _point(self, index: int) -> BudgetPoint:
         policy = self.no_exit.at(self.short_threshold(index))
         return BudgetPoint(policy, float(self.accuracy[index]), float(self.cost[index]))
+
+
+def share_of_cost(name: str, budget: Any) -> float:
+    """A budget: a positive share of the backbone's cost, or infinity.
+
+    Raises:
+        ArgumentError: anything else; what is above 10 and up to 100 is a percentage.
+    """
+    share = positive(name, budget, "a share of the backbone's cost, such as 0.5")
+    if 10 < share <= 100:
+        raise ArgumentError(
+            f"{name}={budget!r} would be {share:g} times the backbone's cost; budgets are shares of it: {share / 100:g} for "
+            f"{share:g}%"
+        )
+    return share
 
 
 def sweep(scores: NDArray[np.floating], values: NDArray[Any], prices: Array) -> tuple[Array, NDArray[Any], Array]:

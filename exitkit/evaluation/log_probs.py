@@ -11,6 +11,8 @@ from torch.nn import functional as F
 from exitkit.common.errors import ArgumentError
 
 _NORMALISED = 1e-5
+_SUMS_TO_ONE = 1e-2
+"""As far as bfloat16 rounds."""
 CHUNK = 1024
 """Samples that are looked at together: what is computed on the way is this much and no more."""
 
@@ -19,12 +21,17 @@ def normalised(given: Tensor) -> Tensor:
     """Checked log-probabilities: float16 as it is, else normalised float32; rows that are normalised keep every bit.
 
     Raises:
-        ArgumentError: another shape or dtype, NaN, infinite or all-impossible rows.
+        ArgumentError: another shape or dtype, probabilities, NaN, infinite or all-impossible rows.
     """
     if given.dim() != 3 or not given.is_floating_point() or 0 in given.shape or given.shape[2] < 2:
         raise ArgumentError(
             f"log_probs has dtype {given.dtype} and shape {tuple(given.shape)}; expected floating point of shape "
             "(samples, exits + 1, classes), with at least two classes"
+        )
+    if all(_are_probabilities(rows) for rows in given.split(CHUNK)):  # all but these end at the first rows
+        raise ArgumentError(
+            "log_probs look like probabilities: every row lies between 0 and 1 and sums to 1; pass their logarithm, "
+            "probs.log(), or the logits"
         )
     normaliser = torch.cat([rows.float().logsumexp(-1, keepdim=True) for rows in given.split(CHUNK)])
     broken = ~normaliser.isfinite().squeeze(-1)
@@ -42,6 +49,12 @@ def normalised(given: Tensor) -> Tensor:
     for kept, rows, total, fine in zip(*parts, strict=True):
         kept[:] = torch.where(fine, rows.float(), rows.float() - total)
     return log_probs
+
+
+def _are_probabilities(rows: Tensor) -> bool:
+    """Whether every row is a distribution; no row of log-probabilities is one, as none of them is above 0."""
+    values = rows.float()
+    return bool((values >= 0).all()) and bool(((values.sum(-1) - 1).abs() < _SUMS_TO_ONE).all())
 
 
 def by_chunks(log_probs: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:

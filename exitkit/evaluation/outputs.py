@@ -14,9 +14,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from exitkit.common.batches import check_labels
-from exitkit.common.checks import Bounds, check, checked_each, positive
+from exitkit.common.checks import Bounds, check, checked_each
 from exitkit.common.errors import ArgumentError, ExitkitError, FileError
-from exitkit.evaluation.curve import BudgetPoint, Curve, sweep
+from exitkit.evaluation.curve import BudgetPoint, Curve, share_of_cost, sweep
 from exitkit.evaluation.exit_times import ExitTimes, checked_times
 from exitkit.evaluation.files import OUTPUTS, load_fields, save_outputs
 from exitkit.evaluation.log_probs import CHUNK, by_chunks, normalised
@@ -348,9 +348,9 @@ class ExitOutputs:
             top: as for :meth:`curve`.
 
         Raises:
-            ArgumentError: a budget that is not a positive number, no exit costs so little, or no labels.
+            ArgumentError: a budget that is not a positive number or is a percentage, no exit costs so little, or no labels.
         """
-        budget = positive("budget", budget, "a share of the backbone's cost, such as 0.5")
+        budget = share_of_cost("budget", budget)
         within = self.costs < budget
         if not within.any():
             raise ArgumentError(

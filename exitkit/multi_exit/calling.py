@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from exitkit.common.errors import ArgumentError, ExitkitError
+from exitkit.common.errors import ArgumentError
 from exitkit.multi_exit.model import MultiExitModel
 from exitkit.surgery.inputs import argument_names, as_call
-from exitkit.surgery.mistakes import mistake_in
+from exitkit.surgery.mistakes import explained, mistake_in
 
 T = TypeVar("T")
 
@@ -24,12 +24,7 @@ def call_model(model: MultiExitModel, function: Callable[..., T], inputs: Any) -
     """
     forward = model.backbone.forward
     args, kwargs = as_call(model.example.spec.understood(inputs, argument_names(forward)))
-    try:
-        if len(args) <= len(model.example.spec.keys):
-            return function(*args, **kwargs)
-    except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as error:
-        mistake = None if isinstance(error, ExitkitError) else mistake_in(args, kwargs, model.example, forward)
-        if mistake is None:
-            raise
-        raise ArgumentError(mistake) from error
-    raise ArgumentError(str(mistake_in(args, kwargs, model.example, forward)))
+    if len(args) > len(model.example.spec.keys):
+        raise ArgumentError(str(mistake_in(args, kwargs, model.example, forward)))
+    with explained(mistake_in, args, kwargs, model.example, forward):
+        return function(*args, **kwargs)

@@ -27,6 +27,7 @@ from exitkit.surgery.boundaries import Boundary, find_boundaries
 from exitkit.surgery.capturing import capture, logits_of
 from exitkit.surgery.hooks import alone, recording
 from exitkit.surgery.inputs import argument
+from exitkit.surgery.mistakes import explained, mistaken_input
 from exitkit.surgery.partition import Partition, partition_at
 from exitkit.surgery.placement import place
 
@@ -79,9 +80,10 @@ class MultiExitModel(nn.Module):
             kwargs: for the backbone.
 
         Raises:
-            ArgumentError: labels that do not fit.
+            ArgumentError: labels that do not fit, or inputs that do not run and differ from those attached with.
         """
-        features, steps, final = self._steps(args, kwargs)
+        with explained(mistaken_input, args, kwargs, self.example):
+            features, steps, final = self._steps(args, kwargs)
         heads = (*(step.logits for step in steps), *final)
         auxiliary = imitation_losses(steps) if torch.is_grad_enabled() else None
         loss = None if labels is None else summed_loss(heads, auxiliary, labels, self.num_classes)
@@ -164,7 +166,8 @@ class MultiExitModel(nn.Module):
             outputs: what :func:`exitkit.collect` returned for held-out samples with labels; then the card tells accuracies.
 
         Raises:
-            ExitkitError: a threshold that is not finite or not for these exits, outputs without labels or of another model.
+            ExitkitError: a threshold that is not finite or not for these exits, outputs without labels or of another model,
+                a folder that cannot be written.
         """
         save_exits(self, directory, threshold, outputs)
 

@@ -38,9 +38,11 @@ def read_archive(path: Path) -> tuple[Manifest, list[bytes]]:
     """The manifest and the steps, checked against their digests; nothing is unpacked that is larger than the file.
 
     Raises:
-        ArgumentError: no such file.
+        ArgumentError: no such file, or a folder.
         FileError: a damaged or truncated one, or one that exitkit did not write.
     """
+    if os.path.isdir(path):
+        raise ArgumentError(f"{str(path)!r} is a folder; name a file that exitkit.export wrote")
     if not os.path.isfile(path):
         raise ArgumentError(f"{str(path)!r} does not exist; write a package there with exitkit.export(ee, path)")
     try:

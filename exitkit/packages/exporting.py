@@ -30,7 +30,7 @@ from exitkit.packages.archive import write_archive
 from exitkit.packages.executorch import chained, read_executorch, to_executorch
 from exitkit.packages.manifest import Kind, Manifest
 from exitkit.packages.onnx_branches import write_branches
-from exitkit.packages.onnx_steps import onnx_run, to_onnx
+from exitkit.packages.onnx_steps import check_onnx, onnx_run, to_onnx
 
 _TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}
 _COARSE = 5e-2
@@ -78,6 +78,8 @@ def export(
     target = Path(path)
     kind = _kind(target, optimize)
     policy = model.policy_for(threshold, criterion)
+    if kind in ("onnx", None):
+        check_onnx()  # before the model is captured, which takes seconds
     program = program_of(model, policy)
     description = Description(
         _labels(model, labels),

@@ -18,17 +18,28 @@ from exitkit.common.logs import quiet
 from exitkit.surgery.hooks import alone
 
 
+def check_onnx() -> None:
+    """Refuse to write ONNX where what writes it is missing.
+
+    Raises:
+        ExitkitError: it is.
+    """
+    try:
+        import onnx  # noqa: F401
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise ExitkitError(f"writing ONNX needs onnx and onnxscript: pip install 'exitkit[onnx]' ({error})") from error
+
+
 def to_onnx(exported: ExportedProgram) -> bytes:
     """A program of torch.export as an ONNX model.
 
     Raises:
         ExitkitError: a missing library, or an operation that ONNX has not.
     """
-    try:
-        import onnx
-        import onnxscript  # noqa: F401
-    except ImportError as error:
-        raise ExitkitError(f"writing ONNX needs onnx and onnxscript: pip install 'exitkit[onnx]' ({error})") from error
+    check_onnx()
+    import onnx
+
     if any(tensor.dtype == torch.bfloat16 for tensor in exported.state_dict.values()):
         raise NotCapturableError(
             "onnxruntime does not run bfloat16 on CPU; export in float32 or float16: ee.float(), or a .pt2"

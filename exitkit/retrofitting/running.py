@@ -104,7 +104,8 @@ def retrofit(
     others = named(alternatives)
     folder = _folder(output_dir)
     say = _speaker(show_progress)
-    captured = capture(model, _example(example_inputs, calibration_loader))
+    name = "samples of calibration_loader" if example_inputs is None else "example_inputs"
+    captured = capture(model, _example(example_inputs, calibration_loader), name)
     outputs = outputs_of(captured)
     if outputs == 1:
         raise ArgumentError(

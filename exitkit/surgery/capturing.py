@@ -27,6 +27,10 @@ _MOST = 65_535
 """Samples: up to here cuDNN normalises a batch in eval mode, which a capture on a GPU asks about."""
 
 
+_SHOWN = 120
+"""Characters of what torch says of its own graph, which few can read."""
+
+
 class _DataDependentError(Exception):
     """The backbone's path depends on the values of a tensor; the cause says where."""
 
@@ -67,8 +71,10 @@ class Capture:
         return self.example.spec
 
 
-def capture(model: nn.Module, example_inputs: Any = None) -> Capture:
+def capture(model: nn.Module, example_inputs: Any = None, name: str = "example_inputs") -> Capture:
     """Capture ``model`` without changing it: same weights, same training flags, hooks and RNG state.
+
+    ``name`` is what the user knows the example by.
 
     Raises:
         ExitkitError: a model that :func:`exitkit.surgery.supported.check_supported` refuses, no inferable inputs, an example
@@ -78,7 +84,7 @@ def capture(model: nn.Module, example_inputs: Any = None) -> Capture:
     example = example_for(model, example_inputs)
     wrapped = LogitsOf(model, example.spec)
     with untouched(model), torch.no_grad():
-        _check_logits(_run(wrapped, example), len(example.tensors[0]), model)
+        _check_logits(_run(wrapped, example, name), len(example.tensors[0]), model)
         program = _export(wrapped, example, model)
     return Capture(model, _simplified(program.module(check_guards=False)), example)
 
@@ -145,7 +151,7 @@ def untouched(model: nn.Module) -> Iterator[None]:
                     buffer.data.copy_(values)
 
 
-def _run(wrapped: LogitsOf, example: Example) -> Tensor:
+def _run(wrapped: LogitsOf, example: Example, name: str) -> Tensor:
     try:
         logits: Tensor = wrapped(*(tensor.clone() for tensor in example.tensors))
         return logits
@@ -154,21 +160,21 @@ def _run(wrapped: LogitsOf, example: Example) -> Tensor:
     except Exception as error:  # whatever the user's forward raises on the example
         if len(example.tensors[0]) > 1 and _runs(wrapped, example.with_batch(1)):
             raise NotCapturableError(
-                f"{type(wrapped.backbone).__name__} runs on one row of example_inputs and not on {len(example.tensors[0])} "
+                f"{type(wrapped.backbone).__name__} runs on one row of {name} and not on {len(example.tensors[0])} "
                 f"({_first_line(error)}): its forward fixes the batch size, or its inputs have no batch dimension; exits need "
                 "a model that takes any batch size"
             ) from error
         shapes = {key: tuple(t.shape) for key, t in zip(example.spec.keys, example.tensors, strict=True)}
         raise ArgumentError(
-            f"example_inputs of shapes {shapes} do not run through {type(wrapped.backbone).__name__}: "
-            f"{_first_line(error)}. {_advice(error)}"
+            f"{name} of shapes {shapes} do not run through {type(wrapped.backbone).__name__}: "
+            f"{_first_line(error)}. {_advice(error, name)}"
         ) from error
 
 
-def _advice(error: Exception) -> str:
+def _advice(error: Exception, name: str) -> str:
     if "padding token" in str(error):  # transformers' decoders, which find the last token by it
         return "Set model.config.pad_token_id, such as to the tokenizer's"
-    return "Pass example_inputs that model(...) accepts"
+    return f"Pass {name} that model(...) accepts"
 
 
 def _runs(wrapped: LogitsOf, example: Example) -> bool:
@@ -199,8 +205,9 @@ def _export(wrapped: LogitsOf, example: Example, model: nn.Module) -> torch.expo
         error = caught.__cause__ if isinstance(caught, _DataDependentError) else caught
         assert error is not None
         raise NotCapturableError(
-            f"{type(model).__name__} cannot be captured by torch.export: {_first_line(error)}{_where(error)}. Its path "
-            "must not depend on tensor values nor fix the batch size: use torch.where instead of if, shapes from x.shape[0]"
+            f"{type(model).__name__} cannot be captured by torch.export{_where(error)}: its path must not depend on tensor "
+            "values nor fix the batch size. Use torch.where instead of if, shapes from x.shape[0]. "
+            f"torch says: {_first_line(error).partition(' (unhinted')[0][:_SHOWN]}"
         ) from error
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from inspect import Parameter, signature
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,17 +17,30 @@ T = TypeVar("T")
 _SEGMENTS = "token_type_ids"
 
 
-def as_call(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """A batch as ``(args, kwargs)``: a tensor or a tuple is positional, a mapping goes by keyword."""
+def as_call(batch: Any, name: str = "inputs") -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """A batch as ``(args, kwargs)``: a tensor or a tuple is positional, a mapping goes by keyword. ``name`` is the user's."""
     if isinstance(batch, Tensor):
         return (batch,), {}
     if isinstance(batch, Mapping):
         return (), dict(batch)
     if isinstance(batch, tuple | list):
         return tuple(batch), {}
+    if isinstance(batch, np.ndarray):
+        raise ArgumentError(f"{name} of type ndarray cannot be passed to a model; give torch.from_numpy(x)")
     raise ArgumentError(
-        f"inputs of type {type(batch).__name__} cannot be passed to a model; give a tensor, a tuple of tensors, "
+        f"{name} of type {type(batch).__name__} cannot be passed to a model; give a tensor, a tuple of tensors, "
         "or a dict of tensors by argument name"
+    )
+
+
+def not_a_tensor(key: int | str, value: Any) -> str:
+    """What is said of an input that is something else."""
+    if isinstance(value, np.ndarray):
+        return f"input {key!r} is a numpy array, and the model takes tensors; give torch.from_numpy(x)"
+    item = f" of {type(value[0]).__name__}" if isinstance(value, list | tuple) and value else ""
+    return (
+        f"input {key!r} is a {type(value).__name__}{item}; the model takes tensors, batch first: make them in the data set's "
+        "transform or the loader's collate_fn"
     )
 
 
@@ -61,7 +75,7 @@ class CallSpec:
 
     @classmethod
     def of(cls, batch: Any) -> CallSpec:
-        args, kwargs = as_call(batch)
+        args, kwargs = as_call(batch, "example_inputs")
         named: list[tuple[int | str, Any]] = [*enumerate(args), *sorted(kwargs.items())]
         keys = tuple(key for key, value in named if isinstance(value, Tensor))
         if not keys:
@@ -105,6 +119,8 @@ class CallSpec:
             )
         found = {key for key, value in given.items() if isinstance(value, Tensor)}
         if found != set(self.keys):
+            if (other := next((key for key in self.keys if key in given and key not in found), None)) is not None:
+                raise ArgumentError(not_a_tensor(other, given[other]))
             raise ArgumentError(
                 f"the model was attached with tensor inputs {list(self.keys)}, but was called with "
                 f"{sorted(found, key=str)}; call it the same way, or attach again with other example_inputs"

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from inspect import Parameter, signature
 from typing import Any
 
@@ -10,23 +11,39 @@ import torch
 from torch import Tensor
 
 from exitkit.common.console import counted
-from exitkit.surgery.inputs import Example, argument_names
+from exitkit.common.errors import ArgumentError, ExitkitError
+from exitkit.surgery.inputs import Example, argument_names, not_a_tensor
+
+_RAISED = (RuntimeError, TypeError, ValueError, IndexError, AttributeError)
+"""By torch, of inputs that do not fit."""
+
+
+@contextmanager
+def explained(find: Callable[..., str | None], *call: Any) -> Iterator[None]:
+    """While open, an error is raised as the mistake that ``find`` sees in a call, where it sees one.
+
+    Raises:
+        ArgumentError: the mistake, in words.
+    """
+    try:
+        yield
+    except _RAISED as error:
+        ours = isinstance(error, ExitkitError | torch.OutOfMemoryError)  # memory is short at any size
+        if ours or (mistake := find(*call)) is None:
+            raise
+        raise ArgumentError(mistake) from error
 
 
 def mistake_in(
     args: Sequence[Any], kwargs: Mapping[str, Any], example: Example, forward: Callable[..., Any]
 ) -> str | None:
-    """The first difference between a call of the backbone and its example that no call may have, in words, or None."""
-    spec = example.spec
-    given: dict[int | str, Any] = dict([*enumerate(args), *kwargs.items()])
-    if (
-        key := next((key for key in spec.keys if key in given and not isinstance(given[key], Tensor)), None)
-    ) is not None:
-        return _not_a_tensor(key, given[key])
-    if len(args) > len(spec.keys):
+    """What no batch of a loader may have: more inputs than the example, or others, or :func:`mistaken_input`; else None."""
+    if mistake := _no_tensor(args, kwargs, example):
+        return mistake
+    if len(args) > len(example.spec.keys):
         return (
             f"a batch holds {len(args)} inputs before its labels, its last item, but the model was attached with "
-            f"{len(spec.keys)}; yield (inputs, labels) alone, without an index or a weight behind them"
+            f"{len(example.spec.keys)}; yield (inputs, labels) alone, without an index or a weight behind them"
         )
     names = argument_names(forward)
     unknown = [name for name in kwargs if name not in names]
@@ -35,9 +52,31 @@ def mistake_in(
             f"a batch holds {unknown}, which the backbone does not take; name its inputs {names}, and the labels "
             "'labels' or 'label', and leave out what is neither"
         )
-    for key, taken in zip(spec.keys, example.tensors, strict=True):
+    return mistaken_input(args, kwargs, example)
+
+
+def mistaken_input(args: Sequence[Any], kwargs: Mapping[str, Any], example: Example) -> str | None:
+    """The first difference between the inputs of a call that failed and the example's, in words, or None."""
+    if mistake := _no_tensor(args, kwargs, example):
+        return mistake
+    given: dict[int | str, Any] = dict([*enumerate(args), *kwargs.items()])
+    for key, taken in zip(example.spec.keys, example.tensors, strict=True):
         if key in given and (mistake := mistake_of(key, given[key], tuple(taken.shape), taken.dtype)):
             return mistake
+    other = other_size((args, kwargs), example)
+    return None if other is None else f"{other}; make it that size, or attach again with example_inputs of this one"
+
+
+def other_size(call: tuple[Sequence[Any], Mapping[str, Any]], example: Example) -> str | None:
+    """The first input of a call that is larger or smaller than the example's, in words; of texts, of any length, None."""
+    if example.text:
+        return None
+    args, kwargs = call
+    for key, taken in zip(example.spec.keys, example.tensors, strict=True):
+        value = kwargs.get(key) if isinstance(key, str) else args[key] if key < len(args) else None
+        if isinstance(value, Tensor) and value.shape[1:] != taken.shape[1:]:
+            attached = ", ".join(["batch", *map(str, taken.shape[1:])])
+            return f"input {key!r} has shape {tuple(value.shape)}, and the model was attached with ({attached})"
     return None
 
 
@@ -56,12 +95,11 @@ def mistake_of(key: int | str, value: Tensor, shape: Sequence[int | None], dtype
     return _mistaken_shape(key, tuple(value.shape), shape)
 
 
-def _not_a_tensor(key: int | str, value: Any) -> str:
-    item = f" of {type(value[0]).__name__}" if isinstance(value, list | tuple) and value else ""
-    return (
-        f"input {key!r} is a {type(value).__name__}{item}; the model takes tensors, batch first: make them in the data set's "
-        "transform or the loader's collate_fn"
-    )
+def _no_tensor(args: Sequence[Any], kwargs: Mapping[str, Any], example: Example) -> str | None:
+    """What is said of the first input that is something else."""
+    given: dict[int | str, Any] = dict([*enumerate(args), *kwargs.items()])
+    key = next((key for key in example.spec.keys if key in given and not isinstance(given[key], Tensor)), None)
+    return None if key is None else not_a_tensor(key, given[key])
 
 
 def _mistaken_shape(key: int | str, given: tuple[int, ...], taken: Sequence[int | None]) -> str | None:
