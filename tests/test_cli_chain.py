@@ -158,10 +158,18 @@ def test_the_demo_goes_on_as_it_says(run: Any, tmp_path: Path, monkeypatch: pyte
     assert [command.split()[0] for command in commands] == ["calibrate", "report", "export"]
     for command in commands:
         run(*command.split())
-    assert (tmp_path / "exitkit-demo" / "model.pt2").exists()
+    made = [
+        tmp_path / "exitkit-demo" / name
+        for name in ("model.pt2", "report.html", "report-curve.csv", "thresholds.json")
+    ]
+    assert all(path.exists() for path in made)
     assert "image" in json.dumps(
         exitkit.load("exitkit-demo/model.pt2", trust=True).description.preprocessing.size and "image"
     )
+    monkeypatch.setattr("exitkit.cli.demo._train_backbone", lambda backbone, _: backbone.eval())
+    monkeypatch.setattr("exitkit.training.Trainer.fit", lambda *_: None)
+    run("demo")
+    assert not any(path.exists() for path in made)  # they were of other exits
 
 
 def test_the_cache_changes_no_result(run: Any, images: Path, tmp_path: Path) -> None:

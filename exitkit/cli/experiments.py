@@ -26,6 +26,7 @@ from exitkit.cli.options import (
     Weights,
     check_folder,
     check_least,
+    check_unused,
     shares_of,
 )
 from exitkit.cli.starting import INTERRUPTED, data_example, say_if_random, say_what_is_lost
@@ -87,6 +88,7 @@ def bench(
         raise ArgumentError(f"--seed {seed} must be at least 0")
     shares = shares_of(budgets)
     check_folder(out)
+    check_unused(out)
     from exitkit.cli.bench import compare
     from exitkit.cli.data import load_data
     from exitkit.cli.machine import computing_with, threads_for, train_on

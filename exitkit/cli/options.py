@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-import os
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Annotated
 
 import typer
@@ -65,11 +65,32 @@ RunDirectory = Annotated[Path, typer.Argument(metavar="RUN_DIR", help="What exit
 
 def check_folder(out: Path) -> None:
     """Refuse what cannot become a folder, before anything is trained for it."""
-    there = next(path for path in (out, *out.absolute().parents) if path.exists())
-    if not there.is_dir():
-        raise ArgumentError(f"--out {str(out)!r}: {str(there)!r} is a file; name a folder")
-    if not os.access(there, os.W_OK):
-        raise ArgumentError(f"--out {str(out)!r}: you may not write to {str(there)!r}; name another folder")
+    made: list[Path] = []
+    try:
+        for folder in reversed((out, *out.parents)):
+            if not folder.exists():
+                folder.mkdir()
+                made.append(folder)
+            elif not folder.is_dir():
+                raise ArgumentError(f"--out {str(out)!r}: {str(folder)!r} is a file; name a folder")
+        TemporaryFile(dir=out).close()
+    except OSError as error:  # no room, no permission, or no name that a folder can have
+        raise ArgumentError(
+            f"--out {str(out)[:200]!r} cannot be written to: {error.strerror}; name another folder"
+        ) from error
+    finally:
+        for folder in reversed(made):
+            folder.rmdir()
+
+
+def check_unused(out: Path) -> None:
+    """Refuse a folder with a finished run: its packages and reports would lie beside the results of the next one."""
+    from exitkit.report.run import RESULTS
+
+    if (out / RESULTS).exists():
+        raise ArgumentError(
+            f"--out {str(out)!r} holds a run already, which would be lost; name another folder, or remove it"
+        )
 
 
 def check_least(**numbers: int | None) -> None:
