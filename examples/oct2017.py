@@ -3,6 +3,8 @@
     python examples/oct2017.py --data OCT2017 --model torchvision:resnet50
     python examples/oct2017.py --data pneumoniamnist.npz --model timm:mobilenetv2_100 --quick
 
+It needs the library of its model: pip install 'exitkit[torchvision]' or 'exitkit[timm]'.
+
 Zero Time Waste (Wołczyk et al. 2021) is also tried on an ImageNet ResNet-50 that learns OCT2017 (Kermany et al. 2018), retina
 scans in the folders ``CNV``, ``DME``, ``DRUSEN`` and ``NORMAL`` of ``train/`` and ``test/``. Any other image folder, or an
 ``.npz`` with MedMNIST's arrays, will do. ``attach(num_classes=)`` gives the network a fresh last layer; that layer and the

@@ -41,6 +41,7 @@ def test_bench_calibrate_export_run(run: Any, bench: Path, images: Path, tmp_pat
     thresholds = {name: one["chosen"] for name, one in json.loads((bench / "thresholds.json").read_text()).items()}
     cheapest = min(thresholds, key=lambda name: thresholds[name]["guarantee"]["cost"])
     assert printed.startswith(f"{cheapest}: τ = ")
+    assert "the cheapest that keeps its promise" in printed.replace("\n", " ")
     assert "calibration samples" in printed
     assert f"exitkit run {bench / 'model.pt2'} INPUTS" in printed.replace("\n", "")
 
@@ -132,6 +133,7 @@ def test_exits_are_found_inside_a_run(run: Any, bench: Path, tmp_path: Path) -> 
         ),
         (("export", "RUN", "--method", "zwt"), "Did you mean 'ztw'"),
         (("export", "RUN", "--method", "ztw", "--threshold", 0.4), "--trust lets it run"),
+        (("export", "RUN", "--method", "ztw", "--trust", "--out", "x.tflite"), "--out 'x.tflite' must end in .pt2"),
         (("export",), "export takes one place with exits: RUN_DIR"),
         (("export", "RUN", "--exits", "RUN"), "export takes one place with exits: RUN_DIR"),
         (("export", "nowhere"), "RUN_DIR 'nowhere' is not a directory"),

@@ -60,7 +60,7 @@ def run_demo(out: Path, console: Console) -> None:
     point = outputs["ztw"].curve().at_budget(0.5)
     console.print(
         f"With ZTW and τ = {point.policy.shown()} the network spends {point.cost:.0%} of its compute "
-        f"at {with_interval(point.accuracy, _TEST)} accuracy; alone it has {outputs['ztw'].accuracy()[-1]:.1%}. "
+        f"and has an accuracy of {with_interval(point.accuracy, _TEST)}; alone it has {outputs['ztw'].accuracy()[-1]:.1%}. "
         f"({time.perf_counter() - started:.0f} s)"
     )
     about = {"model": "exitkit.models:cifar_resnet", "data": _DATA}

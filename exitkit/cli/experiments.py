@@ -87,6 +87,7 @@ def bench(
     if seed < 0:
         raise ArgumentError(f"--seed {seed} must be at least 0")
     shares = shares_of(budgets)
+    cost_shares = None if at_cost is None else shares_of(at_cost, "--at-cost")
     check_folder(out)
     check_unused(out)
     from exitkit.cli.bench import compare
@@ -129,7 +130,7 @@ def bench(
             placement={
                 "every": every,
                 "at": None if at is None else _places(at),
-                "at_cost": None if at_cost is None else shares_of(at_cost, "--at-cost"),
+                "at_cost": cost_shares,
                 "head": head,
                 "num_classes": num_classes,
             },

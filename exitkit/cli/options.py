@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from tempfile import TemporaryFile
+from tempfile import TemporaryDirectory
 from typing import Annotated
 
 import typer
@@ -65,22 +65,16 @@ RunDirectory = Annotated[Path, typer.Argument(metavar="RUN_DIR", help="What exit
 
 def check_folder(out: Path) -> None:
     """Refuse what cannot become a folder, before anything is trained for it."""
-    made: list[Path] = []
     try:
-        for folder in reversed((out, *out.parents)):
-            if not folder.exists():
-                folder.mkdir()
-                made.append(folder)
-            elif not folder.is_dir():
-                raise ArgumentError(f"--out {str(out)!r}: {str(folder)!r} is a file; name a folder")
-        TemporaryFile(dir=out).close()
-    except OSError as error:  # no room, no permission, or no name that a folder can have
+        there = next(path for path in (out, *out.absolute().parents) if path.exists())
+        if not there.is_dir():
+            raise ArgumentError(f"--out {str(out)!r}: {str(there)!r} is a file; name a folder")
+        with TemporaryDirectory(dir=there) as probe:  # made and removed: what is refused later leaves nothing
+            (Path(probe) / out.absolute().relative_to(there.absolute())).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
         raise ArgumentError(
             f"--out {str(out)[:200]!r} cannot be written to: {error.strerror}; name another folder"
         ) from error
-    finally:
-        for folder in reversed(made):
-            folder.rmdir()
 
 
 def check_unused(out: Path) -> None:
@@ -112,4 +106,9 @@ def shares_of(given: str, option: str = "--budgets") -> list[float]:
         found = []
     if not found or not all(0 < share < math.inf for share in found):
         raise ArgumentError(f"{option} {given[:80]!r} must be percentages of the backbone's MACs, such as 25,35,50")
+    if max(found) <= 0.01:
+        raise ArgumentError(
+            f"{option} {given[:80]!r} is in percent: {100 * found[0]:g} is {100 * found[0]:g}%; write {1e4 * found[0]:g} for "
+            f"{1e4 * found[0]:g}%"
+        )
     return found
