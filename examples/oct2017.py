@@ -38,7 +38,9 @@ def main(arguments: list[str] | None = None) -> None:
     train, test = split.loaders(args.batch_size, args.images, args.seed)
     if args.test_images is not None:
         test = first(test, args.test_images)
-    classes = args.classes or count_classes(split.train)
+    classes = args.classes or split.classes
+    if classes is None:
+        raise exitkit.ExitkitError("--classes is missing, and nothing in these data tells their number")
 
     ee = exitkit.attach(backbone, every=args.every, method=args.method, head=args.head, num_classes=classes)
     print(
@@ -87,12 +89,6 @@ def first(loader: DataLoader[Any], count: int) -> DataLoader[Any]:
     size = len(loader.dataset)  # type: ignore[arg-type]
     rows = torch.linspace(0, size - 1, min(count, size)).long().tolist()
     return DataLoader(Subset(loader.dataset, rows), loader.batch_size, collate_fn=loader.collate_fn)
-
-
-def count_classes(samples: Any) -> int:
-    """From an image folder's names, or the labels themselves."""
-    samples = getattr(samples, "dataset", samples)  # a split holds out a part of the whole
-    return len(samples.classes) if hasattr(samples, "classes") else int(samples.tensors[1].max()) + 1
 
 
 if __name__ == "__main__":
