@@ -2,6 +2,8 @@
 
     python examples/bert_text.py --train agnews_train.tsv --test agnews_test.tsv [--quick]
 
+It needs transformers: pip install 'exitkit[transformers]'.
+
 Both files hold text, tab, label (0, 1, …) below a header: AG News, SST-2, or your own. Where a trained model is at hand,
 everything up to ``attach`` is ``AutoModelForSequenceClassification.from_pretrained(...)`` instead. ``head="tail"`` gives every
 exit a copy of what BERT does after its last layer (pooler and classifier, with their weights), so that exits answer sensibly
@@ -19,6 +21,7 @@ import csv
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +53,8 @@ class Texts:
 
 def main(arguments: list[str] | None = None) -> None:
     args = parse(arguments)
+    if not all(map(find_spec, ("tokenizers", "transformers"))):
+        raise exitkit.ExitkitError("this needs transformers: pip install 'exitkit[transformers]'")
     started = time.perf_counter()
     torch.manual_seed(args.seed)
     train, held_out, test = load(args.train, args.test, args.texts, args.vocabulary)

@@ -2,6 +2,8 @@
 
     python examples/label_free.py --data DIR --weights cifar10_resnet20.safetensors --depth 20 [--quick]
 
+It needs nothing beside exitkit.
+
 DIR holds ``cifar10_train.npz`` and ``cifar10_test.npz`` (``images`` N×32×32×3 uint8, and ``labels``); the weights are those of
 github.com/akamaster/pytorch_resnet_cifar10 as safetensors. Exits learn by distillation from the network's own answers, τ is
 chosen for a bound on *disagreement* with the network, and a monitor watches the exits taken. Labels of the test images are
@@ -53,7 +55,7 @@ def main(arguments: list[str] | None = None) -> None:
         exits.append(prediction.exit)
     answered, left = torch.cat(answers), torch.cat(exits)
     cost = float(outputs.costs[left.numpy()].mean())
-    print(f"{len(test)} new images for {cost:.1%} of the network's MACs; {monitor.report()}")
+    print(f"{len(test)} new images for {cost:.1%} of the network's MACs. {monitor.report()}")
 
     with torch.no_grad():
         alone = torch.cat([backbone(batch) for (batch,) in loader(test)]).argmax(1)

@@ -3,6 +3,8 @@
     python examples/oct2017.py --data OCT2017 --model torchvision:resnet50
     python examples/oct2017.py --data pneumoniamnist.npz --model timm:mobilenetv2_100 --quick
 
+It needs the library of its model: pip install 'exitkit[torchvision]' or 'exitkit[timm]'.
+
 Zero Time Waste (Wołczyk et al. 2021) is also tried on an ImageNet ResNet-50 that learns OCT2017 (Kermany et al. 2018), retina
 scans in the folders ``CNV``, ``DME``, ``DRUSEN`` and ``NORMAL`` of ``train/`` and ``test/``. Any other image folder, or an
 ``.npz`` with MedMNIST's arrays, will do. ``attach(num_classes=)`` gives the network a fresh last layer; that layer and the
@@ -36,7 +38,9 @@ def main(arguments: list[str] | None = None) -> None:
     train, test = split.loaders(args.batch_size, args.images, args.seed)
     if args.test_images is not None:
         test = first(test, args.test_images)
-    classes = args.classes or count_classes(split.train)
+    classes = args.classes or split.classes
+    if classes is None:
+        raise exitkit.ExitkitError("--classes is missing, and nothing in these data tells their number")
 
     ee = exitkit.attach(backbone, every=args.every, method=args.method, head=args.head, num_classes=classes)
     print(
@@ -85,12 +89,6 @@ def first(loader: DataLoader[Any], count: int) -> DataLoader[Any]:
     size = len(loader.dataset)  # type: ignore[arg-type]
     rows = torch.linspace(0, size - 1, min(count, size)).long().tolist()
     return DataLoader(Subset(loader.dataset, rows), loader.batch_size, collate_fn=loader.collate_fn)
-
-
-def count_classes(samples: Any) -> int:
-    """From an image folder's names, or the labels themselves."""
-    samples = getattr(samples, "dataset", samples)  # a split holds out a part of the whole
-    return len(samples.classes) if hasattr(samples, "classes") else int(samples.tensors[1].max()) + 1
 
 
 if __name__ == "__main__":

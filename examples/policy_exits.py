@@ -2,6 +2,8 @@
 
     python examples/policy_exits.py --policy sb3_ppo_CartPole-v1.zip --env CartPole-v1 [--quick]
 
+It needs gymnasium and Stable-Baselines3: pip install 'exitkit[rl]'.
+
 The policy is an actor-critic that Stable-Baselines3 saved. Its action network gets an exit after each hidden layer, by Zero
 Time Waste and by SDN; both learn the policy's action distribution, and then play the same number of episodes from the same
 seeds. What a small network of two layers shows is that everything works: its exits cost about as much as they save, and one
@@ -22,7 +24,10 @@ from exitkit import rl
 
 def main(arguments: list[str] | None = None) -> None:
     args = parse(arguments)
-    import gymnasium
+    try:
+        import gymnasium
+    except ImportError as error:
+        raise exitkit.ExitkitError("this needs gymnasium: pip install 'exitkit[rl]'") from error
 
     env = gymnasium.make_vec(args.env, num_envs=args.envs, vectorization_mode="sync")
     observations, _ = env.reset(seed=args.seed)

@@ -297,6 +297,45 @@ def test_labels_beyond_the_classifier_are_refused(refused: Run, tmp_path: Path) 
     assert "the data have 5 classes, but the model tells 3 apart" in error
 
 
+@pytest.mark.parametrize(
+    ("labels", "said"),
+    [
+        ([0] * 20, "holds one class, from which nothing can be learned"),
+        (list(range(-1, 9)), "labels run from -1 to 8; classes are counted from 0"),
+        ([0, 1, 2, 0], "has 4 samples, and a fifth of them, which is held out, is none"),
+    ],
+)
+def test_data_that_nothing_can_be_learned_from_are_refused(
+    refused: Run, tmp_path: Path, bert: Path, labels: list[int], said: str
+) -> None:
+    np.savez(tmp_path / "a.npz", images=np.zeros((len(labels), 8, 8), np.uint8), labels=np.array(labels))
+    (tmp_path / "a.csv").write_text("text,label\n" + "".join(f"good film,{label}\n" for label in labels))
+    for model, data in ((TOY, tmp_path / "a.npz"), (f"hf:{bert}", tmp_path / "a.csv")):
+        error = refused("bench", "--model", model, "--data", data, "--out", tmp_path / "run")
+        assert said in error
+        assert f"--data '{data}'" in error
+
+
+def test_a_folder_of_one_class_is_refused(refused: Run, tmp_path: Path) -> None:
+    pytest.importorskip("torchvision")
+    from PIL import Image
+
+    (tmp_path / "photos" / "all").mkdir(parents=True)
+    for number in range(6):
+        Image.new("RGB", (8, 8)).save(tmp_path / "photos" / "all" / f"{number}.png")
+    error = refused(
+        *("bench", "--model", "torchvision:resnet18", "--data", tmp_path / "photos", "--out", tmp_path / "run")
+    )
+    assert "holds one class" in error
+    assert "a subfolder for each class" in error
+
+
+def test_percent_that_look_like_shares_are_refused(refused: Run, images: Path, tmp_path: Path) -> None:
+    for option in ("--at-cost", "--budgets"):
+        error = refused("bench", "--model", TOY, "--data", images, "--out", tmp_path / "run", option, "0.15,0.5")
+        assert f"{option} '0.15,0.5' is in percent: 0.15 is 0.15%; write 15 for 15%" in error
+
+
 def test_numeric_text_labels_are_class_indices(tmp_path: Path, bert: Path) -> None:
     """Labels 2, 10 and 11 must stay so: as words they would sort as 10, 11, 2."""
     from exitkit.cli.data import load_data

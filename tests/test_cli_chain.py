@@ -41,6 +41,7 @@ def test_bench_calibrate_export_run(run: Any, bench: Path, images: Path, tmp_pat
     thresholds = {name: one["chosen"] for name, one in json.loads((bench / "thresholds.json").read_text()).items()}
     cheapest = min(thresholds, key=lambda name: thresholds[name]["guarantee"]["cost"])
     assert printed.startswith(f"{cheapest}: τ = ")
+    assert "the cheapest that keeps its promise" in printed.replace("\n", " ")
     assert "calibration samples" in printed
     assert f"exitkit run {bench / 'model.pt2'} INPUTS" in printed.replace("\n", "")
 
@@ -132,6 +133,7 @@ def test_exits_are_found_inside_a_run(run: Any, bench: Path, tmp_path: Path) -> 
         ),
         (("export", "RUN", "--method", "zwt"), "Did you mean 'ztw'"),
         (("export", "RUN", "--method", "ztw", "--threshold", 0.4), "--trust lets it run"),
+        (("export", "RUN", "--method", "ztw", "--trust", "--out", "x.tflite"), "--out 'x.tflite' must end in .pt2"),
         (("export",), "export takes one place with exits: RUN_DIR"),
         (("export", "RUN", "--exits", "RUN"), "export takes one place with exits: RUN_DIR"),
         (("export", "nowhere"), "RUN_DIR 'nowhere' is not a directory"),
@@ -158,10 +160,18 @@ def test_the_demo_goes_on_as_it_says(run: Any, tmp_path: Path, monkeypatch: pyte
     assert [command.split()[0] for command in commands] == ["calibrate", "report", "export"]
     for command in commands:
         run(*command.split())
-    assert (tmp_path / "exitkit-demo" / "model.pt2").exists()
+    made = [
+        tmp_path / "exitkit-demo" / name
+        for name in ("model.pt2", "report.html", "report-curve.csv", "thresholds.json")
+    ]
+    assert all(path.exists() for path in made)
     assert "image" in json.dumps(
         exitkit.load("exitkit-demo/model.pt2", trust=True).description.preprocessing.size and "image"
     )
+    monkeypatch.setattr("exitkit.cli.demo._train_backbone", lambda backbone, _: backbone.eval())
+    monkeypatch.setattr("exitkit.training.Trainer.fit", lambda *_: None)
+    run("demo")
+    assert not any(path.exists() for path in made)  # they were of other exits
 
 
 def test_the_cache_changes_no_result(run: Any, images: Path, tmp_path: Path) -> None:

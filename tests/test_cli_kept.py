@@ -155,11 +155,34 @@ def test_a_folder_that_cannot_be_written_to_after_training_loses_no_result(
     run("report", instead)
 
 
+def test_a_finished_run_is_not_replaced(
+    run: Any,
+    refused: Any,
+    recipe: Path,
+    images: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    bench, trained = tmp_path / "bench", tmp_path / "trained"
+    commands = [
+        ("bench", "--model", TOY, "--data", images, "--epochs", 1, "--methods", "sdn", "--out", bench),
+        ("train", recipe, "--trust", "--epochs", 1, "--out", trained),
+    ]
+    for command in commands:
+        run(*command)
+    monkeypatch.setattr("exitkit.training.Trainer.fit", lambda *_: pytest.fail("it trains"))
+    before = {path: path.read_bytes() for out in (bench, trained) for path in out.rglob("*") if path.is_file()}
+    for *command, out in [*commands, ("demo", "--out", bench)]:
+        told = refused(*command, out)
+        assert f"--out '{out}' holds a run already, which would be lost; name another folder, or remove it" in told
+    assert {path: path.read_bytes() for path in before} == before
+
+
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
 def test_a_read_only_folder_is_refused_before_training(refused: Any, images: Path, tmp_path: Path) -> None:
     (tmp_path / "closed").mkdir(mode=0o500)
     error = refused("bench", "--model", TOY, "--data", images, "--out", tmp_path / "closed" / "run")
-    assert "you may not write to" in error
+    assert "cannot be written to: Permission denied" in error
 
 
 def test_ctrl_c_keeps_the_methods_that_were_finished(

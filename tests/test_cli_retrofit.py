@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -59,7 +60,10 @@ def data(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_a_model_and_data_become_exits_a_verdict_and_a_page(run: Run, data: Path) -> None:  # noqa: F811
+def test_a_model_and_data_become_exits_a_verdict_and_a_page(
+    run: Run,  # noqa: F811
+    data: Path,
+) -> None:
     out = data / "out"
     arguments = (
         "retrofit",
@@ -84,6 +88,26 @@ def test_a_model_and_data_become_exits_a_verdict_and_a_page(run: Run, data: Path
     again = run(*arguments, *options)  # everything is there already
     assert json.loads((out / "retrofit.json").read_text())["policy"] == found["policy"]
     assert found["verdict"] in again
+
+
+def test_export_says_what_the_verdict_was(run: Run, data: Path) -> None:  # noqa: F811
+    """It warns where that was not to ship the exits, but to ship the model or another."""
+    ee = exitkit.attach(trained(), torch.zeros(2, 1, 8, 8), at=["blocks.0"], head="1L", method="sdn")
+    ee.save_pretrained(data / "out" / "exits", threshold=0.75)
+    shipped, alone, other = (
+        "saves 9%: ship the exits",
+        "costs 9% more time: ship the backbone",
+        "saves 9%; but small keeps the same promise for 5.0% of the MACs: ship that instead",
+    )
+    for reason in (shipped, alone, other):
+        (data / "out" / "retrofit.json").write_text(json.dumps({"verdict": "exits", "reason": reason}))
+        with warnings.catch_warnings(record=True) as heard:
+            warnings.simplefilter("always")
+            told = run("export", "--model", MODEL, "--exits", data / "out" / "exits", "--out", data / "model.pt2")
+        warned = [str(one.message) for one in heard if "retrofit" in str(one.message)]
+        assert warned == ([] if reason == shipped else [f"exitkit retrofit advises against these exits: {reason}"])
+        assert (f"exits: {shipped}" in told) == (reason == shipped)
+        assert "τ = 0.75" in told
 
 
 def test_wrong_arguments_are_said_in_a_line_or_two(refused: Run, data: Path) -> None:  # noqa: F811

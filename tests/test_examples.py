@@ -97,6 +97,24 @@ def test_bert_text_promises_and_stops(texts: Path, capsys: pytest.CaptureFixture
     assert "at most 0.1" in shown or "No sample leaves" in shown
 
 
+@pytest.mark.parametrize(
+    ("name", "module", "extra", "given"),
+    [
+        ("bert_text", "transformers", "transformers", ["--train", "a.tsv", "--test", "b.tsv"]),
+        ("policy_exits", "gymnasium", "rl", ["--policy", "a.zip"]),
+    ],
+)
+def test_an_example_names_the_extra_that_it_needs(
+    monkeypatch: pytest.MonkeyPatch, name: str, module: str, extra: str, given: list[str]
+) -> None:
+    if name == "policy_exits":
+        pytest.importorskip("gymnasium")  # exitkit.rl itself is of the extra
+    program = example(name)
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(exitkit.ExitkitError, match=rf"pip install 'exitkit\[{extra}\]'"):
+        program.main(given)
+
+
 def test_bert_text_reads_as_many_texts_as_asked_for(texts: Path) -> None:
     read, labels = example("bert_text").read(texts, 7)
     assert len(read) == len(labels) == 7

@@ -350,9 +350,10 @@ def _make_table(folder: Path) -> Path:
 def _read_table(path: Path) -> Any:
     rows = _read_text(path, pairs=True)
     labels = {label for _, label in rows}
-    for kind in (_label_indices, _numbers):
-        with suppress(ExitkitError):
-            kind(labels)
+    with suppress(ExitkitError):
+        _label_indices(labels, "--data", unlabelled=False)
+    with suppress(ExitkitError):
+        _numbers(labels)
     return None
 
 

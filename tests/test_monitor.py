@@ -107,7 +107,7 @@ def test_the_report_says_what_changed() -> None:
 def test_a_new_monitor_reports_too() -> None:
     report = ShiftMonitor(calibration(), TAU).report()
     assert (report.samples, report.fired_at, report.p_values) == (0, None, {})
-    assert "No shift seen in 0 samples" in str(report)
+    assert "Nothing was seen yet" in str(report)
 
 
 def test_it_takes_an_engines_predictions(tiny_ee: exitkit.MultiExitModel, loader: Any) -> None:

@@ -49,6 +49,8 @@ class ShiftReport:
     observed_score: float
 
     def __str__(self) -> str:
+        if not self.samples:
+            return "Nothing was seen yet: give the monitor exits and scores, by update() or exitkit.compile(monitor=)."
         verdict = (
             f"No shift seen in {self.samples:,} samples."
             if self.fired_at is None

@@ -289,12 +289,13 @@ def doctor(
     from exitkit.cli.doctor import examine
     from exitkit.common.schema import to_json
 
-    found = examine(compiling)
+    found: dict[str, dict[str, str]] = {}
+    for heading, name, text in examine(compiling):
+        if not json:
+            typer.echo(f"{heading}\n" * (heading not in found) + f"  {name:<18}{text}")
+        found.setdefault(heading, {})[name] = text
     if json:
         typer.echo(to_json(found))
-        return
-    for heading, lines in found.items():
-        typer.echo(f"{heading}\n" + "\n".join(f"  {name:<18}{text}" for name, text in lines.items()))
 
 
 _FIND, _LOOK, _RUN = "From a model to exits", "Looking at runs", "From exits to answers"

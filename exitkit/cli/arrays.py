@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 
-from exitkit.cli.split import Split, hold_out
+from exitkit.cli.split import Split, check_indices, hold_out
 from exitkit.cli.unpacking import check_inflation
 from exitkit.common.errors import ArgumentError, FileError
 from exitkit.multi_exit.preprocessing import ImagePreprocessing, default_statistics
@@ -43,7 +43,7 @@ class PackedImages(Dataset[Any]):
         return self.prepared(self.images[number : number + 1])[0], self.labels[number]
 
 
-def image_arrays(path: Path, model: nn.Module, test: str | None, numbers: bool) -> Split:
+def image_arrays(path: Path, model: nn.Module, test: str | None, numbers: bool, unlabelled: bool = False) -> Split:
     """``images``/``labels``, or MedMNIST's ``train_images``, ``train_labels``, ``test_images``, ``test_labels``."""
     arrays, given = read_npz(path), f"--data {str(path)!r}"
     declared = ImagePreprocessing.of(model)
@@ -63,7 +63,7 @@ def image_arrays(path: Path, model: nn.Module, test: str | None, numbers: bool) 
         if size is not None and channels not in (1, size[0]):
             raise ArgumentError(f"{origin} has {channels} channels, but the model takes {size[0]}")
         return PackedImages(
-            images, _targets(labels, origin, numbers), partial(normalise, size=size, mean=mean, std=std)
+            images, _targets(labels, origin, numbers, unlabelled), partial(normalise, size=size, mean=mean, std=std)
         )
 
     train: Dataset[Any]
@@ -73,7 +73,7 @@ def image_arrays(path: Path, model: nn.Module, test: str | None, numbers: bool) 
     elif "train_images" in arrays:
         train, held_out = samples(arrays, "train_", given), samples(arrays, "test_", given)
     else:
-        train, held_out = hold_out(samples(arrays, "", given))
+        train, held_out = hold_out(samples(arrays, "", given), str(path))
     shape = tuple(train[0][0].shape)
     centre, spread = default_statistics(shape[0])
     preprocessing = ImagePreprocessing(shape, tuple(mean or centre), tuple(std or spread), 1.0, "bilinear", "squash")
@@ -81,8 +81,8 @@ def image_arrays(path: Path, model: nn.Module, test: str | None, numbers: bool) 
     return Split(train, held_out, preprocessing=preprocessing, classes=None if numbers else int(max(labels)) + 1)
 
 
-def _targets(labels: NDArray[Any], origin: str, numbers: bool) -> Tensor:
-    """Class indices, or ``numbers`` to predict."""
+def _targets(labels: NDArray[Any], origin: str, numbers: bool, unlabelled: bool) -> Tensor:
+    """Class indices, -1 for none where samples may be ``unlabelled``, or ``numbers`` to predict."""
     if numbers:
         if not np.issubdtype(labels.dtype, np.number) or not np.isfinite(labels).all():
             raise ArgumentError(f"{origin} has labels of dtype {labels.dtype}; a regression needs finite numbers")
@@ -92,6 +92,7 @@ def _targets(labels: NDArray[Any], origin: str, numbers: bool) -> Tensor:
             f"{origin} has labels of dtype {labels.dtype}; expected class indices from 0, or for numbers to predict a recipe "
             "with num_classes = 1"
         )
+    check_indices(int(labels.min()), int(labels.max()), origin, unlabelled)
     return torch.as_tensor(labels.astype(np.int64))
 
 

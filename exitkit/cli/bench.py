@@ -74,7 +74,8 @@ def compare(
             check_classes(model.num_classes, classes, placement.get("num_classes"), "--num-classes {}")
             check_top(top, model.num_classes)
             report(
-                f"{method.name}: {len(model.boundaries)} exits, heads add {head_share(model):.1%} of the backbone's MACs"
+                f"{method.name}: {counted(len(model.boundaries), 'exit')}, heads add {head_share(model):.1%} of the "
+                "backbone's MACs"
             )
             Trainer(model, **training).fit(train)
             trained[parts] = Trained(model, collect(model, test), timed_stages(model, test, report))

@@ -35,6 +35,7 @@ def load_data(
     numbers: bool = False,
     pairs: bool = False,
     max_length: int | None = None,
+    unlabelled: bool = False,
 ) -> Split:
     """The data set that ``data`` names, prepared for ``model``.
 
@@ -47,10 +48,30 @@ def load_data(
         numbers: of an ``.npz``, or in the last column of text, labels are numbers to predict.
         pairs: for text: every sample is two texts, in the first two columns.
         max_length: for text: tokens after which one is cut; by default as many as the tokenizer and the model take.
+        unlabelled: the label -1 may stand for none.
 
     Raises:
-        ArgumentError: a path that does not exist, an unknown format, or contents that do not fit.
+        ArgumentError: a path that does not exist, an unknown format, contents that do not fit, or a single class.
     """
+    split = _read_split(data, model, test, tokenizer, numbers, pairs, max_length, unlabelled)
+    if split.classes == 1:
+        raise ArgumentError(
+            f"--data {data!r} holds one class, from which nothing can be learned\n"
+            "Images lie in a subfolder for each class, or in such of train/ and test/; labels of a file are 0, 1, ..."
+        )
+    return split
+
+
+def _read_split(
+    data: str,
+    model: nn.Module,
+    test: str | None,
+    tokenizer: str | None,
+    numbers: bool,
+    pairs: bool,
+    max_length: int | None,
+    unlabelled: bool,
+) -> Split:
     path = Path(data)
     if os.path.isdir(path):
         return _image_folder(path, model, test)
@@ -61,9 +82,9 @@ def load_data(
     if test is not None and not os.path.exists(test):
         raise ArgumentError(f"--test {test!r} does not exist; leave it out to hold out a fifth of --data")
     if path.suffix == ".npz":
-        return image_arrays(path, model, test, numbers)
+        return image_arrays(path, model, test, numbers, unlabelled)
     if path.suffix in (".csv", ".tsv"):
-        return texts(path, model, test, tokenizer, numbers, pairs, max_length)
+        return texts(path, model, test, tokenizer, numbers, pairs, max_length, unlabelled)
     raise ArgumentError(f"--data {data!r} has an unknown format; give an image folder, .npz, .csv or .tsv")
 
 
@@ -83,7 +104,7 @@ def _image_folder(path: Path, model: nn.Module, test: str | None) -> Split:
     held_out = Path(test) if test is not None else parts.get("test", parts.get("val"))
     if held_out is None:
         whole = folder(path)
-        train_part, test_part = hold_out(whole)
+        train_part, test_part = hold_out(whole, str(path))
         _check_readable(whole.imgs[index][0] for index in test_part.indices)
         return _decoded(train_part, test_part, preprocessing, len(whole.classes))
     train_set = folder(parts.get("train", path))
@@ -135,7 +156,7 @@ def _torchvision_dataset(data: str, test: str | None, model: nn.Module) -> Split
                 f"{data}:split=train, and --test {data}:split=test"
             )
         samples = _made(data, "--data", preprocessing)
-        train, held_out = hold_out(samples) if test is None else (samples, _made(test, "--test", preprocessing))
+        train, held_out = hold_out(samples, data) if test is None else (samples, _made(test, "--test", preprocessing))
         return _decoded(train, held_out, preprocessing, _classes(samples))
     if test is not None:
         raise ArgumentError(f"--test {test!r}: {data} brings its own test samples; leave --test out")

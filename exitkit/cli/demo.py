@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from exitkit.cli.bench import compare, comparison_table
+from exitkit.cli.options import check_unused
 from exitkit.cli.split import Split
 from exitkit.cli.writing import next_steps, write_results, written
 from exitkit.common.errors import ExitkitError
@@ -19,14 +20,23 @@ from exitkit.common.intervals import with_interval
 from exitkit.methods.presets import PBEE, SDN, ZTW
 from exitkit.models import cifar_resnet
 from exitkit.multi_exit.preprocessing import ImagePreprocessing
+from exitkit.report.run import RESULTS
 
 _SIDE = 16
 _TEST = 800
 """Half of them choose τ in ``exitkit calibrate``, which needs 299 for its usual promise."""
 
+_DATA = f"scikit-learn digits, {_TEST} test images"
+
 
 def run_demo(out: Path, console: Console) -> None:
-    """Train a ResNet-20 on scikit-learn's digits, attach exits by three methods, show what they save."""
+    """Train a ResNet-20 on scikit-learn's digits, attach exits by three methods, show what they save.
+
+    Raises:
+        ArgumentError: ``out`` holds another run than a demo's.
+    """
+    if not _is_demo(out):
+        check_unused(out)
     started = time.perf_counter()
     torch.manual_seed(0)
     split = _digits()
@@ -50,13 +60,19 @@ def run_demo(out: Path, console: Console) -> None:
     point = outputs["ztw"].curve().at_budget(0.5)
     console.print(
         f"With ZTW and τ = {point.policy.shown()} the network spends {point.cost:.0%} of its compute "
-        f"at {with_interval(point.accuracy, _TEST)} accuracy; alone it has {outputs['ztw'].accuracy()[-1]:.1%}. "
+        f"and has an accuracy of {with_interval(point.accuracy, _TEST)}; alone it has {outputs['ztw'].accuracy()[-1]:.1%}. "
         f"({time.perf_counter() - started:.0f} s)"
     )
-    about = {"model": "exitkit.models:cifar_resnet", "data": f"scikit-learn digits, {_TEST} test images"}
+    about = {"model": "exitkit.models:cifar_resnet", "data": _DATA}
     written(out, lambda folder: write_results(results, folder, about, split, backbone))
     for line in next_steps(out):
         console.print(line)
+
+
+def _is_demo(out: Path) -> bool:
+    """Whether a folder holds the run of a demo, which the next one takes the place of."""
+    kept = out / RESULTS
+    return kept.exists() and _DATA in kept.read_text("utf-8", "replace")
 
 
 def _digits() -> Split:

@@ -6,7 +6,7 @@ import os
 import platform
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -29,19 +29,22 @@ _LIBRARIES = {
 """Libraries that are only needed for some of it, and the extra that brings each."""
 
 
-def examine(compiling: bool = True) -> dict[str, dict[str, str]]:
-    """What is installed, what there is to run on, and what works: texts by name. ``compiling`` takes most of the time."""
-    return {
-        "versions": {"exitkit": exitkit.__version__, "python": platform.python_version(), "torch": torch.__version__}
-        | {name: _version(name, extra) for name, extra in _LIBRARIES.items()},
-        "machine": {
-            "system": f"{platform.system()} {platform.machine()}",
-            "devices": ", ".join(devices()),
-            "threads": f"{torch.get_num_threads()} of {os.cpu_count()} processors",
-            "allocator": allocator(),
-        },
-        "works here": {name: tried(check) for name, check in _checks(compiling).items()},
-    }
+def examine(compiling: bool = True) -> Iterator[tuple[str, str, str]]:
+    """What is installed, what there is to run on, and what works: heading, name and text of each, as it is known.
+
+    ``compiling`` takes most of the time.
+    """
+    yield "versions", "exitkit", exitkit.__version__
+    yield "versions", "python", platform.python_version()
+    yield "versions", "torch", torch.__version__
+    for name, extra in _LIBRARIES.items():
+        yield "versions", name, _version(name, extra)
+    yield "machine", "system", f"{platform.system()} {platform.machine()}"
+    yield "machine", "devices", ", ".join(devices())
+    yield "machine", "threads", f"{torch.get_num_threads()} of {os.cpu_count()} processors"
+    yield "machine", "allocator", allocator()
+    for name, check in _checks(compiling).items():
+        yield "works here", name, tried(check)
 
 
 def devices() -> list[str]:

@@ -26,6 +26,7 @@ from exitkit.cli.options import (
     Weights,
     check_folder,
     check_least,
+    check_unused,
     shares_of,
 )
 from exitkit.cli.starting import INTERRUPTED, data_example, say_if_random, say_what_is_lost
@@ -86,7 +87,9 @@ def bench(
     if seed < 0:
         raise ArgumentError(f"--seed {seed} must be at least 0")
     shares = shares_of(budgets)
+    cost_shares = None if at_cost is None else shares_of(at_cost, "--at-cost")
     check_folder(out)
+    check_unused(out)
     from exitkit.cli.bench import compare
     from exitkit.cli.data import load_data
     from exitkit.cli.machine import computing_with, threads_for, train_on
@@ -127,7 +130,7 @@ def bench(
             placement={
                 "every": every,
                 "at": None if at is None else _places(at),
-                "at_cost": None if at_cost is None else shares_of(at_cost, "--at-cost"),
+                "at_cost": cost_shares,
                 "head": head,
                 "num_classes": num_classes,
             },

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,12 +12,16 @@ from exitkit.cli.experiments import ask_for, import_heads
 from exitkit.cli.sources import load_model
 from exitkit.cli.text_files import load_tokenizer
 from exitkit.common.errors import ArgumentError, FileError, unknown_name
+from exitkit.common.schema import read_json
 from exitkit.methods.policy import ExitPolicy
 from exitkit.multi_exit.model import MultiExitModel
 from exitkit.multi_exit.preprocessing import Preprocessing, TextPreprocessing, preprocessing_from_json
 from exitkit.multi_exit.saving.configuration import CONFIG, read_configuration
 from exitkit.packages import export
+from exitkit.packages.exporting import package_kind
 from exitkit.report.run import BACKBONE, Run, exits_folder, read_run
+from exitkit.retrofitting.result import EXITS, RESULT
+from exitkit.retrofitting.verdict import ships_exits
 
 
 @dataclass(frozen=True)
@@ -31,6 +36,7 @@ class Source:
         preprocessing: of images, or None.
         max_length: of texts: tokens after which one is cut, or None for as many as the model takes.
         method: of the run, or None.
+        why: why that one of the run's methods, where several could have been taken.
     """
 
     exits: str
@@ -42,6 +48,7 @@ class Source:
     preprocessing: Preprocessing | None = None
     max_length: int | None = None
     method: str | None = None
+    why: str = ""
 
 
 def find_source(place: str, method: str | None) -> Source:
@@ -62,14 +69,14 @@ def find_source(place: str, method: str | None) -> Source:
         inside = sorted(path.parent for path in (*folder.glob(f"exits/*/{CONFIG}"), *folder.glob(f"*/{CONFIG}")))
         return Source(str(_one(inside, folder)))
     run = read_run(folder, regression=True)
-    name = _chosen(run, method)
+    name, why = _chosen(run, method)
     exits = exits_folder(folder, name)
     if not exits.is_dir():
         raise ArgumentError(
             f"RUN_DIR {place!r} holds no exits of {name!r}: there is no {str(exits)!r}. Run exitkit bench or train again, "
             "which keep them, or name another folder by --exits"
         )
-    return _known(run, name, str(exits))
+    return replace(_known(run, name, str(exits)), why=why)
 
 
 def flags_over(
@@ -110,6 +117,8 @@ def export_source(source: Source, out: Path, threshold: float | None, optimize: 
     Raises:
         ArgumentError: there is no threshold, or what :func:`exitkit.export` raises.
     """
+    package_kind(out, optimize, "--out ")
+    verdict = _verdict(Path(source.exits).resolve())
     model = str(source.model)
     ee = MultiExitModel.from_pretrained(load_model(model, source.weights, source.num_classes).eval(), source.exits)
     if threshold is None and source.method is not None and source.policy is None:
@@ -131,15 +140,28 @@ def export_source(source: Source, out: Path, threshold: float | None, optimize: 
         preprocessing=_preprocessing(source, ee),
     )
     written = f"Written to {out} ({out.stat().st_size / 2**20:.1f} MiB)"
-    if threshold is not None or source.policy is None:
-        return [written]
-    promise = source.policy.guarantee
+    policy = ee.policy if source.policy is None else source.policy
+    if threshold is not None or policy is None:
+        return [*verdict, written]
     return [
-        f"{source.method}: τ = {source.policy.shown()}",
-        *([f"  {promise}"] if promise else []),
+        *verdict,
+        f"{source.method or ee.method.name}: τ = {policy.shown()}{source.why}",
+        *([f"  {policy.guarantee}"] if policy.guarantee else []),
         written,
         *next_with(out),
     ]
+
+
+def _verdict(exits: Path) -> list[str]:
+    """What ``exitkit retrofit`` said of exits in its folder, in a line; a warning where that was not to ship them."""
+    kept = exits.parent / RESULT
+    if exits.name != EXITS or not kept.exists():
+        return []
+    reason = str(dict(read_json(kept, "delete it, or run exitkit retrofit again")).get("reason"))
+    if ships_exits(reason):
+        return [f"exits: {reason}"]
+    warnings.warn(f"exitkit retrofit advises against these exits: {reason}", stacklevel=2)
+    return []
 
 
 def _preprocessing(source: Source, ee: MultiExitModel) -> Preprocessing | None:
@@ -179,20 +201,22 @@ def _known(run: Run, name: str, exits: str) -> Source:
     )
 
 
-def _chosen(run: Run, method: str | None) -> str:
+def _chosen(run: Run, method: str | None) -> tuple[str, str]:
+    """The name of the method to export, and a phrase on why it was taken of several."""
     if method is not None:
         if method not in run.results:
             raise unknown_name("--method", method, run.results)
-        return method
+        return method, ""
     promised = {
         name: one.calibrated.chosen.cost or 1.0
         for name, one in run.results.items()
         if one.calibrated is not None and one.calibrated.chosen.found
     }
     if promised:
-        return min(promised, key=promised.__getitem__)
+        why = f" (of {', '.join(run.results)} the cheapest that keeps its promise)" if len(run.results) > 1 else ""
+        return min(promised, key=promised.__getitem__), why
     if len(run.results) == 1:
-        return next(iter(run.results))
+        return next(iter(run.results)), ""
     raise ArgumentError(
         f"RUN_DIR {str(run.directory)!r} has the methods {', '.join(run.results)}, and nothing is promised of any: run "
         f"exitkit calibrate {run.directory} first, or give --method and --threshold"

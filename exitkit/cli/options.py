@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-import os
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Annotated
 
 import typer
@@ -65,11 +65,26 @@ RunDirectory = Annotated[Path, typer.Argument(metavar="RUN_DIR", help="What exit
 
 def check_folder(out: Path) -> None:
     """Refuse what cannot become a folder, before anything is trained for it."""
-    there = next(path for path in (out, *out.absolute().parents) if path.exists())
-    if not there.is_dir():
-        raise ArgumentError(f"--out {str(out)!r}: {str(there)!r} is a file; name a folder")
-    if not os.access(there, os.W_OK):
-        raise ArgumentError(f"--out {str(out)!r}: you may not write to {str(there)!r}; name another folder")
+    try:
+        there = next(path for path in (out, *out.absolute().parents) if path.exists())
+        if not there.is_dir():
+            raise ArgumentError(f"--out {str(out)!r}: {str(there)!r} is a file; name a folder")
+        with TemporaryDirectory(dir=there) as probe:  # made and removed: what is refused later leaves nothing
+            (Path(probe) / out.absolute().relative_to(there.absolute())).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ArgumentError(
+            f"--out {str(out)[:200]!r} cannot be written to: {error.strerror}; name another folder"
+        ) from error
+
+
+def check_unused(out: Path) -> None:
+    """Refuse a folder with a finished run: its packages and reports would lie beside the results of the next one."""
+    from exitkit.report.run import RESULTS
+
+    if (out / RESULTS).exists():
+        raise ArgumentError(
+            f"--out {str(out)!r} holds a run already, which would be lost; name another folder, or remove it"
+        )
 
 
 def check_least(**numbers: int | None) -> None:
@@ -91,4 +106,9 @@ def shares_of(given: str, option: str = "--budgets") -> list[float]:
         found = []
     if not found or not all(0 < share < math.inf for share in found):
         raise ArgumentError(f"{option} {given[:80]!r} must be percentages of the backbone's MACs, such as 25,35,50")
+    if max(found) <= 0.01:
+        raise ArgumentError(
+            f"{option} {given[:80]!r} is in percent: {100 * found[0]:g} is {100 * found[0]:g}%; write {1e4 * found[0]:g} for "
+            f"{1e4 * found[0]:g}%"
+        )
     return found

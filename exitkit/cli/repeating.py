@@ -12,6 +12,7 @@ import typer
 from rich.table import Table
 
 from exitkit.cli.machine import computing_with, threads_for
+from exitkit.cli.options import check_unused
 from exitkit.cli.recipe import Recipe, described, output_within
 from exitkit.cli.starting import INTERRUPTED, data_example, say_if_random, say_what_is_lost
 from exitkit.cli.training import prepared, train_recipe
@@ -32,9 +33,13 @@ def carry_out(recipe: Recipe, out: Path, threads: int | None, say: Callable[[Any
     ``top``: above 1, accuracy among so many likeliest classes stands beside.
 
     Raises:
-        ExitkitError: values that do not fit the model or the data, or a folder that cannot be written to.
+        ExitkitError: values that do not fit the model or the data, a folder that cannot be written to, or that holds a run
+            which is finished.
     """
     kept = output_within(out, recipe.trainer)
+    if not (kept / NAME).exists() or recipe.trainer.get("resume") == "never":
+        check_unused(out)
+    (out / _RECIPE).unlink(missing_ok=True)
     backbone, split = prepared(recipe)
     say_what_is_lost(split)
     say_if_random(recipe.model, recipe.weights)
@@ -81,7 +86,6 @@ def finish(
     if finished(recipe, folder):
         say(f"{folder} is finished already")
         return
-    (folder / _RECIPE).unlink(missing_ok=True)
     carry_out(recipe, folder)
     with replacing(folder / _RECIPE) as temporary:
         temporary.write_text(json.dumps(described(recipe), indent=1), encoding="utf-8")

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset, Subset, random_split
 
+from exitkit.common.console import counted
+from exitkit.common.errors import ArgumentError
 from exitkit.multi_exit.preprocessing import ImagePreprocessing
 
 _HELD_OUT = 0.2
@@ -52,10 +54,32 @@ class Split:
         )
 
 
-def hold_out(samples: Any) -> tuple[Subset[Any], Subset[Any]]:
-    """The samples but for a fifth, and that fifth."""
+def hold_out(samples: Any, data: str) -> tuple[Subset[Any], Subset[Any]]:
+    """The samples but for a fifth, and that fifth; ``data`` is where they come from.
+
+    Raises:
+        ArgumentError: there are too few.
+    """
+    if len(samples) < 1 / _HELD_OUT:
+        raise ArgumentError(
+            f"--data {data!r} has {counted(len(samples), 'sample')}, and a fifth of them, which is held out, is none; give 5 "
+            "or more, or others to hold out: bench and train --test, retrofit --calibration"
+        )
     train, test = random_split(samples, [1 - _HELD_OUT, _HELD_OUT], generator=generator_of(0))
     return train, test
+
+
+def check_indices(low: int, high: int, origin: str, unlabelled: bool) -> None:
+    """Refuse labels below 0, but for the -1 of ``unlabelled`` samples, which a recipe with distillation may have.
+
+    Raises:
+        ArgumentError: there are some.
+    """
+    if low < (-1 if unlabelled else 0):
+        raise ArgumentError(
+            f"{origin}: labels run from {low} to {high}; classes are counted from 0, so add {-low} to each\n"
+            "-1 is for a sample without a label, in a recipe with [loss.distillation]"
+        )
 
 
 def generator_of(seed: int) -> torch.Generator:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from exitkit.cli.split import Split, hold_out
+from exitkit.cli.split import Split, check_indices, hold_out
 from exitkit.common.errors import ArgumentError, FileError
 from exitkit.multi_exit.saving.hub import refuse_local_path
 from exitkit.multi_exit.text_length import longest_text
@@ -30,6 +30,7 @@ def texts(
     numbers: bool,
     pairs: bool,
     max_length: int | None,
+    unlabelled: bool = False,
 ) -> Split:
     """Text in the first column (a pair in the first two), label in the last, a header above; labels may be words."""
     if tokenizer is None:
@@ -37,14 +38,15 @@ def texts(
     encode = load_tokenizer(tokenizer)
     longest = longest_text(encode, model, max_length)
     rows = _read_text(path, pairs)
-    names = (_numbers if numbers else _label_indices)({label for _, label in rows})
+    found = {label for _, label in rows}
+    names = _numbers(found) if numbers else _label_indices(found, f"--data {str(path)!r}", unlabelled)
     others = [] if test is None else _read_text(Path(test), pairs)
     if numbers:
         names |= _numbers({label for _, label in others})
     if unknown := {label for _, label in others} - set(names):
         raise ArgumentError(f"--test {test!r} has labels that --data has not: {sorted(unknown)[:5]}")
     train, held_out = (_Rows((text, names[label]) for text, label in part) for part in (rows, others))
-    if not numbers and not all(label.strip().isdecimal() for label in names):
+    if not numbers and not _are_indices(names):
         train.classes = held_out.classes = list(names)
 
     def collate(batch: list[tuple[Any, float]]) -> dict[str, Tensor]:
@@ -58,7 +60,7 @@ def texts(
     cut = _cut([text for text, _ in (*rows, *others)], encode, pairs, longest)
     note = f"{cut} of {len(rows) + len(others)} texts are cut at {longest} tokens" if cut else ""
     classes = None if numbers else int(max(names.values())) + 1
-    first, second = hold_out(train) if test is None else (train, held_out)
+    first, second = hold_out(train, str(path)) if test is None else (train, held_out)
     return Split(first, second, collate, classes=classes, note=note)  # type: ignore[arg-type]
 
 
@@ -114,14 +116,20 @@ def cells(file: Iterable[str], path: Path) -> Iterator[list[str]]:
     return csv.reader(file)
 
 
-def _label_indices(labels: set[str]) -> dict[str, int]:
+def _are_indices(labels: Iterable[str]) -> bool:
+    return all(label.strip().removeprefix("-").isdecimal() for label in labels)
+
+
+def _label_indices(labels: set[str], origin: str, unlabelled: bool) -> dict[str, int]:
     """Numbers are class indices as they are; words are numbered in alphabetical order."""
-    if all(label.strip().isdecimal() for label in labels):
+    if _are_indices(labels):
         if long := next((label for label in labels if len(label.strip()) > _LABEL_DIGITS), None):
             raise ArgumentError(
                 f"the label {long[:20]}… has {len(long)} digits; labels are class indices from 0, or words"
             )
-        return {label: int(label) for label in labels}
+        found = {label: int(label) for label in labels}
+        check_indices(min(found.values()), max(found.values()), origin, unlabelled)
+        return found
     return {label: index for index, label in enumerate(sorted(labels))}
 
 

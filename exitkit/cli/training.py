@@ -20,6 +20,7 @@ from exitkit.cli.sources import load_model
 from exitkit.cli.split import Split
 from exitkit.cli.subsets import balanced, held_out_of, regrouped, together
 from exitkit.cli.writing import write_results, written
+from exitkit.common.console import counted
 from exitkit.evaluation import ExitOutputs, RegressionOutputs, collect
 from exitkit.evaluation.outputs import check_top
 from exitkit.multi_exit.attaching import attach
@@ -36,7 +37,14 @@ def prepared(recipe: Recipe) -> tuple[nn.Module, Split]:
     regression = 1 in (recipe.num_classes, recipe.exits.get("num_outputs"))
     pairs, length = recipe.pairs, recipe.max_length
     split = load_data(
-        recipe.data, backbone, recipe.test, tokenizer, numbers=regression, pairs=pairs, max_length=length
+        recipe.data,
+        backbone,
+        recipe.test,
+        tokenizer,
+        numbers=regression,
+        pairs=pairs,
+        max_length=length,
+        unlabelled="distillation" in recipe.loss,
     )
     return backbone, regrouped(split, recipe.classes) if recipe.classes else split
 
@@ -72,7 +80,9 @@ def train_recipe(
     asked = recipe.exits.get("num_classes", recipe.num_classes)
     check_classes(model.num_classes, split.classes, asked, "exits.num_classes = {}")
     check_top(top, model.num_classes)
-    report(f"{method.name}: {len(model.boundaries)} exits, heads add {head_share(model):.1%} of the backbone's MACs")
+    report(
+        f"{method.name}: {counted(len(model.boundaries), 'exit')}, heads add {head_share(model):.1%} of the backbone's MACs"
+    )
     kept = output_within(out, recipe.trainer)
     trainer = Trainer(
         model,

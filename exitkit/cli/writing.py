@@ -22,6 +22,7 @@ from exitkit.common.errors import ExitkitError, FileError
 from exitkit.common.files import replacing
 from exitkit.evaluation import ExitOutputs, RegressionOutputs, plot_curves, plot_hindsight
 from exitkit.multi_exit.preprocessing import preprocessing_to_json
+from exitkit.packages.exporting import ENDINGS
 from exitkit.report import write_samples
 from exitkit.report.run import (
     BACKBONE,
@@ -37,6 +38,9 @@ from exitkit.surgery.inputs import Example
 
 _SAMPLES, _BYTES = 64, 32 * 2**20
 """Of the test samples that are kept to time a package on: how many, and of what size together, at most."""
+
+_DERIVED = (THRESHOLDS, "report.html", "report-*.png", "report-*.csv", *(f"model{ending}" for ending in ENDINGS))
+"""Files that commands make of a run in its folder, unless they are told another name."""
 
 
 def written(out: Path, write: Callable[[Path], None]) -> None:
@@ -78,7 +82,7 @@ def write_results(
     of the only method.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    (directory / THRESHOLDS).unlink(missing_ok=True)  # chosen on the outputs before these
+    _remove_derived(directory)
     _write_backbone(directory / BACKBONE, backbone)
     for name, one in results.items():
         one.model.save_pretrained(exits_folder(directory, name), outputs=one.outputs)
@@ -115,6 +119,13 @@ def next_steps(out: Path) -> list[str]:
         f"  exitkit report {folder}      # a page to look at",
         f"  exitkit export {folder}      # one file that runs without the model's code",
     ]
+
+
+def _remove_derived(directory: Path) -> None:
+    """What calibrate, export and report made of the outputs before these."""
+    for pattern in _DERIVED:
+        for path in directory.glob(pattern):
+            path.unlink()
 
 
 def _regression(results: Mapping[str, Trained]) -> bool:

@@ -75,7 +75,7 @@ def check(name: str, value: Any, kind: Any, remedy: str = "") -> None:
     if _is_one_of(value, kind):
         return
     if names and all(isinstance(one, str) for one in names) and isinstance(value, str):
-        raise unknown_name(name, value, names, remedy)
+        raise unknown_name(name, value, names, f"{remedy[0].upper()}{remedy[1:]}." if remedy else "")
     raise ArgumentError(f"{name}={value!r} must be {_allowed(kind)}{_after(remedy)}")
 
 

@@ -23,9 +23,14 @@ _PAUSE = 10.0
 _quiet: ContextVar[bool] = ContextVar("quiet", default=False)
 
 
-def counted(number: int, noun: str) -> str:
-    """``1 thread``, ``2 threads``."""
-    return f"{number} {noun}{'s' * (number != 1)}"
+def counted(number: int, noun: str, plural: str | None = None) -> str:
+    """``1 thread``, ``2 threads``; ``plural`` where it takes more than an s."""
+    return f"{number} {noun if number == 1 else plural or noun + 's'}"
+
+
+def in_minutes(minutes: float, about: str = "") -> str:
+    """``under a minute``, ``1 minute``, ``5 minutes``; with ``about`` before a number."""
+    return f"{about}{counted(round(minutes), 'minute')}" if minutes >= 1 else "under a minute"
 
 
 @contextmanager

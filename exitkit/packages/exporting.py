@@ -32,6 +32,8 @@ from exitkit.packages.manifest import Kind, Manifest
 from exitkit.packages.onnx_branches import write_branches
 from exitkit.packages.onnx_steps import check_onnx, onnx_run, to_onnx
 
+ENDINGS: dict[str, Kind | None] = {".pt2": "torch", ".onnx.zip": "onnx", ".onnx": None, ".pte": "executorch"}
+"""What a file's ending says is written; None is a single ONNX graph."""
 _TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}
 _COARSE = 5e-2
 _TENSOR_CORES = 1e-2
@@ -76,7 +78,7 @@ def export(
         raise ArgumentError(f"model is {type(model).__name__}; export takes what exitkit.attach(model) returns")
     check("path", path, PATH)
     target = Path(path)
-    kind = _kind(target, optimize)
+    kind = package_kind(target, optimize)
     policy = model.policy_for(threshold, criterion)
     if kind in ("onnx", None):
         check_onnx()  # before the model is captured, which takes seconds
@@ -106,19 +108,22 @@ def export(
     write_archive(target, manifest, contents)
 
 
-def _kind(path: Path, optimize: bool) -> Kind | None:
-    """What the file's ending asks for; None for a single ONNX graph."""
-    endings: dict[str, Kind | None] = {".pt2": "torch", ".onnx.zip": "onnx", ".onnx": None, ".pte": "executorch"}
-    ending = next((ending for ending in endings if path.name.endswith(ending)), None)
+def package_kind(path: Path, optimize: bool, argument: str = "path=") -> Kind | None:
+    """What the file's ending asks for; None for a single ONNX graph. ``argument`` is what errors call the path.
+
+    Raises:
+        ArgumentError: an ending that is none of these, or one that is not compiled.
+    """
+    ending = next((ending for ending in ENDINGS if path.name.endswith(ending)), None)
     if ending is None:
         raise ArgumentError(
-            f"path={str(path)!r} must end in .pt2, .onnx, .onnx.zip or .pte, which says what is written"
+            f"{argument}{str(path)!r} must end in .pt2, .onnx, .onnx.zip or .pte, which says what is written"
         )
     if optimize and ending != ".pt2":
         raise ArgumentError(
             f"optimize=True compiles .pt2 packages; {ending} is optimised by the runtime that reads it"
         )
-    return "compiled" if optimize else endings[ending]
+    return "compiled" if optimize else ENDINGS[ending]
 
 
 def _converted(

@@ -12,6 +12,7 @@ import torch
 
 from exitkit.calibration.risks import as_risk
 from exitkit.common.checks import Count, Index, Share, check_fields
+from exitkit.common.console import counted, in_minutes
 from exitkit.common.errors import ArgumentError
 from exitkit.common.hashes import digest
 from exitkit.evaluation.collecting import collect
@@ -101,10 +102,11 @@ def _announce(
 ) -> None:
     """Say what the search will take, where the backbone takes so many seconds for a sample."""
     epochs, boundaries = BUDGETS[wanted.effort], len({place.boundary.position for place in places})
+    found = f"{counted(len(places), 'candidate')} at {counted(boundaries, 'boundary', 'boundaries')}"
     say(
-        f"{len(places)} candidates at {boundaries} boundaries. The search costs at most {epochs:.0f} epochs of the backbone's "
-        f"forward over {samples:,} samples, here about {seconds * samples * epochs / 60:.0f} min; then at most "
-        f"{EPOCHS[wanted.effort]} epochs of the chosen exits"
+        f"{found}. The search costs at most {epochs:.0f} epochs of the backbone's forward over {samples:,} samples, here "
+        f"{in_minutes(seconds * samples * epochs / 60, 'about ')}; then at most {EPOCHS[wanted.effort]} epochs of the chosen "
+        "exits"
     )
 
 

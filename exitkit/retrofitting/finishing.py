@@ -8,6 +8,7 @@ from typing import Any, cast
 import torch
 from safetensors.torch import load_file, save_file
 
+from exitkit.common.console import counted
 from exitkit.common.errors import DivergedError
 from exitkit.common.files import replacing
 from exitkit.exits.classifiers import Head, InternalClassifier
@@ -59,7 +60,9 @@ def _train(search: Search, model: MultiExitModel, name: str, epochs: int) -> Non
     if path is not None and path.exists():
         _load(model, load_file(path))
         return
-    search.say(f"{name.replace('-', ' ')}: {len(model.classifiers)} exits, at most {epochs} epochs")
+    search.say(
+        f"{name.replace('-', ' ')}: {counted(len(model.classifiers), 'exit')}, at most {counted(epochs, 'epoch')}"
+    )
     names = (model.head,) if isinstance(model.head, str) else model.head
     cache = has_numbers(search.split.train) and all(is_light(head) for head in names)
     val = search.split.search if search.labelled else None

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import jinja2
 from markupsafe import Markup
 
+from exitkit.common.console import in_minutes
 from exitkit.common.errors import ArgumentError
 from exitkit.common.files import replacing
 from exitkit.common.versions import installed_versions
@@ -33,6 +34,7 @@ def write_page(result: Retrofit, path: str | PathLike[str]) -> None:
     template = (files("exitkit.retrofitting") / "page.html").read_text(encoding="utf-8")
     css = (files("exitkit.report") / "page" / "report.css").read_text(encoding="utf-8")
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    environment.filters["in_minutes"] = in_minutes
     environment.filters["percent"] = lambda share, digits=1: f"{share:.{digits}%}"
     page = environment.from_string(template).render(
         result=result,

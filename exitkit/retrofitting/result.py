@@ -8,6 +8,7 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from exitkit.common.console import in_minutes
 from exitkit.common.errors import ArgumentError
 from exitkit.common.files import replacing
 from exitkit.evaluation.metrics import Interval
@@ -90,7 +91,7 @@ class Retrofit:
 
     def __str__(self) -> str:
         exits = " and ".join(f"{one.head} after {one.boundary}" for one in self.chosen) or "no exit"
-        return f"{self.verdict}: {self.reason}\n{exits}; searched for {self.epochs:.1f} epochs, {self.minutes:.0f} minutes"
+        return f"{self.verdict}: {self.reason}\n{exits}; searched for {self.epochs:.1f} epochs, {in_minutes(self.minutes)}"
 
     def table(self) -> str:
         """Every candidate in a line, the chosen ones first, then by what they save alone."""

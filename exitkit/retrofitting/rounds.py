@@ -17,7 +17,7 @@ from torch import nn
 
 from exitkit.calibration.risks import Risk
 from exitkit.common.batches import move, split_batch
-from exitkit.common.console import counted
+from exitkit.common.console import counted, in_minutes
 from exitkit.common.errors import DivergedError
 from exitkit.common.files import replacing
 from exitkit.evaluation.collecting import collect
@@ -153,7 +153,9 @@ class Search:
         self.spent += epochs
         budget = BUDGETS[self.effort]
         minutes = (time.monotonic() - self.started) / 60 * (budget / self.spent - 1)
-        self.say(f"{self.spent:.1f} of {budget:.0f} epochs of the search spent; at most {minutes:.0f} min left of it")
+        self.say(
+            f"{self.spent:.1f} of {budget:.0f} epochs of the search spent; {in_minutes(minutes, 'at most ')} left"
+        )
 
     def _cost(self, candidates: Sequence[int]) -> float:
         """Of one pass, in forwards of the backbone: up to the last boundary, and a training step of every head."""
@@ -169,7 +171,7 @@ class Search:
         """Train some candidates; those whose loss stayed finite. Done already where their weights lie in the directory."""
         path = self.product(name)
         self.say(
-            f"{name.replace('-', ' ')}: {len(candidates)} candidates, {counted(epochs, 'epoch')} of "
+            f"{name.replace('-', ' ')}: {counted(len(candidates), 'candidate')}, {counted(epochs, 'epoch')} of "
             f"{round(share * self.split.samples):,} samples"
         )
         if path is not None and path.exists():
@@ -289,8 +291,8 @@ class Search:
             kept += order[:count]
             for slot in order[count:]:
                 self.trials[candidates[slot]].dropped = (
-                    f"{name.replace('-', ' ')}: where a mistake costs {price:g} backbones it costs {costs[slot]:.2f}, "
-                    f"{self.places[candidates[order[0]]].name} {costs[order[0]]:.2f}"
+                    f"behind {self.places[candidates[order[0]]].name} in {name.replace('-', ' ')}: {costs[slot]:.2f} against "
+                    f"{costs[order[0]]:.2f} runs of the model per sample, a mistake counted as {price:g} runs"
                 )
         return sorted(candidates[slot] for slot in kept)
 

@@ -153,7 +153,6 @@ class _Run:
         times = timed(engine, runs, compiled, self.data.calibration, self.wanted.batch_size, device)
         alternatives = self._alternatives(answers, times)
         verdict, reason = decide(policy, times, alternatives)
-        search.say(f"{verdict}: {reason}")
         if model is not None:
             model.policy = policy
         cost = policy.guarantee.cost if verdict == "exits" and policy is not None and policy.guarantee else 1.0

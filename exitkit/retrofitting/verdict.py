@@ -24,6 +24,7 @@ from exitkit.surgery.capturing import Capture
 from exitkit.surgery.inputs import Example, call_on
 
 Verdict = Literal["exits", "backbone"]
+_SHIP = "ship the"
 _ROUNDS = 7
 _SAMPLES = 512
 """Timed in a round, at most."""
@@ -149,9 +150,14 @@ def decide(policy: ExitPolicy | None, times: Times | None, alternatives: Sequenc
     slowest = float("inf") if times is None else (times.exits if exits and times.exits else times.backbone)
     cheaper = [one for one in alternatives if one.promised and one.cost < cost and one.milliseconds < slowest]
     if not cheaper:
-        return verdict, f"{why}: ship the {verdict}"
+        return verdict, f"{why}: {_SHIP} {verdict}"
     best = min(cheaper, key=lambda one: one.cost)
     return verdict, f"{why}; but {best.name} keeps the same promise for {best.cost:.1%} of the MACs: ship that instead"
+
+
+def ships_exits(reason: str) -> bool:
+    """Whether :func:`decide` said to ship the exits, not the backbone and no alternative."""
+    return reason.endswith(f"{_SHIP} exits")
 
 
 def _exits_or_backbone(policy: ExitPolicy | None, times: Times | None) -> tuple[Verdict, str]:

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Annotated, Literal
 
 from exitkit.common.checks import Bounds, Share, check
+from exitkit.common.console import counted
 from exitkit.common.errors import ArgumentError, unknown_name
 from exitkit.surgery.boundaries import Anatomy, Boundary
 
@@ -79,7 +80,8 @@ def _at(anatomy: Anatomy, wanted: Sequence[str | int]) -> tuple[Boundary, ...]:
         raise ArgumentError(f"at=[] must name at least one boundary; {_LISTED}")
     if len(chosen) < len(wanted):
         raise ArgumentError(
-            f"at={wanted!r} has {len(wanted)} entries, but {len(chosen)} places: one is named twice; name each once"
+            f"at={wanted!r} has {counted(len(wanted), 'entry', 'entries')}, but {counted(len(chosen), 'place')}: one is named "
+            "twice; name each once"
         )
     return tuple(chosen[position] for position in sorted(chosen))
 
