@@ -306,9 +306,9 @@ def test_an_npz_bomb(tmp_path: Path) -> None:
 def test_labels_of_any_kind(tmp_path: Path, rows: list[tuple[str, str]], message: str) -> None:
     from exitkit.cli.text_files import _label_indices, _numbers
 
-    kind = _label_indices if "digits" in message else _numbers
+    found = {label for _, label in rows}
     with pytest.raises(ArgumentError, match=message):
-        kind({label for _, label in rows})
+        _label_indices(found, "--data x.csv", False) if "digits" in message else _numbers(found)
 
 
 def test_sources_of_any_length() -> None:

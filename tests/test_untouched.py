@@ -156,7 +156,7 @@ def test_a_forward_that_fails_leaves_no_hook_behind() -> None:
     model = worn(TinyNet())
     ee = exitkit.attach(model, images())
     before = snapshot(model)
-    with pytest.raises(RuntimeError):
+    with pytest.raises(exitkit.ArgumentError, match="give images of 1 channel"):
         ee(images(channels=2))
     assert snapshot(model) == before
 

@@ -54,7 +54,7 @@ def blocks_of(model: nn.Module, inputs: Any) -> Blocks:
     Raises:
         NotCapturableError: a backbone that cannot be captured or cut.
     """
-    captured = capture(backbone_of(model), inputs)
+    captured = capture(backbone_of(model), inputs, "samples of the loader")
     anatomy = find_boundaries(captured)
     boundaries = anatomy.blocks
     read = {boundary.node for boundary in model.boundaries} if isinstance(model, MultiExitModel) else set()

@@ -78,15 +78,25 @@ def capture(model: nn.Module, example_inputs: Any = None, name: str = "example_i
 
     Raises:
         ExitkitError: a model that :func:`exitkit.surgery.supported.check_supported` refuses, no inferable inputs, an example
-            that does not run, an output that is not floating-point logits (B, C), a forward that torch.export cannot follow.
+            that does not run or holds nothing but NaN, an output that is not floating-point logits (B, C), a forward that
+            torch.export cannot follow.
     """
     check_supported(model)
     example = example_for(model, example_inputs)
+    _check_numbers(example, name)
     wrapped = LogitsOf(model, example.spec)
     with untouched(model), torch.no_grad():
         _check_logits(_run(wrapped, example, name), len(example.tensors[0]), model)
         program = _export(wrapped, example, model)
     return Capture(model, _simplified(program.module(check_guards=False)), example)
+
+
+def _check_numbers(example: Example, name: str) -> None:
+    for key, tensor in zip(example.spec.keys, example.tensors, strict=True):
+        if not tensor.is_meta and bool(tensor.isnan().all()):
+            raise ArgumentError(
+                f"{name}: input {key!r} is not finite anywhere, but NaN; give values such as the model gets in use"
+            )
 
 
 def logits_of(output: Any) -> Tensor:

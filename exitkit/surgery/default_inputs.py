@@ -24,7 +24,7 @@ def example_for(model: nn.Module, example_inputs: Any = None) -> Example:
     """``example_inputs`` as an :class:`Example`, without labels among them, or one inferred from what the model declares.
 
     Raises:
-        ExitkitError: nothing was given and the model declares no input size, or a tensor holds nothing but NaN.
+        ExitkitError: nothing was given and the model declares no input size.
     """
     batch = example_inputs if example_inputs is not None else _infer(model)
     if isinstance(batch, Mapping):
@@ -35,11 +35,6 @@ def example_for(model: nn.Module, example_inputs: Any = None) -> Example:
             "and Hugging Face models do; pass example_inputs=torch.randn(2, 3, 224, 224), or a dict of tensors"
         )
     example = Example.of(batch)
-    for key, tensor in zip(example.spec.keys, example.tensors, strict=True):
-        if not tensor.is_meta and bool(tensor.isnan().all()):
-            raise ArgumentError(
-                f"example_inputs holds nothing but NaN in input {key!r}; give values such as the model gets in use"
-            )
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     example = Example(example.spec, tuple(tensor.to(device) for tensor in example.tensors))
     return example if len(example.tensors[0]) > 1 else example.with_batch(_BATCH)
