@@ -53,39 +53,27 @@ def load_data(
     Raises:
         ArgumentError: a path that does not exist, an unknown format, contents that do not fit, or a single class.
     """
-    split = _read_split(data, model, test, tokenizer, numbers, pairs, max_length, unlabelled)
+    path = Path(data)
+    if not os.path.exists(path) and not data.partition(":")[0].isidentifier():
+        raise ArgumentError(f"--data {data!r} does not exist, and is not a name in torchvision.datasets")
+    if os.path.isfile(path) and test is not None and not os.path.exists(test):
+        raise ArgumentError(f"--test {test!r} does not exist; leave it out to hold out a fifth of --data")
+    if os.path.isdir(path):
+        split = _image_folder(path, model, test)
+    elif not os.path.exists(path):
+        split = _torchvision_dataset(data, test, model)
+    elif path.suffix == ".npz":
+        split = image_arrays(path, model, test, numbers, unlabelled)
+    elif path.suffix in (".csv", ".tsv"):
+        split = texts(path, model, test, tokenizer, numbers, pairs, max_length, unlabelled)
+    else:
+        raise ArgumentError(f"--data {data!r} has an unknown format; give an image folder, .npz, .csv or .tsv")
     if split.classes == 1:
         raise ArgumentError(
             f"--data {data!r} holds one class, from which nothing can be learned\n"
             "Images lie in a subfolder for each class, or in such of train/ and test/; labels of a file are 0, 1, ..."
         )
     return split
-
-
-def _read_split(
-    data: str,
-    model: nn.Module,
-    test: str | None,
-    tokenizer: str | None,
-    numbers: bool,
-    pairs: bool,
-    max_length: int | None,
-    unlabelled: bool,
-) -> Split:
-    path = Path(data)
-    if os.path.isdir(path):
-        return _image_folder(path, model, test)
-    if not os.path.exists(path):
-        if data.partition(":")[0].isidentifier():
-            return _torchvision_dataset(data, test, model)
-        raise ArgumentError(f"--data {data!r} does not exist, and is not a name in torchvision.datasets")
-    if test is not None and not os.path.exists(test):
-        raise ArgumentError(f"--test {test!r} does not exist; leave it out to hold out a fifth of --data")
-    if path.suffix == ".npz":
-        return image_arrays(path, model, test, numbers, unlabelled)
-    if path.suffix in (".csv", ".tsv"):
-        return texts(path, model, test, tokenizer, numbers, pairs, max_length, unlabelled)
-    raise ArgumentError(f"--data {data!r} has an unknown format; give an image folder, .npz, .csv or .tsv")
 
 
 def _image_folder(path: Path, model: nn.Module, test: str | None) -> Split:
