@@ -13,7 +13,7 @@ from exitkit.common.batches import move
 from exitkit.common.errors import ArgumentError
 from exitkit.engine import Engine
 from exitkit.multi_exit.preprocessing import ImagePreprocessing, Preprocessing
-from exitkit.packages.answers import said
+from exitkit.packages.answers import label_of, said
 from exitkit.packages.onnx_branches import OnnxBranches
 from exitkit.surgery.inputs import call_on
 
@@ -51,14 +51,10 @@ def predict(
             yield record | ({"top": _most_likely(logits, top, labels)} if top > 1 else {})
 
 
-def _shown(index: int, labels: Sequence[str] | None) -> int | str:
-    return index if labels is None else labels[index]
-
-
 def _most_likely(logits: torch.Tensor, count: int, labels: Sequence[str] | None) -> list[dict[str, Any]]:
     probabilities = logits.double().softmax(-1)
     order = probabilities.argsort(descending=True)[:count]
-    return [{"label": _shown(int(i), labels), "probability": round(float(probabilities[i]), 6)} for i in order]
+    return [{"label": label_of(int(i), labels), "probability": round(float(probabilities[i]), 6)} for i in order]
 
 
 def _batches(

@@ -26,9 +26,8 @@ def opened_image(path: str, source: Any = None) -> Any:
 
     try:
         with Image.open(path if source is None else source) as image:
-            if image.width * image.height > (
-                Image.MAX_IMAGE_PIXELS or math.inf
-            ):  # Pillow warns alone, up to twice as many
+            most = Image.MAX_IMAGE_PIXELS or math.inf
+            if image.width * image.height > most:  # Pillow warns alone, up to twice as many
                 raise FileError(f"it has {image.width} × {image.height} pixels, above PIL.Image.MAX_IMAGE_PIXELS")
             image.load()
             return upright(image)

@@ -17,5 +17,9 @@ def said(logits: Tensor, labels: Sequence[str] | None) -> dict[str, Any]:
     """
     if len(logits) == 1:
         return {"value": round(float(logits[0]), 6) if bool(logits.isfinite()) else None}
-    index = int(logits.argmax())
-    return {"label": index if labels is None else labels[index]}
+    return {"label": label_of(int(logits.argmax()), labels)}
+
+
+def label_of(index: int, labels: Sequence[str] | None) -> int | str:
+    """The name of a class, or its number where there are no names."""
+    return index if labels is None else labels[index]
