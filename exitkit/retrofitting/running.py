@@ -152,13 +152,15 @@ class _Run:
             search.say(f"timed without compiling: {why}")
         times = timed(engine, runs, compiled, self.data.calibration, self.wanted.batch_size, device)
         alternatives = self._alternatives(answers, times)
-        verdict, reason = decide(policy, times, alternatives)
+        decision = decide(policy, times, alternatives)
         if model is not None:
             model.policy = policy
-        cost = policy.guarantee.cost if verdict == "exits" and policy is not None and policy.guarantee else 1.0
+        guarantee = None if policy is None else policy.guarantee
+        cost = guarantee.cost if decision.verdict == "exits" and guarantee is not None else 1.0
         return Retrofit(
-            verdict, reason, model, policy, engine, cost, self._drop(answers, policy), self._accuracy(answers, policy),
-            times, self._candidates(kept), alternatives, search.spent, (time.monotonic() - self.started) / 60,
+            decision.verdict, decision.instead, decision.reason, model, policy, engine, cost,
+            self._drop(answers, policy), self._accuracy(answers, policy), times, self._candidates(kept), alternatives,
+            search.spent, (time.monotonic() - self.started) / 60,
         )  # fmt: skip
 
     def _chosen(self) -> list[int]:
