@@ -515,6 +515,17 @@ class Endless:
         yield easy(32, 2)
 
 
+def test_an_output_dir_that_cannot_be_written_is_refused_before_anything_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(exitkit.FileError, match=r"^output_dir='.*below' cannot be written: Not a directory; give one"):
+        quick(Net(), [], [], output_dir=tmp_path / "file" / "below")
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # to root every folder is open
+    with pytest.raises(exitkit.FileError, match=r"^output_dir='.*' cannot be written: Permission denied; give one"):
+        quick(Net(), [], [], output_dir=tmp_path)
+
+
 def test_loaders_whose_samples_cannot_be_divided_need_a_search_loader(net: nn.Module) -> None:
     _, calibration = loaders()
     with pytest.raises(ArgumentError, match=r"made of a Endless.*search_loader="):
