@@ -90,24 +90,32 @@ def test_a_model_and_data_become_exits_a_verdict_and_a_page(
     assert found["verdict"] in again
 
 
-def test_export_says_what_the_verdict_was(run: Run, data: Path) -> None:  # noqa: F811
-    """It warns where that was not to ship the exits, but to ship the model or another."""
+OLDER = "saves 9%; but small keeps the same promise for 5.0% of the MACs: ship that instead"
+
+
+@pytest.mark.parametrize(
+    ("found", "advised"),
+    [
+        ({"verdict": "exits", "instead": None, "reason": "in whatever words"}, True),
+        ({"verdict": "backbone", "instead": None, "reason": "they cost 9% more time"}, False),
+        ({"verdict": "exits", "instead": "small", "reason": "better than to ship the exits"}, False),
+        ({"verdict": "exits", "reason": OLDER}, True),  # of a version that wrote the alternative in the sentence alone
+    ],
+)
+def test_export_says_what_the_verdict_was(run: Run, data: Path, found: dict[str, Any], advised: bool) -> None:  # noqa: F811
+    """It warns where that was not to ship the exits, but to ship the model or another; in any case it gives the reason."""
     ee = exitkit.attach(trained(), torch.zeros(2, 1, 8, 8), at=["blocks.0"], head="1L", method="sdn")
     ee.save_pretrained(data / "out" / "exits", threshold=0.75)
-    shipped, alone, other = (
-        "saves 9%: ship the exits",
-        "costs 9% more time: ship the backbone",
-        "saves 9%; but small keeps the same promise for 5.0% of the MACs: ship that instead",
-    )
-    for reason in (shipped, alone, other):
-        (data / "out" / "retrofit.json").write_text(json.dumps({"verdict": "exits", "reason": reason}))
-        with warnings.catch_warnings(record=True) as heard:
-            warnings.simplefilter("always")
-            told = run("export", "--model", MODEL, "--exits", data / "out" / "exits", "--out", data / "model.pt2")
-        warned = [str(one.message) for one in heard if "retrofit" in str(one.message)]
-        assert warned == ([] if reason == shipped else [f"exitkit retrofit advises against these exits: {reason}"])
-        assert (f"exits: {shipped}" in told) == (reason == shipped)
-        assert "τ = 0.75" in told
+    (data / "out" / "retrofit.json").write_text(json.dumps(found))
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always")
+        told = " ".join(
+            run("export", "--model", MODEL, "--exits", data / "out" / "exits", "--out", data / "model.pt2").split()
+        )
+    warned = [str(one.message) for one in heard if "retrofit" in str(one.message)]
+    assert warned == ([] if advised else [f"exitkit retrofit advises against these exits: {found['reason']}"])
+    assert (f"exits: {found['reason']}" in told) == advised
+    assert "τ = 0.75" in told
 
 
 def test_wrong_arguments_are_said_in_a_line_or_two(refused: Run, data: Path) -> None:  # noqa: F811

@@ -355,8 +355,8 @@ class Worsening:
 def test_the_best_backbone_comes_back_too(ee: MultiExitModel, loader: Loaders) -> None:
     """BatchNorm statistics included."""
     once = copy.deepcopy(ee)
-    trainer(once, "mixed", milestones=[99]).fit(loader(), loader())
-    options = {"epochs": 9, "milestones": [99], "patience": 2}
+    trainer(once, "mixed", milestones=[]).fit(loader(), loader())
+    options = {"epochs": 9, "milestones": [], "patience": 2}
     history = trainer(ee, "mixed", **options).fit(loader(), Worsening(loader(), {0}))
     assert len(history) == 3
     for name, value in ee.state_dict().items():
@@ -364,7 +364,7 @@ def test_the_best_backbone_comes_back_too(ee: MultiExitModel, loader: Loaders) -
 
 
 def test_each_phase_stops_early_by_itself(ee: MultiExitModel, loader: Loaders) -> None:
-    options = {"epochs": 40, "milestones": [99], "patience": 1}
+    options = {"epochs": 40, "milestones": [], "patience": 1}
     history = trainer(ee, "branch-wise", **options).fit(loader(32), Worsening(loader(32), {0, 2, 4, 6}))
     assert [record.phase for record in history] == [0, 0, 1, 1, 2, 2, 3, 3]
 
@@ -372,8 +372,8 @@ def test_each_phase_stops_early_by_itself(ee: MultiExitModel, loader: Loaders) -
 def test_patience_in_steps_ends_within_an_epoch(ee: MultiExitModel, loader: Loaders) -> None:
     """Looks after steps 2 and 4 of 6; only the first is an improvement, so that two steps' weights come back."""
     once = copy.deepcopy(ee)
-    trainer(once, "mixed", milestones=[99]).fit(list(loader())[:2])
-    options = {"epochs": 9, "milestones": [99], "patience": 1, "validate_steps": 2}
+    trainer(once, "mixed", milestones=[]).fit(list(loader())[:2])
+    options = {"epochs": 9, "milestones": [], "patience": 1, "validate_steps": 2}
     history = trainer(ee, "mixed", **options).fit(list(loader()), Worsening(loader(), {0}))
     assert len(history) == 1
     for name, value in ee.state_dict().items():
@@ -381,13 +381,13 @@ def test_patience_in_steps_ends_within_an_epoch(ee: MultiExitModel, loader: Load
 
 
 def test_patience_in_steps_is_in_epochs_where_these_are_shorter(ee: MultiExitModel, loader: Loaders) -> None:
-    options = {"epochs": 9, "milestones": [99], "patience": 2, "validate_steps": 300}
+    options = {"epochs": 9, "milestones": [], "patience": 2, "validate_steps": 300}
     assert len(trainer(ee, "mixed", **options).fit(list(loader()), Worsening(loader(), {0}))) == 3
 
 
 def test_each_phase_counts_its_own_steps(ee: MultiExitModel, loader: Loaders) -> None:
     """Looks after steps 4 and 8, of 6 an epoch, in the first phase and again in the second."""
-    options = {"epochs": 8, "milestones": [99], "patience": 1, "validate_steps": 4}
+    options = {"epochs": 8, "milestones": [], "patience": 1, "validate_steps": 4}
     phases = (Phase((LAST,), tuple(range(LAST + 1))), Phase(tuple(range(LAST))))
     history = trainer(ee, phases, **options).fit(list(loader()), Worsening(loader(), {0, 4}))
     assert [record.phase for record in history] == [0, 0, 1, 1]

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -261,6 +263,8 @@ def test_exits_are_found_promised_and_exported_where_they_pay(net: nn.Module, tm
     result.export(tmp_path / "model.pt2")
     assert torch.equal(exitkit.load(tmp_path / "model.pt2", trust=True)(inputs).logits.argmax(1), answered)
     result.save(tmp_path / "found")
+    kept = json.loads((tmp_path / "found" / "retrofit.json").read_text())
+    assert (kept["verdict"], kept["instead"], kept["reason"]) == (result.verdict, None, result.reason)
     again = exitkit.MultiExitModel.from_pretrained(net, tmp_path / "found" / "exits", torch.zeros(2, 16))
     assert again.policy == result.policy
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
@@ -331,7 +335,7 @@ def test_a_backbone_that_knows_at_its_end_alone_is_shipped_itself() -> None:
             result.export("model.pt2")
 
 
-def test_an_alternative_that_keeps_the_promise_for_less_is_named(net: nn.Module) -> None:
+def test_an_alternative_that_keeps_the_promise_for_less_is_named(net: nn.Module, tmp_path: Path) -> None:
     torch.manual_seed(1)
     small = learned(Net(blocks=1, width=16), easy(2_000, 1))
     train, calibration = loaders()
@@ -347,6 +351,10 @@ def test_an_alternative_that_keeps_the_promise_for_less_is_named(net: nn.Module)
     assert alone.promised
     assert both.promised
     assert both.cost >= alone.cost
+    told = replace(result, verdict="exits", instead="small")  # which it is depends on the times measured here
+    assert told.to_dict()["instead"] == "small"
+    told.report(tmp_path / "report.html")
+    assert "<title>Retrofit: ship small</title>" in (tmp_path / "report.html").read_text()
 
 
 def made_up(cost: float, found: bool = True) -> exitkit.ExitPolicy:
@@ -355,26 +363,34 @@ def made_up(cost: float, found: bool = True) -> exitkit.ExitPolicy:
 
 
 @pytest.mark.parametrize(
-    ("cost", "found", "milliseconds", "other", "verdict", "said"),
+    ("cost", "found", "milliseconds", "other", "verdict", "instead", "said"),
     [
-        (0.4, True, 0.5, None, "exits", "saves 60.0% of the MACs and 50.0% of the time"),
-        (0.97, True, 1.02, None, "backbone", "saves 3.0% of the MACs and costs 2.0% more time"),
-        (1.05, True, 0.9, None, "backbone", "costs 105.0% of the MACs"),
-        (1.0, False, 1.0, None, "backbone", "no threshold passed"),
-        (0.4, True, 0.5, (0.3, 0.3, True), "exits", "but small keeps the same promise for 30.0% of the MACs"),
-        (0.4, True, 0.5, (0.3, 0.3, False), "exits", "ship the exits"),
-        (0.4, True, 0.5, (0.3, 0.6, True), "exits", "ship the exits"),
-        (0.97, True, 1.02, (0.6, 0.7, True), "backbone", "but small keeps the same promise for 60.0% of the MACs"),
+        (0.4, True, 0.5, None, "exits", None, "saves 60.0% of the MACs and 50.0% of the time"),
+        (0.97, True, 1.02, None, "backbone", None, "saves 3.0% of the MACs and costs 2.0% more time"),
+        (1.05, True, 0.9, None, "backbone", None, "costs 105.0% of the MACs"),
+        (1.0, False, 1.0, None, "backbone", None, "no threshold passed"),
+        (0.4, True, 0.5, (0.3, 0.3, True), "exits", "small", "but small keeps the same promise for 30.0% of the MACs"),
+        (0.4, True, 0.5, (0.3, 0.3, False), "exits", None, "ship the exits"),
+        (0.4, True, 0.5, (0.3, 0.6, True), "exits", None, "ship the exits"),
+        (
+            0.97,
+            True,
+            1.02,
+            (0.6, 0.7, True),
+            "backbone",
+            "small",
+            "but small keeps the same promise for 60.0% of the MACs",
+        ),
     ],
 )
 def test_the_verdict_is_exits_only_where_compute_and_time_are_saved(
-    cost: float, found: bool, milliseconds: float, other: Any, verdict: str, said: str
+    cost: float, found: bool, milliseconds: float, other: Any, verdict: str, instead: str | None, said: str
 ) -> None:
     times = exitkit.retrofitting.Times("cpu", 1, True, 1.0, milliseconds, {})
     others = [] if other is None else [Alternative("small", other[0], 0.0, 0.9, other[2], other[1])]
-    found_verdict, reason = decide(made_up(cost, found), times, others)
-    assert found_verdict == verdict
-    assert said in reason
+    decision = decide(made_up(cost, found), times, others)
+    assert (decision.verdict, decision.instead) == (verdict, instead)
+    assert said in decision.reason
 
 
 # --- killed and continued --------------------------------------------------------------------------------------------------
@@ -497,6 +513,17 @@ def test_wrong_arguments_are_named(net: nn.Module, options: dict[str, Any], said
 class Endless:
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         yield easy(32, 2)
+
+
+def test_an_output_dir_that_cannot_be_written_is_refused_before_anything_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(exitkit.FileError, match=r"^output_dir='.*below' cannot be written: Not a directory; give one"):
+        quick(Net(), [], [], output_dir=tmp_path / "file" / "below")
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # to root every folder is open
+    with pytest.raises(exitkit.FileError, match=r"^output_dir='.*' cannot be written: Permission denied; give one"):
+        quick(Net(), [], [], output_dir=tmp_path)
 
 
 def test_loaders_whose_samples_cannot_be_divided_need_a_search_loader(net: nn.Module) -> None:

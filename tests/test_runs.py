@@ -14,6 +14,7 @@ import socket
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -29,7 +30,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 import exitkit
 from exitkit import ExitkitError, MultiExitModel, Trainer
 from exitkit.cli.schedule import by_name
-from exitkit.training import Distillation, Loss
+from exitkit.training import Distillation, Loss, Phase
 from exitkit.training.display import Display
 from exitkit.training.distributed import make_accelerator, own_part, seed_everything
 from exitkit.training.progress import Epoch
@@ -91,7 +92,7 @@ def test_the_optimiser_is_the_users(ee: MultiExitModel, loader: Loaders) -> None
     ee.backbone.dropout.p = 0.0
     by_hand = copy.deepcopy(ee).train()
     momentum = functools.partial(torch.optim.SGD, momentum=0.9, nesterov=True)
-    trainer(ee, optimizer=momentum, weight_decay=1e-2, milestones=[9]).fit(loader())
+    trainer(ee, optimizer=momentum, weight_decay=1e-2, milestones=[]).fit(loader())
     optimizer = momentum(by_hand.parameters(), lr=1e-2, weight_decay=1e-2)
     for images, labels in loader():
         optimizer.zero_grad()
@@ -271,6 +272,17 @@ def test_gradient_checkpointing_that_a_model_cannot_is_refused(ee: MultiExitMode
 def test_bad_options_are_refused(ee: MultiExitModel, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ExitkitError, match=message):
         trainer(ee, **options)
+
+
+def test_milestones_that_never_come_are_said(ee: MultiExitModel) -> None:
+    with pytest.warns(UserWarning, match=r"milestones \[15, 40\] never come: no phase has more than 10 epochs"):
+        trainer(ee, epochs=10, milestones=[5, 15, 40])
+    with pytest.warns(UserWarning, match=r"milestones \[6\] never come: no phase has more than 5 epochs"):
+        trainer(ee, [Phase((0,)), Phase((0, 1))], epochs=10, milestones=[6])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        trainer(ee, epochs=10, milestones=[5, 10])
+        trainer(ee, epochs=10, milestones=[])
 
 
 def test_numbers_of_numpy_are_numbers_in_checkpoints_too(ee: MultiExitModel, loader: Loaders, tmp_path: Path) -> None:

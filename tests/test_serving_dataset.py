@@ -68,6 +68,14 @@ def test_a_regression_answers_with_numbers(monkeypatch: pytest.MonkeyPatch) -> N
     document = once(served, "POST", "/predict", out.getvalue(), "image/png")[1]
     assert document["value"] == pytest.approx(wanted, abs=1e-5)
     assert "label" not in document
+    entry = {"name": engine.inputs.names[0], "shape": [1, 1, 8, 8], "datatype": "FP32", "data": [0.2] * 64}
+    document = once(Service(engine, Settings("m.pt2")), "POST", "/v2/models/m/infer", {"inputs": [entry]})[1]
+    told = once(Service(engine, Settings("m.pt2")), "GET", "/v2/models/m")[1]
+    for one in (document, told):
+        assert [output["name"] for output in one["outputs"]] == ["logits", "value", "exit", "score", "non_finite"]
+    answer, declared = document["outputs"][1], told["outputs"][1]
+    assert (answer["datatype"], answer["shape"], answer["data"]) == ("FP32", [1], [pytest.approx(wanted, abs=1e-5)])
+    assert (declared["datatype"], declared["shape"]) == ("FP32", [-1])
 
 
 def test_bad_rows_fail_by_their_id_or_are_set_aside(monkeypatch: pytest.MonkeyPatch) -> None:

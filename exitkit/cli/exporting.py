@@ -21,7 +21,6 @@ from exitkit.packages import export
 from exitkit.packages.exporting import package_kind
 from exitkit.report.run import BACKBONE, Run, exits_folder, read_run
 from exitkit.retrofitting.result import EXITS, RESULT
-from exitkit.retrofitting.verdict import ships_exits
 
 
 @dataclass(frozen=True)
@@ -157,10 +156,10 @@ def _verdict(exits: Path) -> list[str]:
     kept = exits.parent / RESULT
     if exits.name != EXITS or not kept.exists():
         return []
-    reason = str(dict(read_json(kept, "delete it, or run exitkit retrofit again")).get("reason"))
-    if ships_exits(reason):
-        return [f"exits: {reason}"]
-    warnings.warn(f"exitkit retrofit advises against these exits: {reason}", stacklevel=2)
+    found = dict(read_json(kept, "delete it, or run exitkit retrofit again"))
+    if found.get("verdict") == "exits" and found.get("instead") is None:  # older files have no instead
+        return [f"exits: {found.get('reason')}"]
+    warnings.warn(f"exitkit retrofit advises against these exits: {found.get('reason')}", stacklevel=2)
     return []
 
 

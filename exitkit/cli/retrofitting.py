@@ -94,7 +94,6 @@ def retrofit(
     from exitkit.cli.sources import load_model
     from exitkit.cli.writing import written
     from exitkit.common.batches import split_batch
-    from exitkit.retrofitting.verdict import ships_exits
 
     train_on(device)
     exitkit.keep_memory()
@@ -131,7 +130,7 @@ def retrofit(
 
     written(out, write)
     say(f"Written to {out}/: retrofit.json, report.html{', exits' if result.model is not None else ''}")
-    if ships_exits(result.reason):
+    if result.verdict == "exits" and result.instead is None:
         told = "" if weights is None else f" --weights {weights}"
         say(f"To make a file of it that runs anywhere: exitkit export --model {model}{told} --exits {out / 'exits'}")
 

@@ -63,8 +63,12 @@ def _of_writing(error: OSError, target: Path) -> bool:
     return named.parent == target.parent or named in target.parents
 
 
-def make_folder(folder: Path) -> None:
+def make_folder(folder: Path, named: str = "folder ") -> None:
     """A folder to write into, made where it does not exist.
+
+    Args:
+        folder: its path.
+        named: what an error says before the path, such as ``"output_dir="``.
 
     Raises:
         WriteError: it cannot be made, or not be written to.
@@ -75,7 +79,7 @@ def make_folder(folder: Path) -> None:
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
     except OSError as error:
         raise WriteError(
-            f"folder {str(folder)!r} cannot be written: {error.strerror}; give one where you may write"
+            f"{named}{str(folder)!r} cannot be written: {error.strerror}; give one where you may write"
         ) from error
 
 

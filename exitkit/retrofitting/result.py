@@ -56,6 +56,7 @@ class Retrofit:
 
     Attributes:
         verdict: ``"exits"`` where the guaranteed policy saves compute and time against the backbone, else ``"backbone"``.
+        instead: the name of the alternative to ship instead, which keeps the same promise for less; None where there is none.
         reason: what to ship and why, in words and numbers.
         model: the backbone with the chosen exits, in place on the user's own model; None where no exit saves anything.
         policy: when a sample leaves, with its guarantee; None where ``model`` is.
@@ -71,6 +72,7 @@ class Retrofit:
     """
 
     verdict: Verdict
+    instead: str | None
     reason: str
     model: MultiExitModel | None
     policy: ExitPolicy | None
@@ -142,6 +144,7 @@ class Retrofit:
         """Values that JSON holds."""
         return {
             "verdict": self.verdict,
+            "instead": self.instead,
             "reason": self.reason,
             "policy": None if self.policy is None else self.policy.to_dict(),
             "cost": self.cost,

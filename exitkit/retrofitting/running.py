@@ -17,6 +17,7 @@ from exitkit.calibration.risk_control import choose_threshold
 from exitkit.common.batches import checked, split_batch
 from exitkit.common.console import make_console, shows_progress
 from exitkit.common.errors import ArgumentError
+from exitkit.common.files import make_folder
 from exitkit.evaluation.collecting import collect
 from exitkit.evaluation.metrics import Interval
 from exitkit.evaluation.outputs import ExitOutputs
@@ -96,13 +97,16 @@ def retrofit(
         ArgumentError: loaders that cannot be read, too few calibration samples (the message says how many would do) or such
             that were trained on, a backbone no better than chance on the data, one class in the labels, a regression, other
             classes in ``alternatives``, an ``output_dir`` of another call.
+        FileError: an ``output_dir`` that cannot be written, or of which a file is damaged.
         NotCapturableError: a model that cannot be captured or cut.
     """
     wanted = Wanted(max_drop, confidence, cost, batch_size, effort, seed, mixed_precision, channels_last, optimize)
     if isinstance(model, MultiExitModel):
         raise ArgumentError("model has exits already; give the classifier itself, exitkit.detach(model)")
     others = named(alternatives)
-    folder = _folder(output_dir)
+    folder = None if output_dir is None else Path(output_dir)
+    if folder is not None:
+        make_folder(folder, "output_dir=")
     say = _speaker(show_progress)
     name = "samples of calibration_loader" if example_inputs is None else "example_inputs"
     captured = capture(model, _example(example_inputs, calibration_loader), name)
@@ -152,13 +156,15 @@ class _Run:
             search.say(f"timed without compiling: {why}")
         times = timed(engine, runs, compiled, self.data.calibration, self.wanted.batch_size, device)
         alternatives = self._alternatives(answers, times)
-        verdict, reason = decide(policy, times, alternatives)
+        decision = decide(policy, times, alternatives)
         if model is not None:
             model.policy = policy
-        cost = policy.guarantee.cost if verdict == "exits" and policy is not None and policy.guarantee else 1.0
+        guarantee = None if policy is None else policy.guarantee
+        cost = guarantee.cost if decision.verdict == "exits" and guarantee is not None else 1.0
         return Retrofit(
-            verdict, reason, model, policy, engine, cost, self._drop(answers, policy), self._accuracy(answers, policy),
-            times, self._candidates(kept), alternatives, search.spent, (time.monotonic() - self.started) / 60,
+            decision.verdict, decision.instead, decision.reason, model, policy, engine, cost,
+            self._drop(answers, policy), self._accuracy(answers, policy), times, self._candidates(kept), alternatives,
+            search.spent, (time.monotonic() - self.started) / 60,
         )  # fmt: skip
 
     def _chosen(self) -> list[int]:
@@ -231,19 +237,6 @@ class _Run:
                 )
             )
         return tuple(found)
-
-
-def _folder(output_dir: str | Path | None) -> Path | None:
-    if output_dir is None:
-        return None
-    folder = Path(output_dir)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ArgumentError(
-            f"output_dir={str(folder)!r} cannot be made ({error.strerror}); give a folder where you may write"
-        ) from error
-    return folder
 
 
 def _speaker(show: bool) -> Callable[[str], None]:

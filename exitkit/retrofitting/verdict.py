@@ -24,7 +24,6 @@ from exitkit.surgery.capturing import Capture
 from exitkit.surgery.inputs import Example, call_on
 
 Verdict = Literal["exits", "backbone"]
-_SHIP = "ship the"
 _ROUNDS = 7
 _SAMPLES = 512
 """Timed in a round, at most."""
@@ -58,6 +57,15 @@ class Times:
     def saved(self) -> float:
         """The share of the backbone's time that the engine saves; below 0 where it is slower."""
         return 0.0 if self.exits is None else 1 - self.exits / self.backbone
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What to ship: ``instead``, or where that is None what ``verdict`` says; ``reason`` says it in words and numbers."""
+
+    verdict: Verdict
+    instead: str | None
+    reason: str
 
 
 def engines(
@@ -142,22 +150,18 @@ def _batches(loader: Iterable[Any], size: int, device: torch.device) -> Iterator
             yield example.spec.batch(tuple(tensor[start : start + size] for tensor in example.tensors))
 
 
-def decide(policy: ExitPolicy | None, times: Times | None, alternatives: Sequence[Alternative]) -> tuple[Verdict, str]:
-    """Whether exits beat the backbone, and in words and numbers what to ship."""
+def decide(policy: ExitPolicy | None, times: Times | None, alternatives: Sequence[Alternative]) -> Decision:
+    """Whether exits beat the backbone, and whether an alternative beats both."""
     verdict, why = _exits_or_backbone(policy, times)
     exits = verdict == "exits" and policy is not None and times is not None
     cost = policy.guarantee.cost if exits and policy is not None and policy.guarantee is not None else 1.0
     slowest = float("inf") if times is None else (times.exits if exits and times.exits else times.backbone)
     cheaper = [one for one in alternatives if one.promised and one.cost < cost and one.milliseconds < slowest]
     if not cheaper:
-        return verdict, f"{why}: {_SHIP} {verdict}"
+        return Decision(verdict, None, f"{why}: ship the {verdict}")
     best = min(cheaper, key=lambda one: one.cost)
-    return verdict, f"{why}; but {best.name} keeps the same promise for {best.cost:.1%} of the MACs: ship that instead"
-
-
-def ships_exits(reason: str) -> bool:
-    """Whether :func:`decide` said to ship the exits, not the backbone and no alternative."""
-    return reason.endswith(f"{_SHIP} exits")
+    reason = f"{why}; but {best.name} keeps the same promise for {best.cost:.1%} of the MACs: ship that instead"
+    return Decision(verdict, best.name, reason)
 
 
 def _exits_or_backbone(policy: ExitPolicy | None, times: Times | None) -> tuple[Verdict, str]:

@@ -101,7 +101,7 @@ async def _predict(service: Service, request: Request) -> Response:
 
 async def _infer(service: Service, request: Request) -> Response:
     body = await _body(service, request)
-    outputs = output_names(service.labels)
+    outputs = output_names(service.engine.loop.program.num_classes, service.labels)
     asked = await asyncio.to_thread(read_request, body, service.engine.inputs, outputs)
     reply = await service.answer(service.engine.inputs.spec.batch(asked.tensors), asked.threshold)
     document = response(service.settings.name, asked, reply.prediction, service.labels)

@@ -25,6 +25,7 @@ _NAMES = {
 _OUTPUTS: dict[str, tuple[str, Callable[[Prediction], Tensor]]] = {
     "logits": ("FP32", lambda answer: answer.logits.float()),
     "label": ("INT64", lambda answer: answer.logits.argmax(1)),
+    "value": ("FP32", lambda answer: answer.logits[:, 0].float()),
     "exit": ("INT64", lambda answer: answer.exit),
     "score": ("FP64", lambda answer: answer.score),
     "non_finite": ("BOOL", lambda answer: answer.non_finite),
@@ -112,7 +113,7 @@ def threshold_in(parameters: Any) -> float | tuple[float, ...] | None:
 
 def response(name: str, asked: InferRequest, prediction: Prediction, labels: Sequence[str] | None) -> dict[str, Any]:
     """The answer, as JSON holds it; numbers that are not finite become null."""
-    names = asked.outputs if asked.outputs is not None else output_names(labels)
+    names = asked.outputs if asked.outputs is not None else output_names(prediction.logits.shape[1], labels)
     answer: dict[str, Any] = {"model_name": name, "outputs": [_output(one, prediction, labels) for one in names]}
     return answer if asked.id is None else {**answer, "id": asked.id}
 
@@ -133,14 +134,17 @@ def metadata(name: str, engine: Engine, labels: Sequence[str] | None) -> dict[st
             for one, dtype, sizes in zip(taken.names, taken.dtypes, taken.sizes, strict=True)
         ],
         "outputs": [
-            entry(one, kinds[one], (None, classes) if one == "logits" else (None,)) for one in output_names(labels)
+            entry(one, kinds[one], (None, classes) if one == "logits" else (None,))
+            for one in output_names(classes, labels)
         ],
     }
 
 
-def output_names(labels: Sequence[str] | None) -> tuple[str, ...]:
-    """Outputs that a model has."""
-    return (*_OUTPUTS, *([] if labels is None else [_LABEL_NAME]))
+def output_names(classes: int, labels: Sequence[str] | None) -> tuple[str, ...]:
+    """Outputs that a model has: the ``value`` of a regression, whose number of classes is 1, or the ``label``."""
+    if classes == 1:
+        return tuple(name for name in _OUTPUTS if name != "label")
+    return (*(name for name in _OUTPUTS if name != "value"), *([] if labels is None else [_LABEL_NAME]))
 
 
 def finite(values: Sequence[Any]) -> list[Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import warnings
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 from torch import nn
 
 from exitkit.common.checks import Count, Index, NonNegative, Positive, check, check_fields
+from exitkit.common.console import counted
 from exitkit.common.errors import ArgumentError, ExitkitError
 from exitkit.multi_exit.model import MultiExitModel
 from exitkit.training.ensemble import EnsembleFit
@@ -78,6 +80,12 @@ class Options:
             raise ExitkitError("log='tensorboard' needs TensorBoard: pip install tensorboard")
         self.phases = phases_of(self.regime, len(self.model.classifiers), bool(self.model.new_head))
         self.lengths = epochs_of(self.phases, self.epochs)
+        if late := [int(epoch) for epoch in self._milestones() if epoch > max(self.lengths)]:
+            warnings.warn(
+                f"milestones {late} never come: no phase has more than {counted(max(self.lengths), 'epoch')}; give earlier "
+                "ones, or milestones=[] for a rate that stays as it is",
+                stacklevel=3,
+            )
         if self.backbone_lr is not None and not self.trains_backbone:
             raise ArgumentError(f"backbone_lr={self.backbone_lr!r} is set, but the regime freezes the backbone")
         if self.validate_steps is not None and self.patience is None:

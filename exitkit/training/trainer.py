@@ -55,8 +55,8 @@ class Trainer(Options):
         optimizer: makes the optimiser from parameter groups, which carry ``lr`` and ``weight_decay``: ``torch.optim.AdamW``,
             ``functools.partial(torch.optim.SGD, momentum=0.9)``. Each phase has one of its own. By default Adam where ``lr``
             is given, otherwise as there.
-        milestones: epochs of a phase after which the rate is divided by ten (the paper: [15] of 50); a cosine to 0 by
-            default.
+        milestones: epochs of a phase after which the rate is divided by ten (the paper: [15] of 50), with a warning for those
+            after its end; ``[]`` for a rate that stays as it is. A cosine to 0 by default.
         schedule: makes a learning rate schedule of torch's (or transformers') from the optimiser and the number of optimiser
             steps of a phase, for warm-up or warm restarts; it goes on after every step, where ``milestones`` go by epochs:
             ``functools.partial(transformers.get_linear_schedule_with_warmup, num_warmup_steps=100)``.
