@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from exitkit.common.checks import Count, Index, check
 from exitkit.common.errors import ArgumentError
-from exitkit.evaluation.curve import Curve, sweep
+from exitkit.evaluation.curve import Curve, traced
 from exitkit.evaluation.metrics import Interval
 from exitkit.evaluation.outputs import ExitOutputs, check_outputs
 from exitkit.surgery.fingerprint import same_weights
@@ -149,9 +149,8 @@ def _auc_difference(one: ExitOutputs, two: ExitOutputs, top: int, resamples: int
 
 def _curve(outputs: ExitOutputs, scores: NDArray[np.float64], right: NDArray[np.int64]) -> Curve:
     """The curve of some of the samples of ``outputs``, whose scores (n, M) and correctness (n, M+1) are known already."""
-    thresholds, gained, spent = sweep(scores, right, outputs.macs.numpy()[None])
-    count = len(scores)
-    return Curve(thresholds, gained / count, spent[0] / (count * outputs.backbone_macs), outputs.policy(np.inf))
+    never, macs = outputs.policy(np.inf), outputs.macs.numpy()
+    return traced(scores, right, lambda sums: sums / len(scores), never, macs, outputs.backbone_macs)
 
 
 def check_comparable(outputs: Mapping[str, ExitOutputs]) -> None:

@@ -24,7 +24,7 @@ from exitkit.common.files import replacing
 from exitkit.common.intervals import share_interval
 from exitkit.common.versions import installed_versions
 from exitkit.evaluation import ExitOutputs, Runs
-from exitkit.evaluation.outputs import check_top
+from exitkit.evaluation.fields import check_top
 from exitkit.evaluation.paired import check_comparable, same_backbone
 from exitkit.report import figures
 from exitkit.report.decision import decide, export_command, opened
