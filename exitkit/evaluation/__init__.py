@@ -18,8 +18,7 @@ from exitkit.evaluation.metrics import (
     reliability,
 )
 from exitkit.evaluation.outputs import ExitOutputs
-from exitkit.evaluation.paired import PairedTest, PairedTests, paired_tests
-from exitkit.evaluation.paired_regressions import PairedError, PairedErrors, paired_errors
+from exitkit.evaluation.paired import PairedError, PairedErrors, PairedTest, PairedTests, paired_errors, paired_tests
 from exitkit.evaluation.plots import plot_curves, plot_hindsight
 from exitkit.evaluation.regression import RegressionOutputs
 from exitkit.evaluation.runs import Runs, RunsCompared, Spread, compare_runs
