@@ -157,6 +157,8 @@ def test_squared_errors_are_compared_at_a_budget() -> None:
         paired_errors({"a": classifier, "b": classifier})  # type: ignore[dict-item]
     with pytest.raises(ExitkitError, match="regressions have none; compare their errors by paired_errors"):
         exitkit.evaluation.paired_tests({"a": a, "b": b})
+    with pytest.raises(ExitkitError, match="outputs=list: give a dict"):
+        paired_errors([a, b])  # type: ignore[arg-type]
 
 
 def test_the_interval_of_a_difference_is_as_wide_as_its_standard_error_says() -> None:

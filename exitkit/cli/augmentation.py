@@ -19,7 +19,8 @@ Make = Callable[[Any, tuple[int, int], list[float]], Any]
 """(torchvision.transforms.v2, height and width, black per channel) → a transform of one image."""
 
 WHOLE: ContextVar[bool] = ContextVar("whole", default=False)
-"""Whether images are decoded as large as they are: while a training sample is read that is cropped at random."""
+"""Whether images are decoded as large as they are: while a training sample is read that is cropped at random. No argument,
+since torch's Subset and torchvision's data sets, which lie between, are asked by number alone."""
 
 
 def _contrast(image: Tensor) -> Tensor:

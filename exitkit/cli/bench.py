@@ -17,8 +17,8 @@ from exitkit.common.console import counted
 from exitkit.common.errors import ArgumentError, ExitkitError
 from exitkit.common.intervals import with_interval
 from exitkit.evaluation import ExitOutputs, collect
-from exitkit.evaluation.curve import BUDGETS
-from exitkit.evaluation.outputs import check_top
+from exitkit.evaluation.budgets import BUDGETS
+from exitkit.evaluation.fields import check_top
 from exitkit.methods.presets import Method
 from exitkit.multi_exit.attaching import attach
 from exitkit.multi_exit.model import MultiExitModel

@@ -22,7 +22,7 @@ from exitkit.cli.subsets import balanced, held_out_of, regrouped, together
 from exitkit.cli.writing import write_results, written
 from exitkit.common.console import counted
 from exitkit.evaluation import ExitOutputs, RegressionOutputs, collect
-from exitkit.evaluation.outputs import check_top
+from exitkit.evaluation.fields import check_top
 from exitkit.multi_exit.attaching import attach
 from exitkit.multi_exit.model import MultiExitModel
 from exitkit.report import Stage

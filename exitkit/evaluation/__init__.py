@@ -3,8 +3,9 @@
 from typing import Any
 
 from exitkit.common.hashes import content_hashes
+from exitkit.evaluation.budgets import BudgetPoint, BudgetTable, ExitChoice
 from exitkit.evaluation.collecting import collect
-from exitkit.evaluation.curve import BudgetPoint, BudgetTable, Curve
+from exitkit.evaluation.curve import Curve
 from exitkit.evaluation.exit_times import ExitTimes
 from exitkit.evaluation.metrics import (
     Interval,
@@ -16,9 +17,8 @@ from exitkit.evaluation.metrics import (
     overthinking,
     reliability,
 )
-from exitkit.evaluation.outputs import ExitChoice, ExitOutputs
-from exitkit.evaluation.paired import PairedTest, PairedTests, paired_tests
-from exitkit.evaluation.paired_regressions import PairedError, PairedErrors, paired_errors
+from exitkit.evaluation.outputs import ExitOutputs
+from exitkit.evaluation.paired import PairedError, PairedErrors, PairedTest, PairedTests, paired_errors, paired_tests
 from exitkit.evaluation.plots import plot_curves, plot_hindsight
 from exitkit.evaluation.regression import RegressionOutputs
 from exitkit.evaluation.runs import Runs, RunsCompared, Spread, compare_runs

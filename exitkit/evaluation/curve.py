@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from decimal import ROUND_CEILING, Decimal
 from pathlib import Path
@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from exitkit.common.checks import is_number, positive
 from exitkit.common.errors import ArgumentError
+from exitkit.evaluation.budgets import BUDGETS, BudgetPoint, BudgetTable, share_of_cost
 from exitkit.evaluation.exit_times import ExitTimes, selected
 from exitkit.evaluation.plots import Array, plot_curves
 from exitkit.methods.policy import ExitPolicy, Threshold, as_policy, check_same_scores
@@ -20,33 +21,6 @@ from exitkit.methods.policy import ExitPolicy, Threshold, as_policy, check_same_
 _DECIMALS = 17
 _WHOLE = 2**40
 """From here on a threshold is not rounded."""
-BUDGETS = (0.25, 0.5, 0.75, 1.0)
-
-
-@dataclass(frozen=True)
-class BudgetPoint:
-    """An operating point: a policy, and the accuracy and average cost (share of the backbone) that it gives.
-
-    Whatever takes a threshold (:func:`exitkit.compile`, ``export``, ``outputs.at``) takes the point itself.
-    """
-
-    policy: ExitPolicy
-    accuracy: float
-    cost: float
-
-    @property
-    def threshold(self) -> float | tuple[float, ...]:
-        """τ, or one for each exit; see :attr:`ExitPolicy.threshold`."""
-        return self.policy.threshold
-
-    def to_dict(self) -> dict[str, Any]:
-        """Threshold, accuracy and cost, as values that JSON holds."""
-        taus = self.policy.thresholds
-        return {
-            "threshold": taus[0] if len(set(taus)) == 1 else list(taus),
-            "accuracy": self.accuracy,
-            "cost": self.cost,
-        }
 
 
 @dataclass(frozen=True, eq=False)
@@ -211,21 +185,6 @@ class Curve:
         return BudgetPoint(policy, float(self.accuracy[index]), float(self.cost[index]))
 
 
-def share_of_cost(name: str, budget: Any) -> float:
-    """A budget: a positive share of the backbone's cost, or infinity.
-
-    Raises:
-        ArgumentError: anything else; what is above 10 and up to 100 is a percentage.
-    """
-    share = positive(name, budget, "a share of the backbone's cost, such as 0.5")
-    if 10 < share <= 100:
-        raise ArgumentError(
-            f"{name}={budget!r} would be {share:g} times the backbone's cost; budgets are shares of it: {share / 100:g} for "
-            f"{share:g}%"
-        )
-    return share
-
-
 def sweep(scores: NDArray[np.floating], values: NDArray[Any], prices: Array) -> tuple[Array, NDArray[Any], Array]:
     """Every distinct threshold in ascending order, and the sums over the samples there of ``values`` (N, M+1, …) and prices.
 
@@ -252,21 +211,20 @@ def sweep(scores: NDArray[np.floating], values: NDArray[Any], prices: Array) -> 
     )
 
 
-@dataclass(frozen=True)
-class BudgetTable:
-    """Rows by name; None where even the first exit is over the budget. Prints as a small text table."""
+def traced(
+    scores: NDArray[np.floating],
+    values: NDArray[Any],
+    measured: Callable[[NDArray[Any]], Array],
+    no_exit: ExitPolicy,
+    costs: Array,
+    whole: float,
+    timings: tuple[ExitTimes, ...] = (),
+) -> Curve:
+    """The curve of samples with scores (N, M) and ``values`` (N, M+1, …), whose sums (T, …) ``measured`` makes a measure of.
 
-    rows: dict[str, BudgetPoint | None]
-    measure: str = "accuracy"
-
-    def __str__(self) -> str:
-        width = max([9, *(len(point.policy.shown()) for point in self.rows.values() if point is not None)]) + 2
-        wide = max(9, len(self.measure) + 1)
-        lines = [f"{'budget':<15}{self.measure:>{wide}}{'cost':>9}{'τ':>{width}}"]
-        for name, point in self.rows.items():
-            if point is None:
-                lines.append(f"{name:<15}{'-':>{wide}}{'-':>9}{'-':>{width}}")
-            else:
-                reached = f"{point.accuracy:.4f}" if self.measure == "mse" else f"{point.accuracy:.2%}"
-                lines.append(f"{name:<15}{reached:>{wide}}{point.cost:>9.1%}{point.policy.shown():>{width}}")
-        return "\n".join(lines)
+    Costs (M+1,) are shares of ``whole``.
+    """
+    thresholds, sums, spent = sweep(scores, values, np.array([costs, *(one.milliseconds for one in timings)]))
+    count = len(scores)
+    cost = spent[0] / (count * whole)
+    return Curve(thresholds, measured(sums), cost, no_exit, timings=timings, times=spent[1:] / count)

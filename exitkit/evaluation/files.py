@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -18,9 +19,6 @@ from exitkit.common.hashes import digest
 from exitkit.common.schema import build, parse_json, to_json
 from exitkit.evaluation.exit_times import ExitTimes
 from exitkit.methods.criteria import Tolerance
-
-if TYPE_CHECKING:
-    from exitkit.evaluation.outputs import ExitOutputs
 
 OUTPUTS, REGRESSION = "exitkit-outputs-2", "exitkit-regression-2"
 """The formats of files of :class:`exitkit.ExitOutputs` and of :class:`exitkit.evaluation.RegressionOutputs`."""
@@ -44,15 +42,15 @@ class _Settings:
     timings: tuple[ExitTimes, ...] | None
 
 
-def save_outputs(outputs: ExitOutputs, path: str | Path, form: str, half: bool) -> None:
-    """See :meth:`exitkit.ExitOutputs.save`."""
+def save_fields(fields: Mapping[str, Any], path: str | Path, form: str) -> None:
+    """Write the fields of outputs by name; see :meth:`exitkit.ExitOutputs.save`."""
     check("path", path, PATH)
-    tensors = {"log_probs": outputs.log_probs.half() if half else outputs.log_probs, "macs": outputs.macs}
+    tensors = {name: fields[name] for name in ("log_probs", "macs")}
     for name in _OPTIONAL:
-        if (tensor := getattr(outputs, name)) is not None:
+        if (tensor := fields[name]) is not None:
             tensors[name] = tensor.clone(memory_format=torch.contiguous_format)  # two of them may share memory
-    timings = tuple(asdict(one) for one in outputs.timings) or None
-    values = {name: getattr(outputs, name) for name in ("backbone_macs", *_TEXTS, "temperatures")}
+    timings = tuple(asdict(one) for one in fields["timings"]) or None
+    values = {name: fields[name] for name in ("backbone_macs", *_TEXTS, "temperatures")}
     texts = {
         name: value if name in _TEXTS else to_json(value)
         for name, value in {**values, "timings": timings}.items()

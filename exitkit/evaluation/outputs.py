@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, NamedTuple, Self
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
@@ -14,11 +14,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from exitkit.common.batches import check_labels
-from exitkit.common.checks import Bounds, check, checked_each
+from exitkit.common.checks import check, checked_each
 from exitkit.common.errors import ArgumentError, ExitkitError, FileError
-from exitkit.evaluation.curve import BudgetPoint, Curve, share_of_cost, sweep
+from exitkit.evaluation.budgets import BudgetPoint, ExitChoice, best_within
+from exitkit.evaluation.curve import Curve, traced
 from exitkit.evaluation.exit_times import ExitTimes, checked_times
-from exitkit.evaluation.files import OUTPUTS, load_fields, save_outputs
+from exitkit.evaluation.fields import check_hashes, check_top, checked_fitted_on, checked_macs
+from exitkit.evaluation.files import OUTPUTS, load_fields, save_fields
 from exitkit.evaluation.log_probs import CHUNK, by_chunks, normalised
 from exitkit.methods.criteria import Criterion, UnknownCriterionError, as_criterion
 from exitkit.methods.policy import (
@@ -31,14 +33,6 @@ from exitkit.methods.policy import (
     checked_temperatures,
 )
 from exitkit.methods.presets import check_task
-
-
-class ExitChoice(NamedTuple):
-    """One exit for all samples, its accuracy, and its cost as a share of the backbone."""
-
-    exit: int
-    accuracy: float
-    cost: float
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,39 +76,26 @@ class ExitOutputs:
 
     def __post_init__(self) -> None:
         log_probs = self._checked(torch.as_tensor(self.log_probs).detach().cpu())
-        object.__setattr__(self, "log_probs", log_probs)
-        macs = torch.as_tensor(self.macs, dtype=torch.float64).detach().cpu().contiguous()
-        rising = macs.shape == log_probs.shape[1:2] and bool((macs.diff() >= 0).all())
-        if not rising or not bool((macs > 0).all()) or not bool(macs.isfinite().all()):
-            raise ArgumentError(
-                f"macs={macs.tolist()} must hold one positive cost per exit, {log_probs.shape[1]} of them, none below the "
-                "one before it"
-            )
-        object.__setattr__(self, "macs", macs)
-        object.__setattr__(self, "criterion", as_criterion(self.criterion).name)
+        samples, exits, classes = log_probs.shape
         check("dtype", self.dtype, Precision)
         if not 0 < self.backbone_macs < float("inf"):
             raise ArgumentError(
                 f"backbone_macs={self.backbone_macs!r} must be positive: MACs of the unmodified backbone"
             )
-        if self.temperatures is not None:
-            object.__setattr__(self, "temperatures", checked_temperatures(self.temperatures, len(macs)))
         for one in self.timings:
-            checked_times(one.milliseconds, len(macs))
-        if self.labels is not None:
-            labels = check_labels(self.labels, log_probs.shape[2], log_probs.shape[0]).cpu().contiguous()
-            object.__setattr__(self, "labels", labels)
-        if self.hashes is not None and (self.hashes.shape != log_probs.shape[:1] or self.hashes.dtype != torch.int64):
-            raise ArgumentError(
-                f"hashes have dtype {self.hashes.dtype} and shape {tuple(self.hashes.shape)}; expected int64 of shape "
-                f"({len(log_probs)},), as exitkit.evaluation.content_hashes(loader) gives them"
-            )
-        if self.fitted_on is not None:
-            if self.fitted_on.dim() != 1 or self.fitted_on.dtype != torch.int64 or self.temperatures is None:
-                raise ArgumentError(
-                    "fitted_on must be the int64 content hashes of the samples that temperatures were fitted on"
-                )
-            object.__setattr__(self, "fitted_on", self.fitted_on.detach().cpu())
+            checked_times(one.milliseconds, exits)
+        check_hashes(self.hashes, samples)
+        given, temperatures = self.labels, self.temperatures
+        checked = {
+            "log_probs": log_probs,
+            "labels": None if given is None else check_labels(given, classes, samples).cpu().contiguous(),
+            "macs": checked_macs(self.macs, exits),
+            "criterion": as_criterion(self.criterion).name,
+            "temperatures": None if temperatures is None else checked_temperatures(temperatures, exits),
+            "fitted_on": checked_fitted_on(self.fitted_on, temperatures is not None),
+        }
+        for name, value in checked.items():
+            object.__setattr__(self, name, value)
 
     def __len__(self) -> int:
         return len(self.log_probs)
@@ -310,32 +291,24 @@ class ExitOutputs:
             ArgumentError: no labels, no exits before the backbone, or times that fall or are of another number.
         """
         no_exit = self.policy(float("inf"), criterion)
-        scores, correct = self.scores(criterion)[:, :-1].numpy(), self.correct_among(top).numpy().astype(np.int64)
-        thresholds, right, spent = sweep(scores, correct, self._prices(milliseconds))
-        made = self._curve(thresholds, right / len(self), spent, no_exit, milliseconds)
+        correct = self.correct_among(top).numpy().astype(np.int64)
+        made = self._traced(no_exit, correct, lambda right: right / len(self), milliseconds)
         return made if top == 1 else replace(made, measure=f"top-{top} accuracy")
 
-    def _prices(self, milliseconds: Sequence[float] | None) -> NDArray[np.float64]:
-        """(1 + K, M+1) prices of the exits: MACs, then the measured times; or the times that are given alone."""
-        if milliseconds is not None:
-            return checked_times(milliseconds, len(self.macs))[None]
-        return np.stack([self.macs.numpy(), *(np.asarray(one.milliseconds) for one in self.timings)])
-
-    def _curve(
+    def _traced(
         self,
-        thresholds: NDArray[np.float64],
-        reached: NDArray[np.float64],
-        spent: NDArray[np.float64],
         no_exit: ExitPolicy,
+        values: NDArray[Any],
+        measured: Callable[[NDArray[Any]], NDArray[np.float64]],
         milliseconds: Sequence[float] | None,
     ) -> Curve:
-        """The curve from what all samples spend (1 + K, T) in the prices of :meth:`_prices`."""
-        whole = self.backbone_macs if milliseconds is None else float(milliseconds[-1])
-        cost = spent[0] / (len(self) * whole)
-        made = Curve(thresholds, reached, cost, no_exit)
-        if milliseconds is not None:
-            return replace(made, milliseconds=whole)
-        return replace(made, timings=self.timings, times=spent[1:] / len(self))
+        """The curve of a measure of the sums of ``values`` (N, M+1, …), in MACs or in the times that are given."""
+        scores = self.scores(no_exit.criterion)[:, :-1].numpy()
+        if milliseconds is None:
+            return traced(scores, values, measured, no_exit, self.macs.numpy(), self.backbone_macs, self.timings)
+        times = checked_times(milliseconds, len(self.macs))
+        whole = float(times[-1])
+        return replace(traced(scores, values, measured, no_exit, times, whole), milliseconds=whole)
 
     def best_exit(self, budget: float = float("inf"), *, top: int = 1) -> ExitChoice:
         """The exit to stop every sample at when the cost of one is limited (Phuong & Lampert 2019, section 3.2).
@@ -350,16 +323,7 @@ class ExitOutputs:
         Raises:
             ArgumentError: a budget that is not a positive number or is a percentage, no exit costs so little, or no labels.
         """
-        budget = share_of_cost("budget", budget)
-        within = self.costs < budget
-        if not within.any():
-            raise ArgumentError(
-                f"budget={budget!r} cannot be kept: it is a share of the backbone's cost, and exit 0 already costs "
-                f"{self.costs[0]:.3f}"
-            )
-        accuracy = self.accuracy(top)
-        exit_ = int(np.where(within, accuracy, -1).argmax())
-        return ExitChoice(exit_, float(accuracy[exit_]), float(self.costs[exit_]))
+        return best_within(self.costs, self.accuracy(top), budget)
 
     def hindsight_improvability(self) -> NDArray[np.float64]:
         """(M+1,): share of each exit's mistakes that some earlier exit had right (Zero Time Waste, section 4.2).
@@ -382,7 +346,8 @@ class ExitOutputs:
             half: log-probabilities in float16: half the size. Scores stay within 5e-4; answers change where two classes
                 are as close as that.
         """
-        save_outputs(self, path, self._format, half)
+        log_probs = self.log_probs.half() if half else self.log_probs
+        save_fields(vars(self) | {"log_probs": log_probs}, path, self._format)
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
@@ -403,15 +368,6 @@ class ExitOutputs:
     @staticmethod
     def _checked(given: Tensor) -> Tensor:
         return normalised(given)
-
-
-def check_top(top: int, classes: int) -> None:
-    """Refuse to count a label among more classes than there are.
-
-    Raises:
-        ArgumentError: ``top`` is not from 1 to ``classes``.
-    """
-    check("top", top, Annotated[int, Bounds(least=1, most=classes)], f"there are {classes} classes")
 
 
 def check_outputs(outputs: object, name: str = "outputs") -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
@@ -12,9 +12,10 @@ from numpy.typing import NDArray
 
 from exitkit.common.checks import Count, Index, check
 from exitkit.common.errors import ArgumentError
-from exitkit.evaluation.curve import Curve, sweep
+from exitkit.evaluation.curve import Curve, traced
 from exitkit.evaluation.metrics import Interval
 from exitkit.evaluation.outputs import ExitOutputs, check_outputs
+from exitkit.evaluation.regression import RegressionOutputs
 from exitkit.surgery.fingerprint import same_weights
 
 
@@ -52,8 +53,7 @@ class PairedTests:
     pairs: tuple[PairedTest, ...]
 
     def __str__(self) -> str:
-        names = [f"{p.first} – {p.second}{'' if p.same_backbone is not False else ' *'}" for p in self.pairs]
-        width = max(26, *(len(name) + 2 for name in names))
+        names, width = _names_of(self.pairs)
         top = self.pairs[0].top
         measure = "accuracy" if top == 1 else f"top-{top} accuracy"
         lines = [f"{'pair':<{width}}{measure:>17}{'only 1st':>10}{'only 2nd':>10}{'p':>9}"]
@@ -63,9 +63,46 @@ class PairedTests:
                 f"{name:<{width}}{accuracies:>17}{pair.only_first:>10}{pair.only_second:>10}{pair.p_value:>9.2g}"
             )
             lines.append(f"  AUC difference {pair.auc.value:+.4f} ({pair.auc.low:+.4f} … {pair.auc.high:+.4f})")
-        if any(pair.same_backbone is False for pair in self.pairs):
-            lines.append("* their backbones have other weights, so that the difference may be the backbones'")
-        return "\n".join(lines)
+        return "\n".join(lines + _star_explained(self.pairs))
+
+
+@dataclass(frozen=True)
+class PairedError:
+    """Two regressions compared.
+
+    Attributes:
+        first, second: their names.
+        budget: the share of the backbone's MACs at which they are compared.
+        errors: mean squared errors of the two at the budget.
+        difference: first minus second, with a 95% interval of the paired bootstrap over the samples.
+        same_backbone: whether their backbones have the same weights; None where the outputs do not say.
+    """
+
+    first: str
+    second: str
+    budget: float
+    errors: tuple[float, float]
+    difference: Interval
+    same_backbone: bool | None
+
+
+@dataclass(frozen=True)
+class PairedErrors:
+    """All pairs; prints as a table, with a star where backbones differ."""
+
+    pairs: tuple[PairedError, ...]
+
+    def __str__(self) -> str:
+        names, width = _names_of(self.pairs)
+        lines = [
+            f"mean squared error (less is better) at {100 * self.pairs[0].budget:g}% of the backbone's MACs",
+            f"{'pair':<{width}}{'first':>10}{'second':>10}  difference (95% interval)",
+        ]
+        for name, pair in zip(names, self.pairs, strict=True):
+            low, value, high = pair.difference
+            errors = "".join(f"{error:>10.4f}" for error in pair.errors)
+            lines.append(f"{name:<{width}}{errors}  {value:+.4f} ({low:+.4f} … {high:+.4f})")
+        return "\n".join(lines + _star_explained(self.pairs))
 
 
 def paired_tests(
@@ -86,12 +123,7 @@ def paired_tests(
         ArgumentError: regressions, other samples, another backbone, no labels, a budget that one of them cannot keep, or
             ``top`` is not from 1 to the number of classes.
     """
-    if not isinstance(outputs, Mapping) or len(outputs) < 2:
-        given = list(outputs) if isinstance(outputs, Mapping) else type(outputs).__name__
-        raise ArgumentError(f"outputs={given}: give a dict of at least two, by name")
-    check("resamples", resamples, Count)
-    check("seed", seed, Index)
-    check_comparable(outputs)
+    _check_pairable(outputs, resamples, seed)
     if any(one.measure != "accuracy" for one in outputs.values()):
         raise ArgumentError(
             "outputs: paired_tests counts right answers, and regressions have none; compare their errors by paired_errors"
@@ -141,17 +173,91 @@ def _auc_difference(one: ExitOutputs, two: ExitOutputs, top: int, resamples: int
         first, second = (_curve(outputs, scores[rows], right[rows]).auc(low) for outputs, scores, right in parts)
         return first - second
 
-    generator = np.random.default_rng(seed)
-    drawn = [difference(generator.integers(0, len(one), len(one))) for _ in range(resamples)]
-    lowest, highest = np.quantile(drawn, [0.025, 0.975])
-    return Interval(float(lowest), difference(np.arange(len(one))), float(highest))
+    return _bootstrapped(difference, len(one), resamples, seed)
 
 
 def _curve(outputs: ExitOutputs, scores: NDArray[np.float64], right: NDArray[np.int64]) -> Curve:
     """The curve of some of the samples of ``outputs``, whose scores (n, M) and correctness (n, M+1) are known already."""
-    thresholds, gained, spent = sweep(scores, right, outputs.macs.numpy()[None])
-    count = len(scores)
-    return Curve(thresholds, gained / count, spent[0] / (count * outputs.backbone_macs), outputs.policy(np.inf))
+    never, macs = outputs.policy(np.inf), outputs.macs.numpy()
+    return traced(scores, right, lambda sums: sums / len(scores), never, macs, outputs.backbone_macs)
+
+
+def paired_errors(
+    outputs: Mapping[str, RegressionOutputs], budget: float = 0.5, *, resamples: int = 500, seed: int = 0
+) -> PairedErrors:
+    """Compare every two of several regressions' outputs on the same samples; of classifiers see :func:`paired_tests`.
+
+    Each leaves at the highest τ whose cost stays under the budget on these samples.
+
+    Args:
+        outputs: by name, at least two, with labels and in the same order of samples.
+        budget: share of the backbone's MACs.
+        resamples: of the bootstrap.
+        seed: of the bootstrap.
+
+    Raises:
+        ArgumentError: fewer than two, other samples, another backbone, no labels, or a budget that one of them cannot keep.
+    """
+    _check_pairable(outputs, resamples, seed)
+    for name, outputs_ in outputs.items():
+        if not isinstance(outputs_, RegressionOutputs):
+            raise ArgumentError(f"outputs[{name!r}] are of a classifier; compare those by paired_tests")
+    errors = {name: _errors_at(one, budget) for name, one in outputs.items()}
+    pairs = []
+    for one, two in combinations(outputs, 2):
+        means = float(errors[one].mean()), float(errors[two].mean())
+        difference = _mean(errors[one] - errors[two], resamples, seed)
+        pairs.append(PairedError(one, two, budget, means, difference, same_backbone(outputs[one], outputs[two])))
+    return PairedErrors(tuple(pairs))
+
+
+def _errors_at(outputs: RegressionOutputs, budget: float) -> NDArray[np.float64]:
+    """(N,): each sample's squared error where it leaves."""
+    exits = outputs.exits_at(outputs.curve(measure="mse").at_budget(budget))
+    errors: NDArray[np.float64] = outputs.squared_errors()[np.arange(len(outputs)), exits]
+    return errors
+
+
+def _mean(values: NDArray[np.float64], resamples: int, seed: int) -> Interval:
+    """Of (N,), with its interval."""
+    return _bootstrapped(lambda rows: float(values[rows].mean()), len(values), resamples, seed)
+
+
+def _bootstrapped(
+    statistic: Callable[[NDArray[np.int64]], float], samples: int, resamples: int, seed: int
+) -> Interval:
+    """A statistic of the rows of paired samples, with its 95% percentile bootstrap interval."""
+    generator = np.random.default_rng(seed)
+    drawn = [statistic(generator.integers(0, samples, samples)) for _ in range(resamples)]
+    low, high = np.quantile(drawn, [0.025, 0.975])
+    return Interval(float(low), float(statistic(np.arange(samples))), float(high))
+
+
+def _names_of(pairs: Sequence[PairedTest | PairedError]) -> tuple[list[str], int]:
+    """The pairs as they are called in a table, and its first column's width."""
+    names = [f"{pair.first} – {pair.second}{' *' if pair.same_backbone is False else ''}" for pair in pairs]
+    return names, max(26, *(len(name) + 2 for name in names))
+
+
+def _star_explained(pairs: Sequence[PairedTest | PairedError]) -> list[str]:
+    """The last line of a table, where a name has a star."""
+    if all(pair.same_backbone is not False for pair in pairs):
+        return []
+    return ["* their backbones have other weights, so that the difference may be the backbones'"]
+
+
+def _check_pairable(outputs: Mapping[str, ExitOutputs], resamples: int, seed: int) -> None:
+    """Refuse what no pairs can be made of, or not be resampled.
+
+    Raises:
+        ArgumentError: no dict of at least two, no resamples, a seed below 0, or as :func:`check_comparable`.
+    """
+    if not isinstance(outputs, Mapping) or len(outputs) < 2:
+        given = list(outputs) if isinstance(outputs, Mapping) else type(outputs).__name__
+        raise ArgumentError(f"outputs={given}: give a dict of at least two, by name")
+    check("resamples", resamples, Count)
+    check("seed", seed, Index)
+    check_comparable(outputs)
 
 
 def check_comparable(outputs: Mapping[str, ExitOutputs]) -> None:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from exitkit.common.errors import ArgumentError, unknown_name
-from exitkit.evaluation.curve import Curve, sweep
+from exitkit.evaluation.curve import Curve
 from exitkit.evaluation.files import REGRESSION
 from exitkit.evaluation.outputs import ExitOutputs
 from exitkit.methods.criteria import Criterion
@@ -103,14 +103,14 @@ class RegressionOutputs(ExitOutputs):
             raise unknown_name("measure", measure, get_args(Measure))
         targets = self._targets()
         values = self._moments() if measure == "pearson" else self.squared_errors()
-        scores = self.scores(criterion)[:, :-1].numpy()
-        thresholds, sums, spent = sweep(scores, values, self._prices(milliseconds))
-        if measure == "pearson":
-            reached = _correlation(sums, targets)
-        else:
-            reached = sums / len(self) if measure == "mse" else 1 - sums / ((targets - targets.mean()) ** 2).sum()
+
+        def measured(sums: NDArray[np.float64]) -> NDArray[np.float64]:
+            if measure == "pearson":
+                return _correlation(sums, targets)
+            return sums / len(self) if measure == "mse" else 1 - sums / ((targets - targets.mean()) ** 2).sum()
+
         no_exit = self.policy(float("inf"), criterion)
-        return replace(self._curve(thresholds, reached, spent, no_exit, milliseconds), measure=measure)
+        return replace(self._traced(no_exit, values, measured, milliseconds), measure=measure)
 
     def calibrated(self, temperatures: Sequence[float], fitted_on: ExitOutputs | Tensor | None = None) -> NoReturn:
         """Predictions have no temperature.

@@ -10,7 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from exitkit.common.errors import ArgumentError
-from exitkit.evaluation.curve import BUDGETS, Curve
+from exitkit.evaluation.budgets import BUDGETS
+from exitkit.evaluation.curve import Curve
 from exitkit.evaluation.outputs import ExitOutputs, check_outputs
 from exitkit.evaluation.paired import check_comparable
 from exitkit.evaluation.regression import RegressionOutputs

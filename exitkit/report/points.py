@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from exitkit.evaluation import Curve, ExitOutputs
-from exitkit.evaluation.curve import BUDGETS
+from exitkit.evaluation.budgets import BUDGETS
 
 POINTS = 300
 """About as many as a screen can tell apart."""

@@ -7,12 +7,10 @@ import hashlib
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
-from importlib.resources import files
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import matplotlib
 from markupsafe import Markup
 
@@ -22,12 +20,12 @@ from exitkit.common.console import printable
 from exitkit.common.errors import ArgumentError
 from exitkit.common.files import replacing
 from exitkit.common.intervals import share_interval
-from exitkit.common.versions import installed_versions
 from exitkit.evaluation import ExitOutputs, Runs
-from exitkit.evaluation.outputs import check_top
+from exitkit.evaluation.fields import check_top
 from exitkit.evaluation.paired import check_comparable, same_backbone
 from exitkit.report import figures
 from exitkit.report.decision import decide, export_command, opened
+from exitkit.report.pages import rendered, source
 from exitkit.report.points import MATRIX, Points, points_of
 from exitkit.report.regressions import errors_shown, regressions_in
 from exitkit.report.repeated import read_repeated, seeds_in
@@ -76,8 +74,9 @@ def write_report(runs: Sequence[str | Path], path: str | Path | None = None, top
 def _of_regressions(runs: Sequence[str | Path], first: Path, top: int) -> Callable[[Path], str]:
     """What makes the page of regressions, for where it shall lie; ``first`` is the first run, or its first seed."""
     found = regressions_in(runs)
-    return lambda path: _render(
-        "regression.html",
+    return lambda path: rendered(
+        "report/page/regression.html",
+        {"shown": shown},
         title=_title(list(map(Path, runs))),
         about=_facts(read_run(first, regression=True).about),
         analysis=_analysis(first / FOLDER),
@@ -165,8 +164,12 @@ def _page(
         "methods": [_method(name, results[name], points[name], list(kept), places[name]) for name in results],
         "pictures": [asdict(sample) for sample in kept.values()],
     }
-    return _render(
-        "report.html",
+    js = source("report/page/report.js")
+    return rendered(
+        "report/page/report.html",
+        {"shown": shown, "interval": _interval},
+        js=Markup(js),
+        script=base64.b64encode(hashlib.sha256(js.encode()).digest()).decode(),
         title=_title([run.directory for run in runs]),
         about=_facts(runs[0].about),
         data=data,
@@ -207,23 +210,6 @@ def _analysis(folder: Path) -> list[tuple[Kind, list[figures.Drawn], list[Table]
         tables = [replace(one.table(), title=printable(model)) for model, one in models.items()]
         rows.append((KINDS[name], drawn, tables))
     return rows
-
-
-def _render(template: str, **values: Any) -> str:
-    source = files("exitkit.report") / "page"
-    css, js = ((source / name).read_text(encoding="utf-8") for name in ("report.css", "report.js"))
-    script = base64.b64encode(hashlib.sha256(js.encode()).digest()).decode()
-    environment = jinja2.Environment(
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        loader=jinja2.FunctionLoader(lambda name: (source / name).read_text(encoding="utf-8")),
-    )
-    environment.filters["interval"] = _interval
-    environment.filters["shown"] = shown
-    return environment.get_template(template).render(
-        **values, css=Markup(css), js=Markup(js), script=script, version=installed_versions()["exitkit"]
-    )
 
 
 def _interval(check: Check) -> str:

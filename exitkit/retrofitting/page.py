@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-from importlib.resources import files
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import jinja2
-from markupsafe import Markup
-
 from exitkit.common.console import in_minutes
 from exitkit.common.errors import ArgumentError
 from exitkit.common.files import replacing
-from exitkit.common.versions import installed_versions
 from exitkit.evaluation.plots import labelled, new_figure
 from exitkit.report.figures import Drawn, embedded
+from exitkit.report.pages import rendered
 
 if TYPE_CHECKING:
     from exitkit.retrofitting.result import Retrofit
@@ -31,17 +27,12 @@ def write_page(result: Retrofit, path: str | PathLike[str]) -> None:
     target = Path(path)
     if target.suffix.lower() not in (".html", ".htm"):
         raise ArgumentError(f"path={str(path)!r} must end in .html")
-    template = (files("exitkit.retrofitting") / "page.html").read_text(encoding="utf-8")
-    css = (files("exitkit.report") / "page" / "report.css").read_text(encoding="utf-8")
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    environment.filters["in_minutes"] = in_minutes
-    environment.filters["percent"] = lambda share, digits=1: f"{share:.{digits}%}"
-    page = environment.from_string(template).render(
+    page = rendered(
+        "retrofitting/page.html",
+        {"in_minutes": in_minutes, "percent": lambda share, digits=1: f"{share:.{digits}%}"},
         result=result,
         exits=sorted(result.candidates, key=lambda one: (one.dropped is not None, -(one.saving or 0.0))),
         picture=picture(result),
-        css=Markup(css),
-        version=installed_versions()["exitkit"],
     )
     with replacing(target) as temporary:
         temporary.write_text(page, encoding="utf-8")
