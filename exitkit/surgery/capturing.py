@@ -95,7 +95,7 @@ def _check_numbers(example: Example, name: str) -> None:
     for key, tensor in zip(example.spec.keys, example.tensors, strict=True):
         if not tensor.is_meta and bool(tensor.isnan().all()):
             raise ArgumentError(
-                f"{name}: input {key!r} is not finite anywhere, but NaN; give values such as the model gets in use"
+                f"{name}: input {key!r} holds nothing but NaN; give values such as the model gets in use"
             )
 
 
