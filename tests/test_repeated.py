@@ -177,8 +177,9 @@ def test_a_recipe_with_three_seeds(run: Any, refused: Any, images: Path, tmp_pat
     recipe = tmp_path / "recipe.toml"
     recipe.write_text(RECIPE.format(data=json.dumps(str(images))))
     command = ("train", recipe, "--trust", "--out", tmp_path / "sdn", "--seeds")
-    printed = run(*command, 2)
-    assert "over 2 seeds" in printed
+    printed = run(*command, 2, "--top", 2)
+    _, _, together = printed.partition("over 2 seeds")
+    assert "sdn, top 2" in together
     again = run(*command, 3)
     assert again.count("is finished already") == 2
     assert [folder.name for folder in sorted((tmp_path / "sdn").iterdir())] == ["seed-0", "seed-1", "seed-2"]

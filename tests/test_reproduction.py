@@ -25,7 +25,7 @@ from exitkit.exits import Feature
 from exitkit.exits.own import named
 from exitkit.models import cifar_resnet
 from exitkit.report import Stage
-from exitkit.reproduction import Outcome, Paper, Row, Setting, Table, find_table, papers, settings_of
+from exitkit.reproduction import Outcome, Paper, Row, Setting, Table, find_table, markdown, papers, settings_of
 from exitkit.reproduction.measures import numbers_of
 from exitkit.reproduction.tables import merged
 from exitkit.training import Distillation
@@ -272,6 +272,20 @@ def test_what_stands_elsewhere_is_a_table(paper: Paper) -> None:
     assert paper.elsewhere
     assert set(paper.elsewhere.values()) <= set(paper.tables)
     assert not set(paper.elsewhere) & set(paper.tables)
+
+
+@pytest.mark.parametrize(
+    ("paper", "table", "told"),
+    [
+        ("zero-time-waste", "C.1", "\nAccuracy in %, mean ± standard deviation. A figure in the paper"),
+        ("distillation", "6", "\nTop-5 accuracy in %, mean ± 1.96 standard errors. The runs are those of table 2."),
+        ("distillation", "3", "\nMilliseconds, mean ± standard deviation. "),
+        ("training-regimes", "2R", "\nMean squared error, mean ± standard deviation. "),
+    ],
+)
+def test_a_table_says_what_its_numbers_are(paper: str, table: str, told: str) -> None:
+    chosen = find_table(paper, table)
+    assert told in markdown(chosen, [Outcome(one, reason="not run") for one in chosen.rows], "full")
 
 
 def test_later_values_stand_in_the_place_of_earlier_ones() -> None:
