@@ -103,6 +103,8 @@ def test_a_function_that_cannot_be_imported_is_given_on_loading(tiny_net: TinyNe
         MultiExitModel.from_pretrained(tiny_net, tmp_path)
     again = MultiExitModel.from_pretrained(tiny_net, tmp_path, head=local)
     assert torch.equal(ee(images(4)).logits[0], again(images(4)).logits[0])
+    with pytest.raises(exitkit.ExitkitError, match=r"expected .*Give the function that made these heads as head="):
+        MultiExitModel.from_pretrained(tiny_net, tmp_path, head=averaged)  # of another width
 
 
 @pytest.mark.parametrize("name", ["antigravity:fly", "os:getcwd", "builtins:exec", "tests.toy:images"])
