@@ -103,6 +103,8 @@ def test_a_function_that_cannot_be_imported_is_given_on_loading(tiny_net: TinyNe
         MultiExitModel.from_pretrained(tiny_net, tmp_path)
     again = MultiExitModel.from_pretrained(tiny_net, tmp_path, head=local)
     assert torch.equal(ee(images(4)).logits[0], again(images(4)).logits[0])
+    with pytest.raises(exitkit.ExitkitError, match=r"expected .*Give the function that made these heads as head="):
+        MultiExitModel.from_pretrained(tiny_net, tmp_path, head=averaged)  # of another width
 
 
 @pytest.mark.parametrize("name", ["antigravity:fly", "os:getcwd", "builtins:exec", "tests.toy:images"])
@@ -165,7 +167,10 @@ def test_a_head_whose_width_changes_is_refused(tiny_net: TinyNet, grows: bool) -
     ("head", "message"),
     [
         (shapeless, r"shapeless' for the feature channels_first \(8, 8, 8\) makes torch.float32 \(3, 2, 8, 8\)"),
-        (moody, r"moody'.*two modules of different structure"),
+        (
+            moody,
+            r"moody'.*two modules of different structure: \(0\): Conv2d.* and \(0\): Conv2d.*\nIts structure must follow",
+        ),
         (broken, r"broken'.*fails: RuntimeError"),
         (shared, r"shared'.*same module twice"),
         (lambda feature: 3, "returned int; return a torch.nn.Module"),
@@ -177,8 +182,11 @@ def test_a_head_whose_width_changes_is_refused(tiny_net: TinyNet, grows: bool) -
         ("conv(stride=", "head='conv.stride=' is unknown"),
         ("conv(stride=0)", "stride=0 must be a whole number at least 1"),
         ("conv(width='wide')", "width='wide' is unknown|width='wide' must be"),
-        ("conv(padding=1)", "TypeError.*padding"),
+        ("conv(padding=1)", r"argument='padding' is unknown\. Allowed: 'stride', 'width'"),
+        ("conv(strid=2)", r"argument='strid' is unknown\. Did you mean 'stride'\?"),
+        ("strided(stride=3)", "'strided' takes no arguments; leave stride out"),
         ("wide(width=3)", "is unknown"),
+        ("convv", r"head='convv' is unknown\. Did you mean 'conv'\? Allowed are 'auto'"),
     ],
 )
 def test_heads_that_make_no_vectors_are_refused(tiny_net: TinyNet, head: Any, message: str) -> None:

@@ -139,6 +139,25 @@ def test_seeds_are_one_each_and_the_same_where_settings_are_compared() -> None:
         Runs(pair).minus(Runs(pair, (1, 2)), 0.5)
 
 
+def test_what_is_no_runs_is_refused() -> None:
+    one = outputs_of(0)
+    with pytest.raises(exitkit.ArgumentError, match=r"outputs is of one run; give a tuple"):
+        Runs(one)  # type: ignore[arg-type]
+    with pytest.raises(exitkit.ArgumentError, match=r"other is ExitOutputs; give exitkit.evaluation.Runs"):
+        Runs((one,)).minus(one, 0.5)  # type: ignore[arg-type]
+    with pytest.raises(exitkit.ArgumentError, match="found is list; give runs by name"):
+        compare_runs([Runs((one,))] * 2)  # type: ignore[arg-type]
+    with pytest.raises(exitkit.ArgumentError, match=r"found\['b'\] is ExitOutputs; give exitkit.evaluation.Runs"):
+        compare_runs({"a": Runs((one,)), "b": one})  # type: ignore[dict-item]
+
+
+def test_runs_may_have_other_temperatures_but_not_some_and_others_none() -> None:
+    first, second = (outputs_of(seed).calibrated([1.5 + seed] * 3) for seed in range(2))
+    assert len(Runs((first, second)).outputs) == 2
+    with pytest.raises(exitkit.ArgumentError, match=r"different settings \(temperatures=\(1.5, 1.5, 1.5\) and None\)"):
+        Runs((first, outputs_of(1)))
+
+
 RECIPE = """
 model = "tests.toy:net"
 data = {data}
@@ -158,8 +177,9 @@ def test_a_recipe_with_three_seeds(run: Any, refused: Any, images: Path, tmp_pat
     recipe = tmp_path / "recipe.toml"
     recipe.write_text(RECIPE.format(data=json.dumps(str(images))))
     command = ("train", recipe, "--trust", "--out", tmp_path / "sdn", "--seeds")
-    printed = run(*command, 2)
-    assert "over 2 seeds" in printed
+    printed = run(*command, 2, "--top", 2)
+    _, _, together = printed.partition("over 2 seeds")
+    assert "sdn, top 2" in together
     again = run(*command, 3)
     assert again.count("is finished already") == 2
     assert [folder.name for folder in sorted((tmp_path / "sdn").iterdir())] == ["seed-0", "seed-1", "seed-2"]
@@ -185,7 +205,8 @@ def test_a_recipe_with_three_seeds(run: Any, refused: Any, images: Path, tmp_pat
 
     (tmp_path / "sdn" / "seed-1").rename(tmp_path / "old")
     (tmp_path / "more" / "seed-1").rename(tmp_path / "sdn" / "seed-1")
-    assert "are of different settings, and are not averaged" in refused("report", tmp_path / "sdn")
+    told = refused("report", tmp_path / "sdn")
+    assert "are of different settings (trainer.epochs is 1 and 2), and are not averaged" in told
 
 
 def test_a_regression_with_two_seeds(run: Any, bert: Path, tmp_path: Path) -> None:

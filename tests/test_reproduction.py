@@ -25,7 +25,7 @@ from exitkit.exits import Feature
 from exitkit.exits.own import named
 from exitkit.models import cifar_resnet
 from exitkit.report import Stage
-from exitkit.reproduction import Outcome, Paper, Row, Setting, Table, find_table, papers, settings_of
+from exitkit.reproduction import Outcome, Paper, Row, Setting, Table, find_table, markdown, papers, settings_of
 from exitkit.reproduction.measures import numbers_of
 from exitkit.reproduction.tables import merged
 from exitkit.training import Distillation
@@ -252,6 +252,42 @@ def test_every_row_is_a_recipe_at_every_scale(table: Table, tmp_path: Path) -> N
     assert table.cpu_rows is None or set(table.cpu_rows) <= {one.name for one in table.rows}
 
 
+@pytest.mark.parametrize(
+    ("paper", "given", "name"),
+    [
+        ("zero-time-waste", "C.1", "C.1"),
+        ("zero-time-waste", "c1", "C.1"),
+        ("zero-time-waste", "Table C.1", "C.1"),
+        ("zero-time-waste", "T1", "1"),
+        ("training-regimes", "2r", "2R"),
+        ("distillation", "fig 9", "figure-9"),
+    ],
+)
+def test_a_table_is_found_however_its_number_is_written(paper: str, given: str, name: str) -> None:
+    assert find_table(paper, given).name == name
+
+
+@pytest.mark.parametrize("paper", papers().values(), ids=list(papers()))
+def test_what_stands_elsewhere_is_a_table(paper: Paper) -> None:
+    assert paper.elsewhere
+    assert set(paper.elsewhere.values()) <= set(paper.tables)
+    assert not set(paper.elsewhere) & set(paper.tables)
+
+
+@pytest.mark.parametrize(
+    ("paper", "table", "told"),
+    [
+        ("zero-time-waste", "C.1", "\nAccuracy in %, mean ± standard deviation. A figure in the paper"),
+        ("distillation", "6", "\nTop-5 accuracy in %, mean ± 1.96 standard errors. The runs are those of table 2."),
+        ("distillation", "3", "\nMilliseconds, mean ± standard deviation. "),
+        ("training-regimes", "2R", "\nMean squared error, mean ± standard deviation. "),
+    ],
+)
+def test_a_table_says_what_its_numbers_are(paper: str, table: str, told: str) -> None:
+    chosen = find_table(paper, table)
+    assert told in markdown(chosen, [Outcome(one, reason="not run") for one in chosen.rows], "full")
+
+
 def test_later_values_stand_in_the_place_of_earlier_ones() -> None:
     first = {"a": {"b": 1, "c": [1, 2]}, "d": "x"}
     assert merged([first, {"a": {"c": [3]}}, {"d": {"e": 1}}]) == {"a": {"b": 1, "c": [3]}, "d": {"e": 1}}
@@ -263,11 +299,23 @@ def test_later_values_stand_in_the_place_of_earlier_ones() -> None:
     [
         (("zero-time-wast", "1"), "Did you mean 'zero-time-waste'"),
         (("zero-time-waste",), "C.3"),
-        (("training-regimes", "11"), "TABLE of training-regimes='11' is unknown"),
+        (("training-regimes", "21"), "TABLE of training-regimes='21' is unknown"),
         (("training-regimes", "1", "--scale", "tiny"), "Allowed: 'smoke', 'cpu', 'full'"),
         (("training-regimes", "4", "--scale", "cpu"), "table 4 of training-regimes has no scale 'cpu'"),
         (("zero-time-waste", "c.1", "--scale", "full", "--data", "nowhere"), "cifar100_train.npz' is not there"),
-        (("zero-time-waste", "T1", "--rows", "AlexNet"), "--rows 'AlexNet' is in no row"),
+        (("training-regimes", "table 19"), "TABLE of training-regimes='table 19' has the settings of '5'"),
+        (("zero-time-waste", "Fig. 7"), "has the settings of 'C.1', which it is here; give C.1"),
+        (("distillation", "figure-6"), "Did you mean 'figure-9' or 'figure-7' or 'figure-10'?"),
+        (
+            ("zero-time-waste", "T1", "--rows", "AlexNet"),
+            "--rows='AlexNet' is unknown. Allowed: 'ResNet-56 CIFAR-10 SDN',",
+        ),
+        (("distillation", "6", "--rows", "CIFAR(150) exitwise"), "Did you mean 'CIFAR(150) exit-wise'"),
+        (("training-regimes", "2", "--rows", " "), "--rows=' ' is unknown. Allowed: 'Newsgroups Disjoint',"),
+        (
+            ("zero-time-waste", "1", "--scale", "cpu", "--rows", "VGG"),
+            "'ResNet-56 CIFAR-10 ZTW'. Give whole words",
+        ),
     ],
 )
 def test_what_there_is_not_is_told(invoke: Any, tmp_path: Path, arguments: tuple[str, ...], message: str) -> None:
@@ -408,10 +456,10 @@ def test_a_table_runs_and_its_runs_are_kept(small: None, invoke: Any, run: Any, 
     assert " ".join(again.split()).count("is finished already") == 2  # the backbone's own run, and the exits'
 
 
-def test_the_backbone_of_a_row_is_what_its_exits_begin_from(small: None, invoke: Any, tmp_path: Path) -> None:
+def test_the_backbone_of_a_row_is_what_its_exits_begin_from(small: None, run: Any, tmp_path: Path) -> None:
     from safetensors.torch import load_file
 
-    invoke("reproduce", "small", "1", "--out", tmp_path / "out", "--rows", "SDN", "--seeds", 1)
+    run("reproduce", "small", "1", "--out", tmp_path / "out", "--rows", "SDN", "--seeds", 2)
     folders = sorted((tmp_path / "out" / "runs").iterdir())
     (trained,) = [folder for folder in folders if (folder / "seed-0" / "backbone.safetensors").exists()]
     (exits,) = [folder for folder in folders if folder != trained]
@@ -419,6 +467,8 @@ def test_the_backbone_of_a_row_is_what_its_exits_begin_from(small: None, invoke:
     assert Path(given) == trained / "seed-0" / "backbone.safetensors"
     fresh = resnet8().state_dict()
     assert any(not torch.equal(fresh[name], value) for name, value in load_file(given).items() if name in fresh)
+    run("report", exits)  # seeds that begin from backbones of their own are one setting
+    assert "Over seeds" in (exits / "report.html").read_text("utf-8")
 
 
 def test_a_regression_reads_its_errors_under_a_budget(invoke: Any, tmp_path: Path) -> None:

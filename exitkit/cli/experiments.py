@@ -234,6 +234,7 @@ def train(
         out,
         lambda one, folder: carry_out(one, folder, threads, say, top),
         say,
+        top,
     )
 
 

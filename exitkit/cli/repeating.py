@@ -69,13 +69,17 @@ def _saying_what_is_kept(folder: Path) -> Iterator[None]:
 
 
 def repeat(
-    recipes: Sequence[Recipe], out: Path, carry_out: Callable[[Recipe, Path], None], say: Callable[[Any], None]
+    recipes: Sequence[Recipe],
+    out: Path,
+    carry_out: Callable[[Recipe, Path], None],
+    say: Callable[[Any], None],
+    top: int = 1,
 ) -> None:
-    """Carry out one recipe of each seed, in ``out/seed-N``, and say what they give together."""
+    """Carry out one recipe of each seed, in ``out/seed-N``, and say what they give together; ``top`` as for it."""
     for recipe in recipes:
         finish(recipe, seed_folder(out, recipe.trainer["seed"]), carry_out, say)
     if len(recipes) > 1:
-        say(table_of(read_repeated(out), f"over {len(recipes)} seeds"))
+        say(table_of(read_repeated(out), f"over {len(recipes)} seeds", top))
     say(f"Written to {out}/. To go on: exitkit report {out}, or exitkit compare {out} OTHER")
 
 
@@ -98,9 +102,16 @@ def finished(recipe: Recipe, folder: Path) -> bool:
     return kept.exists() and bool(read_json(kept, "delete it, to train again") == written)
 
 
-def table_of(found: dict[str, Runs], title: str) -> Table:
-    """Each method at the papers' budgets: mean ± standard deviation of the accuracy, or of a regression's squared error."""
-    rows = {name: runs.budget_table() for name, runs in found.items()}
+def table_of(found: dict[str, Runs], title: str, top: int = 1) -> Table:
+    """Each method at the papers' budgets: mean ± standard deviation of the accuracy, or of a regression's squared error.
+
+    ``top``: above 1, accuracy among so many likeliest classes stands below.
+    """
+    rows = {
+        name if k == 1 else f"{name}, top {k}": runs.budget_table(top=k)
+        for name, runs in found.items()
+        for k in sorted({1, top})
+    }
     errors = any(runs.measure == "mse" for runs in found.values())
     caption = "mean squared error (less is better): " if errors else ""
     table = Table(title=title, caption=f"{caption}mean ± standard deviation", caption_justify="left")

@@ -63,9 +63,7 @@ def reproduce(
     chosen = replace(chosen, top=chosen.cpu_top) if scale == "cpu" else chosen
     check_folder(out)
     settings = settings_of(chosen, scale, data, out / "made-up")
-    settings = [one for one in settings if rows is None or _has_words(one.row.name, rows)]
-    if not settings:
-        raise ArgumentError(f"--rows {rows!r} is in no row of this table and scale: {_names(chosen)}")
+    settings = settings if rows is None else _with_words(settings, rows)
     if all(one.missing for one in settings):
         raise ArgumentError(
             f"{settings[0].missing[0]!r} is not there\nThis table needs: {chosen.needs}; --data says where"
@@ -208,13 +206,20 @@ def _tell(table: Table, outcomes: list[Outcome], scale: str, out: Path, machine:
         raise ArgumentError(f"{len(failed)} of {len(outcomes)} rows failed: {', '.join(failed)[:300]}")
 
 
-def _has_words(name: str, words: str) -> bool:
-    """Whether the words stand in a name, one after another and whole: "Joint" in "Joint Inc.", and not in "Disjoint"."""
-    return re.search(rf"(?<!\w){re.escape(words.strip())}(?!\w)", name, re.IGNORECASE) is not None
+def _with_words(settings: list[Setting], words: str) -> list[Setting]:
+    """The rows in whose name words stand, one after another and whole: "Joint" in "Joint Inc.", and not in "Disjoint".
 
-
-def _names(table: Table) -> str:
-    return ", ".join(repr(row.name) for row in table.rows[:12])
+    Raises:
+        ArgumentError: they stand in none.
+    """
+    pattern = re.compile(rf"(?<!\w){re.escape(words.strip())}(?!\w)", re.IGNORECASE)
+    found = [one for one in settings if words.strip() and pattern.search(one.row.name)]
+    if not found:
+        names = [one.row.name for one in settings]
+        raise unknown_name(
+            "--rows", words, names, "Give whole words of a name; at other scales there may be more rows."
+        )
+    return found
 
 
 def _listing(paper: str | None) -> Any:

@@ -142,7 +142,8 @@ def _hugging_face(name: str, weights: str | None, options: dict[str, Any]) -> nn
 
 
 def _function(module: str, function: str, options: dict[str, Any]) -> nn.Module:
-    found = import_from_here(module, f"--model {module}:{function}")
+    sources = "sources are torchvision:, timm:, hf:, or an importable package.module:function"
+    found = import_from_here(module, f"--model {module}:{function}", sources)
     make = getattr(found, function, None)
     if make is None:
         raise ArgumentError(f"--model {module}:{function}: module {module!r} has no attribute {function!r}")
@@ -152,19 +153,19 @@ def _function(module: str, function: str, options: dict[str, Any]) -> nn.Module:
     return model
 
 
-def import_from_here(module: str, argument: str) -> ModuleType:
+def import_from_here(
+    module: str, argument: str, remedy: str = "name a module that is installed, or that lies in this folder"
+) -> ModuleType:
     """A module by its name, of the current folder too.
 
     Raises:
-        ArgumentError: there is none, or it cannot be imported; ``argument`` asked for it.
+        ArgumentError: there is none, or it cannot be imported; ``argument`` asked for it, and ``remedy`` is what else may be.
     """
     sys.path.insert(0, str(Path.cwd()))
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise ArgumentError(
-            f"{argument}: {error}. Sources are torchvision:, timm:, hf:, or an importable package.module:function"
-        ) from error
+        raise ArgumentError(f"{argument} cannot be imported: {error}; {remedy}") from error
     finally:
         sys.path.pop(0)
 

@@ -45,8 +45,13 @@ def unknown_name(
 ) -> ArgumentError:
     """The error for a name that is not among ``allowed``, of which so many are ``shown``; near matches come first."""
     names = list(allowed)
-    near = difflib.get_close_matches(str(value), names, n=3, cutoff=0.5)
-    hint = f" Did you mean {' or '.join(repr(name) for name in near)}?" if near else ""
+    hint = near_match(str(value), names)
     listed = ", ".join(repr(name) for name in names[:shown]) + (", ..." if len(names) > shown else "")
     tail = f" {remedy}" if remedy else ""
     return ArgumentError(f"{argument}={value!r} is unknown.{hint} Allowed: {listed}.{tail}")
+
+
+def near_match(value: str, names: Iterable[str]) -> str:
+    """``" Did you mean …?"`` where some of the names are much like ``value``, or nothing."""
+    near = difflib.get_close_matches(value, list(names), n=3, cutoff=0.5)
+    return f" Did you mean {' or '.join(repr(name) for name in near)}?" if near else ""

@@ -70,6 +70,8 @@ class Runs:
     seeds: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
+        if isinstance(self.outputs, ExitOutputs):
+            raise ArgumentError("outputs is of one run; give a tuple with those of each, such as (outputs,)")
         outputs = tuple(self.outputs)
         if not outputs:
             raise ArgumentError("outputs=() is empty; give those of at least one run")
@@ -137,6 +139,7 @@ class Runs:
             ArgumentError: other seeds, other samples, a regression and a classifier, or a budget that a first exit costs more
                 than.
         """
+        _check_runs("other", other)
         if self.seeds != other.seeds:
             raise ArgumentError(
                 f"seeds {self.seeds} and {other.seeds} are not the same; compare runs of the same seeds"
@@ -160,6 +163,13 @@ def _per_exit(each: Iterable[NDArray[np.float64]]) -> Iterator[tuple[float, ...]
     return zip(*(one.tolist() for one in each), strict=True)
 
 
+def _check_runs(name: str, runs: object) -> None:
+    if not isinstance(runs, Runs):
+        raise ArgumentError(
+            f"{name} is {type(runs).__name__}; give exitkit.evaluation.Runs of the outputs of each seed"
+        )
+
+
 def _differing(one: ExitOutputs, other: ExitOutputs) -> str:
     """In what two settings differ, or nothing."""
     if type(one) is not type(other) or one.log_probs.shape[1:] != other.log_probs.shape[1:]:
@@ -168,6 +178,8 @@ def _differing(one: ExitOutputs, other: ExitOutputs) -> str:
         return "exits of other costs"
     known = {field.name for field in fields(one)}
     names = [name for name in _SETTING if name in known and getattr(one, name) != getattr(other, name)]
+    if (one.temperatures is None) != (other.temperatures is None):  # each run may have its own, or none has
+        return f"temperatures={one.temperatures} and {other.temperatures}"
     return ", ".join(f"{name} {getattr(one, name)} and {getattr(other, name)}" for name in names)
 
 
@@ -219,6 +231,12 @@ def compare_runs(found: Mapping[str, Runs], budget: float = 0.5, *, top: int = 1
         ArgumentError: fewer than two, other seeds or samples, a budget that one of them cannot keep, or ``top`` is not from
             1 to the number of classes.
     """
+    if not isinstance(found, Mapping):
+        raise ArgumentError(
+            f"found is {type(found).__name__}; give runs by name: {{'sdn': Runs(...), 'ztw': Runs(...)}}"
+        )
+    for name, runs in found.items():
+        _check_runs(f"found[{name!r}]", runs)
     if len(found) < 2:
         raise ArgumentError(f"found={list(found)}: give runs of at least two settings, by name")
     differences = {(one, two): found[one].minus(found[two], budget, top=top) for one, two in combinations(found, 2)}

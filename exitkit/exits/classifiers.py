@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from exitkit.common.errors import ArgumentError
-from exitkit.exits.convolution import channels_first
+from exitkit.common.errors import ArgumentError, near_match
+from exitkit.exits.convolution import CONVOLUTIONS, channels_first
 from exitkit.exits.feature import Feature
 from exitkit.exits.legal_actions import without_illegal
 from exitkit.exits.links import CascadeLink
@@ -69,7 +69,10 @@ class HeadSpec:
             return cls(head, "linear", int(match[1]) if match[1] else None)
         function = named(head) if isinstance(head, str) else None
         if function is None:
-            raise ArgumentError(f"head={head!r} is unknown; allowed are {_HEADS}, or a list with one for each exit")
+            hint = near_match(str(head), ("auto", "tail", "1L", "2L-256", "branch-2", *CONVOLUTIONS))
+            raise ArgumentError(
+                f"head={head!r} is unknown.{hint} Allowed are {_HEADS}, or a list with one for each exit"
+            )
         return cls(head, "function", _width_in(function), function=function)
 
     @classmethod

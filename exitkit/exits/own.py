@@ -12,12 +12,13 @@ import re
 import sys
 from collections.abc import Callable
 from functools import partial, reduce
+from itertools import zip_longest
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from exitkit.common.errors import ArgumentError, ExitkitError
+from exitkit.common.errors import ArgumentError, ExitkitError, unknown_name
 from exitkit.exits.convolution import CONVOLUTIONS
 from exitkit.exits.feature import Feature
 
@@ -33,13 +34,23 @@ def named(head: str) -> HeadFunction | None:
     """The function that a text names: one of :data:`CONVOLUTIONS`, or ``module:function``; None where it is of another form.
 
     A module is imported when the function is called, not before.
+
+    Raises:
+        ArgumentError: arguments that the convolution does not take.
     """
     found = _CALL.fullmatch(head)
     if found is None or (not found["module"] and found["function"] not in CONVOLUTIONS):
         return None
     if found["module"]:
         return partial(_call, head)
-    return partial(CONVOLUTIONS[found["function"]], **_arguments(head, found["arguments"]))
+    convolution, arguments = CONVOLUTIONS[found["function"]], _arguments(head, found["arguments"])
+    allowed = [name for name in inspect.signature(convolution).parameters if name != "feature"]
+    for name in arguments:
+        if not allowed:
+            raise ArgumentError(f"head={head!r}: {found['function']!r} takes no arguments; leave {name} out")
+        if name not in allowed:
+            raise unknown_name(f"head={head!r}: argument", name, allowed)
+    return partial(convolution, **arguments)
 
 
 def name_of(function: HeadFunction) -> str:
@@ -108,10 +119,10 @@ def make_body(name: str, function: HeadFunction, feature: Feature) -> tuple[nn.M
         ) from error
     if {id(part) for part in body.modules()} & {id(part) for part in again.modules()}:
         raise ArgumentError(f"{at} returned the same module twice; make a new one at every call")
-    if _structure(body) != _structure(again):
+    if differing := _differing(body, again):
         raise ArgumentError(
-            f"{at} made two modules of different structure: {body} and {again}; its structure must follow from the feature "
-            "alone, or the exits could not be loaded"
+            f"{at} made two modules of different structure: {differing}\nIts structure must follow from the feature alone, or "
+            "the exits could not be loaded"
         )
     widths = [_width(vector, at) for vector in vectors]
     if len(set(widths)) > 1:
@@ -175,5 +186,15 @@ def _tried(body: nn.Module, feature: Feature) -> Any:
             module.training = training
 
 
-def _structure(body: nn.Module) -> tuple[str, dict[str, tuple[int, ...]]]:
-    return repr(body), {name: tuple(tensor.shape) for name, tensor in body.state_dict().items()}
+def _differing(one: nn.Module, other: nn.Module) -> str:
+    """The first part in which two modules differ, or nothing."""
+    for first, second in zip_longest(_parts(one), _parts(other), fillvalue="nothing"):
+        if first != second:
+            return f"{first} and {second}"
+    return ""
+
+
+def _parts(body: nn.Module) -> list[str]:
+    """A module's parts as they are printed, then its tensors with their shapes."""
+    tensors = [f"{name} {tuple(tensor.shape)}" for name, tensor in body.state_dict().items()]
+    return [*map(str.strip, repr(body).splitlines()), *tensors]

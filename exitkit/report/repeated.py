@@ -36,10 +36,10 @@ def read_repeated(directory: str | Path) -> dict[str, Runs]:
     runs = {seed: read_run(folder, regression=True) for seed, folder in folders.items()}
     (first, one), *others = runs.items()
     for seed, other in others:
-        if one.results.keys() != other.results.keys() or _setting(one) != _setting(other):
+        if differing := _differing(_setting(one, first), _setting(other, seed)):
             raise ArgumentError(
-                f"{_SEED}{first} and {_SEED}{seed} in {str(directory)!r} are of different settings, and are not averaged; "
-                "train them with one recipe"
+                f"{_SEED}{first} and {_SEED}{seed} in {str(directory)!r} are of different settings ({differing}), and are not "
+                "averaged; train them with one recipe"
             )
     return {
         method: Runs(tuple(run.results[method].outputs for run in runs.values()), tuple(runs))
@@ -47,8 +47,26 @@ def read_repeated(directory: str | Path) -> dict[str, Runs]:
     }
 
 
-def _setting(run: Run) -> dict[str, Any]:
-    """What a run says of itself, but for its seed and the machine."""
-    about = {name: value for name, value in run.about.items() if name not in _MACHINE}
-    trainer = about.get("trainer")
-    return about | ({"trainer": {**trainer, "seed": None}} if isinstance(trainer, dict) else {})
+def _differing(one: dict[str, Any], other: dict[str, Any]) -> str:
+    """In what two settings differ first, or nothing."""
+    key = next((key for key in {**one, **other} if one.get(key) != other.get(key)), None)
+    return "" if key is None else f"{key} is {one.get(key)!r} and {other.get(key)!r}"
+
+
+def _setting(run: Run, seed: int) -> dict[str, Any]:
+    """What a run says of itself by dotted key, but for its seed and the machine."""
+    known = {"methods": ", ".join(run.results), **run.about}
+    setting = _dotted({name: value for name, value in known.items() if name not in _MACHINE})
+    setting.pop("trainer.seed", None)
+    weights = Path(str(setting.get("weights")))
+    if weights.parent.name == f"{_SEED}{seed}":  # of a backbone that was trained with each seed too
+        setting["weights"] = str(weights.parent.parent)
+    return setting
+
+
+def _dotted(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested tables as one, by keys such as ``trainer.lr``."""
+    named: dict[str, Any] = {}
+    for key, value in values.items():
+        named |= _dotted(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return named

@@ -59,9 +59,7 @@ def _under(column: int | str, outputs: ExitOutputs, measure: Measure) -> float |
     if measure == "mse":
         if not isinstance(outputs, RegressionOutputs):
             raise ArgumentError("MSE is for a model that predicts numbers")
-        curve = outputs.curve(measure="r2")
-        assert outputs.labels is not None
-        variance = float(outputs.labels.double().var(correction=0))
+        curve = outputs.curve(measure="mse")
     else:
         curve = outputs.curve()
     if column == "max":
@@ -72,7 +70,7 @@ def _under(column: int | str, outputs: ExitOutputs, measure: Measure) -> float |
         return None
     else:
         reached = curve.at_budget(int(column) / 100).accuracy
-    return (1 - reached) * variance if measure == "mse" else 100 * reached
+    return reached if measure == "mse" else 100 * reached
 
 
 def _times(stages: Sequence[Stage], alone: bool) -> list[float]:

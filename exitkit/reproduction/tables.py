@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
@@ -10,7 +11,7 @@ from functools import cache, reduce
 from importlib.resources import files
 from typing import Any, Literal
 
-from exitkit.common.errors import unknown_name
+from exitkit.common.errors import ArgumentError, unknown_name
 
 Measure = Literal["budgets", "mse", "budget-mode", "anytime-mode", "milliseconds", "budget-milliseconds"]
 """Accuracy (or MSE) under shares of the backbone's MACs; top-k accuracy of the first exits alone, or of their mean; times, of
@@ -82,11 +83,17 @@ class Table:
 
 @dataclass(frozen=True)
 class Paper:
-    """A paper and its tables by name."""
+    """A paper and its tables by name.
+
+    Attributes:
+        elsewhere: its other tables and figures of the same settings (deviations, curves), each with the name of the table that
+            has them here.
+    """
 
     name: str
     title: str
     tables: dict[str, Table] = field(default_factory=dict)
+    elsewhere: dict[str, str] = field(default_factory=dict)
 
 
 @cache
@@ -99,20 +106,31 @@ def papers() -> dict[str, Paper]:
 
 
 def find_table(paper: str, table: str) -> Table:
-    """A table by its paper's name and its number.
+    """A table by its paper's name and its number, which may be written ``C.1``, ``c1`` or ``"table C.1"``.
 
     Raises:
-        ArgumentError: there is none; near matches are named.
+        ArgumentError: there is none, and near matches are named; or its numbers stand in another.
     """
     known = papers()
     if paper not in known:
         raise unknown_name("PAPER", paper, known)
-    tables = known[paper].tables
-    by_name = {name.lower(): one for name, one in tables.items()}
-    wanted = table.lower() if table.lower() in by_name else table.lower().removeprefix("t")
-    if wanted not in by_name:
-        raise unknown_name(f"TABLE of {paper}", table, tables)
-    return by_name[wanted]
+    tables = {_plain(name): one for name, one in known[paper].tables.items()}
+    elsewhere = {_plain(name): place for name, place in known[paper].elsewhere.items()}
+    wanted = _plain(table)
+    if wanted in elsewhere:
+        place = elsewhere[wanted]
+        raise ArgumentError(
+            f"TABLE of {paper}={table!r} has the settings of {place!r}, which it is here; give {place}"
+        )
+    if wanted not in tables:
+        raise unknown_name(f"TABLE of {paper}", table, known[paper].tables, shown=len(tables))
+    return tables[wanted]
+
+
+def _plain(name: str) -> str:
+    """A table's name without what may be written otherwise."""
+    plain = re.sub(r"[^a-z0-9]", "", name.lower()).removeprefix("table").removeprefix("t")
+    return re.sub(r"^fig(?=\d)", "figure", plain)
 
 
 def merged(changes: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -131,7 +149,7 @@ def _over(values: dict[str, Any], change: Mapping[str, Any]) -> dict[str, Any]:
 def _paper(document: dict[str, Any]) -> Paper:
     parts = document["parts"]
     made = {name: _table(document["name"], name, table, parts) for name, table in document["tables"].items()}
-    return Paper(document["name"], document["title"], made)
+    return Paper(document["name"], document["title"], made, document["elsewhere"])
 
 
 def _table(paper: str, name: str, values: dict[str, Any], parts: dict[str, Any]) -> Table:

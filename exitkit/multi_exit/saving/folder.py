@@ -224,11 +224,13 @@ def _compare(saved: Mapping[str, str], found: Mapping[str, str], source: Source,
 
 def _fill(model: MultiExitModel, saved: Mapping[str, Tensor], dtype: torch.dtype, path: Path) -> None:
     given, wanted = _kinds(saved), _kinds(_copies(model, dtype))
+    own = any(":" in head for head in ((model.head,) if isinstance(model.head, str) else model.head))
+    remedy = "Give the function that made these heads as head=" if own else "Copy or download it again"
     for name in (*wanted, *given):
         if given.get(name) != wanted.get(name):
             raise FileError(
                 f"{str(path)!r} does not fit its configuration: {name!r} is {given.get(name, 'missing')} in the file, "
-                f"expected {wanted.get(name, 'nothing of that name')}. Copy or download it again"
+                f"expected {wanted.get(name, 'nothing of that name')}. {remedy}"
             )
     for name, tensor in _added(model).items():
         if not bool((saved[name].isfinite() | ~tensor.detach().cpu().isfinite()).all()):  # a copied mask may hold -inf
