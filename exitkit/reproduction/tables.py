@@ -120,7 +120,7 @@ def find_table(paper: str, table: str) -> Table:
     if wanted in elsewhere:
         place = elsewhere[wanted]
         raise ArgumentError(
-            f"TABLE of {paper}={table!r} has the settings of {place!r}, which it is here; give {place}"
+            f"TABLE of {paper}={table!r} is of the same settings as {place!r}, where it stands here; give {place}"
         )
     if wanted not in tables:
         raise unknown_name(f"TABLE of {paper}", table, known[paper].tables, shown=len(tables))
