@@ -381,3 +381,45 @@ def test_what_is_wrong_with_test_samples_is_said_of_them(refused: Run, images: P
         error = refused("bench", "--model", model, "--data", data, "--test", test, "--out", tmp_path / "run")
         assert f"--test '{test}'" in error
         assert "--data" not in error
+
+
+@pytest.mark.parametrize(
+    ("command", "option"), [("bench", "--test"), ("retrofit", "--calibration")], ids=["bench", "retrofit"]
+)
+def test_held_out_labels_beyond_the_classifier_are_refused_before_training(
+    refused: Run, images: Path, tmp_path: Path, command: str, option: str
+) -> None:
+    np.savez(tmp_path / "five.npz", images=np.zeros((20, 8, 8), np.uint8), labels=np.arange(20) % 5)
+    error = refused(
+        command, "--model", TOY, "--data", images, option, tmp_path / "five.npz", "--out", tmp_path / "run"
+    )
+    assert "the data have 5 classes, but the model tells 3 apart" in error
+    assert "epoch" not in error
+
+
+def test_labels_of_other_names_do_not_count_as_classes(images: Path, tmp_path: Path) -> None:
+    from exitkit.cli.data import load_data
+
+    with np.load(images) as file:
+        np.savez(tmp_path / "more.npz", **file, coarse_labels=np.full(60, 90))
+    assert load_data(str(tmp_path / "more.npz"), torch.nn.Identity()).classes == 3
+
+
+def test_a_folder_is_no_state_dict(refused: Run, tmp_path: Path) -> None:
+    assert f"--weights '{tmp_path}' is a folder" in refused("inspect", TOY, "--weights", tmp_path)
+
+
+def test_a_classifier_of_no_classes_is_refused(refused: Run) -> None:
+    assert "--num-classes 0 must be at least 1" in refused("inspect", "torchvision:resnet18", "--num-classes", 0)
+
+
+def test_a_checkpoint_in_half_precision_is_trained_in_single(bert: Path) -> None:
+    """Heads have the backbone's precision, and Adam's first step in float16 gives NaN."""
+    transformers = pytest.importorskip("transformers")
+    from exitkit.cli.sources import load_model
+
+    whole = transformers.AutoModelForSequenceClassification.from_config(transformers.AutoConfig.from_pretrained(bert))
+    whole.half().save_pretrained(bert)
+    loaded = load_model(f"hf:{bert}")
+    assert {parameter.dtype for parameter in loaded.parameters()} == {torch.float32}
+    assert torch.equal(loaded.classifier.weight.half(), whole.classifier.weight)

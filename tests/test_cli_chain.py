@@ -144,6 +144,10 @@ def test_exits_are_found_inside_a_run(run: Any, bench: Path, tmp_path: Path) -> 
             "holds those of pbee, sdn, ztw",
         ),
         (("export", "RUN", "--method", "ztw", "--trust", "--threshold", 0.4, "--labels", "a,b"), "labels has 2 names"),
+        (
+            ("export", "RUN", "--method", "ztw", "--trust", "--threshold", 0.4, "--labels", "no.txt"),
+            "--labels 'no.txt' is no file, and a single name",
+        ),
     ],
 )
 def test_wrong_export(refused: Any, bench: Path, arguments: tuple[object, ...], message: str) -> None:

@@ -128,6 +128,8 @@ def test_texts(tmp_path: Path) -> None:
     (tmp_path / "quotes.tsv").write_text('text\tlabel\n" good film\t1\n"bad" film\t0\n')
     quoted = [json.loads(line)["input"] for line in run("run", tmp_path / "model.pt2", tmp_path / "quotes.tsv")]
     assert quoted == ['" good film', '"bad" film']
+    (tmp_path / "marked.txt").write_bytes(b"\xef\xbb\xbfgood film\n")  # as Notepad saves UTF-8
+    assert json.loads(run("run", tmp_path / "model.pt2", tmp_path / "marked.txt")[0]) == records[0]
     assert records[0] == records[1]
     for record in records:
         ids = torch.tensor([[words[word] for word in record["input"].split()]])

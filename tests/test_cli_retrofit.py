@@ -133,3 +133,19 @@ def test_wrong_arguments_are_said_in_a_line_or_two(refused: Run, data: Path) -> 
     assert "--num-classes 5 if the labels are the model's own" in other
     (data / "file").write_text("")
     assert "is a file" in refused("retrofit", "--model", MODEL, "--data", data, "--out", data / "file")
+
+
+def test_the_calibration_samples_are_named_as_they_were_given(refused: Run, data: Path, tmp_path: Path) -> None:  # noqa: F811
+    np.savez(tmp_path / "foreign.npz", x=np.zeros(3))
+    for path, wrong in ((tmp_path / "none.npz", "does not exist"), (tmp_path / "foreign.npz", "holds ['x']")):
+        given = ("--data", data / "images.npz", "--calibration", path, "--out", data / "out")
+        error = refused("retrofit", "--model", MODEL, *given)
+        assert f"--calibration '{path}' {wrong}" in error
+        assert "--test" not in error
+
+
+def test_what_retrofit_wrote_is_no_run_and_its_page_is_named(refused: Run, tmp_path: Path) -> None:  # noqa: F811
+    (tmp_path / "retrofit.json").write_text("{}")
+    for command in ("report", "calibrate", "compare"):
+        error = refused(command, tmp_path)
+        assert f"is of exitkit retrofit, whose page is {tmp_path / 'report.html'}" in error

@@ -298,3 +298,13 @@ def test_a_step_that_loses_samples_is_an_error() -> None:
     engine = exitkit.compile(ee, 0.5)
     with pytest.raises(FileError, match="lost samples"):
         engine.loop.in_order([], 3)
+
+
+@pytest.mark.parametrize("name", ["none.pt2", "none.pte"])
+def test_a_file_that_is_not_there_is_not_warned_of(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("exitkit.packages.loading._warned", set())
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with pytest.raises(ArgumentError, match="does not exist"):
+            exitkit.load(tmp_path / name)
+    assert not caught

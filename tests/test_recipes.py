@@ -486,3 +486,13 @@ def test_text_scores_must_be_numbers(tmp_path: Path, bert: Path) -> None:  # noq
     (tmp_path / "scores.tsv").write_text("text\tscore\ngood\thigh\nbad\tlow\n")
     with pytest.raises(ExitkitError, match="numbers"):
         load_data(str(tmp_path / "scores.tsv"), nn.Linear(1, 1), None, str(bert), numbers=True)
+
+
+def test_files_with_a_byte_order_mark_are_read(tmp_path: Path) -> None:
+    from exitkit.cli.exporting import read_labels
+    from exitkit.cli.recipe import read_recipe
+
+    (tmp_path / "marked.toml").write_bytes(b'\xef\xbb\xbfmodel = "timm:a"\ndata = "b"\n')  # as Notepad saves UTF-8
+    assert read_recipe(tmp_path / "marked.toml", {}).model == "timm:a"
+    (tmp_path / "names.txt").write_bytes(b"\xef\xbb\xbfcat\ndog\n")
+    assert read_labels(str(tmp_path / "names.txt")) == ["cat", "dog"]

@@ -92,6 +92,7 @@ def inspect(
     from exitkit.cli.sources import load_model
     from exitkit.common.schema import to_json
 
+    check_least(num_classes=num_classes)
     backbone = load_model(model, weights, num_classes)
     example = _image_example(backbone, image_size) if length is None else _text_example(backbone, length)
     found = exitkit.inspect(backbone, example, show=not json)

@@ -43,7 +43,9 @@ class PackedImages(Dataset[Any]):
         return self.prepared(self.images[number : number + 1])[0], self.labels[number]
 
 
-def image_arrays(path: Path, model: nn.Module, test: str | None, numbers: bool, unlabelled: bool = False) -> Split:
+def image_arrays(
+    path: Path, model: nn.Module, test: str | None, numbers: bool, unlabelled: bool, option: str
+) -> Split:
     """``images``/``labels``, or MedMNIST's ``train_images``, ``train_labels``, ``test_images``, ``test_labels``."""
     arrays, given = read_npz(path), f"--data {str(path)!r}"
     declared = ImagePreprocessing.of(model)
@@ -66,19 +68,18 @@ def image_arrays(path: Path, model: nn.Module, test: str | None, numbers: bool, 
             images, _targets(labels, origin, numbers, unlabelled), partial(normalise, size=size, mean=mean, std=std)
         )
 
-    train: Dataset[Any]
-    held_out: Dataset[Any]
     if test is not None:
-        train, held_out = samples(arrays, "", given), samples(read_npz(Path(test)), "", f"--test {test!r}")
+        parts = [samples(arrays, "", given), samples(read_npz(Path(test)), "", f"{option} {test!r}")]
     elif "train_images" in arrays:
-        train, held_out = samples(arrays, "train_", given), samples(arrays, "test_", given)
+        parts = [samples(arrays, "train_", given), samples(arrays, "test_", given)]
     else:
-        train, held_out = hold_out(samples(arrays, "", given), str(path))
+        parts = [samples(arrays, "", given)]
+    train, held_out = parts if parts[1:] else hold_out(parts[0], str(path))
     shape = tuple(train[0][0].shape)
     centre, spread = default_statistics(shape[0])
     preprocessing = ImagePreprocessing(shape, tuple(mean or centre), tuple(std or spread), 1.0, "bilinear", "squash")
-    labels = [np.asarray(array).max() for name, array in arrays.items() if name.endswith("labels")]
-    return Split(train, held_out, preprocessing=preprocessing, classes=None if numbers else int(max(labels)) + 1)
+    classes = None if numbers else 1 + max(int(part.labels.max()) for part in parts)
+    return Split(train, held_out, preprocessing=preprocessing, classes=classes)
 
 
 def _targets(labels: NDArray[Any], origin: str, numbers: bool, unlabelled: bool) -> Tensor:

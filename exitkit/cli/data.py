@@ -36,6 +36,7 @@ def load_data(
     pairs: bool = False,
     max_length: int | None = None,
     unlabelled: bool = False,
+    option: str = "--test",
 ) -> Split:
     """The data set that ``data`` names, prepared for ``model``.
 
@@ -49,6 +50,7 @@ def load_data(
         pairs: for text: every sample is two texts, in the first two columns.
         max_length: for text: tokens after which one is cut; by default as many as the tokenizer and the model take.
         unlabelled: the label -1 may stand for none.
+        option: what ``test`` was given as, for messages.
 
     Raises:
         ArgumentError: a path that does not exist, an unknown format, contents that do not fit, or a single class.
@@ -57,15 +59,15 @@ def load_data(
     if not os.path.exists(path) and not data.partition(":")[0].isidentifier():
         raise ArgumentError(f"--data {data!r} does not exist, and is not a name in torchvision.datasets")
     if os.path.isfile(path) and test is not None and not os.path.exists(test):
-        raise ArgumentError(f"--test {test!r} does not exist; leave it out to hold out a fifth of --data")
+        raise ArgumentError(f"{option} {test!r} does not exist; leave it out to hold out a fifth of --data")
     if os.path.isdir(path):
-        split = _image_folder(path, model, test)
+        split = _image_folder(path, model, test, option)
     elif not os.path.exists(path):
-        split = _torchvision_dataset(data, test, model)
+        split = _torchvision_dataset(data, test, model, option)
     elif path.suffix == ".npz":
-        split = image_arrays(path, model, test, numbers, unlabelled)
+        split = image_arrays(path, model, test, numbers, unlabelled, option)
     elif path.suffix in (".csv", ".tsv"):
-        split = texts(path, model, test, tokenizer, numbers, pairs, max_length, unlabelled)
+        split = texts(path, model, test, tokenizer, numbers, pairs, max_length, unlabelled, option)
     else:
         raise ArgumentError(f"--data {data!r} has an unknown format; give an image folder, .npz, .csv or .tsv")
     if split.classes == 1:
@@ -76,16 +78,16 @@ def load_data(
     return split
 
 
-def _image_folder(path: Path, model: nn.Module, test: str | None) -> Split:
+def _image_folder(path: Path, model: nn.Module, test: str | None, option: str) -> Split:
     datasets = import_torchvision("datasets", "an image folder")
     preprocessing = _image_preprocessing(model)
 
-    def folder(at: Path, option: str = "--data") -> Any:
+    def folder(at: Path, given_as: str = "--data") -> Any:
         try:
             return datasets.ImageFolder(str(at), loader=partial(_read, preprocessing=preprocessing))
         except (FileNotFoundError, OSError) as error:
             raise ArgumentError(
-                f"{option} {str(at)!r} is not an image folder (one subfolder per class): {error}"
+                f"{given_as} {str(at)!r} is not an image folder (one subfolder per class): {error}"
             ) from error
 
     parts = {name: path / name for name in ("train", "val", "test") if (path / name).is_dir()}
@@ -96,11 +98,11 @@ def _image_folder(path: Path, model: nn.Module, test: str | None) -> Split:
         _check_readable(whole.imgs[index][0] for index in test_part.indices)
         return _decoded(train_part, test_part, preprocessing, len(whole.classes))
     train_set = folder(parts.get("train", path))
-    option = "--data" if test is None else "--test"
-    test_set = folder(held_out, option)
+    given_as = "--data" if test is None else option
+    test_set = folder(held_out, given_as)
     if train_set.class_to_idx != test_set.class_to_idx:
         raise ArgumentError(
-            f"{option} {str(held_out)!r} has the classes {test_set.classes[:5]}, but the training folder has "
+            f"{given_as} {str(held_out)!r} has the classes {test_set.classes[:5]}, but the training folder has "
             f"{train_set.classes[:5]} (first five of each); both need the same subfolders"
         )
     _check_readable(path for path, _ in test_set.imgs)
@@ -133,7 +135,7 @@ def _opened(path: str) -> None:
     opened_image(path)  # and let go: of many only those that wait for their turn are in memory
 
 
-def _torchvision_dataset(data: str, test: str | None, model: nn.Module) -> Split:
+def _torchvision_dataset(data: str, test: str | None, model: nn.Module, option: str) -> Split:
     """``CIFAR10``, which brings its test samples, or ``SVHN:split=train``, whose arguments say which samples it has."""
     named = _parameters(data.partition(":")[0])
     preprocessing = _image_preprocessing(model)
@@ -141,13 +143,13 @@ def _torchvision_dataset(data: str, test: str | None, model: nn.Module) -> Split
         if ":" not in data:
             raise ArgumentError(
                 f"--data {data!r} takes {', '.join(named)}; say which samples are meant, such as "
-                f"{data}:split=train, and --test {data}:split=test"
+                f"{data}:split=train, and {option} {data}:split=test"
             )
         samples = _made(data, "--data", preprocessing)
-        train, held_out = hold_out(samples, data) if test is None else (samples, _made(test, "--test", preprocessing))
+        train, held_out = hold_out(samples, data) if test is None else (samples, _made(test, option, preprocessing))
         return _decoded(train, held_out, preprocessing, _classes(samples))
     if test is not None:
-        raise ArgumentError(f"--test {test!r}: {data} brings its own test samples; leave --test out")
+        raise ArgumentError(f"{option} {test!r}: {data} brings its own test samples; leave {option} out")
     train, held_out = (_made(f"{data}:train={part}", "--data", preprocessing) for part in ("true", "false"))
     return _decoded(train, held_out, preprocessing, _classes(train))
 

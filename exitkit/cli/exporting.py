@@ -250,12 +250,17 @@ def read_labels(given: str) -> list[str]:
     """Names of classes: a file of one name a line, or names with commas between.
 
     Raises:
+        ArgumentError: neither.
         FileError: a file that is not UTF-8.
     """
     path = Path(given)
     if not path.is_file():
+        if "," not in given:
+            raise ArgumentError(
+                f"--labels {given[:200]!r} is no file, and a single name; give a file of one name a line, or a,b,c"
+            )
         return [name.strip() for name in given.split(",")]
     try:
-        return [line.strip() for line in path.read_text("utf-8").splitlines() if line.strip()]
+        return [line.strip() for line in path.read_text("utf-8-sig").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise FileError(f"--labels {given!r} cannot be read as UTF-8 text: {error}") from error

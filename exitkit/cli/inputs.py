@@ -99,7 +99,7 @@ def _texts(given: str) -> Iterable[str]:
 
 def _texts_in(path: Path) -> list[str]:
     try:
-        with path.open(newline="", encoding="utf-8") as file:
+        with path.open(newline="", encoding="utf-8-sig") as file:
             return (
                 list(_lines(file))
                 if path.suffix.lower() == ".txt"

@@ -243,7 +243,7 @@ def _tables(path: Path) -> dict[str, Any]:
     try:
         if os.path.getsize(path) > _MOST_BYTES:
             raise ValueError(f"it is larger than {_MOST_BYTES // 2**20} MiB")
-        return tomllib.loads(path.read_text("utf-8"))
+        return tomllib.loads(path.read_text("utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:
         reason = "it is nested too deep" if isinstance(error, RecursionError) else str(error)[:240]
         raise FileError(f"recipe {str(path)!r} cannot be read as TOML: {reason}") from error

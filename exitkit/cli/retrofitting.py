@@ -100,7 +100,7 @@ def retrofit(
     say = make_console().print
     backbone = load_model(model, weights, num_classes)
     tokenizer = model.removeprefix("hf:") if model.startswith("hf:") else None
-    split = load_data(data, backbone, calibration, tokenizer)
+    split = load_data(data, backbone, calibration, tokenizer, option="--calibration")
     say_what_is_lost(split)
     train_loader, held_out = split.loaders(training_batch_size, limit, seed)
     example = split_batch(next(iter(held_out)))[0]

@@ -138,7 +138,8 @@ def _hugging_face(name: str, weights: str | None, options: dict[str, Any]) -> nn
         loaded: nn.Module = kind.from_pretrained(name, config=config)
     except (OSError, ValueError, RuntimeError) as error:
         raise ArgumentError(f"--model hf:{name} cannot be loaded: {error}") from error
-    return loaded
+    # heads have the backbone's precision, and Adam's steps overflow in float16
+    return loaded.float() if next(loaded.parameters()).dtype == torch.float16 else loaded
 
 
 def _function(module: str, function: str, options: dict[str, Any]) -> nn.Module:
@@ -172,7 +173,8 @@ def import_from_here(
 
 def _load_file(model: nn.Module, path: Path) -> None:
     if not os.path.isfile(path):
-        raise ArgumentError(f"--weights {str(path)!r} does not exist; give a state-dict file, or 'pretrained'")
+        wrong = "is a folder" if os.path.isdir(path) else "does not exist"
+        raise ArgumentError(f"--weights {str(path)!r} {wrong}; give a state-dict file, or 'pretrained'")
     if path.suffix == ".safetensors":
         load_weights(model, path)
         return

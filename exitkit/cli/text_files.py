@@ -30,7 +30,8 @@ def texts(
     numbers: bool,
     pairs: bool,
     max_length: int | None,
-    unlabelled: bool = False,
+    unlabelled: bool,
+    option: str,
 ) -> Split:
     """Text in the first column (a pair in the first two), label in the last, a header above; labels may be words."""
     if tokenizer is None:
@@ -44,7 +45,7 @@ def texts(
     if numbers:
         names |= _numbers({label for _, label in others})
     if unknown := {label for _, label in others} - set(names):
-        raise ArgumentError(f"--test {test!r} has labels that --data has not: {sorted(unknown)[:5]}")
+        raise ArgumentError(f"{option} {test!r} has labels that --data has not: {sorted(unknown)[:5]}")
     train, held_out = (_Rows((text, names[label]) for text, label in part) for part in (rows, others))
     if not numbers and not _are_indices(names):
         train.classes = held_out.classes = list(names)

@@ -89,7 +89,7 @@ def load(
                 "its predictions); export a .pt2 for others"
             )
         return OnnxBranches(_bytes(source), str(source))
-    if ending in _UNTRUSTED and not trust:
+    if ending in _UNTRUSTED and not trust and source.is_file():
         _warn(ending)
     if ending == ".pte":
         manifest, runs = read_executorch(_bytes(source), str(source))

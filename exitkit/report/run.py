@@ -222,7 +222,7 @@ def _either(path: Path) -> ExitOutputs:
 def _outputs_in(directory: Path) -> dict[str, Path]:
     if not directory.is_dir():
         raise ArgumentError(
-            f"RUN_DIR {str(directory)!r} is not a directory; give one that exitkit bench or exitkit demo wrote"
+            f"RUN_DIR {str(directory)!r} is not a directory; give one that exitkit bench, train or demo wrote"
         )
     paths = {_name(path): path for path in sorted(directory.glob(f"{_OUTPUTS}*{_SUFFIX}"))}
     if not paths and (below := _runs_below(directory)):
@@ -230,6 +230,11 @@ def _outputs_in(directory: Path) -> dict[str, Path]:
         raise ArgumentError(
             f"RUN_DIR {str(directory)!r} holds no run itself, but {len(below)} below it\nGive one of them, or several of the "
             f"same data: {listed}"
+        )
+    if not paths and (directory / "retrofit.json").exists():
+        raise ArgumentError(
+            f"RUN_DIR {str(directory)!r} is of exitkit retrofit, whose page is {directory / 'report.html'}; give one that "
+            "exitkit bench, train or demo wrote"
         )
     if not paths:
         raise ArgumentError(

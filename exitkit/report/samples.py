@@ -179,7 +179,7 @@ def read_class_names(path: Path, ids: Sequence[str]) -> Sequence[str]:
         FileError: neither, or no text.
     """
     try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise FileError(f"{str(path)!r} cannot be read: {error}; write one class a line, in UTF-8") from error
     known = {first: name for first, _, name in (line.replace("\t", " ").partition(" ") for line in lines) if name}
