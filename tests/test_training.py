@@ -291,6 +291,15 @@ def test_a_combiner_that_is_not_finite_is_fitted_from_a_new_one(tiny_ee: MultiEx
     assert identical(state_of(tiny_ee.combiners), state_of(other.combiners))
 
 
+def test_float16_is_named_where_training_in_it_ends_in_numbers_that_are_none(
+    tiny_ee: MultiExitModel, loader: Loaders
+) -> None:
+    """Adam's 1e-8 is 0 in float16; the remedy was a lower rate, which changes nothing."""
+    batches = [(images.half(), labels) for images, labels in loader(64)]
+    with pytest.raises(DivergedError, match=r"model\.float\(\)"):
+        Trainer(tiny_ee.half(), epochs=3, lr=1e-3, show_progress=False).fit(batches)
+
+
 def test_answers_that_are_not_finite_are_refused_and_leave_the_combiners_alone(tiny_ee: MultiExitModel) -> None:
     tiny_ee.classifiers[1].linear.weight.data.fill_(float("nan"))
     before = state_of(tiny_ee.combiners[1])

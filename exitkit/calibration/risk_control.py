@@ -272,8 +272,8 @@ def check_count(samples: int, passes: Certifies, risk: Risk, max_drop: float) ->
         needed = bisect_left(range(1, _MOST_SAMPLES), True, key=enough) + 1
         needs = f"at least {needed:,}" if needed < _MOST_SAMPLES else f"more than {_MOST_SAMPLES:,}"
         raise ArgumentError(
-            f"outputs hold {samples} samples, too few for max_drop={max_drop!r}: even if none of them lost anything, nothing "
-            f"could be promised. It takes {needs} samples; or a larger max_drop, a lower confidence, or another method"
+            f"{samples} samples are too few for max_drop={max_drop!r}: even if none of them lost anything, nothing could be "
+            f"promised. It takes {needs}; or a larger max_drop or a lower confidence"
         )
 
 

@@ -28,7 +28,7 @@ from exitkit.cli.reproducing import reproduce
 from exitkit.cli.results import calibrate, compare, report
 from exitkit.cli.retrofitting import retrofit
 from exitkit.cli.serving import RayActors, RayAddress, RayOut, run_on_ray, serve
-from exitkit.common.console import make_console, printable, without_progress
+from exitkit.common.console import counted, make_console, printable, without_progress
 from exitkit.common.errors import ArgumentError
 
 _STATUSES = """Exit status: 0 where all went well; 2 for what you can put right, said in a line or two; 3 where run left images
@@ -196,7 +196,7 @@ def run(
     if losses.cut:
         typer.echo(f"{losses.cut} texts were longer than the package takes, and cut", err=True)
     if losses.skipped:
-        typer.echo(f"{len(losses.skipped)} images were skipped", err=True)
+        typer.echo(f"{counted(len(losses.skipped), 'image')} skipped", err=True)
         raise typer.Exit(_SKIPPED)
 
 

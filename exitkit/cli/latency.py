@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from exitkit.cli.inference import tensors_of
 from exitkit.common.batches import move
-from exitkit.common.console import tracked
+from exitkit.common.console import counted, tracked
 from exitkit.common.errors import ArgumentError, FileError
 from exitkit.engine import Engine
 from exitkit.engine.profiling import decision_seconds
@@ -88,7 +88,8 @@ def _latency(package: Engine | OnnxBranches, example: Example, size: int, count:
 
 def latency_table(rows: Sequence[Latency]) -> Table:
     """What :func:`latencies` found, as it is printed."""
-    title = f"milliseconds per batch, {torch.get_num_threads()} threads, {rows[0].samples} different samples"
+    threads, samples = counted(torch.get_num_threads(), "thread"), counted(rows[0].samples, "different sample")
+    title = f"milliseconds per batch, {threads}, {samples}"
     table = Table(title=title)
     for heading in ("batch", "mean", "95%", "no exits", "speedup", "average exit", "exit µs"):
         table.add_column(heading, justify="right")

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from exitkit.common.errors import ArgumentError, ExitkitError, FileError, unknown_name
+from exitkit.common.errors import ArgumentError, ExitkitError, FileError, near_match, unknown_name
 from exitkit.common.torchvision_guard import import_torchvision
 from exitkit.models.cifar_resnets import load_weights
 from exitkit.multi_exit.saving.hub import refuse_local_path
@@ -147,7 +147,8 @@ def _function(module: str, function: str, options: dict[str, Any]) -> nn.Module:
     found = import_from_here(module, f"--model {module}:{function}", sources)
     make = getattr(found, function, None)
     if make is None:
-        raise ArgumentError(f"--model {module}:{function}: module {module!r} has no attribute {function!r}")
+        near = near_match(function, [name for name, value in vars(found).items() if callable(value)])
+        raise ArgumentError(f"--model {module}:{function}: module {module!r} has no {function!r}.{near}")
     model = make(**options)
     if not isinstance(model, nn.Module):
         raise ArgumentError(f"--model {module}:{function} returned {type(model).__name__}, not a torch.nn.Module")

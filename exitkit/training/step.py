@@ -115,7 +115,8 @@ class Learner:
             for name, parameter in self.options.model.named_parameters():
                 if parameter.requires_grad and not bool(whole(parameter.isfinite().all())):
                     raise DivergedError(
-                        f"{name} is not finite after epoch {epoch + 1}, at lr={self._rates()}; lower lr, or set max_grad_norm",
+                        f"{name} is not finite after epoch {epoch + 1}, at lr={self._rates()}; "
+                        f"{self._remedy('set max_grad_norm')}",
                         exit=int(name.split(".")[1]) if name.startswith("classifiers.") else None,
                     )
         if self.options.schedule is None:
@@ -177,9 +178,14 @@ class Learner:
             index = int(losses.isfinite().int().argmin())
             raise DivergedError(
                 f"the loss of exit {exits[index]} is {losses[index].item()} in epoch {epoch + 1}, step {step + 1}, at "
-                f"lr={self._rates()}; lower lr, or check the inputs (normalised? NaN?)",
+                f"lr={self._rates()}; {self._remedy('check the inputs (normalised? NaN?)')}",
                 exit=exits[index] if exits[index] < len(self.options.model.classifiers) else None,
             )
+
+    def _remedy(self, other: str) -> str:
+        if self.options.model.dtype == torch.float16:  # Adam's smallest denominator is 0 there
+            return "float16 is too narrow to train in: give the model in float32, model.float()"
+        return f"lower lr, or {other}"
 
     def _rates(self) -> str:
         return " and ".join(dict.fromkeys(f"{group['lr']:g}" for group in self.optimizer.param_groups))
