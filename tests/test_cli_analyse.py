@@ -74,6 +74,20 @@ def test_runs_are_measured_side_by_side_and_reported(
     assert "What training did" not in (runs[1] / "report.html").read_text()
 
 
+def test_of_one_run_connectivity_is_said_to_be_left_out(
+    run: Callable[..., str],  # noqa: F811
+    runs: list[Path],
+    tmp_path: Path,
+) -> None:
+    printed = run(
+        "analyse", runs[0], "--what", "rank,connectivity", "--samples", 40, "--trust", "--out", tmp_path / "one"
+    )
+    assert "connectivity is left out: it is between two runs" in printed
+    found = Overview.read(tmp_path / "one")
+    assert found is not None
+    assert list(found.rows) == ["rank"]
+
+
 def test_what_was_measured_before_a_refusal_is_kept(
     run: Callable[..., str],  # noqa: F811
     refused: Callable[..., str],  # noqa: F811

@@ -58,6 +58,9 @@ def analyse(
     rows: dict[str, dict[str, Measurement]] = {}
     refused: dict[str, ArgumentError] = {}
     say = make_console().print
+    if "connectivity" in kinds and len(runs) < 2:
+        kinds.remove("connectivity")
+        say("connectivity is left out: it is between two runs; name another RUN_DIR\n")
     try:
         for kind in kinds:
             try:
