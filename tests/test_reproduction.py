@@ -303,7 +303,7 @@ def test_later_values_stand_in_the_place_of_earlier_ones() -> None:
         (("training-regimes", "1", "--scale", "tiny"), "Allowed: 'smoke', 'cpu', 'full'"),
         (("training-regimes", "4", "--scale", "cpu"), "table 4 of training-regimes has no scale 'cpu'"),
         (("zero-time-waste", "c.1", "--scale", "full", "--data", "nowhere"), "cifar100_train.npz' is not there"),
-        (("training-regimes", "table 19"), "TABLE of training-regimes='table 19' has the settings of '5'"),
+        (("training-regimes", "table 19"), "TABLE of training-regimes='table 19' is of the same settings as '5'"),
         (("zero-time-waste", "Fig. 7"), "is of the same settings as 'C.1', where it stands here; give C.1"),
         (("distillation", "figure-6"), "Did you mean 'figure-9' or 'figure-7' or 'figure-10'?"),
         (
