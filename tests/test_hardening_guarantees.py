@@ -130,7 +130,7 @@ def test_a_path_made_from_the_calibration_samples_is_noticed() -> None:
 
 def test_too_few_distinct_samples() -> None:
     few = drawn(30, 0)
-    with pytest.warns(UserWarning, match="repeat"), pytest.raises(ArgumentError, match="30 samples, too few"):
+    with pytest.warns(UserWarning, match="repeat"), pytest.raises(ArgumentError, match="30 samples are too few"):
         choose_threshold(few[torch.arange(30).repeat(100)], MAX_DROP)
 
 

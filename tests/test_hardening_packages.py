@@ -284,10 +284,9 @@ def test_a_zip_bomb_is_not_inflated(packages: dict[str, Path], tmp_path: Path) -
 
 
 def test_a_source_of_any_length() -> None:
-    with pytest.raises(ArgumentError, match="does not exist"):
-        exitkit.load("x" * 5000 + ".pt2")
-    with pytest.raises(FileError, match="cannot be read"):
-        exitkit.load("x" * 5000 + ".onnx")
+    for ending in (".pt2", ".onnx"):
+        with pytest.raises(ArgumentError, match="does not exist"):
+            exitkit.load("x" * 5000 + ending)
     with pytest.raises(ArgumentError, match="does not exist"):
         exitkit.load("a\0b.pt2")
 
@@ -300,7 +299,7 @@ def test_a_step_that_loses_samples_is_an_error() -> None:
         engine.loop.in_order([], 3)
 
 
-@pytest.mark.parametrize("name", ["none.pt2", "none.pte"])
+@pytest.mark.parametrize("name", ["none.pt2", "none.pte", "none.onnx"])
 def test_a_file_that_is_not_there_is_not_warned_of(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("exitkit.packages.loading._warned", set())
     with warnings.catch_warnings(record=True) as caught:

@@ -256,8 +256,8 @@ def bert() -> nn.Module:
         (lambda m, d: mutual_information(m, [d], scale=-1.0), "scale"),
         (lambda m, d: mutual_information(m, [d], scale=[]), "scale"),
         (lambda m, d: mutual_information(m, [d], reading="positions"), "reading"),
-        (lambda m, d: numerical_rank(m, [d * math.nan]), "not finite"),
-        (lambda m, d: mutual_information(m, [d * math.nan]), "not finite"),
+        (lambda m, d: numerical_rank(m, [d * math.nan]), "nothing but NaN"),
+        (lambda m, d: mutual_information(m, [d * math.nan]), "nothing but NaN"),
         (lambda m, d: numerical_rank("resnet", [d]), "module"),
     ],
 )

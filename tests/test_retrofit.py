@@ -456,7 +456,7 @@ def test_calibration_samples_that_were_trained_on_are_refused(net: nn.Module) ->
 
 def test_too_few_calibration_samples_say_how_many_would_do(net: nn.Module) -> None:
     train, calibration = loaders(calibration=50)
-    with pytest.raises(ArgumentError, match=r"too few for max_drop=0.01.*It takes at least 299;"):
+    with pytest.raises(ArgumentError, match=r"too few for max_drop=0.01.*It takes at least 299 samples"):
         quick(net, train, calibration, max_drop=0.01)
 
 

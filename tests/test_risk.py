@@ -362,7 +362,7 @@ def test_bad_arguments_are_refused(options: dict[str, Any], message: str) -> Non
 @pytest.mark.parametrize("method", ["ltt", "ucb", "crc"])
 def test_too_few_samples_say_how_many_would_do(method: Any) -> None:
     needed = {"ltt": 299, "ucb": 308, "crc": 99}[method]
-    with pytest.raises(ExitkitError, match=f"hold {needed - 1} samples, too few.*at least {needed} samples"):
+    with pytest.raises(ExitkitError, match=f"{needed - 1} samples are too few.*at least {needed} samples"):
         choose_threshold(world(needed - 1, 0), method=method)
     assert choose_threshold(world(needed, 0), method=method).guarantee.samples == needed
 

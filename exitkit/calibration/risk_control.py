@@ -273,7 +273,7 @@ def check_count(samples: int, passes: Certifies, risk: Risk, max_drop: float) ->
         needs = f"at least {needed:,}" if needed < _MOST_SAMPLES else f"more than {_MOST_SAMPLES:,}"
         raise ArgumentError(
             f"{samples} samples are too few for max_drop={max_drop!r}: even if none of them lost anything, nothing could be "
-            f"promised. It takes {needs}; or a larger max_drop or a lower confidence"
+            f"promised. It takes {needs} samples; or a larger max_drop or a lower confidence"
         )
 
 

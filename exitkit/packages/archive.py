@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from exitkit.common.errors import ArgumentError, FileError
+from exitkit.common.errors import FileError
 from exitkit.common.files import replacing
 from exitkit.packages.manifest import Manifest, read_manifest, to_text
 
@@ -38,13 +38,8 @@ def read_archive(path: Path) -> tuple[Manifest, list[bytes]]:
     """The manifest and the steps, checked against their digests; nothing is unpacked that is larger than the file.
 
     Raises:
-        ArgumentError: no such file, or a folder.
-        FileError: a damaged or truncated one, or one that exitkit did not write.
+        FileError: a damaged or truncated file, or one that exitkit did not write.
     """
-    if os.path.isdir(path):
-        raise ArgumentError(f"{str(path)!r} is a folder; name a file that exitkit.export wrote")
-    if not os.path.isfile(path):
-        raise ArgumentError(f"{str(path)!r} does not exist; write a package there with exitkit.export(ee, path)")
     try:
         with zipfile.ZipFile(path) as archive:
             _check_sizes(archive, os.path.getsize(path))

@@ -82,6 +82,10 @@ def load(
         raise ArgumentError(
             f"path={str(path)!r} must end in .pt2, .onnx, .onnx.zip or .pte, which says what it may hold"
         )
+    if os.path.isdir(source):
+        raise ArgumentError(f"{str(path)!r} is a folder; name a file that exitkit.export wrote")
+    if not os.path.isfile(source):
+        raise ArgumentError(f"{str(path)!r} does not exist; write a package there with exitkit.export(ee, path)")
     if ending == ".onnx":
         if (threshold, device, monitor) != (None, None, None):
             raise ArgumentError(
@@ -89,7 +93,7 @@ def load(
                 "its predictions); export a .pt2 for others"
             )
         return OnnxBranches(_bytes(source), str(source))
-    if ending in _UNTRUSTED and not trust and source.is_file():
+    if ending in _UNTRUSTED and not trust:
         _warn(ending)
     if ending == ".pte":
         manifest, runs = read_executorch(_bytes(source), str(source))
