@@ -46,8 +46,12 @@ def analyse(
     check_least(samples=samples, points=points)
     folder = runs[0] / "analysis" if out is None else out
     check_folder(folder)
-    if kinds == ["connectivity"] and len(runs) < 2:
-        raise ArgumentError("--what connectivity needs two runs; name another RUN_DIR")
+    say = make_console().print
+    if "connectivity" in kinds and len(runs) < 2:
+        if kinds == ["connectivity"]:
+            raise ArgumentError("--what connectivity needs two runs; name another RUN_DIR")
+        kinds.remove("connectivity")
+        say("connectivity is left out: it is between two runs; name another RUN_DIR\n")
     from exitkit.analysis.overview import Overview
     from exitkit.report.run import read_run
 
@@ -57,10 +61,6 @@ def analyse(
     loader = _samples(next(iter(read.values())), next(iter(models.values())), data, samples)
     rows: dict[str, dict[str, Measurement]] = {}
     refused: dict[str, ArgumentError] = {}
-    say = make_console().print
-    if "connectivity" in kinds and len(runs) < 2:
-        kinds.remove("connectivity")
-        say("connectivity is left out: it is between two runs; name another RUN_DIR\n")
     try:
         for kind in kinds:
             try:

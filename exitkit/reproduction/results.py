@@ -114,10 +114,10 @@ def caption_of(table: Table, scale: str) -> str:
     """What the numbers are, and what is to be known about them."""
     if scale == "smoke":
         return "On made-up data, to see that every row runs: its numbers mean nothing."
-    accuracy = "accuracy in %" if table.top == 1 else f"top-{table.top} accuracy in %"
-    shown = {"mse": "mean squared error", "milliseconds": "milliseconds"}.get(table.measure, accuracy)
+    accuracy = "Accuracy in %" if table.top == 1 else f"Top-{table.top} accuracy in %"
+    shown = {"mse": "Mean squared error", "milliseconds": "Milliseconds"}.get(table.measure, accuracy)
     spread = "mean ± 1.96 standard errors" if "1.96" in table.spread else "mean ± standard deviation"
-    return f"{shown[0].upper()}{shown[1:]}, {spread}. {table.note}".strip()
+    return f"{shown}, {spread}. {table.note}".strip()
 
 
 def headings_of(table: Table) -> list[str]:
