@@ -124,8 +124,10 @@ def test_a_loaded_engine_tells_its_monitor_too(package: Path, outputs: ExitOutpu
         exitkit.load(package, monitor=ShiftMonitor(outputs, 0.5, criterion="margin"))
     with pytest.raises(ExitkitError, match=r"monitor is float; give a ShiftMonitor"):
         exitkit.load(package, monitor=0.5)  # type: ignore[arg-type]
+    single = package.with_name("model.onnx")
+    single.touch()  # refused before it is read
     with pytest.raises(ExitkitError, match=r"a single \.onnx .* tells no monitor"):
-        exitkit.load("model.onnx", monitor=monitor)
+        exitkit.load(single, monitor=monitor)
 
 
 def test_a_monitor_of_other_thresholds_is_refused(
