@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -27,6 +28,7 @@ from exitkit.engine.cuda.buffers import Memory, Results
 from exitkit.engine.cuda.graphs import GraphLoop, Graphs
 from exitkit.engine.cuda.recorder import Run, UnrecordableError
 from exitkit.engine.program import Program
+from exitkit.engine.stage_queues import StageQueues
 from tests.toy import TinyNet, images, noisy
 
 
@@ -319,6 +321,66 @@ def test_a_compiled_step_runs_on_no_more_samples_than_it_was_compiled_for() -> N
     agree(fast(images(60)), fast(images(60)))
     assert len(list(fast.map([images(30)] * 5, batch_size=64))) == 5
     assert max(sizes) == 16
+
+
+@pytest.fixture
+def watched() -> tuple[exitkit.Engine, exitkit.Engine, list[int]]:
+    """An engine, the same with recordings for up to 16 samples, and how many samples its first step ran on."""
+    engine = compiled("sdn")
+    sizes: list[int] = []
+    first = engine.loop.program.steps[0]
+
+    def run(*values: Any) -> Any:
+        sizes.append(len(values[0]))
+        return first.run(*values)
+
+    program = replace(engine.loop.program, steps=(replace(first, run=run), *engine.loop.program.steps[1:]))
+    return engine, recorded(replace(engine, loop=replace(engine.loop, program=program)), largest=16)[0], sizes
+
+
+def test_map_gathers_whole_batches_for_the_recordings(
+    watched: tuple[exitkit.Engine, exitkit.Engine, list[int]],
+) -> None:
+    engine, fast, sizes = watched
+    fast.warm(images(1))
+    sizes.clear()
+    batches = [images(count) for count in (5, 5, 5, 5, 0, 9, 1)]
+    for got, batch in zip(fast.map(batches, batch_size=16), batches, strict=True):
+        agree(got, engine(batch))
+    assert sizes == [16, 16]  # 16 of the 30 samples, then 14, which are padded
+
+
+def test_requests_with_thresholds_of_their_own_are_answered_by_recordings_where_they_agree(
+    watched: tuple[exitkit.Engine, exitkit.Engine, list[int]],
+) -> None:
+    engine, fast, sizes = watched
+    exits, last = len(engine.thresholds), (2.0,) * len(engine.thresholds)
+
+    def answered(*taus: tuple[float, ...]) -> list[list[int]]:
+        queues = StageQueues(fast.loop, 16)
+        for place, own in enumerate(taus):
+            batch = fast.loop.start((images(5),), 5 * place)
+            batch.thresholds = np.tile(np.array(own), (5, 1))
+            queues.put(0, batch)
+        place = queues.ready(patience=0.0)
+        assert place is not None
+        sizes.clear()
+        ran = queues.run(0, queues.take(place))
+        assert not ran.onward
+        assert not ran.failed
+        found = {
+            row: exit_ for one in ran.answers for row, exit_ in zip(one.rows.tolist(), one.exit.tolist(), strict=True)
+        }
+        return [[found[row] for row in range(5 * place, 5 * place + 5)] for place in range(len(taus))]
+
+    fast.warm(images(1))
+    expected = engine(images(5)).exit.tolist()
+    assert answered(engine.thresholds, engine.thresholds) == [expected, expected]
+    assert answered(last, last) == [[exits] * 5] * 2
+    assert sizes == [16]  # ten samples at once, padded
+    assert answered(engine.thresholds, last) == [expected, [exits] * 5]
+    assert sizes == [10]
+    agree(fast(images(5)), engine(images(5)))
 
 
 def test_what_is_compiled_for_a_gpu_says_how_many_samples_come(tiny_ee: exitkit.MultiExitModel) -> None:

@@ -173,7 +173,8 @@ class Engine:
     ) -> Generator[Prediction, None, None]:
         """Answer many batches with every stage as full as it can be: throughput rather than latency.
 
-        Samples of different batches wait together before each stage until there are ``batch_size`` of them.
+        Samples of different batches wait together before each stage until there are ``batch_size`` of them; with recorded
+        steps on a GPU before the first stage alone.
 
         Args:
             batches: a loader or any iterable of inputs, ``(inputs, labels)`` or dicts.

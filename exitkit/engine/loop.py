@@ -39,18 +39,20 @@ class Prediction(NamedTuple):
 
 
 class Answers(NamedTuple):
-    """Samples that have just been answered at exit ``exit``; ``rows`` are the callers' numbers. Logits are on the device."""
+    """Samples that have just been answered; ``rows`` are the callers' numbers. Logits are on the device."""
 
     rows: Places
-    exit: int
+    exit: NDArray[np.int64]
     logits: Tensor
     score: NDArray[np.float64]
     non_finite: NDArray[np.bool_]
 
     def part(self, places: Places) -> Answers:
-        """Those at some places."""
+        """Those at some places, which ascend."""
+        if len(places) == len(self.rows):
+            return self
         logits = self.logits.index_select(0, on_device(places, self.logits.device))
-        return Answers(self.rows[places], self.exit, logits, self.score[places], self.non_finite[places])
+        return Answers(self.rows[places], self.exit[places], logits, self.score[places], self.non_finite[places])
 
 
 def run(step: Step, values: Mapping[str, Any]) -> Sequence[Any]:
@@ -91,18 +93,17 @@ class Loop:
         """How many samples a step is run on at most; None for any number."""
         return None
 
+    @property
+    def queues(self) -> int:
+        """Before how many steps, from the first on, samples of several batches wait to run together."""
+        return len(self.program.steps)
+
     def answer(self, tensors: Sequence[Tensor]) -> Prediction:
         """Answer a batch."""
         count = len(tensors[0])
         if count == 1:
             return self.single(tensors)
-        batch: BatchState | None = self.start(tensors) if count else None
-        answers: list[Answers] = []
-        for index in range(len(self.program.steps)):
-            if batch is not None:
-                batch, left = self.run_step(batch, index)
-                answers += left
-        return self.in_order(answers, count)
+        return self.in_order(self.run_steps(self.start(tensors)) if count else [], count)
 
     def warm(self, tensors: Sequence[Tensor], sizes: Sequence[int] | None) -> None:
         """Nothing is prepared at first use here.
@@ -152,6 +153,19 @@ class Loop:
         rows = np.arange(first, first + len(tensors[0]))
         return BatchState(rows, dict(zip(self.program.inputs.names, tensors, strict=True)), np.zeros(len(rows), bool))
 
+    def run_steps(self, batch: BatchState | None) -> list[Answers]:
+        """Run every step on a batch that stands before the first."""
+        answers: list[Answers] = []
+        for index in range(len(self.program.steps)):
+            if batch is not None:
+                batch, left = self.run_step(batch, index)
+                answers += left
+        return answers
+
+    def run_queued(self, batch: BatchState, index: int) -> tuple[BatchState | None, list[Answers]]:
+        """Run what lies between one queue and the next, which is one step; as :meth:`run_step`."""
+        return self.run_step(batch, index)
+
     def run_step(self, batch: BatchState, index: int) -> tuple[BatchState | None, list[Answers]]:
         """Run one step: the samples that go on (None: there are none), and those that leave."""
         step = self.program.steps[index]
@@ -181,7 +195,8 @@ class Loop:
         if not len(places):
             return batch, []
         logits = answer if len(places) == len(batch) else answer.index_select(0, on_device(places, answer.device))
-        answers = Answers(batch.rows[places], exit_, logits, sure[places], batch.faulty[places])
+        exits = np.full(len(places), exit_)
+        answers = Answers(batch.rows[places], exits, logits, sure[places], batch.faulty[places])
         return self._continue(batch, np.flatnonzero(present & ~leaves), index), [answers]
 
     def _limits(self, batch: BatchState, exit_: int) -> float | NDArray[np.float64]:
@@ -214,8 +229,7 @@ class Loop:
         if len(rows) != count:
             raise FileError("a step of this package lost samples, or made some up; export it again")
         order = np.argsort(rows)
-        exits = np.concatenate([np.full(len(one.rows), one.exit) for one in answers])
-        columns = exits, *(np.concatenate([one[field] for one in answers]) for field in (3, 4))
+        columns = [np.concatenate([one[field] for one in answers]) for field in (1, 3, 4)]
         logits = torch.cat([one.logits.to(dtype) for one in answers])
         if len(answers) > 1 or not np.array_equal(rows, order):
             logits = logits.index_select(0, on_device(order, device))

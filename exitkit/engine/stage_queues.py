@@ -42,7 +42,7 @@ class StageQueues:
     def __init__(self, loop: Loop, batch: int) -> None:
         self.loop = loop
         self.batch = batch if loop.largest is None else min(batch, loop.largest)
-        self._queues: list[dict[Any, deque[tuple[float, BatchState]]]] = [{} for _ in loop.program.steps]
+        self._queues: list[dict[Any, deque[tuple[float, BatchState]]]] = [{} for _ in range(loop.queues)]
 
     def put(self, stage: int, batch: BatchState) -> None:
         """Let a batch wait. Batches wait together when they can be merged: all but the batch has the same size."""
@@ -108,7 +108,7 @@ class StageQueues:
 
     def _run(self, stage: int, batch: BatchState, ran: Ran) -> None:
         with torch.inference_mode():
-            onward, answers = self.loop.run_step(batch, stage)
+            onward, answers = self.loop.run_queued(batch, stage)
         if onward is not None:
             ran.onward.append(onward)
         ran.answers += answers

@@ -72,7 +72,7 @@ class RequestScheduler:
         self._own = self.engine = engine
         self.max_queued = max_queued
         self._queues = StageQueues(replace(engine.loop, timings=None), batch_size)
-        self._patience = max_wait_ms / 1e3 / len(engine.loop.program.steps)
+        self._patience = max_wait_ms / 1e3 / engine.loop.queues
         self._requests: dict[int, _Request] = {}
         self._samples = 0
         self._closing = False
@@ -202,7 +202,7 @@ def _on_host(answers: Answers, dtype: torch.dtype) -> Prediction:
     """Answers as tensors on the CPU."""
     return Prediction(
         answers.logits.to("cpu", dtype),
-        torch.full((len(answers.rows),), answers.exit),
+        torch.from_numpy(answers.exit),
         torch.from_numpy(answers.score),
         torch.from_numpy(answers.non_finite),
     )

@@ -14,6 +14,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -23,7 +24,7 @@ from exitkit.engine.cuda.buckets import SIZES, bucket_of, buckets_up_to
 from exitkit.engine.cuda.buffers import Memory, Results
 from exitkit.engine.cuda.recorder import Record, Recorder, Run, UnrecordableError
 from exitkit.engine.cuda.recordings import Kernels, Recordings
-from exitkit.engine.loop import Loop, Prediction
+from exitkit.engine.loop import Answers, Loop, Prediction
 from exitkit.engine.program import Program, Step
 from exitkit.methods.policy import ExitPolicy
 
@@ -184,6 +185,11 @@ class GraphLoop(Loop):
         return self._graphs.sizes[-1]
 
     @property
+    def queues(self) -> int:
+        """One, before the first step: recordings are of whole batches."""
+        return 1
+
+    @property
     def _graphs(self) -> Graphs:
         assert self.graphs is not None
         return self.graphs
@@ -222,6 +228,17 @@ class GraphLoop(Loop):
         return (
             parts[0] if len(parts) == 1 else Prediction(*(torch.cat(columns) for columns in zip(*parts, strict=True)))
         )
+
+    def run_queued(self, batch: BatchState, index: int) -> tuple[BatchState | None, list[Answers]]:
+        """Run every step by its recording, or by itself where samples have thresholds that differ; all samples leave."""
+        own = batch.thresholds
+        if own is not None and (own != own[0]).any():
+            return None, self.run_steps(batch)
+        policy = self.policy if own is None else replace(self.policy, thresholds=tuple(own[0].tolist()))
+        prediction = replace(self, policy=policy).answer([batch.values[name] for name in self.program.inputs.names])
+        # exits are small integers, exact as numbers, so that the host waits for the device once
+        exits, scores, faulty = torch.stack([column.double() for column in prediction[1:]]).cpu().numpy()
+        return None, [Answers(batch.rows, exits.astype(np.int64), prediction.logits, scores, faulty.astype(np.bool_))]
 
     def _part(self, tensors: Sequence[Tensor]) -> Prediction:
         """Answers of at most ``largest`` samples; once memory does not suffice, fewer at a time."""
