@@ -146,6 +146,8 @@ def test_a_run_is_calibrated_compared_and_reported(run: Run, refused: Run, image
     assert (pairs[0], [one["top"] for one in pairs]) == (pair, [1, 2])
     assert "--top 0 must be at least 1" in refused("compare", out, "--top", 0)
     assert "top=99 must be a whole number" in refused("compare", out, "--top", 99)
+    told = refused("bench", "--model", TOY, "--data", images, "--max-length", 9, "--out", tmp_path / "other")
+    assert f"max_length=9 is for text, and --data '{images}' is no .csv or .tsv" in told.replace("\n", "")
     assert "report.html" in run("report", out).replace("\n", "")
     page = (out / "report.html").read_text("utf-8")
     assert chosen["ztw"]["chosen"]["guarantee"]["words"] in page
@@ -241,6 +243,7 @@ def test_demo_shows_a_table_and_writes_the_plot(run: Run, tmp_path: Path) -> Non
         (("inspect", "nowhere.module:net"), "nowhere"),
         (("inspect", "hf:/no/such/folder"), "/no/such/folder"),
         (("inspect", "torchvision:resnet18", "--weights", "/no/such/file"), "--weights '/no/such/file'"),
+        (("inspect", TOY, "--weights", "pretrained"), f"--model '{TOY}' returns its own weights; leave it out"),
         (("inspect", TOY), "example_inputs"),
         (("inspect", TOY, "--image-size", "-8"), "--image-size -8 must be at least 1"),
         (("inspect", "torchvision:fasterrcnn_resnet50_fpn"), "fasterrcnn"),

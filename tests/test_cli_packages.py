@@ -77,6 +77,8 @@ def test_the_likeliest_labels(package: Path, pictures: Path) -> None:
     assert probabilities[0] == pytest.approx(record["score"], abs=2e-6)  # sdn's score is the confidence
     assert probabilities == sorted(probabilities, reverse=True)
     assert "top" not in json.loads(run("run", package, pictures / "1.png")[0])
+    with pytest.raises(exitkit.ArgumentError, match="--top 1001 is more than the package's 1000 classes"):
+        run("run", package, pictures / "1.png", "--top", "1001")
 
 
 def test_times_beside_a_run_in_which_nobody_leaves(package: Path, pictures: Path) -> None:

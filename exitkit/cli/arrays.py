@@ -128,4 +128,6 @@ def read_npz(path: Path) -> dict[str, Any]:
     except FileError:
         raise
     except Exception as error:  # numpy and zipfile raise a dozen kinds on a damaged file
-        raise FileError(f"{str(path)!r} cannot be read as .npz: {str(error)[:200]}") from error
+        raise FileError(
+            f"{str(path)!r} cannot be read as .npz: {str(error)[:200]}; save arrays of numbers by numpy.savez"
+        ) from error

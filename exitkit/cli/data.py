@@ -24,6 +24,7 @@ from exitkit.multi_exit.image_files import opened_image, prepared_image
 from exitkit.multi_exit.preprocessing import ImagePreprocessing
 
 _DECODERS = 8
+_TEXT = (".csv", ".tsv")
 
 
 def load_data(
@@ -60,13 +61,16 @@ def load_data(
         raise ArgumentError(f"--data {data!r} does not exist, and is not a name in torchvision.datasets")
     if os.path.isfile(path) and test is not None and not os.path.exists(test):
         raise ArgumentError(f"{option} {test!r} does not exist; leave it out to hold out a fifth of --data")
+    if path.suffix not in _TEXT and (pairs or max_length is not None):
+        given = "pairs" if pairs else f"max_length={max_length}"
+        raise ArgumentError(f"{given} is for text, and --data {data!r} is no .csv or .tsv; leave it out")
     if os.path.isdir(path):
         split = _image_folder(path, model, test, option)
     elif not os.path.exists(path):
         split = _torchvision_dataset(data, test, model, option)
     elif path.suffix == ".npz":
         split = image_arrays(path, model, test, numbers, unlabelled, option)
-    elif path.suffix in (".csv", ".tsv"):
+    elif path.suffix in _TEXT:
         split = texts(path, model, test, tokenizer, numbers, pairs, max_length, unlabelled, option)
     else:
         raise ArgumentError(f"--data {data!r} has an unknown format; give an image folder, .npz, .csv or .tsv")

@@ -34,7 +34,7 @@ def predict(
 
     Raises:
         ArgumentError: a package that does not say how inputs become tensors, images for texts or the other way round, a
-            path that does not exist, or ``top`` of a regression.
+            path that does not exist, or ``top`` of a regression or above the classes.
     """
     labels = None if package.description is None else package.description.labels
     for names, made in _batches(_preprocessing(package), inputs, batch, losses):
@@ -42,6 +42,10 @@ def predict(
         for name, logits, exit_, score in zip(names, answer.logits, answer.exit, answer.score, strict=True):
             if top > 1 and len(logits) == 1:
                 raise ArgumentError(f"--top {top} counts classes, and a regression has none; leave it out")
+            if top > len(logits):
+                raise ArgumentError(
+                    f"--top {top} is more than the package's {len(logits)} classes; give at most as many"
+                )
             record: dict[str, Any] = {
                 "input": name,
                 **said(logits, labels),

@@ -20,6 +20,7 @@ from exitkit.multi_exit.saving.hub import refuse_local_path
 
 PRETRAINED = "pretrained"
 _DEFAULT = "DEFAULT"
+_LIBRARIES = "torchvision", "timm", "hf"
 
 
 def load_model(name: str, weights: str | None = None, num_classes: int | None = None, seed: int = 0) -> nn.Module:
@@ -41,6 +42,11 @@ def load_model(name: str, weights: str | None = None, num_classes: int | None = 
         raise ArgumentError(
             f"--model {name!r} is not SOURCE:NAME; use torchvision:resnet50, timm:resnet18, hf:NAME_OR_DIR or "
             "package.module:function"
+        )
+    if weights == PRETRAINED and source not in _LIBRARIES:
+        raise ArgumentError(
+            f"--weights {PRETRAINED} is for models of a library, and --model {name!r} returns its own weights; leave it out, "
+            "or give a state-dict file"
         )
     torch.manual_seed(seed)
     named = _named_weights(source, weights)
@@ -89,7 +95,7 @@ def load_pretrained(name: str, weights: str | None, num_classes: int | None) -> 
 def is_code(name: str) -> bool:
     """Whether a model is a function that is imported and called, other than one of exitkit's own."""
     source = name.partition(":")[0]
-    return source not in ("torchvision", "timm", "hf") and not source.startswith("exitkit.")
+    return source not in _LIBRARIES and not source.startswith("exitkit.")
 
 
 def _torchvision(name: str, weights: str | None, options: dict[str, Any]) -> nn.Module:
@@ -175,7 +181,9 @@ def import_from_here(
 def _load_file(model: nn.Module, path: Path) -> None:
     if not os.path.isfile(path):
         wrong = "is a folder" if os.path.isdir(path) else "does not exist"
-        raise ArgumentError(f"--weights {str(path)!r} {wrong}; give a state-dict file, or 'pretrained'")
+        raise ArgumentError(
+            f"--weights {str(path)!r} {wrong}; give a state-dict file, or 'pretrained' for a library's own"
+        )
     if path.suffix == ".safetensors":
         load_weights(model, path)
         return
