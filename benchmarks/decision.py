@@ -81,7 +81,8 @@ def _kernels(program: Program, samples: int, value: Tensor, answer: Tensor, scor
 
     here, there = (Boundary.empty(samples, value.device) for _ in range(2))
     here.count.fill_(samples)
-    results, target = Results.empty(program, samples), torch.empty_like(value.flatten())
+    results = Results.empty(program.num_classes, program.dtype, samples, value.device)
+    target = torch.empty_like(value.flatten())
     threshold = torch.full((1,), 0.5, dtype=torch.float64, device=value.device)
 
     def run() -> None:

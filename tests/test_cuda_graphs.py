@@ -27,7 +27,6 @@ from exitkit.engine.cuda.buckets import SIZES, bucket_of, buckets_up_to
 from exitkit.engine.cuda.buffers import Memory, Results
 from exitkit.engine.cuda.graphs import GraphLoop, Graphs
 from exitkit.engine.cuda.recorder import Run, UnrecordableError
-from exitkit.engine.program import Program
 from exitkit.engine.stage_queues import StageQueues
 from tests.toy import TinyNet, images, noisy
 
@@ -185,10 +184,10 @@ def test_memory_that_does_not_suffice_for_the_buffers_halves_the_batch_too(monke
     fast, _ = recorded(engine)
     whole = Results.empty
 
-    def empty(program: Program, largest: int) -> Results:
+    def empty(classes: int, dtype: torch.dtype, largest: int, device: torch.device) -> Results:
         if largest > 8:
             raise torch.OutOfMemoryError("made up")
-        return whole(program, largest)
+        return whole(classes, dtype, largest, device)
 
     monkeypatch.setattr(Results, "empty", empty)
     assert messages(lambda: agree(fast(images(32)), engine(images(32))), "out of GPU memory") == 1
@@ -464,16 +463,12 @@ for seed in range(40):
         here.faulty[::7] = 1
         here.count.fill_(samples)
         there.rows.fill_(-5)
-        results = Results(
-            torch.zeros(LARGEST, classes),
-            torch.zeros(LARGEST, dtype=torch.int64),
-            torch.zeros(LARGEST, dtype=torch.float64),
-            torch.zeros(LARGEST, dtype=torch.int8),
-        )
+        results = Results.empty(classes, torch.float32, LARGEST, score.device)
         module.decide(score, answer, tau, 3, here, there, results, seed % 7 == 6)
         target = torch.zeros(LARGEST * 15, dtype=value.dtype)
         module.compact(value.flatten(), target, bucket, there)
-        columns = (there.count, there.rows, there.faulty, there.keep, target, *vars(results).values())
+        columns = (there.count, there.rows, there.faulty, there.keep, target, results.logits)
+        columns += (results.exit, results.score, results.faulty)
         found.append([column.double().nan_to_num(9, 8, 7) for column in columns])
     for place, (one, other) in enumerate(zip(*found, strict=True)):
         assert torch.equal(one, other), (seed, place, one, other)
@@ -493,8 +488,8 @@ _COMPILED = """
 import triton
 from triton.backends.compiler import GPUTarget
 from exitkit.engine.cuda import kernels
-pointers = {"*fp64": "score threshold score_out", "*fp32": "answer logits_out", "*i64": "rows next_rows exit_out"}
-pointers |= {"*i8": "faulty next_faulty faulty_out", "*i32": "count next_count keep source target"}
+pointers = {"*fp64": "score threshold", "*fp32": "answer logits_out", "*i64": "rows next_rows about_out"}
+pointers |= {"*i8": "faulty next_faulty", "*i32": "count next_count keep source target"}
 types = {name: kind for kind, names in pointers.items() for name in names.split()}
 types |= dict.fromkeys(("classes", "exit_", "last", "width"), "i32")
 for kernel in (kernels._decide_kernel, kernels._compact_kernel):

@@ -3,10 +3,11 @@
     FOLDER/python benchmarks/gpu/counts.py [--models tiny resnet18 resnet50] [--out results/counts.json]
 
 ``bash benchmarks/gpu/pretended/setup.sh FOLDER`` makes that interpreter. Kernels do nothing there, so how many samples go on
-at each exit is written where the device would have put it. Nothing here is a time.
+at each exit is written where the device would have put it.
 
 * *graphs*, *launches*, *copies*: graph launches, kernels launched one by one, and copies, by the host, in a call;
-* *waits*: how often the host waits for the device in a call;
+* *waits*: how often the host waits for the device in a call; *host µs*: the call's time in Python and torch, in which neither
+  the driver nor the device has a share;
 * *recorded*: graphs for all batch sizes; *GiB reserved*: by torch's allocator for weights, buffers and recordings; *eager
   GiB*: the most during a call of the same compiled steps without recordings.
 """
@@ -16,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -93,7 +95,19 @@ def _counts(engine: exitkit.Engine, name: str, call: Callable[[], Any], going_on
             with torch.inference_mode():
                 boundary.on_host.fill_(count)
     call()
-    return {"call": name} | counted(call)
+    return {"call": name} | counted(call) | {"host µs": _host_microseconds(call)}
+
+
+def _host_microseconds(call: Callable[[], Any], times: int = 20) -> float:
+    """What a call takes of its thread's time at the least, where the device takes none."""
+
+    def once() -> float:
+        begun = time.thread_time()
+        for _ in range(times):
+            call()
+        return time.thread_time() - begun
+
+    return round(1e6 / times * min(once() for _ in range(5)), 1)
 
 
 def _held(call: Callable[[], Any], peak: bool = False) -> float:

@@ -103,17 +103,13 @@ def _same_decisions(modules: tuple[Any, Any], size: int) -> None:
     for module in modules:
         here, there = Boundary.empty(256, GPU), Boundary.empty(256, GPU)
         here.count.fill_(samples)
-        results = Results(
-            torch.zeros(256, classes, device=GPU),
-            torch.zeros(256, dtype=torch.int64, device=GPU),
-            torch.zeros(256, dtype=torch.float64, device=GPU),
-            torch.zeros(256, dtype=torch.int8, device=GPU),
-        )
+        results = Results.empty(classes, torch.float32, 256, GPU)
         target = torch.zeros(256 * value[0].numel(), dtype=value.dtype, device=GPU)
         tau = torch.tensor([taus[size % 4]], dtype=torch.float64, device=GPU)
         module.decide(score.to(GPU), answer.to(GPU), tau, 3, here, there, results, size % 7 == 6)
         module.compact(value.to(GPU).flatten(), target, size, there)
-        columns = (there.count, there.rows, there.faulty, there.keep, target, *vars(results).values())
+        columns = (there.count, there.rows, there.faulty, there.keep, target, results.logits)
+        columns += (results.exit, results.score, results.faulty)
         found.append([column.double().nan_to_num(9, 8, 7).cpu() for column in columns])
     for place, (one, other) in enumerate(zip(*found, strict=True)):
         assert torch.equal(one, other), (size, place)

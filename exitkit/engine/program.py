@@ -72,23 +72,29 @@ class Inputs:
             )
         tensors = self.spec.tensors(kwargs or args)
         for key, tensor, sizes, dtype in zip(self.spec.keys, tensors, self.sizes, self.dtypes, strict=True):
-            if mistake := mistake_of(key, tensor, sizes, dtype):
-                raise ArgumentError(mistake)
-            fits = tensor.dim() == len(sizes) and all(
-                size in (None, own) for size, own in zip(sizes[1:], tensor.shape[1:], strict=True)
-            )
-            if not fits or len(tensor) != len(tensors[0]):
-                taken = ", ".join("any" if size is None else str(size) for size in sizes[1:])
+            shape = tensor.shape
+            fits = len(shape) == len(sizes) and shape[:1] == tensors[0].shape[:1]
+            fits = fits and all(size is None or size == own for size, own in zip(sizes[1:], shape[1:], strict=True))
+            if not fits or tensor.dtype != dtype or tensor.device != self.device:
                 raise ArgumentError(
-                    f"input {key!r} has shape {tuple(tensor.shape)}; the engine was compiled for (batch, {taken}), the "
-                    "same batch in every input. Resize it, or attach with example_inputs of this size"
-                )
-            if tensor.dtype != dtype or tensor.device != self.device:
-                raise ArgumentError(
-                    f"input {key!r} is {tensor.dtype} on {tensor.device}; the engine takes {dtype} on {self.device}: "
-                    f"call .to({str(self.device)!r}, {dtype})"
+                    mistake_of(key, tensor, sizes, dtype) or self._unfit(key, tensor, sizes, dtype, fits)
                 )
         return tensors
+
+    def _unfit(
+        self, key: int | str, tensor: Tensor, sizes: Sequence[int | None], dtype: torch.dtype, fits: bool
+    ) -> str:
+        """What is said of an input of another size, or else of another dtype or on another device."""
+        if not fits:
+            taken = ", ".join("any" if size is None else str(size) for size in sizes[1:])
+            return (
+                f"input {key!r} has shape {tuple(tensor.shape)}; the engine was compiled for (batch, {taken}), the "
+                "same batch in every input. Resize it, or attach with example_inputs of this size"
+            )
+        return (
+            f"input {key!r} is {tensor.dtype} on {tensor.device}; the engine takes {dtype} on {self.device}: "
+            f"call .to({str(self.device)!r}, {dtype})"
+        )
 
 
 @dataclass(frozen=True)

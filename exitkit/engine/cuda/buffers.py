@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from exitkit.engine.memory_format import in_format, is_channels_last
-from exitkit.engine.program import Program
 
 _ALIGNED = 512
 """Bytes that values are aligned to, as torch's own allocations are."""
@@ -76,22 +75,43 @@ class Boundary:
 
 @dataclass(frozen=True)
 class Results:
-    """The answers of a whole batch (L, …), by the samples' places in it."""
+    """The answers of a whole batch (L, …), by the samples' places in it.
+
+    Attributes:
+        logits: (L, C).
+        about: (L, 3) int64, a sample's exit, the bits of its score, and whether a score of its was not finite: together, so
+            that a call copies them at once.
+    """
 
     logits: Tensor
-    exit: Tensor
-    score: Tensor
-    faulty: Tensor
+    about: Tensor
 
     @classmethod
-    def empty(cls, program: Program, largest: int) -> Results:
-        device = program.inputs.device
+    def empty(cls, classes: int, dtype: torch.dtype, largest: int, device: torch.device) -> Results:
+        """Memory for the answers of at most ``largest`` samples."""
         return cls(
-            torch.zeros(largest, program.num_classes, dtype=program.dtype, device=device),
-            torch.zeros(largest, dtype=torch.int64, device=device),
-            torch.zeros(largest, dtype=torch.float64, device=device),
-            torch.zeros(largest, dtype=torch.int8, device=device),
+            torch.zeros(largest, classes, dtype=dtype, device=device),
+            torch.zeros(largest, 3, dtype=torch.int64, device=device),
         )
+
+    def copy(self, count: int) -> Results:
+        """Those of the first samples, in memory of their own."""
+        return Results(self.logits[:count].clone(), self.about[:count].clone())
+
+    @property
+    def exit(self) -> Tensor:
+        """(L,) int64, which shares its memory, as the others do."""
+        return self.about[:, 0]
+
+    @property
+    def score(self) -> Tensor:
+        """(L,) float64."""
+        return self.about.view(torch.float64)[:, 1]
+
+    @property
+    def faulty(self) -> Tensor:
+        """(L,) bool."""
+        return self.about.view(torch.bool)[:, 16]  # the lowest byte of the third number
 
 
 class Memory:

@@ -10,7 +10,7 @@ import threading
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -48,8 +48,11 @@ class Graphs:
         self._lock = threading.Lock()
         self._policy: tuple[float, ...] | None = None
         self._warned = False
-        self._done = torch.cuda.Event() if device.type == "cuda" else None
-        if self._done is not None:  # memory that the device still writes to must not be given to others
+        self._here: AbstractContextManager[Any] = nullcontext()
+        self._done: torch.cuda.Event | None = None
+        if device.type == "cuda":
+            self._here, self._done = torch.cuda.device(device), torch.cuda.Event()
+            # memory that the device still writes to must not be given to others
             weakref.finalize(self, self._done.synchronize).atexit = False
 
     def answer(self, tensors: Sequence[Tensor], loop: Loop, waits: Sequence[bool]) -> Prediction | None:
@@ -66,11 +69,11 @@ class Graphs:
         with self._turn():
             try:
                 recordings = self._recordings(tensors, loop.program)
-                if recordings is None or len(tensors[0]) > self.sizes[-1]:  # another thread may have shrunk them
+                if recordings is None or tensors[0].shape[0] > self.sizes[-1]:  # another thread may have shrunk them
                     return None
                 self._set(loop.policy.thresholds)
                 self._run(recordings, tensors, loop.program, waits)
-                return _answers(recordings.results, len(tensors[0]))
+                return _answers(recordings.results, tensors[0].shape[0])
             except UnrecordableError as error:
                 self._refuse(tensors, error)
                 return None
@@ -93,9 +96,9 @@ class Graphs:
             )
 
     def wait(self) -> None:
-        """Wait until the device has done what it was given."""
+        """Wait until the device has done what it was given in this turn."""
         if self._done is not None:
-            self._done.record()
+            self._done.record(self._stream)
             self._done.synchronize()
 
     def recorded(self, index: int, step: Step, values: Mapping[str, Any], count: int) -> Run | None:
@@ -120,18 +123,20 @@ class Graphs:
     @contextmanager
     def _turn(self) -> Iterator[None]:
         """One call after another: threads by the lock, streams by an event."""
-        with self._lock, torch.cuda.device(self.device) if self._done is not None else nullcontext():
-            if self._done is not None:
-                self._done.wait()
+        with self._lock, self._here:
+            if self._done is None:
+                yield
+                return
+            self._stream = torch.cuda.current_stream(self.device)  # asked once: that takes as long as a launch
+            self._done.wait(self._stream)
             try:
                 yield
             finally:
-                if self._done is not None:
-                    self._done.record()
+                self._done.record(self._stream)
 
     def _run(self, recordings: Recordings, tensors: Sequence[Tensor], program: Program, waits: Sequence[bool]) -> None:
         recordings.load(tensors)
-        count, last = len(tensors[0]), len(program.steps) - 1
+        count, last = tensors[0].shape[0], len(program.steps) - 1
         for index, step in enumerate(program.steps):
             recordings.replay(index, step, bucket_of(self.sizes, count))
             if step.decides and index < last and waits[index]:
@@ -216,7 +221,7 @@ class GraphLoop(Loop):
         return self._graphs.decision()
 
     def answer(self, tensors: Sequence[Tensor]) -> Prediction:
-        count, most = len(tensors[0]), self.largest
+        count, most = tensors[0].shape[0], self.largest
         if not count:
             return super().answer(tensors)
         if self.program.inputs.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
@@ -224,10 +229,10 @@ class GraphLoop(Loop):
                 "an engine cannot be recorded into a CUDA graph: it waits for its decisions, and replays graphs of its own. "
                 "Record the model instead"
             )
+        if count <= most:
+            return self._part(tensors)
         parts = [self._part([tensor[start : start + most] for tensor in tensors]) for start in range(0, count, most)]
-        return (
-            parts[0] if len(parts) == 1 else Prediction(*(torch.cat(columns) for columns in zip(*parts, strict=True)))
-        )
+        return Prediction(*(torch.cat(columns) for columns in zip(*parts, strict=True)))
 
     def run_queued(self, batch: BatchState, index: int) -> tuple[BatchState | None, list[Answers]]:
         """Run every step by its recording, or by itself where samples have thresholds that differ; all samples leave."""
@@ -268,7 +273,5 @@ def _key(tensors: Sequence[Tensor]) -> Any:
 
 def _answers(results: Results, count: int) -> Prediction:
     """Copies, which the next call does not overwrite."""
-    logits, exit_, score, faulty = (
-        column[:count] for column in (results.logits, results.exit, results.score, results.faulty)
-    )
-    return Prediction(logits.clone(), exit_.clone(), score.clone(), faulty.bool())
+    kept = results.copy(count)
+    return Prediction(kept.logits, kept.exit, kept.score, kept.faulty)

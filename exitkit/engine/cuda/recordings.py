@@ -37,6 +37,8 @@ class Recordings:
         thresholds: (exits + 1,) float64, τ on the device.
         boundaries: before each step, and behind the last.
         steps: the recordings, by the step's place, whether its exit is there, and the bucket.
+        loaded: how many samples the first boundary holds.
+        views: its memory for so many.
     """
 
     program: Program
@@ -46,12 +48,14 @@ class Recordings:
     record: Record
     thresholds: Tensor
     steps: dict[tuple[int, bool, int], Run] = field(default_factory=dict)
+    loaded: int = 0
+    views: list[Tensor] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         largest, first = self.memory.largest, self.program.steps[0]
         device = self.program.inputs.device
         self.boundaries = [Boundary.empty(largest, device) for _ in range(len(self.program.steps) + 1)]
-        self.results = Results.empty(self.program, largest)
+        self.results = Results.empty(self.program.num_classes, self.program.dtype, largest, device)
         # in the memory format in which the first step takes them, so that it does not turn them around again
         formats = dict(zip(first.inputs, getattr(first.run, "channels_last", ()), strict=False))
         named = dict(zip(self.program.inputs.names, self.inputs, strict=True))
@@ -60,10 +64,13 @@ class Recordings:
 
     def load(self, tensors: Sequence[Tensor]) -> None:
         """Put a batch before step 0."""
-        count, first = len(tensors[0]), self.boundaries[0]
-        for slot, tensor in zip(first.slots.values(), tensors, strict=True):
-            slot.view(count).copy_(tensor)
-        first.count.fill_(count)
+        count, first = tensors[0].shape[0], self.boundaries[0]
+        if count != self.loaded:  # no step writes the count, and batches are often of one size
+            first.count.fill_(count)
+            self.views = [slot.view(count) for slot in first.slots.values()]
+            self.loaded = count
+        for view, tensor in zip(self.views, tensors, strict=True):
+            view.copy_(tensor)
 
     def replay(self, index: int, step: Step, bucket: int) -> None:
         """Run a step at a bucket, which is recorded where it was not yet."""
