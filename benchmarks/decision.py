@@ -5,8 +5,8 @@
 Half of the samples leave. Times are microseconds, medians; the score is in the compiled step and not counted. On a CPU they
 last until the host can go on; on a GPU, which is kept busy before as by a step, from its end until the device has what the
 host launches next. Rows are what travels to the next stage: nothing but the answer, a token sequence of ViT-B/16, a map of
-ResNet-50. On CUDA the kernels of recorded steps stand beside the plain loop, which is also what a CPU runs; they are launched
-one by one here, and are part of the step's graph in the engine.
+ResNet-50. On CUDA the kernels of recorded steps, replayed from a graph as in the engine, where they are part of the step's,
+stand beside the plain loop, which is also what a CPU runs.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def main() -> None:
     program = _program(args)
     ways: dict[str, Way] = {"plain loop": partial(_plain, Loop(program, ExitPolicy((0.5,), "confidence")))}
     if torch.device(args.device).type == "cuda":
-        ways["kernels"] = partial(_kernels, program, args.samples)
+        ways["recorded"] = partial(_recorded, program, args.samples)
     with torch.inference_mode():
         rows = [
             (name, *(f"{_microseconds(way, shape, args):.0f}" for way in ways.values()))
@@ -75,9 +75,10 @@ def _plain(loop: Loop, value: Tensor, answer: Tensor, score: Tensor) -> Callable
     return lambda: loop.decide(replace(fresh), 0, answer, score)
 
 
-def _kernels(program: Program, samples: int, value: Tensor, answer: Tensor, score: Tensor) -> Callable[[], Any]:
+def _recorded(program: Program, samples: int, value: Tensor, answer: Tensor, score: Tensor) -> Callable[[], Any]:
     """The kernels of a recorded step, and the wait for the count."""
     from exitkit.engine.cuda import kernels
+    from exitkit.engine.cuda.recorder import Recorder
 
     here, there = (Boundary.empty(samples, value.device) for _ in range(2))
     here.count.fill_(samples)
@@ -85,12 +86,21 @@ def _kernels(program: Program, samples: int, value: Tensor, answer: Tensor, scor
     target = torch.empty_like(value.flatten())
     threshold = torch.full((1,), 0.5, dtype=torch.float64, device=value.device)
 
-    def run() -> None:
+    def kernels_and_count() -> None:
         kernels.decide(score, answer, threshold, 0, here, there, results, False)
         if value.numel():
             kernels.compact(value.flatten(), target, samples, there)
         there.on_host.copy_(there.count, non_blocking=True)
-        torch.cuda.current_stream().record_event().synchronize()
+
+    kernels_and_count()
+    replay = Recorder(value.device)(kernels_and_count)
+    stream, done = torch.cuda.current_stream(), torch.cuda.Event()
+
+    def run() -> int:
+        replay()
+        done.record(stream)
+        done.synchronize()
+        return int(there.on_host)
 
     return run
 
@@ -113,10 +123,11 @@ def _on_host(run: Callable[[], Any]) -> float:
 def _on_busy_gpu(run: Callable[[], Any]) -> float:
     """Seconds by the device's own clock: the host launches while the device is busy, as it does behind a step."""
     before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    stream = torch.cuda.current_stream()  # asked here, since that takes microseconds
     torch.cuda._sleep(1_000_000)  # cycles: about half a millisecond
-    before.record()
+    before.record(stream)
     run()
-    after.record()
+    after.record(stream)
     after.synchronize()
     return float(before.elapsed_time(after)) / 1e3
 
