@@ -305,7 +305,9 @@ def test_a_run_directory_that_is_a_file_is_refused(tmp_path: Path, ee: MultiExit
 
 def test_a_run_directory_that_cannot_be_made_is_refused(tmp_path: Path, ee: MultiExitModel, loader: Loaders) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(ExitkitError, match=r"file/run' cannot be made .*; give a folder where you may write"):
+    with pytest.raises(
+        ExitkitError, match=r"output_dir=.*file/run' cannot be written: .*; give one where you may write"
+    ):
         trainer(ee, output_dir=tmp_path / "file" / "run").fit(loader(16))
 
 

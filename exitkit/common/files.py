@@ -71,8 +71,10 @@ def make_folder(folder: Path, named: str = "folder ") -> None:
         named: what an error says before the path, such as ``"output_dir="``.
 
     Raises:
-        WriteError: it cannot be made, or not be written to.
+        WriteError: it is a file, cannot be made, or not be written to.
     """
+    if folder.is_file():
+        raise WriteError(f"{named}{str(folder)!r} is a file; give a folder")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if not os.access(folder, os.W_OK | os.X_OK):

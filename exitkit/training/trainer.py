@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from exitkit.common.errors import ArgumentError
+from exitkit.common.files import make_folder
 from exitkit.surgery.capturing import evaluation_mode
 from exitkit.training.checkpoint import load_checkpoint, remove_leftovers
 from exitkit.training.distributed import length, make_accelerator, own_part, seed_everything
@@ -127,6 +128,7 @@ class Trainer(Options):
             ArgumentError: an empty loader, labels out of range, a checkpoint made with other options or other data, an option
                 that FSDP rules out.
             FileError: a checkpoint that is damaged or of another version.
+            WriteError: an ``output_dir`` that cannot be written.
             DivergedError: a loss, weights or answers that are not finite.
         """
         return self.fit_on(Data(self.model, train_loader, val_loader))
@@ -142,7 +144,8 @@ class Trainer(Options):
             raise ArgumentError(
                 "ensemble_on='validation' is set, but there is no val_loader to fit the ensemble on; give one"
             )
-        self._make_directory()
+        if self.directory is not None:
+            make_folder(self.directory, "output_dir=")
         accelerator = make_accelerator(self.mixed_precision)
         train = own_part(accelerator, data.train, "train_loader")
         val = None if data.val is None else own_part(accelerator, data.val, "val_loader")
@@ -186,18 +189,6 @@ class Trainer(Options):
         if main:
             remove_leftovers(self.directory)
         return None if self.resume == "never" else load_checkpoint(self.directory, settings)
-
-    def _make_directory(self) -> None:
-        if self.directory is None:
-            return
-        if self.directory.exists() and not self.directory.is_dir():
-            raise ArgumentError(f"output_dir={str(self.directory)!r} is a file; give a folder")
-        try:
-            self.directory.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ArgumentError(
-                f"output_dir={str(self.directory)!r} cannot be made ({error.strerror}); give a folder where you may write"
-            ) from error
 
     def _place(self, device: torch.device, in_parts: bool) -> None:
         if not in_parts:
