@@ -100,6 +100,7 @@ def test_the_command_takes_the_length_of_a_text(
 
     assert "40 \u00d7 8 TD" in run(f"hf:{tmp_path}", "--length", "40")
     assert "--length 40" in run("torchvision:resnet18", "--length", "40")
+    assert "--length 513: BertForSequenceClassification has 512 positions" in run(f"hf:{tmp_path}", "--length", "513")
 
 
 def test_inspect_names_a_long_path_in_one_piece() -> None:

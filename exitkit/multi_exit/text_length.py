@@ -15,13 +15,16 @@ _USUAL = 512
 """Where neither says."""
 
 
-def longest_text(tokenizer: Any, model: nn.Module | None, max_length: int | None = None) -> int:
+def longest_text(
+    tokenizer: Any, model: nn.Module | None, max_length: int | None = None, named: str = "max_length="
+) -> int:
     """Tokens after which a text is cut.
 
     Args:
         tokenizer: a Hugging Face tokenizer.
         model: which shall read the tokens, or None.
         max_length: how many are asked for; by default as many as both take, and 512 where neither has a limit.
+        named: what an error says before it.
 
     Raises:
         ArgumentError: no positive number, or more than the model has positions.
@@ -31,7 +34,7 @@ def longest_text(tokenizer: Any, model: nn.Module | None, max_length: int | None
     if max_length is not None:
         if positions is not None and max_length > positions:
             raise ArgumentError(
-                f"max_length={max_length}: {type(model).__name__} has {positions} positions; give at most so many tokens"
+                f"{named}{max_length}: {type(model).__name__} has {positions} positions; give at most so many tokens"
             )
         return max_length
     limits = [limit for limit in (getattr(tokenizer, "model_max_length", None), positions) if limit]
