@@ -1,4 +1,4 @@
-"""exitkit: early exits for pretrained classifiers, with the saved compute made real."""
+"""exitkit: early exits for pretrained classifiers, and compute that is really saved."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
