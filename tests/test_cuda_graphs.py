@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import subprocess
 import sys
 import threading
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -24,10 +26,11 @@ from exitkit.engine import exported
 from exitkit.engine.cpp_compiler import check_compiler
 from exitkit.engine.cuda import reference, toolchain
 from exitkit.engine.cuda.buckets import SIZES, bucket_of, buckets_up_to
-from exitkit.engine.cuda.buffers import Memory, Results
+from exitkit.engine.cuda.buffers import Memory, Results, Slot
 from exitkit.engine.cuda.graphs import GraphLoop, Graphs
 from exitkit.engine.cuda.recorder import Run, UnrecordableError
 from exitkit.engine.stage_queues import StageQueues
+from exitkit.serving.scheduling import RequestScheduler
 from tests.toy import TinyNet, images, noisy
 
 
@@ -380,6 +383,68 @@ def test_requests_with_thresholds_of_their_own_are_answered_by_recordings_where_
     assert answered(engine.thresholds, last) == [expected, [exits] * 5]
     assert sizes == [10]
     agree(fast(images(5)), engine(images(5)))
+
+
+def test_a_server_answers_by_recordings_after_one_wait_and_by_each_requests_policy() -> None:
+    engine = compiled("sdn")
+    fast, recorder = recorded(engine, largest=16)
+    x = images(11)
+    policies = [engine.policy, *(engine.at(tau).policy for tau in (float("inf"), float("-inf"), 0.5))]
+
+    async def serve() -> list[exitkit.Prediction]:
+        scheduler = RequestScheduler(fast, batch_size=16, max_wait_ms=150.0)
+        cancelled = asyncio.create_task(scheduler.answer(x))
+        await asyncio.sleep(0)
+        cancelled.cancel()
+        found = await asyncio.gather(
+            *(scheduler.answer(x[place : place + 1], policies[place % 4]) for place in range(8))
+        )
+        found += [await scheduler.answer(x, policy) for policy in policies]
+        await scheduler.close()
+        return list(found)
+
+    began = time.monotonic()
+    answers = asyncio.run(serve())
+    assert time.monotonic() - began >= 0.15 * len(policies)  # the last ones fill no batch: each waits once, all of it
+    for place, got in enumerate(answers[:8]):
+        agree(got, engine.at(policies[place % 4])(x[place : place + 1]))
+    for got, policy in zip(answers[8:], policies, strict=True):
+        agree(got, engine.at(policy)(x))
+        assert [column.dtype for column in got[1:]] == [torch.int64, torch.float64, torch.bool]
+    assert recorder.recorded
+    agree(fast(x), engine(x))
+
+
+def test_an_interrupted_call_leaves_nothing_of_its_size_or_threshold_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C in a notebook: the next call, as the one before, would have been answered with what the interrupted one wrote."""
+
+    class Interrupted:
+        def __init__(self, tensor: Tensor) -> None:
+            self.tensor = tensor
+
+        def copy_(self, *args: Any, **kwargs: Any) -> None:
+            self.tensor.copy_(*args, **kwargs)
+            raise KeyboardInterrupt
+
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    engine = compiled("sdn")
+    fast, _ = recorded(engine)
+    first, x = images(9)[:8], images(8)
+    agree(fast(first), engine(first))
+    monkeypatch.setattr(Slot, "view", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        fast(images(3))
+    monkeypatch.undo()
+    agree(fast(x), engine(x))
+    graphs = cast("GraphLoop", fast.loop).graphs
+    assert graphs is not None
+    monkeypatch.setattr(graphs, "thresholds", Interrupted(graphs.thresholds))
+    with pytest.raises(KeyboardInterrupt):
+        fast.at(float("inf"))(x)
+    monkeypatch.undo()
+    agree(fast(x), engine(x))
 
 
 def test_what_is_compiled_for_a_gpu_says_how_many_samples_come(tiny_ee: exitkit.MultiExitModel) -> None:

@@ -66,6 +66,7 @@ class Recordings:
         """Put a batch before step 0."""
         count, first = tensors[0].shape[0], self.boundaries[0]
         if count != self.loaded:  # no step writes the count, and batches are often of one size
+            self.loaded = 0  # where this is interrupted, the next batch begins anew
             first.count.fill_(count)
             self.views = [slot.view(count) for slot in first.slots.values()]
             self.loaded = count
