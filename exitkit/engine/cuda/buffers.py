@@ -79,8 +79,8 @@ class Results:
 
     Attributes:
         logits: (L, C).
-        about: (L, 3) int64, a sample's exit, the bits of its score, and whether a score of its was not finite: together, so
-            that a call copies them at once.
+        about: (L, 3) int64, a sample's exit, the bits of its score, and whether one of its scores was not finite: together,
+            so that a call copies them at once.
     """
 
     logits: Tensor
