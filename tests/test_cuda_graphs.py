@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import os
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from typing import Any, cast
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -136,6 +138,17 @@ def test_answers_outlive_the_next_call_and_another_threshold_records_nothing() -
     everybody = fast.at(-1.0)(images(8))
     assert everybody.exit.tolist() == [0] * 8
     assert recorder.recorded == before
+
+
+def test_answers_can_be_saved() -> None:
+    """Neither torch nor safetensors save tensors of several dtypes that share memory."""
+    fast, _ = recorded(compiled("sdn"))
+    answers = fast(images(8))._asdict()
+    saved = io.BytesIO()
+    torch.save(answers, saved)
+    saved.seek(0)
+    for again in (torch.load(saved, weights_only=True), safetensors.torch.load(safetensors.torch.save(answers))):
+        assert all(torch.equal(again[name], column) for name, column in answers.items())
 
 
 def test_one_recording_for_a_step_and_a_bucket() -> None:
@@ -532,8 +545,7 @@ for seed in range(40):
         module.decide(score, answer, tau, 3, here, there, results, seed % 7 == 6)
         target = torch.zeros(LARGEST * 15, dtype=value.dtype)
         module.compact(value.flatten(), target, bucket, there)
-        columns = (there.count, there.rows, there.faulty, there.keep, target, results.logits)
-        columns += (results.exit, results.score, results.faulty)
+        columns = (there.count, there.rows, there.faulty, there.keep, target, *results)
         found.append([column.double().nan_to_num(9, 8, 7) for column in columns])
     for place, (one, other) in enumerate(zip(*found, strict=True)):
         assert torch.equal(one, other), (seed, place, one, other)
@@ -553,8 +565,8 @@ _COMPILED = """
 import triton
 from triton.backends.compiler import GPUTarget
 from exitkit.engine.cuda import kernels
-pointers = {"*fp64": "score threshold", "*fp32": "answer logits_out", "*i64": "rows next_rows about_out"}
-pointers |= {"*i8": "faulty next_faulty", "*i32": "count next_count keep source target"}
+pointers = {"*fp64": "score threshold score_out", "*fp32": "answer logits_out", "*i64": "rows next_rows exit_out"}
+pointers |= {"*i8": "faulty next_faulty faulty_out", "*i32": "count next_count keep source target"}
 types = {name: kind for kind, names in pointers.items() for name in names.split()}
 types |= dict.fromkeys(("classes", "exit_", "last", "width"), "i32")
 for kernel in (kernels._decide_kernel, kernels._compact_kernel):

@@ -21,7 +21,7 @@ from torch import Tensor
 from exitkit.common.errors import ArgumentError
 from exitkit.engine.batch_state import BatchState
 from exitkit.engine.cuda.buckets import SIZES, bucket_of, buckets_up_to
-from exitkit.engine.cuda.buffers import Memory, Results
+from exitkit.engine.cuda.buffers import Memory
 from exitkit.engine.cuda.recorder import Record, Recorder, Run, UnrecordableError
 from exitkit.engine.cuda.recordings import Kernels, Recordings
 from exitkit.engine.loop import Answers, Loop, Prediction
@@ -70,7 +70,7 @@ class Graphs:
                     return None
                 self._set(loop.policy.thresholds)
                 self._run(recordings, tensors, loop.program, waits)
-                return _answers(recordings.results, tensors[0].shape[0])
+                return Prediction(*(column.clone() for column in recordings.answers))  # the next call overwrites them
             except UnrecordableError as error:
                 self._refuse(tensors, error)
                 return None
@@ -271,9 +271,3 @@ def graph_loop(program: Program, policy: ExitPolicy) -> GraphLoop:
 
 def _key(tensors: Sequence[Tensor]) -> Any:
     return tuple(tuple(tensor.shape[1:]) for tensor in tensors)
-
-
-def _answers(results: Results, count: int) -> Prediction:
-    """Copies, which the next call does not overwrite."""
-    kept = results.copy(count)
-    return Prediction(kept.logits, kept.exit, kept.score, kept.faulty)
