@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
+import io
 import os
 import subprocess
 import sys
 import threading
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -14,6 +17,7 @@ from typing import Any, cast
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -24,10 +28,11 @@ from exitkit.engine import exported
 from exitkit.engine.cpp_compiler import check_compiler
 from exitkit.engine.cuda import reference, toolchain
 from exitkit.engine.cuda.buckets import SIZES, bucket_of, buckets_up_to
-from exitkit.engine.cuda.buffers import Memory, Results
+from exitkit.engine.cuda.buffers import Memory, Results, Slot
 from exitkit.engine.cuda.graphs import GraphLoop, Graphs
 from exitkit.engine.cuda.recorder import Run, UnrecordableError
 from exitkit.engine.stage_queues import StageQueues
+from exitkit.serving.scheduling import RequestScheduler
 from tests.toy import TinyNet, images, noisy
 
 
@@ -133,6 +138,17 @@ def test_answers_outlive_the_next_call_and_another_threshold_records_nothing() -
     everybody = fast.at(-1.0)(images(8))
     assert everybody.exit.tolist() == [0] * 8
     assert recorder.recorded == before
+
+
+def test_answers_can_be_saved() -> None:
+    """Neither torch nor safetensors save tensors of several dtypes that share memory."""
+    fast, _ = recorded(compiled("sdn"))
+    answers = fast(images(8))._asdict()
+    saved = io.BytesIO()
+    torch.save(answers, saved)
+    saved.seek(0)
+    for again in (torch.load(saved, weights_only=True), safetensors.torch.load(safetensors.torch.save(answers))):
+        assert all(torch.equal(again[name], column) for name, column in answers.items())
 
 
 def test_one_recording_for_a_step_and_a_bucket() -> None:
@@ -382,6 +398,68 @@ def test_requests_with_thresholds_of_their_own_are_answered_by_recordings_where_
     agree(fast(images(5)), engine(images(5)))
 
 
+def test_a_server_answers_by_recordings_after_one_wait_and_by_each_requests_policy() -> None:
+    engine = compiled("sdn")
+    fast, recorder = recorded(engine, largest=16)
+    x = images(11)
+    policies = [engine.policy, *(engine.at(tau).policy for tau in (float("inf"), float("-inf"), 0.5))]
+
+    async def serve() -> list[exitkit.Prediction]:
+        scheduler = RequestScheduler(fast, batch_size=16, max_wait_ms=150.0)
+        cancelled = asyncio.create_task(scheduler.answer(x))
+        await asyncio.sleep(0)
+        cancelled.cancel()
+        found = await asyncio.gather(
+            *(scheduler.answer(x[place : place + 1], policies[place % 4]) for place in range(8))
+        )
+        found += [await scheduler.answer(x, policy) for policy in policies]
+        await scheduler.close()
+        return list(found)
+
+    began = time.monotonic()
+    answers = asyncio.run(serve())
+    assert time.monotonic() - began >= 0.15 * len(policies)  # the last ones fill no batch: each waits once, all of it
+    for place, got in enumerate(answers[:8]):
+        agree(got, engine.at(policies[place % 4])(x[place : place + 1]))
+    for got, policy in zip(answers[8:], policies, strict=True):
+        agree(got, engine.at(policy)(x))
+        assert [column.dtype for column in got[1:]] == [torch.int64, torch.float64, torch.bool]
+    assert recorder.recorded
+    agree(fast(x), engine(x))
+
+
+def test_an_interrupted_call_leaves_nothing_of_its_size_or_threshold_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C in a notebook: the next call, as the one before, would have been answered with what the interrupted one wrote."""
+
+    class Interrupted:
+        def __init__(self, tensor: Tensor) -> None:
+            self.tensor = tensor
+
+        def copy_(self, *args: Any, **kwargs: Any) -> None:
+            self.tensor.copy_(*args, **kwargs)
+            raise KeyboardInterrupt
+
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    engine = compiled("sdn")
+    fast, _ = recorded(engine)
+    first, x = images(9)[:8], images(8)
+    agree(fast(first), engine(first))
+    monkeypatch.setattr(Slot, "view", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        fast(images(3))
+    monkeypatch.undo()
+    agree(fast(x), engine(x))
+    graphs = cast("GraphLoop", fast.loop).graphs
+    assert graphs is not None
+    monkeypatch.setattr(graphs, "thresholds", Interrupted(graphs.thresholds))
+    with pytest.raises(KeyboardInterrupt):
+        fast.at(float("inf"))(x)
+    monkeypatch.undo()
+    agree(fast(x), engine(x))
+
+
 def test_what_is_compiled_for_a_gpu_says_how_many_samples_come(tiny_ee: exitkit.MultiExitModel) -> None:
     """Inductor then knows whether 32 bits count the elements of the largest batch."""
     program = compiled("ztw").loop.program
@@ -467,8 +545,7 @@ for seed in range(40):
         module.decide(score, answer, tau, 3, here, there, results, seed % 7 == 6)
         target = torch.zeros(LARGEST * 15, dtype=value.dtype)
         module.compact(value.flatten(), target, bucket, there)
-        columns = (there.count, there.rows, there.faulty, there.keep, target, results.logits)
-        columns += (results.exit, results.score, results.faulty)
+        columns = (there.count, there.rows, there.faulty, there.keep, target, *results)
         found.append([column.double().nan_to_num(9, 8, 7) for column in columns])
     for place, (one, other) in enumerate(zip(*found, strict=True)):
         assert torch.equal(one, other), (seed, place, one, other)
@@ -488,8 +565,8 @@ _COMPILED = """
 import triton
 from triton.backends.compiler import GPUTarget
 from exitkit.engine.cuda import kernels
-pointers = {"*fp64": "score threshold", "*fp32": "answer logits_out", "*i64": "rows next_rows about_out"}
-pointers |= {"*i8": "faulty next_faulty", "*i32": "count next_count keep source target"}
+pointers = {"*fp64": "score threshold score_out", "*fp32": "answer logits_out", "*i64": "rows next_rows exit_out"}
+pointers |= {"*i8": "faulty next_faulty faulty_out", "*i32": "count next_count keep source target"}
 types = {name: kind for kind, names in pointers.items() for name in names.split()}
 types |= dict.fromkeys(("classes", "exit_", "last", "width"), "i32")
 for kernel in (kernels._decide_kernel, kernels._compact_kernel):

@@ -108,8 +108,7 @@ def _same_decisions(modules: tuple[Any, Any], size: int) -> None:
         tau = torch.tensor([taus[size % 4]], dtype=torch.float64, device=GPU)
         module.decide(score.to(GPU), answer.to(GPU), tau, 3, here, there, results, size % 7 == 6)
         module.compact(value.to(GPU).flatten(), target, size, there)
-        columns = (there.count, there.rows, there.faulty, there.keep, target, results.logits)
-        columns += (results.exit, results.score, results.faulty)
+        columns = (there.count, there.rows, there.faulty, there.keep, target, *results)
         found.append([column.double().nan_to_num(9, 8, 7).cpu() for column in columns])
     for place, (one, other) in enumerate(zip(*found, strict=True)):
         assert torch.equal(one, other), (size, place)

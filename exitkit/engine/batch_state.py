@@ -25,7 +25,7 @@ class BatchState:
         rows: (B,) int64, the callers' numbers of the samples; −1 for one that has its answer and is carried along.
         values: what later steps read, by name.
         faulty: (B,) whether a sample had a score that was not finite.
-        thresholds: (B, M) τ of each exit for each sample, where not all of them have the policy's.
+        thresholds: (B, M) τ of each exit for each sample; None where all have the policy's.
     """
 
     rows: Places

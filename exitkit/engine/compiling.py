@@ -45,9 +45,9 @@ def compile(
             the same.
         criterion: ``"confidence"``, ``"entropy"``, ``"nats"``, ``"margin"`` or ``"patience"``, for regression
             ``"tolerance"``; by default the method's, or the policy's own.
-        optimize: compile every stage together with its exit by AOTInductor, for any batch size; on CPU with BatchNorm
-            folded into convolutions, on CUDA replayed from CUDA graphs, with decision and compaction in Triton. Takes seconds
-            to minutes; later changes of the model's weights have no effect.
+        optimize: compile every stage together with its exit by AOTInductor, for any batch size, with BatchNorm folded
+            into convolutions; on CUDA replayed from CUDA graphs, with decision and compaction in Triton. Takes seconds to
+            minutes; later changes of the model's weights have no effect.
         samples: inputs as they come in use, on which the steps are timed on this device, as one batch. Samples then leave
             a batch only where going on without them is faster. :meth:`Engine.plan` shows it. A warning says where all exits
             together cost more time than they save.

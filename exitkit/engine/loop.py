@@ -195,7 +195,7 @@ class Loop:
         if not len(places):
             return batch, []
         logits = answer if len(places) == len(batch) else answer.index_select(0, on_device(places, answer.device))
-        exits = np.full(len(places), exit_)
+        exits = np.full(len(places), exit_, np.int64)
         answers = Answers(batch.rows[places], exits, logits, sure[places], batch.faulty[places])
         return self._continue(batch, np.flatnonzero(present & ~leaves), index), [answers]
 

@@ -24,7 +24,7 @@ class Place(NamedTuple):
 
 @dataclass
 class Ran:
-    """What became of the samples of one step: those that go on, those that left, and those on which the stage raised."""
+    """What became of the samples taken: those that go on, those that left, and those on which a stage raised."""
 
     onward: list[BatchState] = field(default_factory=list)
     answers: list[Answers] = field(default_factory=list)
@@ -32,7 +32,9 @@ class Ran:
 
 
 class StageQueues:
-    """What waits before each stage of a loop's program. Not for several threads at once, but for :meth:`run`.
+    """What waits before each stage of a loop's program, or before the first alone, as the loop says by ``queues``.
+
+    Not for several threads at once, but for :meth:`run`.
 
     Args:
         loop: what runs; samples leave the batch wherever they have their answer.
@@ -90,7 +92,7 @@ class StageQueues:
         return taken
 
     def run(self, stage: int, taken: list[BatchState]) -> Ran:
-        """One stage on what was taken, as one batch. Where it raises, on each alone: the others lose nothing."""
+        """Run what was taken as one batch, up to the next queue; where a stage raises, each alone: the others lose nothing."""
         ran = Ran()
         if len(taken) > 1:
             try:

@@ -50,6 +50,8 @@ class _Request:
 class RequestScheduler:
     """Continuous scheduling: one worker thread runs one stage after another on samples of whatever requests wait before it.
 
+    With recorded steps on a GPU requests wait before the first stage alone, and a batch is answered as a whole.
+
     It belongs to the event loop in which :meth:`answer` is first awaited, and to it alone; stages run beside it.
 
     Args:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -73,45 +74,23 @@ class Boundary:
         )
 
 
-@dataclass(frozen=True)
-class Results:
-    """The answers of a whole batch (L, …), by the samples' places in it.
-
-    Attributes:
-        logits: (L, C).
-        about: (L, 3) int64, a sample's exit, the bits of its score, and whether a score of its was not finite: together, so
-            that a call copies them at once.
-    """
+class Results(NamedTuple):
+    """The answers of a whole batch (L, …), by the samples' places in it; see :class:`exitkit.Prediction`."""
 
     logits: Tensor
-    about: Tensor
+    exit: Tensor
+    score: Tensor
+    non_finite: Tensor
 
     @classmethod
     def empty(cls, classes: int, dtype: torch.dtype, largest: int, device: torch.device) -> Results:
         """Memory for the answers of at most ``largest`` samples."""
         return cls(
             torch.zeros(largest, classes, dtype=dtype, device=device),
-            torch.zeros(largest, 3, dtype=torch.int64, device=device),
+            torch.zeros(largest, dtype=torch.int64, device=device),
+            torch.zeros(largest, dtype=torch.float64, device=device),
+            torch.zeros(largest, dtype=torch.bool, device=device),
         )
-
-    def copy(self, count: int) -> Results:
-        """Those of the first samples, in memory of their own."""
-        return Results(self.logits[:count].clone(), self.about[:count].clone())
-
-    @property
-    def exit(self) -> Tensor:
-        """(L,) int64, which shares its memory, as the others do."""
-        return self.about[:, 0]
-
-    @property
-    def score(self) -> Tensor:
-        """(L,) float64."""
-        return self.about.view(torch.float64)[:, 1]
-
-    @property
-    def faulty(self) -> Tensor:
-        """(L,) bool."""
-        return self.about.view(torch.bool)[:, 16]  # the lowest byte of the third number
 
 
 class Memory:

@@ -35,7 +35,7 @@ class CompiledStep:
 
     def __call__(self, *tensors: Any) -> Sequence[Any]:
         # it runs on the stream of the current device, whatever its own is
-        with self._one_at_a_time, torch.cuda.device(self._device):
+        with self._one_at_a_time, torch.cuda.device(self._device.index):
             taken = list(map(in_format, tensors, self.channels_last))
             try:
                 made: Sequence[Any] = self._run(taken)

@@ -10,7 +10,7 @@ import threading
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,7 +21,7 @@ from torch import Tensor
 from exitkit.common.errors import ArgumentError
 from exitkit.engine.batch_state import BatchState
 from exitkit.engine.cuda.buckets import SIZES, bucket_of, buckets_up_to
-from exitkit.engine.cuda.buffers import Memory, Results
+from exitkit.engine.cuda.buffers import Memory
 from exitkit.engine.cuda.recorder import Record, Recorder, Run, UnrecordableError
 from exitkit.engine.cuda.recordings import Kernels, Recordings
 from exitkit.engine.loop import Answers, Loop, Prediction
@@ -48,11 +48,8 @@ class Graphs:
         self._lock = threading.Lock()
         self._policy: tuple[float, ...] | None = None
         self._warned = False
-        self._here: AbstractContextManager[Any] = nullcontext()
-        self._done: torch.cuda.Event | None = None
-        if device.type == "cuda":
-            self._here, self._done = torch.cuda.device(device), torch.cuda.Event()
-            # memory that the device still writes to must not be given to others
+        self._done = torch.cuda.Event() if device.type == "cuda" else None
+        if self._done is not None:  # memory that the device still writes to must not be given to others
             weakref.finalize(self, self._done.synchronize).atexit = False
 
     def answer(self, tensors: Sequence[Tensor], loop: Loop, waits: Sequence[bool]) -> Prediction | None:
@@ -73,7 +70,7 @@ class Graphs:
                     return None
                 self._set(loop.policy.thresholds)
                 self._run(recordings, tensors, loop.program, waits)
-                return _answers(recordings.results, tensors[0].shape[0])
+                return Prediction(*(column.clone() for column in recordings.answers))  # the next call overwrites them
             except UnrecordableError as error:
                 self._refuse(tensors, error)
                 return None
@@ -123,16 +120,18 @@ class Graphs:
     @contextmanager
     def _turn(self) -> Iterator[None]:
         """One call after another: threads by the lock, streams by an event."""
-        with self._lock, self._here:
+        with self._lock:
             if self._done is None:
                 yield
                 return
-            self._stream = torch.cuda.current_stream(self.device)  # asked once: that takes as long as a launch
-            self._done.wait(self._stream)
-            try:
-                yield
-            finally:
-                self._done.record(self._stream)
+            index = self.device.index  # torch takes microseconds to see which GPU a torch.device is
+            with torch.cuda.device(index):
+                self._stream = torch.cuda.current_stream(index)  # asked once: that takes as long as a launch
+                self._done.wait(self._stream)
+                try:
+                    yield
+                finally:
+                    self._done.record(self._stream)
 
     def _run(self, recordings: Recordings, tensors: Sequence[Tensor], program: Program, waits: Sequence[bool]) -> None:
         recordings.load(tensors)
@@ -168,6 +167,7 @@ class Graphs:
     def _set(self, thresholds: tuple[float, ...]) -> None:
         """τ to the device, where it is not there already."""
         if thresholds != self._policy:
+            self._policy = None  # where the copy is interrupted, the next call makes it again
             values = torch.tensor([*thresholds, float("-inf")], dtype=torch.float64)
             self.thresholds.copy_(values.pin_memory() if self.device.type == "cuda" else values, non_blocking=True)
             self._policy = thresholds
@@ -239,8 +239,10 @@ class GraphLoop(Loop):
         own = batch.thresholds
         if own is not None and (own != own[0]).any():
             return None, self.run_steps(batch)
-        policy = self.policy if own is None else replace(self.policy, thresholds=tuple(own[0].tolist()))
-        prediction = replace(self, policy=policy).answer([batch.values[name] for name in self.program.inputs.names])
+        thresholds = self.policy.thresholds if own is None else tuple(own[0].tolist())
+        # a policy is checked when it is made, which takes longer than a call
+        loop = self if thresholds == self.policy.thresholds else replace(self, policy=self.policy.at(*thresholds))
+        prediction = loop.answer([batch.values[name] for name in self.program.inputs.names])
         # exits are small integers, exact as numbers, so that the host waits for the device once
         exits, scores, faulty = torch.stack([column.double() for column in prediction[1:]]).cpu().numpy()
         return None, [Answers(batch.rows, exits.astype(np.int64), prediction.logits, scores, faulty.astype(np.bool_))]
@@ -269,9 +271,3 @@ def graph_loop(program: Program, policy: ExitPolicy) -> GraphLoop:
 
 def _key(tensors: Sequence[Tensor]) -> Any:
     return tuple(tuple(tensor.shape[1:]) for tensor in tensors)
-
-
-def _answers(results: Results, count: int) -> Prediction:
-    """Copies, which the next call does not overwrite."""
-    kept = results.copy(count)
-    return Prediction(kept.logits, kept.exit, kept.score, kept.faulty)

@@ -35,7 +35,9 @@ def _decide_kernel(  # type: ignore[no-untyped-def]
     next_count,
     keep,
     logits_out,
-    about_out,
+    exit_out,
+    score_out,
+    faulty_out,
     classes,
     exit_,
     last,
@@ -63,9 +65,9 @@ def _decide_kernel(  # type: ignore[no-untyped-def]
             tl.store(next_rows + before, row)
             tl.store(next_faulty + before, fault)
         else:
-            tl.store(about_out + row * 3, exit_.to(tl.int64))
-            tl.store(about_out + row * 3 + 1, sure.to(tl.int64, bitcast=True))
-            tl.store(about_out + row * 3 + 2, fault.to(tl.int64))
+            tl.store(exit_out + row, exit_.to(tl.int64))
+            tl.store(score_out + row, sure)
+            tl.store(faulty_out + row, fault)
             for start in range(0, classes, CLASSES):
                 columns = start + tl.arange(0, CLASSES)
                 held = columns < classes
@@ -107,7 +109,9 @@ def decide(
         there.count,
         there.keep,
         results.logits,
-        results.about,
+        results.exit,
+        results.score,
+        results.non_finite.view(torch.int8),
         answer.shape[1],
         exit_,
         int(last),

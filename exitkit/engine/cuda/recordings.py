@@ -38,7 +38,8 @@ class Recordings:
         boundaries: before each step, and behind the last.
         steps: the recordings, by the step's place, whether its exit is there, and the bucket.
         loaded: how many samples the first boundary holds.
-        views: its memory for so many.
+        values: its memory for so many.
+        answers: the results' memory for so many.
     """
 
     program: Program
@@ -49,7 +50,8 @@ class Recordings:
     thresholds: Tensor
     steps: dict[tuple[int, bool, int], Run] = field(default_factory=dict)
     loaded: int = 0
-    views: list[Tensor] = field(default_factory=list)
+    values: tuple[Tensor, ...] = ()
+    answers: tuple[Tensor, ...] = ()
 
     def __post_init__(self) -> None:
         largest, first = self.memory.largest, self.program.steps[0]
@@ -66,11 +68,13 @@ class Recordings:
         """Put a batch before step 0."""
         count, first = tensors[0].shape[0], self.boundaries[0]
         if count != self.loaded:  # no step writes the count, and batches are often of one size
+            self.loaded = 0  # where this is interrupted, the next batch begins anew
             first.count.fill_(count)
-            self.views = [slot.view(count) for slot in first.slots.values()]
+            self.values = tuple(slot.view(count) for slot in first.slots.values())
+            self.answers = tuple(column[:count] for column in self.results)
             self.loaded = count
-        for view, tensor in zip(self.views, tensors, strict=True):
-            view.copy_(tensor)
+        for value, tensor in zip(self.values, tensors, strict=True):
+            value.copy_(tensor)
 
     def replay(self, index: int, step: Step, bucket: int) -> None:
         """Run a step at a bucket, which is recorded where it was not yet."""

@@ -39,7 +39,7 @@ def decide(
     results.logits[rows[gone]] = answer[gone].to(results.logits.dtype)
     results.exit[rows[gone]] = exit_
     results.score[rows[gone]] = score[gone]
-    results.faulty[rows[gone]] = faulty[gone].to(results.faulty.dtype)
+    results.non_finite[rows[gone]] = faulty[gone].bool()
     there.count.fill_(len(left))
     there.keep[: len(left)] = left.to(there.keep.dtype)
     there.rows[: len(left)] = rows[left]
