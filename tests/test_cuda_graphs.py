@@ -219,6 +219,22 @@ def test_a_step_that_cannot_be_recorded_runs_by_itself_and_that_is_said_once() -
     assert recorder.recorded == 0
 
 
+def test_a_ninth_size_runs_step_by_step_and_that_is_said_once() -> None:
+    engine = compiled("sdn")
+    fast, recorder = recorded(engine)
+
+    @torch.inference_mode()
+    def serve(widths: range) -> None:
+        for width in widths:
+            x = images(4, width=width)
+            agree(fast.loop.answer((x,)), engine.loop.answer((x,)))
+
+    assert messages(lambda: serve(range(8, 16)), "sizes") == 0
+    before = recorder.recorded
+    assert messages(lambda: serve(range(16, 19)), "inputs of more than 8 sizes") == 1
+    assert recorder.recorded == before
+
+
 class Reader(nn.Module):
     """Looks tokens up in the first stage, beside a wide feature that later stages overwrite where they can."""
 

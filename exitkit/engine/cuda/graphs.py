@@ -47,7 +47,7 @@ class Graphs:
         self._memory: Memory | None = None
         self._lock = threading.Lock()
         self._policy: tuple[float, ...] | None = None
-        self._warned = False
+        self._warned = self._said_full = False
         self._done = torch.cuda.Event() if device.type == "cuda" else None
         if self._done is not None:  # memory that the device still writes to must not be given to others
             weakref.finalize(self, self._done.synchronize).atexit = False
@@ -148,6 +148,7 @@ class Graphs:
         key = _key(tensors)
         if key not in self.recordings:
             if len(self.recordings) >= _SHAPES:
+                self._say_full()
                 return None
             if self._memory is None:
                 self._memory = Memory(self.sizes[-1], self.device)
@@ -156,6 +157,15 @@ class Graphs:
                 program, inputs, self._memory, self.kernels, self.record, self.thresholds
             )
         return self.recordings[key]
+
+    def _say_full(self) -> None:
+        if not self._said_full:
+            self._said_full = True
+            warnings.warn(
+                f"inputs of more than {_SHAPES} sizes: further ones run step by step instead of from CUDA graphs, which is "
+                "slower; pad texts to a few lengths",
+                stacklevel=7,
+            )
 
     def _refuse(self, tensors: Sequence[Tensor], error: UnrecordableError) -> None:
         """Run inputs of these sizes step by step from now on."""
