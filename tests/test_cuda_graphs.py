@@ -219,6 +219,15 @@ def test_a_step_that_cannot_be_recorded_runs_by_itself_and_that_is_said_once() -
     assert recorder.recorded == 0
 
 
+@pytest.mark.parametrize("error", [UnrecordableError("made up"), torch.OutOfMemoryError("made up")])
+def test_a_warning_is_of_the_callers_line(error: Exception) -> None:
+    fast, recorder = recorded(compiled("sdn"))
+    recorder.failures, recorder.error = 1, error
+    with pytest.warns(UserWarning, match="CUDA graphs|out of GPU memory") as told:
+        fast(images(8))
+    assert [warning.filename for warning in told] == [__file__]
+
+
 def test_a_ninth_size_runs_step_by_step_and_that_is_said_once() -> None:
     engine = compiled("sdn")
     fast, recorder = recorded(engine)

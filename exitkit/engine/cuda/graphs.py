@@ -164,14 +164,14 @@ class Graphs:
             warnings.warn(
                 f"inputs of more than {_SHAPES} sizes: further ones run step by step instead of from CUDA graphs, which is "
                 "slower; pad texts to a few lengths",
-                stacklevel=7,
+                stacklevel=8,
             )
 
     def _refuse(self, tensors: Sequence[Tensor], error: UnrecordableError) -> None:
         """Run inputs of these sizes step by step from now on."""
         self.recordings[_key(tensors)] = None
         warnings.warn(
-            f"steps are run one by one instead of replayed from CUDA graphs, which is slower: {error}", stacklevel=6
+            f"steps are run one by one instead of replayed from CUDA graphs, which is slower: {error}", stacklevel=7
         )
 
     def _set(self, thresholds: tuple[float, ...]) -> None:
