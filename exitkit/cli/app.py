@@ -270,13 +270,13 @@ def _image_example(backbone: Any, side: int | None) -> Any:
 def _text_example(backbone: Any, length: int) -> Any:
     import torch
 
-    from exitkit.multi_exit.text_length import longest_text
+    from exitkit.multi_exit.text_length import check_positions
     from exitkit.surgery.default_inputs import example_for
 
     example = example_for(backbone)
     if not example.text or length < 1:
         raise ArgumentError(f"--length {length} must be at least 1, and the model one that reads tokens")
-    longest_text(None, backbone, length, "--length ")
+    check_positions(backbone, length, "--length ")
     positions = torch.arange(length) % example.tensors[0].shape[1]
     return example.spec.batch(tuple(tensor[:1, positions] for tensor in example.tensors))
 

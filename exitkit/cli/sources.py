@@ -20,7 +20,6 @@ from exitkit.multi_exit.saving.hub import refuse_local_path
 
 PRETRAINED = "pretrained"
 _DEFAULT = "DEFAULT"
-_LIBRARIES = "torchvision", "timm", "hf"
 
 
 def load_model(name: str, weights: str | None = None, num_classes: int | None = None, seed: int = 0) -> nn.Module:
@@ -50,13 +49,10 @@ def load_model(name: str, weights: str | None = None, num_classes: int | None = 
         )
     torch.manual_seed(seed)
     named = _named_weights(source, weights)
-    builder: Callable[[str, str | None, dict[str, Any]], nn.Module] = {
-        "torchvision": _torchvision,
-        "timm": _timm,
-        "hf": _hugging_face,
-    }.get(source, lambda function, named, options: _function(source, function, options))
+    options = {} if num_classes is None else {"num_classes": num_classes}
     try:
-        model = builder(rest, named, {} if num_classes is None else {"num_classes": num_classes})
+        library = _LIBRARIES.get(source)
+        model = _function(source, rest, options) if library is None else library(rest, named, options)
     except ExitkitError:
         raise
     except Exception as error:  # whatever a library or a user's function raises on these options
@@ -213,3 +209,11 @@ def _library(name: str, extra: str) -> Any:
 def _known(name: str, names: list[str], library: str) -> None:
     if name not in names:
         raise unknown_name(f"{library} model", name, names)
+
+
+_LIBRARIES: dict[str, Callable[[str, str | None, dict[str, Any]], nn.Module]] = {
+    "torchvision": _torchvision,
+    "timm": _timm,
+    "hf": _hugging_face,
+}
+"""What builds a model of each library by its name, the name of its weights and options; any other source is a function."""

@@ -15,30 +15,38 @@ _USUAL = 512
 """Where neither says."""
 
 
-def longest_text(
-    tokenizer: Any, model: nn.Module | None, max_length: int | None = None, named: str = "max_length="
-) -> int:
+def longest_text(tokenizer: Any, model: nn.Module | None, max_length: int | None = None) -> int:
     """Tokens after which a text is cut.
 
     Args:
         tokenizer: a Hugging Face tokenizer.
         model: which shall read the tokens, or None.
         max_length: how many are asked for; by default as many as both take, and 512 where neither has a limit.
-        named: what an error says before it.
 
     Raises:
         ArgumentError: no positive number, or more than the model has positions.
     """
     check("max_length", max_length, Count | None)
-    positions = None if model is None else _positions(model)
     if max_length is not None:
-        if positions is not None and max_length > positions:
-            raise ArgumentError(
-                f"{named}{max_length}: {type(model).__name__} has {positions} positions; give at most so many tokens"
-            )
+        if model is not None:
+            check_positions(model, max_length, "max_length=")
         return max_length
+    positions = None if model is None else _positions(model)
     limits = [limit for limit in (getattr(tokenizer, "model_max_length", None), positions) if limit]
     return min((limit for limit in limits if limit < _NO_LIMIT), default=_USUAL)
+
+
+def check_positions(model: nn.Module, length: int, named: str) -> None:
+    """Refuse more tokens than the model has positions; ``named`` is what an error says before their number.
+
+    Raises:
+        ArgumentError: there are more.
+    """
+    positions = _positions(model)
+    if positions is not None and length > positions:
+        raise ArgumentError(
+            f"{named}{length}: {type(model).__name__} has {positions} positions; give at most so many tokens"
+        )
 
 
 def _positions(model: nn.Module) -> int | None:
