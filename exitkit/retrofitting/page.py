@@ -31,7 +31,6 @@ def write_page(result: Retrofit, path: str | PathLike[str]) -> None:
         "retrofitting/page.html",
         {"in_minutes": in_minutes, "percent": lambda share, digits=1: f"{share:.{digits}%}"},
         result=result,
-        exits=sorted(result.candidates, key=lambda one: (one.dropped is not None, -(one.saving or 0.0))),
         picture=picture(result),
     )
     with replacing(target) as temporary:

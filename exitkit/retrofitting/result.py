@@ -91,15 +91,19 @@ class Retrofit:
         """The candidates that are exits of ``model``."""
         return tuple(one for one in self.candidates if one.dropped is None)
 
+    @property
+    def ranked(self) -> tuple[Candidate, ...]:
+        """Every candidate, the chosen ones first, then by what they save alone."""
+        return tuple(sorted(self.candidates, key=lambda one: (one.dropped is not None, -(one.saving or 0.0))))
+
     def __str__(self) -> str:
         exits = " and ".join(f"{one.head} after {one.boundary}" for one in self.chosen) or "no exit"
         return f"{self.verdict}: {self.reason}\n{exits}; searched for {self.epochs:.1f} epochs, {in_minutes(self.minutes)}"
 
     def table(self) -> str:
-        """Every candidate in a line, the chosen ones first, then by what they save alone."""
-        order = sorted(self.candidates, key=lambda one: (one.dropped is not None, -(one.saving or 0.0)))
+        """Every candidate in a line, in the order of :attr:`ranked`."""
         lines = [f"{'boundary':<24}{'head':<10}{'cost':>7}{'epochs':>8}{'right':>8}{'saves':>8}  why not"]
-        for one in order:
+        for one in self.ranked:
             right = "-" if one.accuracy is None else f"{one.accuracy:.1%}"
             saves = "-" if one.saving is None else f"{one.saving:.1%}"
             lines.append(
