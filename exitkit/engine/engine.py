@@ -157,7 +157,7 @@ class Engine:
             return self.noted(self._answer(tensors))
 
     def _answer(self, tensors: tuple[Tensor, ...]) -> Prediction:
-        count = len(tensors[0])
+        count = tensors[0].shape[0]
         try:
             return self.loop.answer(tensors)
         except torch.OutOfMemoryError:

@@ -62,7 +62,7 @@ def run(step: Step, values: Mapping[str, Any]) -> Sequence[Any]:
         ArgumentError: the model was converted to another dtype, or moved, after it was compiled.
     """
     try:
-        return step.run(*[values[name] for name in step.inputs])
+        return step.run(*map(values.__getitem__, step.inputs))
     except RuntimeError as error:
         if isinstance(step.run, StageWithExit) and step.run.converted():
             raise ArgumentError(
@@ -100,7 +100,7 @@ class Loop:
 
     def answer(self, tensors: Sequence[Tensor]) -> Prediction:
         """Answer a batch."""
-        count = len(tensors[0])
+        count = tensors[0].shape[0]
         if count == 1:
             return self.single(tensors)
         return self.in_order(self.run_steps(self.start(tensors)) if count else [], count)
@@ -136,8 +136,7 @@ class Loop:
         finite = True
         for step, threshold in zip(self.program.steps, (*self.policy.thresholds, float("-inf")), strict=True):
             made = run(step, values)
-            values.update(zip(step.outputs, made, strict=False))
-            values = {name: values[name] for name in step.live}
+            values |= zip(step.outputs, made, strict=False)  # those that no later step reads are small, and may stay
             if step.decides:
                 answer, score = made[-2:]
                 number = float(score)

@@ -74,7 +74,7 @@ class Inputs:
         for key, tensor, sizes, dtype in zip(self.spec.keys, tensors, self.sizes, self.dtypes, strict=True):
             shape = tensor.shape
             fits = len(shape) == len(sizes) and shape[:1] == tensors[0].shape[:1]
-            fits = fits and all(size is None or size == own for size, own in zip(sizes[1:], shape[1:], strict=True))
+            fits = fits and (shape[1:] == sizes[1:] or all(map(_fits, sizes[1:], shape[1:])))
             if not fits or tensor.dtype != dtype or tensor.device != self.device:
                 raise ArgumentError(
                     mistake_of(key, tensor, sizes, dtype) or self._unfit(key, tensor, sizes, dtype, fits)
@@ -95,6 +95,10 @@ class Inputs:
             f"input {key!r} is {tensor.dtype} on {tensor.device}; the engine takes {dtype} on {self.device}: "
             f"call .to({str(self.device)!r}, {dtype})"
         )
+
+
+def _fits(size: int | None, own: int) -> bool:
+    return size is None or size == own
 
 
 @dataclass(frozen=True)
