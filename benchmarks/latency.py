@@ -67,6 +67,7 @@ Run = Callable[[Any], Any]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=["cifar:resnet56", "torchvision:resnet18"])
+    parser.add_argument("--head", default="1L", help="of each exit, as for exitkit.attach")
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8, 64])
     parser.add_argument("--targets", nargs="+", type=float, default=[0.25, 0.5, 0.75, 1.0], help="shares of the MACs")
     parser.add_argument(
@@ -104,7 +105,7 @@ def measure(name: str, args: argparse.Namespace) -> Any:
         samples = samples.to(dtype)
     shares = [(index + 1) / (EXITS + 1) for index in range(EXITS)]
     torch.manual_seed(0)
-    ee = exitkit.attach(backbone, at_cost=shares, method="sdn", head="1L").eval()
+    ee = exitkit.attach(backbone, at_cost=shares, method="sdn", head=args.head).eval()
     batches = [_rows(samples, start, start + 32) for start in range(0, args.samples, 32)]
     scores = exitkit.collect(ee, batches).scores()[:, :-1].double().cpu()
     costs = [exit_.macs_fraction for exit_ in ee.exits]
