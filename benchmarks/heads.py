@@ -56,6 +56,8 @@ def main() -> None:
 def _train(models: Sequence[exitkit.MultiExitModel], batches: Augmented, epochs: int) -> None:
     """Adam at 1e-3, a cosine to 0, the sum of the exits' cross-entropies."""
     parameters = [parameter for model in models for parameter in model.added_parameters()]
+    for model in models:
+        model.classifiers.train()  # heads standardise what they read while they learn
     optimizer = torch.optim.Adam(parameters, lr=1e-3)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * len(batches))
     for _ in range(epochs):

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 
 import exitkit
 from exitkit import ExitkitError
+from exitkit.exits.standardised import StandardisedLinear
 from tests.toy import TinyNet
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
@@ -59,6 +60,12 @@ def arguments(folder: Path, **others: Any) -> Any:
     return transformers.TrainingArguments(
         str(folder), **{**given, "use_cpu": True, "disable_tqdm": True, "save_strategy": "no", **others}
     )
+
+
+def standardise(ee: exitkit.MultiExitModel) -> bool:
+    """Whether the heads were trained in training mode, in which alone they learn what to standardise by; evaluated now."""
+    layers = [layer for layer in ee.classifiers.modules() if isinstance(layer, StandardisedLinear)]
+    return bool(layers) and all(layer.batches > 0 for layer in layers) and not ee.training
 
 
 # --- labels= ------------------------------------------------------------------------------------------------------
@@ -200,6 +207,7 @@ def test_transformers_own_trainer_trains_a_multi_exit_model(tmp_path: Path) -> N
     before = plain.evaluate()["eval_loss"]
     plain.train()
     assert plain.evaluate()["eval_loss"] < before / 2
+    assert standardise(ee)
     predictions = plain.predict(Texts(30)).predictions
     assert [part.shape for part in predictions] == [(30, 3)] * 3
 
@@ -214,6 +222,7 @@ def test_exit_trainer_trains_all_exits_and_tells_their_accuracies(tmp_path: Path
     combiners = {name: value.clone() for name, value in ee.combiners.state_dict().items()}
     trainer = ExitTrainer(ee, arguments(tmp_path), train_dataset=Texts(), eval_dataset=Texts(30))
     trainer.train()
+    assert standardise(ee)
     metrics = trainer.evaluate()
     outputs = exitkit.collect(ee, DataLoader(Texts(30), 10))
     accuracies = [metrics["eval_accuracy_exit_0"], metrics["eval_accuracy_exit_1"], metrics["eval_accuracy"]]
@@ -256,6 +265,7 @@ def test_lightning_trains_a_multi_exit_model(tmp_path: Path, loader: Any, frozen
     )
     held_out = loader(50, seed=3)
     trainer.fit(ExitModule(ee, lr=1e-2), loader(), held_out)
+    assert standardise(ee)
     assert all(torch.equal(value, weights[name]) for name, value in ee.backbone.state_dict().items()) == frozen
     measured = trainer.validate(ExitModule(ee), held_out, verbose=False)[0]
     outputs = exitkit.collect(ee, held_out)

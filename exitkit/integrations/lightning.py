@@ -48,8 +48,12 @@ class ExitModule(LightningModule):
         super().__init__()
         self.model, self.lr, self.optimizer = checked_model(model), lr, optimizer
 
-    def training_step(self, batch: Any, *_: Any) -> Tensor:
+    def on_train_epoch_start(self) -> None:
+        """Put what learns into training mode: Lightning leaves modes as they are, and heads are made in evaluation mode."""
+        self.model.train()
         keep_frozen(self.model)
+
+    def training_step(self, batch: Any, *_: Any) -> Tensor:
         loss: Tensor = self._outputs(batch)[0]["loss"]
         self.log("train_loss", loss, prog_bar=True)
         return loss
@@ -60,7 +64,8 @@ class ExitModule(LightningModule):
         self.log_dict({f"val_{name}": value for name, value in metrics.items()}, batch_size=len(output.logits[-1]))
 
     def on_train_end(self) -> None:
-        """Fit the method's ensemble, on the validation set where there is one."""
+        """Fit the method's ensemble, on the validation set where there is one, and leave the model in evaluation mode."""
+        self.model.eval()
         held_out: Any = self.trainer.val_dataloaders or self.trainer.train_dataloader
         fit_ensemble(self.model, chain(*held_out) if isinstance(held_out, list) else held_out)
 

@@ -58,6 +58,7 @@ class ExitTrainer(Trainer):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         output = super().train(*args, **kwargs)
+        self.exits.eval()
         fit_ensemble(
             self.exits, self.get_train_dataloader() if self.eval_dataset is None else self.get_eval_dataloader()
         )
