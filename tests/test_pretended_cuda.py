@@ -208,6 +208,27 @@ assert torch.cuda.current_stream() == torch.cuda.default_stream()
     )
 
 
+def test_streams_wait_for_each_other(package: Path) -> None:
+    """By torch's own sanitizer. τ was still being zeroed on the stream that made the engine when a call on another set it."""
+    run(
+        """
+from torch.cuda import _sanitizer
+_sanitizer.enable_cuda_sanitizer()
+engine = loaded()
+side, x = torch.cuda.Stream(), images(16)
+side.wait_stream(torch.cuda.current_stream())
+engine = replace(engine, loop=fastest(engine.loop.program, engine.policy))
+for stream in (side, torch.cuda.default_stream(), side):
+    with torch.cuda.stream(stream):
+        for tau in (0.5, 0.1):
+            engine.at(tau)(x[:9])
+            engine(x)
+        list(engine.map([x] * 5, 40))
+""",
+        package,
+    )
+
+
 def test_memory_that_does_not_suffice_halves_the_batch_wherever_it_ends() -> None:
     """AOTInductor's plain RuntimeError hid it, and a failed recording left thread and allocator in the middle of it."""
     run(

@@ -49,7 +49,10 @@ class Graphs:
         self._policy: tuple[float, ...] | None = None
         self._warned = self._said_full = False
         self._done = torch.cuda.Event() if device.type == "cuda" else None
-        if self._done is not None:  # memory that the device still writes to must not be given to others
+        if self._done is not None:
+            # τ's memory is still being zeroed on this stream, and the first call may be on another
+            self._done.record(torch.cuda.current_stream(device))
+            # memory that the device still writes to must not be given to others
             weakref.finalize(self, self._done.synchronize).atexit = False
 
     def answer(self, tensors: Sequence[Tensor], loop: Loop, waits: Sequence[bool]) -> Prediction | None:
