@@ -229,6 +229,26 @@ for stream in (side, torch.cuda.default_stream(), side):
     )
 
 
+def test_batches_are_fetched_on_the_callers_stream_and_device(package: Path) -> None:
+    """The thread that fetches them had the default stream, which no other one waits for, and the first device."""
+    run(
+        """
+engine, seen = loaded("cuda:1"), []
+def batches():
+    for _ in range(3):
+        seen.append(torch.cuda.current_stream())
+        yield images(4, "cuda")
+with torch.cuda.device(1):
+    side = torch.cuda.Stream()
+with torch.cuda.stream(side):
+    assert len(list(engine.map(batches(), 8, max_wait=5.0))) == 3
+assert seen == [side] * 3, seen
+""",
+        package,
+        FAKE_DEVICES="2",
+    )
+
+
 def test_memory_that_does_not_suffice_halves_the_batch_wherever_it_ends() -> None:
     """AOTInductor's plain RuntimeError hid it, and a failed recording left thread and allocator in the middle of it."""
     run(
