@@ -249,6 +249,42 @@ assert seen == [side] * 3, seen
     )
 
 
+def test_other_engines_leave_a_recording_under_way_alone(package: Path) -> None:
+    """To wait for the whole device breaks it, and so does an old recording that Python's collector destroys in its thread."""
+    run(
+        """
+import gc
+from exitkit.engine.cuda.recorder import Recorder
+engine = loaded()
+engine(images(64))
+class Garbage:
+    def __init__(self):
+        self.itself = self
+    def __del__(self):
+        found.append(torch.cuda.is_current_stream_capturing())
+found, inside, shrunk, x = [], threading.Event(), threading.Event(), images(1)
+def step():
+    x.add_(1)
+    Garbage()
+    kept = [[] for _ in range(10_000)]  # by which the collector would run
+    inside.set()
+    assert shrunk.wait(60)
+record = Recorder(torch.device("cuda", 0))
+thread = threading.Thread(target=record, args=(step,))
+thread.start()
+assert inside.wait(60)
+engine.loop.graphs.shrink(64)
+shrunk.set()
+thread.join()
+assert gc.isenabled()
+gc.collect()
+assert found == [False], found
+assert len(engine(images(64)).exit) == 64
+""",
+        package,
+    )
+
+
 def test_memory_that_does_not_suffice_halves_the_batch_wherever_it_ends() -> None:
     """AOTInductor's plain RuntimeError hid it, and a failed recording left thread and allocator in the middle of it."""
     run(

@@ -81,8 +81,7 @@ class Graphs:
     def shrink(self, batch: int) -> None:
         """Memory did not suffice for so many samples: at most half of them at a time from now on."""
         with self._turn():
-            if self.device.type == "cuda":
-                torch.cuda.synchronize()
+            self.wait()  # for this engine alone: to wait for all of the device would break what others are recording
             self.recordings.clear()
             self._memory = None
             self.sizes = tuple(size for size in self.sizes if 2 * size <= batch) or self.sizes[:1]
