@@ -249,6 +249,32 @@ assert seen == [side] * 3, seen
     )
 
 
+def test_a_server_runs_on_the_stream_that_requests_are_made_on(package: Path) -> None:
+    """Its thread had the default stream, which does not wait for another, on which a request may still be copied."""
+    run(
+        """
+import asyncio
+from exitkit.serving.scheduling import RequestScheduler
+engine, seen = loaded(), []
+program = engine.loop.program
+def noted(*values):
+    seen.append(torch.cuda.current_stream())
+    return program.steps[0].run(*values)
+steps = (replace(program.steps[0], run=noted), *program.steps[1:])
+engine = replace(engine, loop=fastest(replace(program, steps=steps), engine.policy))
+async def serve():
+    scheduler = RequestScheduler(engine, max_wait_ms=0)
+    assert len((await scheduler.answer(images(4))).exit) == 4
+    await scheduler.close()
+side = torch.cuda.Stream()
+with torch.cuda.stream(side):
+    asyncio.run(serve())
+assert seen[0] == side, seen
+""",
+        package,
+    )
+
+
 def test_other_engines_leave_a_recording_under_way_alone(package: Path) -> None:
     """To wait for the whole device breaks it, and so does an old recording that Python's collector destroys in its thread."""
     run(
