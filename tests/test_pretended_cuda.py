@@ -208,6 +208,109 @@ assert torch.cuda.current_stream() == torch.cuda.default_stream()
     )
 
 
+def test_streams_wait_for_each_other(package: Path) -> None:
+    """By torch's own sanitizer. τ was still being zeroed on the stream that made the engine when a call on another set it."""
+    run(
+        """
+from torch.cuda import _sanitizer
+_sanitizer.enable_cuda_sanitizer()
+engine = loaded()
+side, x = torch.cuda.Stream(), images(16)
+side.wait_stream(torch.cuda.current_stream())
+engine = replace(engine, loop=fastest(engine.loop.program, engine.policy))
+for stream in (side, torch.cuda.default_stream(), side):
+    with torch.cuda.stream(stream):
+        for tau in (0.5, 0.1):
+            engine.at(tau)(x[:9])
+            engine(x)
+        list(engine.map([x] * 5, 40))
+""",
+        package,
+    )
+
+
+def test_batches_are_fetched_on_the_callers_stream_and_device(package: Path) -> None:
+    """The thread that fetches them had the default stream, which no other one waits for, and the first device."""
+    run(
+        """
+engine, seen = loaded("cuda:1"), []
+def batches():
+    for _ in range(3):
+        seen.append(torch.cuda.current_stream())
+        yield images(4, "cuda")
+with torch.cuda.device(1):
+    side = torch.cuda.Stream()
+with torch.cuda.stream(side):
+    assert len(list(engine.map(batches(), 8, max_wait=5.0))) == 3
+assert seen == [side] * 3, seen
+""",
+        package,
+        FAKE_DEVICES="2",
+    )
+
+
+def test_a_server_runs_on_the_stream_that_requests_are_made_on(package: Path) -> None:
+    """Its thread had the default stream, which does not wait for another, on which a request may still be copied."""
+    run(
+        """
+import asyncio
+from exitkit.serving.scheduling import RequestScheduler
+engine, seen = loaded(), []
+program = engine.loop.program
+def noted(*values):
+    seen.append(torch.cuda.current_stream())
+    return program.steps[0].run(*values)
+steps = (replace(program.steps[0], run=noted), *program.steps[1:])
+engine = replace(engine, loop=fastest(replace(program, steps=steps), engine.policy))
+async def serve():
+    scheduler = RequestScheduler(engine, max_wait_ms=0)
+    assert len((await scheduler.answer(images(4))).exit) == 4
+    await scheduler.close()
+side = torch.cuda.Stream()
+with torch.cuda.stream(side):
+    asyncio.run(serve())
+assert seen[0] == side, seen
+""",
+        package,
+    )
+
+
+def test_other_engines_leave_a_recording_under_way_alone(package: Path) -> None:
+    """To wait for the whole device breaks it, and so does an old recording that Python's collector destroys in its thread."""
+    run(
+        """
+import gc
+from exitkit.engine.cuda.recorder import Recorder
+engine = loaded()
+engine(images(64))
+class Garbage:
+    def __init__(self):
+        self.itself = self
+    def __del__(self):
+        found.append(torch.cuda.is_current_stream_capturing())
+found, inside, shrunk, x = [], threading.Event(), threading.Event(), images(1)
+def step():
+    x.add_(1)
+    Garbage()
+    kept = [[] for _ in range(10_000)]  # by which the collector would run
+    inside.set()
+    assert shrunk.wait(60)
+record = Recorder(torch.device("cuda", 0))
+thread = threading.Thread(target=record, args=(step,))
+thread.start()
+assert inside.wait(60)
+engine.loop.graphs.shrink(64)
+shrunk.set()
+thread.join()
+assert gc.isenabled()
+gc.collect()
+assert found == [False], found
+assert len(engine(images(64)).exit) == 64
+""",
+        package,
+    )
+
+
 def test_memory_that_does_not_suffice_halves_the_batch_wherever_it_ends() -> None:
     """AOTInductor's plain RuntimeError hid it, and a failed recording left thread and allocator in the middle of it."""
     run(

@@ -5,7 +5,10 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable, Generator, Iterable
+from contextlib import nullcontext
 from typing import Any
+
+import torch
 
 NOTHING = object()
 """Nothing has come within the time."""
@@ -22,6 +25,8 @@ class _Failed:
 def fetched(batches: Iterable[Any], patience: Callable[[], float | None]) -> Generator[Any, None, None]:
     """What ``batches`` yields, fetched in a thread that is a few ahead; :data:`NOTHING` where it takes too long.
 
+    On a GPU the thread has the caller's stream and device, so that what it puts there is there when the caller reads it.
+
     Args:
         batches: is iterated over in the thread.
         patience: how many seconds to wait for the next one; None for as long as it takes.
@@ -31,12 +36,14 @@ def fetched(batches: Iterable[Any], patience: Callable[[], float | None]) -> Gen
     """
     ready: queue.Queue[Any] = queue.Queue(_AHEAD)
     closed = threading.Event()
+    stream = torch.cuda.stream(torch.cuda.current_stream()) if torch.cuda.is_initialized() else nullcontext()
 
     def fetch() -> None:
         try:
-            for batch in batches:
-                if not _put(ready, batch, closed):
-                    return
+            with stream:
+                for batch in batches:
+                    if not _put(ready, batch, closed):
+                        return
             _put(ready, _END, closed)
         except BaseException as error:
             _put(ready, _Failed(error), closed)

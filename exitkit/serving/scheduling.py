@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -151,8 +152,10 @@ class RequestScheduler:
         return request
 
     async def _work(self) -> None:
-        """Stage after stage, until closed and empty."""
-        with ThreadPoolExecutor(1, "exitkit-stages") as worker:
+        """Stage after stage, until closed and empty; on a GPU on the stream that requests were put there on."""
+        device = self.engine.inputs.device
+        begin = partial(torch.cuda.set_stream, torch.cuda.current_stream(device)) if device.type == "cuda" else None
+        with ThreadPoolExecutor(1, "exitkit-stages", begin) as worker:
             while not (self._closing and self._queues.oldest() is None):
                 place = self._queues.ready(0.0 if self._closing else self._patience)
                 if place is None:

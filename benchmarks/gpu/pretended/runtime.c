@@ -48,7 +48,8 @@ cudaError_t cudaDeviceGetAttribute(int*v,enum cudaDeviceAttr a,int d){switch(a){
 cudaError_t cudaDeviceGetStreamPriorityRange(int*a,int*b){*a=0;*b=-5;return cudaSuccess;}
 cudaError_t cudaDeviceCanAccessPeer(int*c,int a,int b){*c=0;return cudaSuccess;}
 cudaError_t cudaDeviceGetPCIBusId(char*s,int n,int d){snprintf(s,n,"0000:0%d:00.0",d);return cudaSuccess;}
-cudaError_t cudaDeviceSynchronize(void){fake_syncs++; if(unsafe_("cudaDeviceSynchronize"))return err(cudaErrorStreamCaptureUnsupported);T("DeviceSynchronize");return cudaSuccess;}
+// whatever the mode and the thread: the device encompasses the stream that captures
+cudaError_t cudaDeviceSynchronize(void){fake_syncs++; if(cap.active){fprintf(stderr,"[fake] CAPTURE VIOLATION: cudaDeviceSynchronize\n");cap.invalid=1;return err(cudaErrorStreamCaptureUnsupported);}T("DeviceSynchronize");return cudaSuccess;}
 static long limit(void){char*e=getenv("FAKE_LIMIT"); return e?atol(e):80l<<30;}
 #include <malloc.h>
 struct Al{char*p;size_t n;int dev;int host;}; static struct Al al[1<<16]; static int nal=0;
@@ -83,7 +84,7 @@ cudaError_t cudaStreamEndCapture(cudaStream_t s,cudaGraph_t*g){ if(!capturing(s)
 cudaError_t cudaGraphGetNodes(cudaGraph_t g,cudaGraphNode_t*n,size_t*c){*c=((int*)g)[0];return cudaSuccess;}
 cudaError_t cudaGraphInstantiateWithFlags(cudaGraphExec_t*e,cudaGraph_t g,unsigned long long f){*e=(cudaGraphExec_t)malloc(64);return cudaSuccess;}
 cudaError_t cudaGraphDestroy(cudaGraph_t g){return cudaSuccess;}
-cudaError_t cudaGraphExecDestroy(cudaGraphExec_t g){return cudaSuccess;}
+cudaError_t cudaGraphExecDestroy(cudaGraphExec_t g){ if(unsafe_("cudaGraphExecDestroy"))return err(cudaErrorStreamCaptureUnsupported);return cudaSuccess;}
 cudaError_t cudaGraphLaunch(cudaGraphExec_t g,cudaStream_t s){fake_graph_launches++; if(capturing(s))return err(cudaErrorStreamCaptureUnsupported);return cudaSuccess;}
 cudaError_t cudaEventCreateWithFlags(cudaEvent_t*e,unsigned f){*e=(cudaEvent_t)calloc(1,sizeof(struct Ev));return cudaSuccess;}
 cudaError_t cudaEventCreate(cudaEvent_t*e){return cudaEventCreateWithFlags(e,0);}

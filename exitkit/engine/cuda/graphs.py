@@ -49,7 +49,10 @@ class Graphs:
         self._policy: tuple[float, ...] | None = None
         self._warned = self._said_full = False
         self._done = torch.cuda.Event() if device.type == "cuda" else None
-        if self._done is not None:  # memory that the device still writes to must not be given to others
+        if self._done is not None:
+            # τ's memory is still being zeroed on this stream, and the first call may be on another
+            self._done.record(torch.cuda.current_stream(device))
+            # memory that the device still writes to must not be given to others
             weakref.finalize(self, self._done.synchronize).atexit = False
 
     def answer(self, tensors: Sequence[Tensor], loop: Loop, waits: Sequence[bool]) -> Prediction | None:
@@ -78,8 +81,7 @@ class Graphs:
     def shrink(self, batch: int) -> None:
         """Memory did not suffice for so many samples: at most half of them at a time from now on."""
         with self._turn():
-            if self.device.type == "cuda":
-                torch.cuda.synchronize()
+            self.wait()  # for this engine alone: to wait for all of the device would break what others are recording
             self.recordings.clear()
             self._memory = None
             self.sizes = tuple(size for size in self.sizes if 2 * size <= batch) or self.sizes[:1]

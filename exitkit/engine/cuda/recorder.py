@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import threading
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 from weakref import WeakSet
 
@@ -60,7 +61,7 @@ class Recorder:
             self._pool = None
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
-        with _ONE_AT_A_TIME, torch.cuda.device(self.device), torch.cuda.stream(self.stream):
+        with _ONE_AT_A_TIME, _nothing_collected(), torch.cuda.device(self.device), torch.cuda.stream(self.stream):
             self.stream.wait_stream(current)
             self._begin(graph)
             try:
@@ -93,3 +94,15 @@ class Recorder:
         for end in (torch._C._cuda_endAllocateToPool, torch._C._cuda_releasePool):
             with suppress(RuntimeError):
                 end(self.device.index, pool)
+
+
+@contextmanager
+def _nothing_collected() -> Iterator[None]:
+    """Python's garbage stays: to destroy an earlier recording that is in it would break the one under way."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()
