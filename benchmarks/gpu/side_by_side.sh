@@ -15,11 +15,12 @@ part() { # NAME COMMAND...: its output into a file, and whether it ended well on
     echo "$name: exit $?"
 }
 
-contact="python benchmarks/gpu/first_contact.py"
+python=$(command -v python || command -v python3)
+contact="$python benchmarks/gpu/first_contact.py"
 for one in env kernels safety package cost "engine resnet18" "engine bert" "engine tnt" "engine vit-bf16"; do
     part "${one// /-}" $contact $one &
 done
-part tests python -m pytest -q -m cuda tests &
+part tests "$python" -m pytest -q -m cuda tests &
 wait
-part decision python benchmarks/decision.py --device cuda
+part decision "$python" benchmarks/decision.py --device cuda
 grep -h -A99 -e "--- summary ---" "$folder"/*.txt
