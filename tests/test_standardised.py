@@ -184,3 +184,15 @@ def test_it_follows_the_model_to_other_precisions(dtype: torch.dtype) -> None:
     halved = layer.to(dtype).eval()
     assert bool(halved.deviation.isfinite().all())
     assert torch.allclose(halved(x.to(dtype)).float(), exact, atol=0.1)
+
+
+@pytest.mark.parametrize("mode", [True, False])
+def test_attach_leaves_the_backbones_mode_and_returns_exits_in_evaluation_mode(mode: bool) -> None:
+    backbone = TinyNet().train(mode)
+    dropping = lambda _: nn.Sequential(nn.Flatten(), nn.Dropout())  # noqa: E731
+    ee = exitkit.attach(backbone, images(), every=1, method="ztw", head=[dropping, "1L", "2L-8"])
+    assert backbone.training == mode
+    assert not any(module.training for module in (ee, *ee.classifiers.modules(), *ee.combiners.modules()))
+    assert all_equal(*(ee.eval()(images()).heads for _ in range(2)))
+    ee.train()(images(), labels=torch.zeros(len(images()), dtype=torch.long)).loss.backward()
+    assert all(layer.batches == 1 for layer in layers(ee))

@@ -31,6 +31,8 @@ def attach(
 ) -> MultiExitModel:
     """Attach early exits to a pretrained classifier. The model, its weights and its flags stay as they are.
 
+    What is added is in evaluation mode; :class:`exitkit.Trainer` takes care of modes, a loop of your own calls ``ee.train()``.
+
     All but one thing: where ``num_classes`` differs from what the model gives, its last linear layer is replaced in place by
     a freshly initialised one (transfer learning), which belongs to the exits: it is saved with them.
 
@@ -68,7 +70,11 @@ def attach(
     if isinstance(model, MultiExitModel):
         raise ArgumentError("model already has exits; attach to exitkit.detach(model) for other ones")
     where = {"every": every, "at": at, "at_cost": at_cost, "placement": placement, "first": first}
-    return MultiExitModel(assemble(model, example_inputs, where, method, head, _outputs(num_classes, num_outputs)))
+    ee = MultiExitModel(assemble(model, example_inputs, where, method, head, _outputs(num_classes, num_outputs)))
+    ee.training = False  # of the model alone: the backbone keeps its mode
+    for added in (ee.classifiers, ee.combiners):
+        added.eval()
+    return ee
 
 
 def detach(model: MultiExitModel) -> nn.Module:
