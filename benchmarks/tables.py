@@ -58,6 +58,5 @@ def table(headings: Sequence[str], rows: Iterable[Sequence[str]], title: str, ca
 def write(path: Path, about: argparse.Namespace | dict[str, Any], **results: Any) -> None:
     """Results as JSON, with the setting and the machine."""
     setting = about if isinstance(about, dict) else vars(about)
-    plain = {name: str(value) if isinstance(value, Path) else value for name, value in setting.items()}
     with replacing(path) as temporary:
-        temporary.write_text(json.dumps({"about": {**plain, **machine()}, **results}, indent=1))
+        temporary.write_text(json.dumps({"about": {**setting, **machine()}, **results}, indent=1, default=str))
