@@ -325,6 +325,37 @@ def test_arrays_and_nan_as_example_inputs() -> None:
         exitkit.attach(TinyNet(), X * torch.nan)
 
 
+def test_a_state_dict_as_the_model() -> None:
+    """What torch.load gives; its values do not belong into the message."""
+    with pytest.raises(ExitkitError, match=r"^model is OrderedDict, perhaps a state dict.*load_state_dict") as error:
+        exitkit.attach(TinyNet().state_dict(), X)  # type: ignore[arg-type]
+    assert len(str(error.value)) < 250
+
+
+def test_a_module_that_torch_export_made() -> None:
+    exported = torch.export.export(TinyNet().eval(), (X,)).module()
+    with pytest.raises(ExitkitError, match=r"GraphModule was made by torch\.export.*attach to the original model"):
+        exitkit.attach(exported, X)
+
+
+class Autocasting(TinyNet):
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return super().forward(x).float()
+
+
+def test_a_forward_under_autocast() -> None:
+    with pytest.raises(ExitkitError, match=r"has no boundary: its forward enters torch\.autocast.*leave that out"):
+        exitkit.attach(Autocasting(), X)
+
+
+def test_a_model_whose_forward_ends_in_a_softmax() -> None:
+    model = Wrapped(lambda logits: logits.softmax(1))
+    with pytest.warns(UserWarning, match=r"Wrapped returns probabilities.*softmax.*logits") as warned:
+        exitkit.attach(model, X)
+    assert [warning.filename for warning in warned] == [__file__]
+
+
 # --- forwards that cannot be captured -----------------------------------------------------------------------------
 
 
@@ -356,6 +387,18 @@ def test_a_forward_that_fixes_the_batch_size() -> None:
     with pytest.raises(ExitkitError, match=r"FixedBatch cannot be captured.*batch.*x\.shape\[0\]") as error:
         exitkit.attach(FixedBatch(), X)
     assert "TORCH_LOGS" not in str(error.value)  # a switch of torch's is no remedy
+
+
+@pytest.mark.parametrize(
+    "use", [lambda ee: ee(X.half()), lambda ee: exitkit.compile(ee, 0.5)], ids=["call", "compile"]
+)
+def test_a_backbone_that_was_converted_without_its_exits(attach: Callable[..., Any], use: Callable[..., Any]) -> None:
+    ee = attach()
+    ee.backbone.half()
+    with pytest.raises(
+        ExitkitError, match=r"backbone is torch\.float16 on cpu, and its exits are torch\.float32 on cpu; con"
+    ):
+        use(ee)
 
 
 def test_detach_of_something_else(tiny_net: TinyNet) -> None:

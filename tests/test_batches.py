@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader, TensorDataset
 
 import exitkit
 from exitkit import ExitkitError
@@ -96,6 +97,12 @@ def test_training_on_such_batches_is_training_on_pairs(ee: exitkit.MultiExitMode
         ((X.numpy(), Y), r"inputs of type ndarray cannot be passed"),
         ((X, torch.nn.functional.one_hot(Y, 3)), r"shape \(6, 3\); expected class indices.*labels\.argmax\(1\)"),
         ((X, Y[:, None]), r"shape \(6, 1\); expected class indices of shape \(6,\): labels\.squeeze\(1\)"),
+        (
+            (X.half(), Y),
+            r"^input 0 is torch\.float16, and the model takes torch\.float32; call \.to\(torch\.float32\)$",
+        ),
+        ((X[:0], Y[:0]), r"loader: batch 0, counted from 0, holds no samples; leave such batches out"),
+        (({"x": X[:0]}, Y[:0]), r"loader: batch 0, counted from 0, holds no samples; leave such batches out"),
     ],
     ids=lambda value: value[:25] if isinstance(value, str) else "",
 )
@@ -104,6 +111,32 @@ def test_other_batches_are_explained(
 ) -> None:
     with pytest.raises(ExitkitError, match=message):
         use(ee, batch)
+
+
+def test_inputs_with_another_number_of_dimensions_are_explained() -> None:
+    """Linear layers take them, and would answer once for each position."""
+    backbone = torch.nn.Sequential(*(torch.nn.Linear(8, 8) for _ in range(3)))
+    message = r"input 0 has shape \(6, 1, 8\), and the model takes \(batch, 8\); give as many dimensions, batch first"
+    for method in ("sdn", "ztw"):
+        ee = exitkit.attach(backbone.eval(), torch.randn(2, 8), every=1, method=method)
+        for use in (fit, collect):
+            with pytest.raises(ExitkitError, match=message):
+                use(ee, (torch.randn(6, 1, 8), Y))
+
+
+def test_inputs_that_are_not_finite_are_named_and_no_exit_is_blamed(ee: exitkit.MultiExitModel) -> None:
+    broken = X.clone()
+    broken[4, 0, 3, 3] = torch.nan
+    broken[5, 0, 0, 0] = torch.inf
+    message = r"input 0 holds NaN or infinite numbers in 2 of the 6 samples of a batch; repair such samples"
+    with pytest.raises(ExitkitError, match=f"^{message}"):
+        collect(ee, (broken, Y))
+    loader = DataLoader(TensorDataset(broken, Y), 6)
+    for cache in (False, True):
+        with pytest.raises(exitkit.DivergedError, match=message) as error:
+            exitkit.Trainer(ee, epochs=1, cache=cache, show_progress=False).fit(loader)
+        assert error.value.exit is None
+    assert all(tensor.isfinite().all() for tensor in ee.state_dict().values())
 
 
 @pytest.mark.parametrize("use", [fit, validate])

@@ -294,6 +294,14 @@ def test_damaged_and_foreign_arrays_are_refused(refused: Run, images: Path, tmp_
     assert "'images' and 'labels'" in refused("bench", "--model", TOY, "--data", foreign, "--out", tmp_path / "run")
 
 
+def test_arrays_with_channels_first_are_explained(refused: Run, tmp_path: Path) -> None:
+    np.savez(tmp_path / "first.npz", images=np.zeros((20, 3, 32, 32), np.uint8), labels=np.arange(20) % 3)
+    error = refused(
+        "bench", "--model", "exitkit.models:cifar_resnet", "--data", tmp_path / "first.npz", "--out", tmp_path / "run"
+    )
+    assert "has 32 channels, but the model takes 3; the channels come first: images.transpose(0, 2, 3, 1)" in error
+
+
 def test_labels_beyond_the_classifier_are_refused(refused: Run, tmp_path: Path) -> None:
     np.savez(tmp_path / "five.npz", images=np.zeros((20, 8, 8), np.uint8), labels=np.arange(20) % 5)
     error = refused("bench", "--model", TOY, "--data", tmp_path / "five.npz", "--out", tmp_path / "run")

@@ -215,3 +215,30 @@ def test_threads_that_write_at_once(tmp_path: Path) -> None:
         thread.join()
     assert (tmp_path / "shared.txt").read_text() in {name * 1000 for name in "abcd"}
     assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_disk_that_fills_while_outputs_are_collected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ee = exitkit.attach(TinyNet().eval(), images(), every=2, method="sdn")
+    path = tmp_path / "outputs.safetensors"
+    exitkit.collect(ee, [images(8)], path)
+    before = path.read_bytes()
+
+    def full(**_: Any) -> Any:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("exitkit.evaluation.collecting.tempfile.NamedTemporaryFile", full)
+    with pytest.raises(
+        FileError, match=r"outputs\.safetensors' cannot be written: No space left on device; what was there"
+    ):
+        exitkit.collect(ee, [images(8)], path)
+    assert path.read_bytes() == before
+
+
+def test_an_error_of_the_data_set_stays_its_own(tmp_path: Path) -> None:
+    class Broken:
+        def __iter__(self) -> Any:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), "photo.jpg")
+
+    ee = exitkit.attach(TinyNet().eval(), images(), every=2, method="sdn")
+    with pytest.raises(FileNotFoundError, match=r"photo\.jpg"):
+        exitkit.collect(ee, Broken(), tmp_path / "outputs.safetensors")  # type: ignore[arg-type]

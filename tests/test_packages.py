@@ -55,6 +55,24 @@ def _median(ee: exitkit.MultiExitModel, x: Tensor) -> float:
     return float(low + high) / 2
 
 
+def test_autocast_around_surgery_changes_nothing(tmp_path: Path) -> None:
+    """Its casts became part of the engine's graph; export ended in an error of torch's."""
+    net, x = TinyNet().eval(), images(8)
+    torch.manual_seed(0)
+    plain = exitkit.attach(net, images(), every=2, head="1L", method="sdn")
+    torch.manual_seed(0)
+    with torch.autocast("cpu", torch.bfloat16):
+        ee = exitkit.attach(net, images(), every=2, head="1L", method="sdn")
+        engine = exitkit.compile(ee, 0.4)
+        exitkit.export(ee, tmp_path / "model.pt2", threshold=0.4)
+    expected = exitkit.compile(plain, 0.4)(x)
+    for one in (engine, exitkit.load(tmp_path / "model.pt2", trust=True)):
+        assert torch.equal(one(x).exit, expected.exit)
+        assert torch.allclose(one(x).logits, expected.logits, atol=1e-6)
+    with torch.no_grad():
+        assert torch.equal(engine.at(1.1)(x).logits, net(x))
+
+
 @pytest.fixture(scope="module")
 def package(models: dict[str, exitkit.MultiExitModel], tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("package") / "model.pt2"

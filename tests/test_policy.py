@@ -14,10 +14,12 @@ import numpy as np
 import pytest
 import torch
 
+import exitkit
 from exitkit import ExitkitError, ExitOutputs, choose_threshold
 from exitkit.common.errors import ArgumentError, FileError
 from exitkit.evaluation import BudgetPoint, RegressionOutputs, per_exit_thresholds
 from exitkit.methods.policy import ExitPolicy, Guarantee
+from tests.toy import TinyNet, images
 
 
 def confident(levels: list[list[float]], **options: Any) -> ExitOutputs:
@@ -142,6 +144,11 @@ def test_numbers_of_any_kind_make_one_policy() -> None:
     ):
         made: Any = ExitPolicy(thresholds, "confidence", temperatures)  # type: ignore[arg-type]
         assert made == expected
+
+
+def test_thresholds_that_need_a_gradient_are_refused() -> None:
+    with pytest.raises(ExitkitError, match=r"threshold=.*requires_grad=True\) must be a number, one for each exit"):
+        exitkit.attach(TinyNet(), images(), every=2).policy_for(torch.tensor([0.5], requires_grad=True))  # type: ignore[arg-type]
 
 
 def test_other_thresholds_keep_the_scores_and_promise_nothing() -> None:

@@ -622,6 +622,25 @@ def test_a_candidate_whose_loss_is_not_finite_is_dropped_and_the_others_learn_on
     assert dropped["1L"] is None
 
 
+def test_a_sample_that_is_not_finite_is_an_error_and_no_verdict(net: nn.Module) -> None:
+    """It made every candidate's loss NaN, and the verdict was that no exit pays."""
+    (inputs, labels), (_, calibration) = easy(600, 2), loaders()
+    inputs[3, 4] = torch.nan
+    message = "input 0 holds NaN or infinite numbers in 1 of the"
+    with pytest.raises(exitkit.ExitkitError, match=message):
+        quick(net, DataLoader(TensorDataset(inputs, labels), 32), calibration)
+    with pytest.raises(ArgumentError, match=f"calibration_loader: {message}"):
+        quick(net, loaders()[0], DataLoader(TensorDataset(inputs, labels), 200))
+
+
+def test_an_empty_batch_is_named_as_it_is_counted(net: nn.Module) -> None:
+    train, calibration = loaders()
+    batches = list(train)
+    batches[5] = [part[:0] for part in batches[5]]
+    with pytest.raises(ArgumentError, match="train_loader: batch 5, counted from 0, holds no samples"):
+        quick(net, batches, calibration)
+
+
 def test_a_cascade_begins_as_the_exits_that_it_links(net: nn.Module) -> None:
     train, calibration = loaders()
     apart = exitkit.attach(net, torch.zeros(2, 16), at=["blocks.0", "blocks.2"], head=["1L", "2L-8"], method="sdn")

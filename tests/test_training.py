@@ -300,6 +300,24 @@ def test_float16_is_named_where_training_in_it_ends_in_numbers_that_are_none(
         Trainer(tiny_ee.half(), epochs=3, lr=1e-3, show_progress=False).fit(batches)
 
 
+def test_training_where_the_caller_turned_gradients_off(tiny_net: TinyNet) -> None:
+    trained = []
+    for off in (False, True):
+        torch.manual_seed(0)
+        ee = exitkit.attach(tiny_net, EXAMPLE, every=2)
+        with torch.set_grad_enabled(not off):
+            trainer(ee).fit(noisy())
+            fit_ensemble(ee, noisy())
+        assert torch.is_grad_enabled()
+        trained.append(state_of(ee))
+    assert identical(*trained)
+
+
+def test_training_in_inference_mode_is_refused(tiny_ee: MultiExitModel) -> None:
+    with torch.inference_mode(), pytest.raises(ArgumentError, match=r"torch\.inference_mode\(\).*call it outside"):
+        trainer(tiny_ee).fit(noisy())
+
+
 def test_answers_that_are_not_finite_are_refused_and_leave_the_combiners_alone(tiny_ee: MultiExitModel) -> None:
     tiny_ee.classifiers[1].linear.weight.data.fill_(float("nan"))
     before = state_of(tiny_ee.combiners[1])
@@ -1010,7 +1028,8 @@ def test_missing_labels_are_refused(tiny_ee: MultiExitModel) -> None:
 
 
 def test_a_loss_that_is_not_finite_is_refused(tmp_path: Path, tiny_ee: MultiExitModel) -> None:
-    batch = torch.full((2, 1, 8, 8), float("nan")), torch.tensor([0, 1])
+    batch = torch.zeros(2, 1, 8, 8), torch.tensor([0, 1])
+    tiny_ee.classifiers[0].linear.weight.data.fill_(float("nan"))
     with pytest.raises(ExitkitError, match=r"the loss of exit 0 is nan in epoch 1, step 1, at lr=0\.01; lower lr"):
         trainer(tiny_ee, output_dir=tmp_path).fit([batch])
     assert not (tmp_path / CHECKPOINT).exists()

@@ -63,7 +63,9 @@ def image_arrays(
             )
         channels = 1 if images.ndim == 3 else images.shape[-1]
         if size is not None and channels not in (1, size[0]):
-            raise ArgumentError(f"{origin} has {channels} channels, but the model takes {size[0]}")
+            first = images.shape[1] == size[0]
+            remedy = "; the channels come first: images.transpose(0, 2, 3, 1) puts them last" if first else ""
+            raise ArgumentError(f"{origin} has {channels} channels, but the model takes {size[0]}{remedy}")
         return PackedImages(
             images, _targets(labels, origin, numbers, unlabelled), partial(normalise, size=size, mean=mean, std=std)
         )

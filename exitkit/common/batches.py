@@ -123,14 +123,25 @@ def check_iterable(loader: Any, name: str) -> None:
 
 
 def checked(loader: Iterable[Any], name: str) -> Iterable[Any]:
-    """Yield from ``loader``; an :class:`ExitkitError` that names it when nothing came."""
+    """Yield from ``loader``; an :class:`ExitkitError` that names it when nothing came, or a batch without samples."""
     check_iterable(loader, name)
     empty = True
-    for batch in loader:
+    for index, batch in enumerate(loader):
+        if _holds_none(split_batch(batch)[0]):
+            raise ArgumentError(
+                f"{name}: batch {index}, counted from 0, holds no samples; leave such batches out (a collate_fn that drops "
+                "samples may drop all of a batch)"
+            )
         empty = False
         yield batch
     if empty:
         raise ArgumentError(f"{name} is empty: it yielded no batch; check the data set and drop_last")
+
+
+def _holds_none(inputs: Any) -> bool:
+    values = inputs.values() if isinstance(inputs, Mapping) else inputs if isinstance(inputs, tuple) else (inputs,)
+    sizes = [len(value) for value in values if isinstance(value, Tensor) and value.dim() > 0]
+    return bool(sizes) and not any(sizes)
 
 
 def move(value: Any, device: torch.device) -> Any:

@@ -177,7 +177,7 @@ def numbers_in(given: Any) -> NDArray[np.float64]:
     """A sequence of real numbers as an array; an empty one for anything else: texts, booleans, nested or single values."""
     try:
         values = np.asarray(given)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, RuntimeError):  # the last of a tensor that needs a gradient
         return np.empty(0)
     return values.astype(np.float64) if values.ndim == 1 and values.dtype.kind in "iuf" else np.empty(0)
 

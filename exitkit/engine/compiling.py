@@ -22,6 +22,7 @@ from exitkit.engine.program import Program
 from exitkit.methods.criteria import Criterion
 from exitkit.methods.policy import ExitPolicy, Threshold
 from exitkit.multi_exit.model import MultiExitModel
+from exitkit.surgery.capturing import in_own_precision
 from exitkit.surgery.inputs import as_call
 
 
@@ -81,7 +82,8 @@ def compile(
 
 def _optimized(model: MultiExitModel, program: Program, policy: ExitPolicy) -> Loop:
     """Compiled steps; on CUDA also recorded."""
-    return fastest(optimized(program, example_of(model)), policy)
+    with in_own_precision(program.inputs.device):
+        return fastest(optimized(program, example_of(model)), policy)
 
 
 def fastest(program: Program, policy: ExitPolicy) -> Loop:

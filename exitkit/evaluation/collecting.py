@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import tempfile
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ from exitkit.common.batches import check_labels, checked, move, split_batch
 from exitkit.common.checks import PATH, check
 from exitkit.common.console import tracked
 from exitkit.common.errors import ArgumentError
-from exitkit.common.files import make_folder
+from exitkit.common.files import WriteError, make_folder
 from exitkit.common.hashes import hash_samples
 from exitkit.evaluation.outputs import ExitOutputs
 from exitkit.evaluation.regression import RegressionOutputs
@@ -26,7 +28,7 @@ from exitkit.multi_exit.model import MultiExitModel
 from exitkit.surgery.capturing import evaluation_mode
 from exitkit.surgery.fingerprint import fingerprint_of
 from exitkit.surgery.inputs import as_call
-from exitkit.surgery.mistakes import other_size
+from exitkit.surgery.mistakes import not_finite, other_size
 
 
 def collect(
@@ -42,8 +44,8 @@ def collect(
         show_progress: on stderr, a bar where there is a terminal, elsewhere a line every ten seconds.
 
     Raises:
-        ArgumentError: an empty loader, inputs that do not run, labels out of range, labels in some batches only, or NaN in the
-            outputs.
+        ArgumentError: an empty loader, inputs that do not run, labels out of range, labels in some batches only, NaN in the
+            inputs or outputs.
         WriteError: a folder that cannot be written.
 
     Returns:
@@ -60,7 +62,7 @@ def collect(
             collected.save(path)
         return collected
     make_folder(Path(path).parent)
-    with tempfile.NamedTemporaryFile(dir=Path(path).parent, prefix=".collect-") as spool:
+    with _full_disk_named(path), tempfile.NamedTemporaryFile(dir=Path(path).parent, prefix=".collect-") as spool:
         seen = _run(model, batches, lambda log_probs: spool.write(log_probs.half().numpy().tobytes()))
         spool.flush()
         shape = (len(torch.cat(seen.hashes)), len(model.exits), model.num_classes)
@@ -68,6 +70,17 @@ def collect(
         mapped = torch.from_file(spool.name, shared=True, size=size, dtype=torch.float16)
         seen.outputs(mapped.view(shape)).save(path)
     return ExitOutputs.load(path)
+
+
+@contextmanager
+def _full_disk_named(path: str | Path) -> Iterator[None]:
+    """A full disk as the error of the file that is written; what a data set cannot read stays its own."""
+    try:
+        yield
+    except OSError as error:
+        if isinstance(error, WriteError) or error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise WriteError(f"{str(path)!r} cannot be written: {error.strerror}; what was there is unchanged") from error
 
 
 @dataclass
@@ -103,7 +116,10 @@ def _run(model: MultiExitModel, batches: Iterable[Any], keep: Callable[[Tensor],
             inputs, labels = split_batch(batch)
             answers = call_model(model, model, move(inputs, device)).logits
             logits = torch.stack(answers, dim=1)
-            keep((logits.float() if model.regression else F.log_softmax(logits.float(), dim=-1)).cpu())
+            log_probs = logits.float() if model.regression else F.log_softmax(logits.float(), dim=-1)
+            if bool(log_probs.isnan().any()) and (mistake := not_finite(inputs)) is not None:
+                raise ArgumentError(mistake)
+            keep(log_probs.cpu())
             seen.hashes.append(hash_samples(inputs))
             seen.dtype = str(answers[-1].dtype).removeprefix("torch.")
             if other is None and (other := other_size(as_call(model.example.spec.understood(inputs)), model.example)):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -21,7 +21,7 @@ from exitkit.surgery.capturing import Capture, capture
 from exitkit.surgery.inputs import Example
 from exitkit.surgery.partition import partition_at
 from exitkit.surgery.placement import place
-from exitkit.surgery.replace_classifier import outputs_of, unchanged_on_error, with_outputs
+from exitkit.surgery.replace_classifier import ends_in_softmax, outputs_of, unchanged_on_error, with_outputs
 from exitkit.surgery.supported import check_supported
 from exitkit.surgery.verification import verify
 
@@ -44,6 +44,7 @@ class Parts:
         num_classes: outputs of the backbone and of every exit; 1 for regression.
         example: inputs to capture the backbone with.
         new_head: state-dict names of the backbone's last layer, where it was replaced.
+        probabilities: whether the backbone's forward ends in a softmax.
     """
 
     backbone: nn.Module
@@ -56,6 +57,7 @@ class Parts:
     num_classes: int
     example: Example
     new_head: tuple[str, ...] = ()
+    probabilities: bool = False
 
 
 def assemble(
@@ -85,7 +87,8 @@ def assemble(
         captured, new_head = with_outputs(capture(model, example_inputs), outputs)
         anatomy = find_boundaries(captured)
         boundaries = _readable(place(anatomy, **where))
-        return _parts(captured, anatomy, boundaries, composition, heads, new_head)
+        parts = _parts(captured, anatomy, boundaries, composition, heads, new_head)
+        return replace(parts, probabilities=ends_in_softmax(captured))
 
 
 def _parts(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
@@ -70,7 +71,14 @@ def attach(
     if isinstance(model, MultiExitModel):
         raise ArgumentError("model already has exits; attach to exitkit.detach(model) for other ones")
     where = {"every": every, "at": at, "at_cost": at_cost, "placement": placement, "first": first}
-    ee = MultiExitModel(assemble(model, example_inputs, where, method, head, _outputs(num_classes, num_outputs)))
+    parts = assemble(model, example_inputs, where, method, head, _outputs(num_classes, num_outputs))
+    if parts.probabilities:
+        warnings.warn(
+            f"{type(model).__name__} returns probabilities: its forward ends in a softmax. exitkit takes them for logits, in "
+            "losses, ensembles and scores; leave the softmax out, or wrap the model in a module that returns their log()",
+            stacklevel=2,
+        )
+    ee = MultiExitModel(parts)
     ee.training = False  # of the model alone: the backbone keeps its mode
     for added in (ee.classifiers, ee.combiners):
         added.eval()

@@ -82,7 +82,7 @@ class MultiExitModel(nn.Module):
         Raises:
             ArgumentError: labels that do not fit, or inputs that do not run and differ from those attached with.
         """
-        with explained(mistaken_input, args, kwargs, self.example):
+        with explained(self._mistake_in, args, kwargs):
             features, steps, final = self._steps(args, kwargs)
         heads = (*(step.logits for step in steps), *final)
         auxiliary = imitation_losses(steps) if torch.is_grad_enabled() else None
@@ -143,6 +143,8 @@ class MultiExitModel(nn.Module):
 
     def partition(self) -> Partition:
         """The inference view: the backbone captured anew and split at the exits, its parameters shared."""
+        if (apart := self._apart()) is not None:
+            raise ArgumentError(apart)
         captured = capture(self.backbone, self.example.spec.batch(self.example.tensors))
         return partition_at(
             captured, place(find_boundaries(captured), at=[boundary.name for boundary in self.boundaries])
@@ -344,6 +346,19 @@ class MultiExitModel(nn.Module):
     def boundaries(self) -> tuple[Boundary, ...]:
         """Where the internal classifiers read, in order."""
         return tuple(spec.boundary for spec in self.specs)
+
+    def _mistake_in(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
+        return self._apart() or mistaken_input(args, kwargs, self.example)
+
+    def _apart(self) -> str | None:
+        """What is said where the backbone alone was converted or moved."""
+        backbone, exits = _reference(self.backbone), next(self.classifiers.parameters())
+        if (backbone.dtype, backbone.device) == (exits.dtype, exits.device):
+            return None
+        return (
+            f"the backbone is {backbone.dtype} on {backbone.device}, and its exits are {exits.dtype} on {exits.device}; "
+            "convert or move the multi-exit model as a whole, not its backbone"
+        )
 
     def _step(self, m: int, feature: Tensor, carried: Tensor | None, inputs: list[Tensor | None]) -> HeadOutput:
         try:

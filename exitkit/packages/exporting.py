@@ -23,7 +23,7 @@ from exitkit.engine.lowering import program_of
 from exitkit.engine.memory_format import is_channels_last
 from exitkit.engine.program import Description, Program
 from exitkit.methods.criteria import Criterion
-from exitkit.methods.policy import Threshold
+from exitkit.methods.policy import ExitPolicy, Threshold
 from exitkit.multi_exit.model import MultiExitModel
 from exitkit.multi_exit.preprocessing import ImagePreprocessing, Preprocessing, TextPreprocessing
 from exitkit.packages.archive import write_archive
@@ -31,6 +31,7 @@ from exitkit.packages.executorch import chained, read_executorch, to_executorch
 from exitkit.packages.manifest import Kind, Manifest
 from exitkit.packages.onnx_branches import write_branches
 from exitkit.packages.onnx_steps import check_onnx, onnx_run, to_onnx
+from exitkit.surgery.capturing import in_own_precision
 
 ENDINGS: dict[str, Kind | None] = {".pt2": "torch", ".onnx.zip": "onnx", ".onnx": None, ".pte": "executorch"}
 """What a file's ending says is written; None is a single ONNX graph."""
@@ -88,7 +89,18 @@ def export(
         _preprocessing(model, preprocessing, tokenizer, max_length),
         tuple((exit_.name, exit_.macs_fraction) for exit_ in model.exits),
     )
-    example = example_of(model)
+    with in_own_precision(program.inputs.device):
+        _write(target, kind, program, policy, description, example_of(model))
+
+
+def _write(
+    target: Path,
+    kind: Kind | None,
+    program: Program,
+    policy: ExitPolicy,
+    description: Description,
+    example: tuple[Tensor, ...],
+) -> None:
     if kind == "executorch":
         program = chained(program, example)
     manifest = Manifest.of(program, policy, description, kind or "onnx")

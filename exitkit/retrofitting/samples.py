@@ -17,6 +17,7 @@ from exitkit.common.batches import check_iterable, checked, split_batch
 from exitkit.common.errors import ArgumentError
 from exitkit.common.hashes import content_hashes
 from exitkit.surgery.inputs import Example
+from exitkit.surgery.mistakes import not_finite
 
 _SHARE = 5
 """One sample (or batch) in so many is held out."""
@@ -136,6 +137,7 @@ def _by_batch(batches: Sequence[Any]) -> Split:
             f"train_loader is a list of {len(batches)} batch{'' if batches else 'es'}; the search holds out every fifth batch "
             "and needs at least two; give smaller batches, or search_loader="
         )
+    batches = list(checked(batches, "train_loader"))
     search = list(batches[:: _SHARE if len(batches) >= _SHARE else 2])
     kept = {id(batch) for batch in search}
     train = [batch for batch in batches if id(batch) not in kept]
@@ -202,6 +204,8 @@ def _labels(calibration_loader: Iterable[Any]) -> tuple[bool, Tensor]:
     labels, hashes = [], []
     for batch in checked(calibration_loader, "calibration_loader"):
         inputs, given = split_batch(batch)
+        if (mistake := not_finite(inputs, Tensor.isnan)) is not None:  # now, and not after the search
+            raise ArgumentError(f"calibration_loader: {mistake}")
         labels.append(given)
         hashes.append(content_hashes([inputs if isinstance(inputs, Mapping) else (inputs,)]))
     labelled = all(one is not None for one in labels)

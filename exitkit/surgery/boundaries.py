@@ -141,6 +141,11 @@ def find_boundaries(captured: Capture) -> Anatomy:
             if len(flow.weighted) > 1
             else f"it has {len(flow.weighted)} weighted layer, and an exit needs one before it and one after it"
         )
+        if any("autocast" in str(node.target) for node in captured.graph.graph.nodes):
+            reason = (
+                "its forward enters torch.autocast, which the graph holds as one operation without layers; leave that out of "
+                "the forward"
+            )
         raise NotCapturableError(
             f"{type(captured.backbone).__name__} has no boundary: {reason}, so no exit can be attached"
         )

@@ -141,9 +141,18 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def in_own_precision(device: torch.device) -> Iterator[None]:
+    """Without the autocast that a caller may have on, whose casts would become part of a graph."""
+    kind = device.type if torch.amp.is_autocast_available(device.type) else "cpu"
+    with torch.autocast(kind, enabled=False):
+        yield
+
+
+@contextmanager
 def untouched(model: nn.Module) -> Iterator[None]:
-    """``evaluation_mode``, alone, and whatever a forward writes into buffers meanwhile is undone."""
-    with alone():
+    """``evaluation_mode``, alone, without autocast, and whatever a forward writes into buffers meanwhile is undone."""
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    with alone(), in_own_precision(device):
         saved = [
             (module, name, buffer, buffer.clone())
             for module in model.modules()

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from exitkit.common.console import counted
 from exitkit.common.errors import ArgumentError, ExitkitError
-from exitkit.surgery.inputs import Example, argument_names, not_a_tensor
+from exitkit.surgery.inputs import Example, argument_names, as_call, not_a_tensor
 
 _RAISED = (RuntimeError, TypeError, ValueError, IndexError, AttributeError)
 """By torch, of inputs that do not fit."""
@@ -64,7 +64,43 @@ def mistaken_input(args: Sequence[Any], kwargs: Mapping[str, Any], example: Exam
         if key in given and (mistake := mistake_of(key, given[key], tuple(taken.shape), taken.dtype)):
             return mistake
     other = other_size((args, kwargs), example)
-    return None if other is None else f"{other}; make it that size, or attach again with example_inputs of this one"
+    if other is not None:
+        return f"{other}; make it that size, or attach again with example_inputs of this one"
+    for key, taken in zip(example.spec.keys, example.tensors, strict=True):
+        if key in given and taken.is_floating_point() and given[key].dtype != taken.dtype:
+            return f"input {key!r} is {given[key].dtype}, and the model takes {taken.dtype}; call .to({taken.dtype})"
+    return None
+
+
+def other_rank(args: Sequence[Any], kwargs: Mapping[str, Any], example: Example) -> str | None:
+    """The first input with more or fewer dimensions than the example's, in words, or None.
+
+    Layers that work on the last dimension take such an input, and answer once for each of the others.
+    """
+    given: dict[int | str, Any] = dict([*enumerate(args), *kwargs.items()])
+    for key, taken in zip(example.spec.keys, example.tensors, strict=True):
+        value = given.get(key)
+        if isinstance(value, Tensor) and value.dim() != taken.dim():
+            return mistake_of(key, value, tuple(taken.shape), taken.dtype)
+    return None
+
+
+def _no_number(values: Tensor) -> Tensor:
+    return ~values.isfinite()
+
+
+def not_finite(inputs: Any, broken: Callable[[Tensor], Tensor] = _no_number) -> str | None:
+    """The first input of a batch that holds NaN or infinite numbers, in words, or None; ``broken`` says which count."""
+    args, kwargs = as_call(inputs)
+    for key, value in (*enumerate(args), *kwargs.items()):
+        if isinstance(value, Tensor) and value.is_floating_point() and value.dim() > 0:
+            rows = broken(value).reshape(len(value), -1).any(1)
+            if bool(rows.any()):
+                return (
+                    f"input {key!r} holds NaN or infinite numbers in {int(rows.sum())} of the {counted(len(rows), 'sample')} "
+                    "of a batch; repair such samples in the data set, or leave them out"
+                )
+    return None
 
 
 def other_size(call: tuple[Sequence[Any], Mapping[str, Any]], example: Example) -> str | None:

@@ -82,6 +82,11 @@ def _logits(captured: Capture) -> Node:
     return output.all_input_nodes[0]
 
 
+def ends_in_softmax(captured: Capture) -> bool:
+    """Whether a backbone returns probabilities."""
+    return op_name(_logits(captured)) in ("softmax", "_softmax")
+
+
 def _replace(captured: Capture, outputs: int) -> None:
     model, node = captured.backbone, _logits(captured)
     while op_name(node) in _PASSED and isinstance(node.args[0], Node):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import nn
@@ -20,6 +20,11 @@ def check_supported(model: nn.Module) -> None:
         ExitkitError: the first reason found, and what to do about it.
     """
     if not isinstance(model, nn.Module):
+        if isinstance(model, Mapping):
+            raise NotCapturableError(
+                f"model is {type(model).__name__}, perhaps a state dict, not a torch.nn.Module; build the model, load it by "
+                "model.load_state_dict(...), and pass the model"
+            )
         hint = " (call the class)" if isinstance(model, type) else ""
         raise NotCapturableError(
             f"model={model!r} is not a torch.nn.Module; pass the model object itself, such as "
@@ -47,6 +52,12 @@ def _compiled(model: nn.Module) -> str | None:
 def _scripted(model: nn.Module) -> str | None:
     if isinstance(model, torch.jit.ScriptModule):
         return "is TorchScript, which has no Python modules to read features from; attach to the original model"
+    return None
+
+
+def _exported(model: nn.Module) -> str | None:
+    if any(kind.__name__ == "_StatefulGraphModule" for kind in type(model).__mro__):
+        return "was made by torch.export, whose modules have no code of their own; attach to the original model"
     return None
 
 
@@ -91,6 +102,7 @@ _REASONS: tuple[Callable[[nn.Module], str | None], ...] = (
     _wrapped,
     _compiled,
     _scripted,
+    _exported,
     _uninitialized,
     _quantized,
     _weightless,

@@ -17,6 +17,7 @@ from exitkit.multi_exit.model import MultiExitModel
 from exitkit.surgery.capturing import logits_of
 from exitkit.surgery.hooks import alone
 from exitkit.surgery.inputs import call_on
+from exitkit.surgery.mistakes import not_finite
 from exitkit.training.feature_cache.heads_alone import HeadsAlone, HeadsOutput, call_view
 from exitkit.training.freezing import Stages, learn
 from exitkit.training.losses import Distillation
@@ -96,7 +97,7 @@ class Learner:
         for index, batch in enumerate(batches):
             with nullcontext() if index == len(batches) - 1 else self._unsynchronised():
                 losses, shown, size, unused = self._losses(batch, exits)
-                self._check_finite(losses, exits, epoch, step)
+                self._check_finite(losses, batch, exits, epoch, step)
                 total = self.objective.total(losses, weights, exits) + unused
                 self.accelerator.backward(total / len(batches))
             self._anneal()
@@ -172,9 +173,12 @@ class Learner:
     def _unsynchronised(self) -> Any:
         return self.view.no_sync() if isinstance(self.view, DistributedDataParallel) else nullcontext()
 
-    def _check_finite(self, losses: Tensor, exits: Sequence[int], epoch: int, step: int) -> None:
+    def _check_finite(self, losses: Tensor, batch: Any, exits: Sequence[int], epoch: int, step: int) -> None:
         """Stop before a loss that is not finite reaches the weights."""
         if not bool(losses.isfinite().all()):
+            mistake = None if isinstance(self.called, HeadsAlone) else not_finite(split_batch(batch)[0])
+            if mistake is not None:  # then no exit is to blame
+                raise DivergedError(f"the loss is not finite in epoch {epoch + 1}, step {step + 1}: {mistake}")
             index = int(losses.isfinite().int().argmin())
             raise DivergedError(
                 f"the loss of exit {exits[index]} is {losses[index].item()} in epoch {epoch + 1}, step {step + 1}, at "

@@ -144,6 +144,10 @@ class Trainer(Options):
             raise ArgumentError(
                 "ensemble_on='validation' is set, but there is no val_loader to fit the ensemble on; give one"
             )
+        if torch.is_inference_mode_enabled():
+            raise ArgumentError(
+                "fit was called under torch.inference_mode(), in which nothing learns; call it outside"
+            )
         if self.directory is not None:
             make_folder(self.directory, "output_dir=")
         accelerator = make_accelerator(self.mixed_precision)
@@ -155,6 +159,7 @@ class Trainer(Options):
         checkpoint = self._checkpoint(settings, accelerator.is_main_process)
         data = Data(data.view, train, val)
         with (
+            torch.enable_grad(),  # a caller may have turned it off, as notebooks do that evaluate
             flags_restored(self.model),
             cached(self, accelerator, data) if self.cache else nullcontext(data) as data,
             divided(self, self._stages(), accelerator) as (options, stages),

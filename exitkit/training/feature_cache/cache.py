@@ -18,12 +18,13 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from exitkit.common.batches import check_training_labels, checked, split_batch
 from exitkit.common.console import tracked
-from exitkit.common.errors import ArgumentError
+from exitkit.common.errors import ArgumentError, DivergedError
 from exitkit.common.files import replacing
 from exitkit.common.hashes import hash_samples
 from exitkit.multi_exit.model import MultiExitModel
 from exitkit.surgery.capturing import evaluation_mode
 from exitkit.surgery.fingerprint import weights_digest
+from exitkit.surgery.mistakes import not_finite
 from exitkit.training.distributed import done_by_main, in_order, own_part, seed_everything
 from exitkit.training.feature_cache.heads_alone import HeadsAlone
 from exitkit.training.feature_cache.store import Writer, read_store, row_bytes
@@ -177,6 +178,8 @@ class _Cache:
         with evaluation_mode(model), torch.no_grad(), self.accelerator.autocast():
             given = placed(inputs, self.accelerator.device, self.options.channels_last)
             (*reduced, logits), _ = self.view.read(model, given)
+        if not bool(logits.isfinite().all()) and (mistake := not_finite(given)) is not None:
+            raise DivergedError(f"the backbone's answers are not finite: {mistake}")
         parts = {**{f"exit{m}": part for m, part in enumerate(reduced)}, _LOGITS: logits}
         return parts if labels is None else {**parts, _LABELS: labels}
 
