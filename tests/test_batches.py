@@ -136,6 +136,10 @@ def test_inputs_that_are_not_finite_are_named_and_no_exit_is_blamed(ee: exitkit.
         with pytest.raises(exitkit.DivergedError, match=message) as error:
             exitkit.Trainer(ee, epochs=1, cache=cache, show_progress=False).fit(loader)
         assert error.value.exit is None
+        with pytest.raises(exitkit.DivergedError, match=message):
+            exitkit.Trainer(ee, epochs=1, cache=cache, show_progress=False).fit(
+                DataLoader(TensorDataset(X, Y), 6), loader
+            )
     assert all(tensor.isfinite().all() for tensor in ee.state_dict().values())
 
 

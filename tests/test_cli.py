@@ -327,6 +327,24 @@ def test_data_that_nothing_can_be_learned_from_are_refused(
         assert f"--data '{data}'" in error
 
 
+@pytest.mark.parametrize(("row", "columns"), [("a good film, and long,1", 3), ("good film", 1)])
+def test_rows_with_other_columns_than_the_header_are_refused(
+    refused: Run, tmp_path: Path, bert: Path, row: str, columns: int
+) -> None:
+    """What lay behind the comma was left out without a word, and so was a row without a label."""
+    rows = "".join(f"good film,{label % 2}\n" for label in range(20))
+    (tmp_path / "a.csv").write_text(f"text,label\n\n{rows}{row}\n")
+    error = refused("bench", "--model", f"hf:{bert}", "--data", tmp_path / "a.csv", "--out", tmp_path / "run")
+    assert f"row 21 below the header has {columns} column{'s' * (columns > 1)}, and the header 2: ['" in error
+    assert "a text with commas stands in quotation marks" in error
+
+
+def test_an_ending_in_capitals_separates_by_tabs_too() -> None:
+    from exitkit.cli.text_files import cells
+
+    assert list(cells(["good, film\t1"], Path("A.TSV"))) == [["good, film", "1"]]
+
+
 def test_a_folder_of_one_class_is_refused(refused: Run, tmp_path: Path) -> None:
     pytest.importorskip("torchvision")
     from PIL import Image

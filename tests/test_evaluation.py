@@ -540,6 +540,8 @@ LOGITS = torch.zeros(4, 3, 2)
         ({"log_probs": LOGITS.softmax(-1)}, r"log_probs look like probabilities.*pass .*probs\.log\(\)"),
         ({"log_probs": torch.tensor([0.9, 0.1]).bfloat16().expand(4, 3, 2)}, "log_probs look like probabilities"),
         ({"log_probs": torch.eye(2)[:, None].expand(2, 3, 2)}, "log_probs look like probabilities"),
+        ({"macs": None}, "macs=None must hold one positive cost per exit, 3 of them"),
+        ({"macs": ["1", "2", "3"]}, r"macs=\['1', '2', '3'\] must hold one positive cost per exit, 3 of them"),
         ({"macs": [1, 2]}, r"macs=\[1\.0, 2\.0\] must hold one positive cost per exit, 3"),
         ({"macs": [1, 3, 2]}, r"macs=\[1\.0, 3\.0, 2\.0\].*none below"),
         ({"macs": [0, 1, 2]}, r"macs=\[0\.0, 1\.0, 2\.0\].*positive"),

@@ -134,8 +134,8 @@ def test_colours_of_every_mode(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("image", "message"),
     [
-        (Image.new("F", (8, 8)), r"mode 'F', whose white nothing tells; save it with 8 or 16 bits"),
-        (Image.new("I", (8, 8), 70_000), r"mode 'I', whose white"),
+        (Image.new("F", (8, 8)), r"mode 'F', which does not say what value is white; save it with 8 or 16 bits"),
+        (Image.new("I", (8, 8), 70_000), r"mode 'I', which does not say"),
         (Image.new("RGB", (1, 10**7)), r"would be resized to 8 x 80000000; crop it first"),
         (np.zeros((8, 8), np.float32), r"image is float32; give a PIL image, or a uint8 array"),
         ("cat.jpg", r"image is str; give a PIL image"),

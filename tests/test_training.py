@@ -268,9 +268,9 @@ def test_the_fit_survives_answers_that_overflow_float32(tiny_ee: MultiExitModel,
     logits = 0.02 * torch.randn(60, 4, 3, generator=generator)
     labels = torch.randint(0, 3, (60,), generator=generator)
     start = state_of(tiny_ee.combiners)
-    heads = SimpleNamespace(run_heads=lambda batch: ((), batch.unbind(1)))
+    heads = SimpleNamespace(run_heads=lambda batch: ((), batch[..., 0].unbind(1)))
     for _ in range(2):  # the second one starts where the first ended
-        reached = fit_ensemble_on(tiny_ee, heads, [(logits, labels)], lambda part: part, EnsembleFit())  # type: ignore[arg-type]
+        reached = fit_ensemble_on(tiny_ee, heads, [(logits[..., None], labels)], lambda part: part, EnsembleFit())  # type: ignore[arg-type]
         assert all(parameter.isfinite().all() for parameter in tiny_ee.combiners.parameters())
     for m, loss in enumerate(reached):
         mean = logits[:, : m + 1].log_softmax(-1).mean(1)  # the combiner's answer before the fit, up to a constant

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from exitkit.cli.split import Split, check_indices, hold_out
+from exitkit.common.console import counted
 from exitkit.common.errors import ArgumentError, FileError
 from exitkit.multi_exit.saving.hub import refuse_local_path
 from exitkit.multi_exit.text_length import longest_text
@@ -98,11 +99,18 @@ def _read_text(path: Path, pairs: bool) -> list[tuple[Any, str]]:
     """A text, or a pair of texts, and the label as it is written, of each row."""
     try:
         with path.open(newline="", encoding="utf-8") as file:
-            rows = [row for row in cells(file, path) if len(row) > 1][1:]
+            header, *rows = [row for row in cells(file, path) if row] or [[]]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise FileError(f"{str(path)!r} cannot be read as UTF-8 text and label: {error}") from error
-    if not rows:
+    if not rows or len(header) < 2:
         raise ArgumentError(f"{str(path)!r} has no rows of text and label below a header")
+    number, odd = next(((n, row) for n, row in enumerate(rows, 1) if len(row) != len(header)), (0, header))
+    if number:
+        quoted = "" if path.suffix.lower() == ".tsv" else "; a text with commas stands in quotation marks"
+        raise ArgumentError(
+            f"{str(path)!r}: row {number} below the header has {counted(len(odd), 'column')}, and the header "
+            f"{len(header)}: {str(odd)[:200]}{quoted}"
+        )
     if pairs and (short := next((row for row in rows if len(row) < 3), None)):
         raise ArgumentError(
             f"{str(path)!r} has a row of {len(short)} columns, but pairs are two texts and a label: {str(short)[:200]}"
@@ -112,7 +120,7 @@ def _read_text(path: Path, pairs: bool) -> list[tuple[Any, str]]:
 
 def cells(file: Iterable[str], path: Path) -> Iterator[list[str]]:
     """The rows of a ``.csv`` or ``.tsv``. A quotation mark in a ``.tsv`` is a character like others, as in GLUE's files."""
-    if path.suffix == ".tsv":
+    if path.suffix.lower() == ".tsv":
         return csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
     return csv.reader(file)
 

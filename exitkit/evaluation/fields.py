@@ -17,7 +17,10 @@ def checked_macs(given: Any, exits: int) -> Tensor:
     Raises:
         ArgumentError: another number of costs than ``exits``, or costs that are not positive and finite or that fall.
     """
-    macs = torch.as_tensor(given, dtype=torch.float64).detach().cpu().contiguous()
+    try:
+        macs = torch.as_tensor(given, dtype=torch.float64).detach().cpu().contiguous()
+    except (TypeError, ValueError) as error:
+        raise ArgumentError(f"macs={given!r} must hold one positive cost per exit, {exits} of them") from error
     rising = macs.shape == (exits,) and bool((macs.diff() >= 0).all())
     if not rising or not bool((macs > 0).all()) or not bool(macs.isfinite().all()):
         raise ArgumentError(

@@ -173,7 +173,7 @@ def upright(image: Any) -> Any:
         values = np.asarray(image)
         if image.mode == "F" or values.min() < 0 or values.max() > _WHITE_16:
             raise ArgumentError(
-                f"image is of mode {image.mode!r}, whose white nothing tells; save it with 8 or 16 bits a channel"
+                f"image is of mode {image.mode!r}, which does not say what value is white; save it with 8 or 16 bits a channel"
             )
         image = Image.fromarray((values * (255 / _WHITE_16)).round().astype(np.uint8))
     return image.convert("RGBA") if "transparency" in image.info else image

@@ -10,8 +10,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from exitkit.common.batches import check_labels, checked, split_batch
+from exitkit.common.errors import DivergedError
 from exitkit.multi_exit.model import MultiExitModel
 from exitkit.surgery.capturing import evaluation_mode
+from exitkit.surgery.mistakes import not_finite
 from exitkit.training.feature_cache.heads_alone import HeadsAlone, call_view
 from exitkit.training.step import placed
 
@@ -33,6 +35,7 @@ def validate(
 
     Raises:
         ArgumentError: an empty loader, or labels that are not class indices.
+        DivergedError: answers that are not finite, where inputs are not.
     """
     right, losses, samples = torch.zeros(len(model.exits)), torch.zeros(len(model.exits)), 0
     with evaluation_mode(model), torch.no_grad(), accelerator.autocast():
@@ -40,6 +43,9 @@ def validate(
             inputs, labels = split_batch(batch)
             _, heads = call_view(model, view, view.run_heads, placed(inputs, accelerator.device, channels_last))
             answers = torch.stack([logits.float() for logits in heads], 1)
+            broken = not isinstance(view, HeadsAlone) and bool(answers.isnan().any())
+            if broken and (mistake := not_finite(inputs)) is not None:
+                raise DivergedError(f"the loss on val_loader is not finite: {mistake}")
             targets = check_labels(labels, model.num_classes, len(answers)).to(answers.device)
             answers, targets = (part.cpu() for part in accelerator.gather_for_metrics((answers, targets)))
             samples += len(answers)
