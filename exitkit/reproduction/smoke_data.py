@@ -51,9 +51,10 @@ def _texts(kind: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     for part, count in (("data", _CLASSES * _EACH), ("test", _TESTED)):
         path = folder / f"{'pairs' if pairs else 'texts'}{'-numbers' if numbers else ''}_{part}.tsv"
         names[part] = str(path)
+        header = "first\tsecond\tlabel" if pairs else "text\tlabel"
         rows = [_sentence(index, pairs, numbers) for index in range(count)]
         with replacing(path) as temporary:
-            temporary.write_text("\n".join(["text\tlabel", *rows]) + "\n", encoding="utf-8")
+            temporary.write_text("\n".join([header, *rows]) + "\n", encoding="utf-8")
     return names
 
 
