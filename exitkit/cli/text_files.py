@@ -104,16 +104,16 @@ def _read_text(path: Path, pairs: bool) -> list[tuple[Any, str]]:
         raise FileError(f"{str(path)!r} cannot be read as UTF-8 text and label: {error}") from error
     if not rows or len(header) < 2:
         raise ArgumentError(f"{str(path)!r} has no rows of text and label below a header")
-    number, odd = next(((n, row) for n, row in enumerate(rows, 1) if len(row) != len(header)), (0, header))
-    if number:
+    odd = next((number for number, row in enumerate(rows) if len(row) != len(header)), None)
+    if odd is not None:
         quoted = "" if path.suffix.lower() == ".tsv" else "; a text with commas stands in quotation marks"
         raise ArgumentError(
-            f"{str(path)!r}: row {number} below the header has {counted(len(odd), 'column')}, and the header "
-            f"{len(header)}: {str(odd)[:200]}{quoted}"
+            f"{str(path)!r}: row {odd + 1} below the header has {counted(len(rows[odd]), 'column')}, and the header "
+            f"{len(header)}: {str(rows[odd])[:200]}{quoted}"
         )
-    if pairs and (short := next((row for row in rows if len(row) < 3), None)):
+    if pairs and len(header) < 3:
         raise ArgumentError(
-            f"{str(path)!r} has a row of {len(short)} columns, but pairs are two texts and a label: {str(short)[:200]}"
+            f"{str(path)!r} has a row of {len(header)} columns, but pairs are two texts and a label: {str(rows[0])[:200]}"
         )
     return [((row[0], row[1]) if pairs else row[0], row[-1]) for row in rows]
 
