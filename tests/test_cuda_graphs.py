@@ -213,16 +213,38 @@ def test_memory_that_does_not_suffice_for_the_buffers_halves_the_batch_too(monke
 def test_a_step_that_cannot_be_recorded_runs_by_itself_and_that_is_said_once() -> None:
     engine = compiled("ztw")
     fast, recorder = recorded(engine)
-    recorder.failures, recorder.error = 1, UnrecordableError("it waits for the device")
-    assert messages(lambda: agree(fast(images(8)), engine(images(8))), "it waits for the device") == 1
-    assert messages(lambda: agree(fast(images(9)), engine(images(9))), "CUDA graphs") == 0
+    recorder.failures, recorder.error = 99, UnrecordableError("it waits for the device")
+
+    def serve() -> None:
+        for size in (8, 9, 8, 8, 9):
+            agree(fast(images(size)), engine(images(size)))
+
+    assert messages(serve, "it waits for the device") == 1
     assert recorder.recorded == 0
+    assert recorder.failures == 99 - 3  # calls that tried
 
 
-@pytest.mark.parametrize("error", [UnrecordableError("made up"), torch.OutOfMemoryError("made up")])
-def test_a_warning_is_of_the_callers_line(error: Exception) -> None:
+def test_a_recording_that_another_thread_broke_is_made_by_a_later_call() -> None:
+    engine = compiled("ztw")
+    fast, recorder = recorded(engine.at(2.0))
+    recorder.failures, recorder.error = 2, UnrecordableError("another thread waited for the device")
+
+    def serve() -> None:
+        for _ in range(4):
+            agree(fast(images(8)), engine.at(2.0)(images(8)))
+
+    assert messages(serve, "CUDA graphs") == 0
+    assert recorder.recorded == len(engine.loop.program.steps)
+
+
+@pytest.mark.parametrize(
+    ("error", "calls"), [(UnrecordableError("made up"), 3), (torch.OutOfMemoryError("made up"), 1)]
+)
+def test_a_warning_is_of_the_callers_line(error: Exception, calls: int) -> None:
     fast, recorder = recorded(compiled("sdn"))
-    recorder.failures, recorder.error = 1, error
+    recorder.failures, recorder.error = calls, error
+    for _ in range(calls - 1):
+        fast(images(8))
     with pytest.warns(UserWarning, match="CUDA graphs|out of GPU memory") as told:
         fast(images(8))
     assert [warning.filename for warning in told] == [__file__]

@@ -394,7 +394,7 @@ steps = (replace(program.steps[0], run=waits), *program.steps[1:])
 engine = replace(engine, loop=fastest(replace(program, steps=steps), engine.policy))
 with warnings.catch_warnings(record=True) as found:
     warnings.simplefilter("always")
-    for size in (8, 9, 8):
+    for size in (8, 9, 8, 8):
         assert len(engine(images(size)).exit) == size
 assert sum("replayed from CUDA graphs" in str(one.message) for one in found) == 1
 assert torch.rand(3, device="cuda").shape == (3,)
@@ -424,7 +424,7 @@ print("sound")
         cwd=ROOT,
     )
     assert done.stdout.strip() == "sound", done.stderr[-4000:]
-    assert done.stderr.count("CAPTURE VIOLATION") == 2
+    assert done.stderr.count("CAPTURE VIOLATION") == 4  # three calls tried to record, and the recorder itself
 
 
 def test_on_the_second_device_while_the_first_is_the_current_one(package: Path) -> None:

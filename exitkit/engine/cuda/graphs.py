@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 import warnings
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -30,6 +31,8 @@ from exitkit.methods.policy import ExitPolicy
 
 _SHAPES = 8
 """Input sizes (lengths of a text) that are recorded at most; others run step by step."""
+_TRIES = 3
+"""Calls in which a recording of an input size may fail: what another thread does may break one."""
 
 
 class Graphs:
@@ -44,6 +47,7 @@ class Graphs:
         self.device, self.kernels, self.record = device, kernels, record
         self.thresholds = torch.zeros(exits + 1, dtype=torch.float64, device=device)
         self.recordings: dict[Any, Recordings | None] = {}
+        self._failures: Counter[Any] = Counter()
         self._memory: Memory | None = None
         self._lock = threading.Lock()
         self._policy: tuple[float, ...] | None = None
@@ -170,8 +174,12 @@ class Graphs:
             )
 
     def _refuse(self, tensors: Sequence[Tensor], error: UnrecordableError) -> None:
-        """Run inputs of these sizes step by step from now on."""
-        self.recordings[_key(tensors)] = None
+        """Run inputs of these sizes step by step from now on, once that has failed often enough."""
+        key = _key(tensors)
+        self._failures[key] += 1
+        if self._failures[key] < _TRIES:
+            return
+        self.recordings[key] = None
         warnings.warn(
             f"steps are run one by one instead of replayed from CUDA graphs, which is slower: {error}", stacklevel=7
         )
