@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from exitkit.cli.arrays import normalise
+from exitkit.cli.data.arrays import normalise
 
 # The static front: top-1 of the weights' repository on all 10,000 test images, and MACs as a share of ResNet-56's, by depth.
 STATIC = {20: (91.73, 0.33), 32: (92.63, 0.55), 44: (93.10, 0.78), 56: (93.39, 1.0)}

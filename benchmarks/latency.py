@@ -44,8 +44,8 @@ from tables import table, write
 from torch import Tensor, nn
 
 import exitkit
-from exitkit.cli.arrays import normalise
 from exitkit.cli.bench import machine
+from exitkit.cli.data.arrays import normalise
 from exitkit.cli.sources import load_model
 from exitkit.common.batches import move
 from exitkit.common.console import make_console

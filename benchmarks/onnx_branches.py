@@ -24,7 +24,7 @@ from tables import table, write
 from torch import Tensor
 
 import exitkit
-from exitkit.cli.arrays import normalise
+from exitkit.cli.data.arrays import normalise
 from exitkit.common.console import counted, make_console
 from exitkit.models import cifar_resnet
 from exitkit.models.cifar_resnets import load_weights

@@ -15,7 +15,7 @@ from torch import Tensor
 
 import exitkit
 from exitkit import ExitOutputs, choose_threshold
-from exitkit.cli.arrays import normalise
+from exitkit.cli.data.arrays import normalise
 from exitkit.common.console import counted
 from exitkit.engine.backbone_alone import compile_backbone
 from exitkit.surgery.capturing import capture

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import exitkit
 from exitkit import ExitOutputs
-from exitkit.cli.arrays import normalise
+from exitkit.cli.data.arrays import normalise
 from exitkit.evaluation import content_hashes
 
 MAX_DROP, CONFIDENCE = 0.01, 0.95

@@ -25,7 +25,7 @@ import torch
 from torch.utils.data import DataLoader, Subset
 
 import exitkit
-from exitkit.cli.data import load_data
+from exitkit.cli.data.loading import load_data
 from exitkit.cli.sources import load_model
 
 

@@ -340,7 +340,7 @@ def test_rows_with_other_columns_than_the_header_are_refused(
 
 
 def test_an_ending_in_capitals_separates_by_tabs_too() -> None:
-    from exitkit.cli.text_files import cells
+    from exitkit.cli.data.text_files import cells
 
     assert list(cells(["good, film\t1"], Path("A.TSV"))) == [["good, film", "1"]]
 
@@ -367,7 +367,7 @@ def test_percent_that_look_like_shares_are_refused(refused: Run, images: Path, t
 
 def test_numeric_text_labels_are_class_indices(tmp_path: Path, bert: Path) -> None:
     """Labels 2, 10 and 11 must stay so: as words they would sort as 10, 11, 2."""
-    from exitkit.cli.data import load_data
+    from exitkit.cli.data.loading import load_data
 
     (tmp_path / "many.csv").write_text("text,label\n" + "\n".join(f"good film,{label}" for label in (2, 10, 11) * 10))
     train, _ = load_data(str(tmp_path / "many.csv"), torch.nn.Identity(), tokenizer=str(bert)).loaders(24, None, 0)
@@ -427,7 +427,7 @@ def test_held_out_labels_beyond_the_classifier_are_refused_before_training(
 
 
 def test_labels_of_other_names_do_not_count_as_classes(images: Path, tmp_path: Path) -> None:
-    from exitkit.cli.data import load_data
+    from exitkit.cli.data.loading import load_data
 
     with np.load(images) as file:
         np.savez(tmp_path / "more.npz", **file, coarse_labels=np.full(60, 90))

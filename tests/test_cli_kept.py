@@ -87,7 +87,7 @@ def test_a_changed_recipe_is_not_taken_for_the_run_that_was_stopped(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr("exitkit.cli.training.collect", broken)
+        patched.setattr("exitkit.cli.recipes.training.collect", broken)
         with pytest.raises(AssertionError):
             run("train", recipe, "--trust", "--out", tmp_path / "out", "--epochs", 1)
     other = ("train", recipe, "--trust", "--out", tmp_path / "out", "--epochs", 2)
@@ -119,7 +119,7 @@ def test_a_disk_that_is_full_after_training_costs_no_epoch(
     command = ("train", recipe, "--trust", "--out", tmp_path / "out", "--epochs", 2)
     with monkeypatch.context() as patched:
         after_training(
-            patched, "exitkit.cli.training", lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+            patched, "exitkit.cli.recipes.training", lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
         )
         try:
             code, printed, error = invoke(*command)

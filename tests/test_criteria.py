@@ -17,7 +17,7 @@ from torch import Tensor
 
 import exitkit
 from exitkit import ExitkitError, ExitOutputs, choose_threshold
-from exitkit.cli.recipe import Recipe
+from exitkit.cli.recipes.recipe import Recipe
 from exitkit.common.errors import ArgumentError
 from exitkit.evaluation import RegressionOutputs, ShiftMonitor, per_exit_thresholds, threshold_path
 from exitkit.methods.criteria import Confidence, Criterion, Margin, Memory, Tolerance, as_criterion

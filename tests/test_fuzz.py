@@ -27,9 +27,9 @@ from torch import Tensor
 
 import exitkit
 from exitkit import ExitkitError
-from exitkit.cli.arrays import read_npz
-from exitkit.cli.recipe import read_recipe
-from exitkit.cli.text_files import _label_indices, _numbers, _read_text
+from exitkit.cli.data.arrays import read_npz
+from exitkit.cli.data.text_files import _label_indices, _numbers, _read_text
+from exitkit.cli.recipes.recipe import read_recipe
 from exitkit.evaluation import RegressionOutputs
 from exitkit.multi_exit.image_files import opened_image
 from exitkit.multi_exit.preprocessing import ImagePreprocessing

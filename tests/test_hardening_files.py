@@ -283,7 +283,7 @@ def test_a_folder_with_a_bad_image_is_refused_in_words(tmp_path: Path) -> None:
 
 
 def test_an_npz_bomb(tmp_path: Path) -> None:
-    from exitkit.cli.data import load_data
+    from exitkit.cli.data.loading import load_data
 
     with (
         zipfile.ZipFile(tmp_path / "bomb.npz", "w", zipfile.ZIP_DEFLATED) as archive,
@@ -304,7 +304,7 @@ def test_an_npz_bomb(tmp_path: Path) -> None:
     ],
 )
 def test_labels_of_any_kind(tmp_path: Path, rows: list[tuple[str, str]], message: str) -> None:
-    from exitkit.cli.text_files import _label_indices, _numbers
+    from exitkit.cli.data.text_files import _label_indices, _numbers
 
     found = {label for _, label in rows}
     with pytest.raises(ArgumentError, match=message):
@@ -312,7 +312,7 @@ def test_labels_of_any_kind(tmp_path: Path, rows: list[tuple[str, str]], message
 
 
 def test_sources_of_any_length() -> None:
-    from exitkit.cli.data import load_data
+    from exitkit.cli.data.loading import load_data
     from exitkit.cli.latency import batch_sizes
     from exitkit.cli.sources import load_model
 
@@ -388,7 +388,7 @@ def test_a_recipes_output_dir_is_below_out(recipe: Path, tmp_path: Path) -> None
     "text", ["a = " + "[" * 100_000, "a = " + "1" * 5000, "epochs = 0x" + "f" * 5000, "\x00", "a = '\ud800'"]
 )
 def test_recipes_that_are_none(tmp_path: Path, text: str) -> None:
-    from exitkit.cli.recipe import read_recipe
+    from exitkit.cli.recipes.recipe import read_recipe
 
     path = tmp_path / "recipe.toml"
     path.write_bytes(text.encode("utf-8", "surrogatepass"))
@@ -401,7 +401,7 @@ def test_recipes_that_are_none(tmp_path: Path, text: str) -> None:
 
 def test_an_npz_whose_images_would_not_fit_where_they_were_enlarged(tmp_path: Path) -> None:
     """As floats of the size that the model takes these would be 61 GB."""
-    from exitkit.cli.data import load_data
+    from exitkit.cli.data.loading import load_data
     from exitkit.cli.sources import load_model
 
     count = 200_000

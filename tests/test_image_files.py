@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 import exitkit
-from exitkit.cli.data import load_data
-from exitkit.cli.recipe import Recipe
-from exitkit.cli.split import Split
-from exitkit.cli.training import loaders
+from exitkit.cli.data.loading import load_data
+from exitkit.cli.data.split import Split
+from exitkit.cli.recipes.recipe import Recipe
+from exitkit.cli.recipes.training import loaders
 
 PREPROCESSING = exitkit.ImagePreprocessing((3, 16, 16), (0.0,) * 3, (1.0,) * 3)
 

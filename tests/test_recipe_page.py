@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 import exitkit
-from exitkit.cli.recipe import Recipe, read_recipe
+from exitkit.cli.recipes.recipe import Recipe, read_recipe
 from exitkit.training import Distillation, Loss
 from tests.test_cli import invoke, refused, run  # noqa: F401
 

@@ -19,11 +19,11 @@ from torch import nn
 
 import exitkit
 from exitkit import ExitkitError, Trainer
-from exitkit.cli.augmentation import augmented
-from exitkit.cli.recipe import Recipe, parse_override, read_recipe
-from exitkit.cli.schedule import by_name
+from exitkit.cli.data.augmentation import augmented
+from exitkit.cli.recipes.recipe import Recipe, parse_override, read_recipe
+from exitkit.cli.recipes.schedule import by_name
+from exitkit.cli.recipes.training import prepared, train_recipe
 from exitkit.cli.sources import load_model
-from exitkit.cli.training import prepared, train_recipe
 from exitkit.multi_exit.preprocessing import IMAGENET_MEAN, IMAGENET_STD
 from exitkit.surgery.boundaries import find_boundaries
 from exitkit.surgery.capturing import capture
@@ -120,7 +120,7 @@ def test_a_run_of_its_own_weights_gives_the_same_numbers(run: Any, recipe: Any, 
     backbone = load_model("tests.toy:net", str(weights)).eval()
     ee = exitkit.MultiExitModel.from_pretrained(backbone, tmp_path / "out" / "exits" / "ztw", torch.zeros(2, 1, 8, 8))
     saved = exitkit.ExitOutputs.load(tmp_path / "out" / "outputs-ztw.safetensors")
-    from exitkit.cli.data import load_data
+    from exitkit.cli.data.loading import load_data
 
     split = load_data(json.loads(recipe().read_text().splitlines()[1].partition("= ")[2]), backbone)
     assert torch.allclose(exitkit.collect(ee, split.loaders(16, None, 0)[1]).log_probs, saved.log_probs, atol=1e-5)
@@ -208,7 +208,7 @@ def test_mixing_gives_soft_labels() -> None:
 def test_what_comes_in_at_the_border_is_black(tmp_path: Path) -> None:
     """As in training before normalisation, whose 0 is grey."""
     pytest.importorskip("torchvision")
-    from exitkit.cli.data import load_data
+    from exitkit.cli.data.loading import load_data
 
     pixels = np.full((8, 8, 8, 3), 255, np.uint8)
     np.savez(tmp_path / "white.npz", images=pixels, labels=np.arange(8) % 2)
@@ -227,8 +227,8 @@ def test_training_crops_come_from_the_whole_image(tmp_path: Path, monkeypatch: p
     pytest.importorskip("torchvision")
     from PIL import Image
 
-    from exitkit.cli.data import load_data
-    from exitkit.cli.training import loaders
+    from exitkit.cli.data.loading import load_data
+    from exitkit.cli.recipes.training import loaders
 
     pixels = np.zeros((32, 64, 3), np.uint8)
     pixels[:, :8] = 255  # white at the left, outside of the square in the middle
@@ -247,7 +247,7 @@ def test_training_crops_come_from_the_whole_image(tmp_path: Path, monkeypatch: p
         batch_size=4,
     )
     preprocessing = exitkit.ImagePreprocessing((3, 16, 16), (0.0,) * 3, (1.0,) * 3)
-    monkeypatch.setattr("exitkit.cli.data._image_preprocessing", lambda model: preprocessing)
+    monkeypatch.setattr("exitkit.cli.data.loading._image_preprocessing", lambda model: preprocessing)
     split = load_data(recipe.data, nn.Linear(1, 1))
     torch.manual_seed(0)
     train, val, test = loaders(recipe, split, 2, 0)
@@ -263,7 +263,7 @@ def test_the_trainer_gets_what_the_recipe_says(recipe: Any, tmp_path: Path, monk
     """Every table of it."""
     given: dict[str, Any] = {}
     monkeypatch.setattr(
-        "exitkit.cli.training.Trainer",
+        "exitkit.cli.recipes.training.Trainer",
         lambda model, **options: given.update(options) or SimpleNamespace(resume="never"),
     )
     more = (
@@ -323,8 +323,8 @@ def test_rates_of_a_schedule(options: dict[str, Any], expected: list[float]) -> 
 
 
 def test_pairs_of_texts_are_encoded_by_the_tokenizer(tmp_path: Path, bert: Path) -> None:  # noqa: F811
-    from exitkit.cli.data import load_data
-    from exitkit.cli.text_files import load_tokenizer
+    from exitkit.cli.data.loading import load_data
+    from exitkit.cli.data.text_files import load_tokenizer
 
     path = tmp_path / "pairs.tsv"
     path.write_text("one\ttwo\tscore\ngood film\tbad\t4.5\nfilm\tgood good film\t1\n")
@@ -481,7 +481,7 @@ def test_augmenting_texts_is_refused() -> None:
 
 
 def test_text_scores_must_be_numbers(tmp_path: Path, bert: Path) -> None:  # noqa: F811
-    from exitkit.cli.data import load_data
+    from exitkit.cli.data.loading import load_data
 
     (tmp_path / "scores.tsv").write_text("text\tscore\ngood\thigh\nbad\tlow\n")
     with pytest.raises(ExitkitError, match="numbers"):
@@ -490,7 +490,7 @@ def test_text_scores_must_be_numbers(tmp_path: Path, bert: Path) -> None:  # noq
 
 def test_files_with_a_byte_order_mark_are_read(tmp_path: Path) -> None:
     from exitkit.cli.exporting import read_labels
-    from exitkit.cli.recipe import read_recipe
+    from exitkit.cli.recipes.recipe import read_recipe
 
     (tmp_path / "marked.toml").write_bytes(b'\xef\xbb\xbfmodel = "timm:a"\ndata = "b"\n')  # as Notepad saves UTF-8
     assert read_recipe(tmp_path / "marked.toml", {}).model == "timm:a"

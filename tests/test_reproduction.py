@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from exitkit import ExitOutputs
-from exitkit.cli.recipe import Recipe
+from exitkit.cli.recipes.recipe import Recipe
 from exitkit.evaluation import RegressionOutputs
 from exitkit.exits import Feature
 from exitkit.exits.own import named
@@ -604,7 +604,7 @@ def test_a_cluster_needs_ray(small: None, refused: Any, tmp_path: Path, monkeypa
 
 
 def test_a_row_whose_machine_is_lost_fails_alone(tmp_path: Path) -> None:
-    from exitkit.cli.on_ray import carried_out_here
+    from exitkit.cli.recipes.on_ray import carried_out_here
 
     recipe, lost = Recipe("tests.toy:net", "x.npz"), str(tmp_path / "elsewhere")
     assert carried_out_here(recipe, tmp_path, lost, 1, None, "its backbone failed") == "its backbone failed"
@@ -627,7 +627,7 @@ def test_scales_name_the_files_that_are_not_there(small: None, tmp_path: Path) -
 
 def test_contrast_keeps_the_mean_of_each_channel() -> None:
     pytest.importorskip("torchvision")
-    from exitkit.cli.augmentation import augmented
+    from exitkit.cli.data.augmentation import augmented
 
     image = torch.randn(3, 8, 8)
     changed, _ = augmented([(image, 0)], None, ["contrast"], 2, (0.0,) * 3)

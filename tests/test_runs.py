@@ -29,7 +29,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import exitkit
 from exitkit import ExitkitError, MultiExitModel, Trainer
-from exitkit.cli.schedule import by_name
+from exitkit.cli.recipes.schedule import by_name
 from exitkit.training import Distillation, Loss, Phase
 from exitkit.training.display import Display
 from exitkit.training.distributed import make_accelerator, own_part, seed_everything

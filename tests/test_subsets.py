@@ -14,12 +14,12 @@ import torch
 from torch.utils.data import Subset, TensorDataset
 
 import exitkit
-from exitkit.cli.arrays import PackedImages
-from exitkit.cli.recipe import Recipe
+from exitkit.cli.data.arrays import PackedImages
+from exitkit.cli.data.split import Split
+from exitkit.cli.data.subsets import balanced, held_out_of, labels_of, regrouped
+from exitkit.cli.recipes.recipe import Recipe
+from exitkit.cli.recipes.training import loaders
 from exitkit.cli.sources import load_model
-from exitkit.cli.split import Split
-from exitkit.cli.subsets import balanced, held_out_of, labels_of, regrouped
-from exitkit.cli.training import loaders
 from tests.test_cli import images, invoke, run  # noqa: F401 - fixtures
 
 SIZES = {0: 40, 1: 25, 2: 10}
@@ -185,7 +185,7 @@ def net() -> Any:
 
 
 def test_a_data_set_of_torchvision_takes_arguments(fake_sets: list[dict[str, Any]], net: Any) -> None:
-    from exitkit.cli.data import load_data
+    from exitkit.cli.data.loading import load_data
 
     split = load_data("SVHN:split=train", net, "SVHN:split=test")
     assert (len(split.train), len(split.test)) == (10, 10)  # type: ignore[arg-type]
@@ -207,7 +207,7 @@ def test_a_data_set_of_torchvision_takes_arguments(fake_sets: list[dict[str, Any
 def test_data_sets_of_torchvision_that_cannot_be(
     fake_sets: list[dict[str, Any]], net: Any, data: str, message: str
 ) -> None:
-    from exitkit.cli.data import load_data
+    from exitkit.cli.data.loading import load_data
 
     with pytest.raises(exitkit.ArgumentError) as refusal:
         load_data(data, net)

@@ -138,7 +138,7 @@ def _model(run: Run, method: str | None, trust: bool) -> MultiExitModel:
 
 def _loss(run: Run) -> Loss:
     """What the exits of a run minimised: its recipe's, of which a run of ``exitkit bench`` has none."""
-    from exitkit.cli.recipe import Recipe
+    from exitkit.cli.recipes.recipe import Recipe
 
     given = run.about.get("loss")
     return Recipe(model="", data="", loss=given if isinstance(given, dict) else {}).make_loss()
@@ -146,7 +146,7 @@ def _loss(run: Run) -> Loss:
 
 def _samples(run: Run, model: MultiExitModel, data: str | None, samples: int) -> Iterable[Any]:
     """Batches of training samples, the same for every model and measurement."""
-    from exitkit.cli.data import load_data
+    from exitkit.cli.data.loading import load_data
 
     about = run.about
     chosen = about.get("data") if data is None else data

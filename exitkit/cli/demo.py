@@ -12,8 +12,8 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from exitkit.cli.bench import compare, comparison_table
+from exitkit.cli.data.split import Split
 from exitkit.cli.options import check_unused
-from exitkit.cli.split import Split
 from exitkit.cli.writing import next_steps, write_results, written
 from exitkit.common.errors import ExitkitError
 from exitkit.common.intervals import with_interval

@@ -91,7 +91,7 @@ def bench(
     check_folder(out)
     check_unused(out)
     from exitkit.cli.bench import compare
-    from exitkit.cli.data import load_data
+    from exitkit.cli.data.loading import load_data
     from exitkit.cli.machine import computing_with, threads_for, train_on
     from exitkit.cli.sources import load_pretrained
     from exitkit.common.allocator import keep_memory
@@ -210,8 +210,8 @@ def train(
         raise ArgumentError(f"--seed {seed} and --seeds {seeds}: give the one seed, or how many")
     check_folder(out)
     from exitkit.cli.machine import train_on
-    from exitkit.cli.recipe import parse_override, read_recipe
-    from exitkit.cli.repeating import carry_out, repeat
+    from exitkit.cli.recipes.recipe import parse_override, read_recipe
+    from exitkit.cli.recipes.repeating import carry_out, repeat
     from exitkit.cli.writing import next_steps
 
     train_on(device)
@@ -247,7 +247,7 @@ def init(
     if recipe.exists():
         raise ArgumentError(f"{str(recipe)!r} exists, and would be lost; name another file")
     with replacing(recipe) as temporary:
-        temporary.write_bytes(files("exitkit.cli").joinpath("recipe.toml").read_bytes())
+        temporary.write_bytes(files("exitkit.cli.recipes").joinpath("recipe.toml").read_bytes())
     say = make_console().print
     say(f"Written to {recipe}. Set model and data in it, then:")
     say(f"  exitkit train {shlex.quote(str(recipe))} --out runs/mine")

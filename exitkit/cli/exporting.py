@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from exitkit.cli.data.text_files import load_tokenizer
 from exitkit.cli.experiments import ask_for, import_heads
 from exitkit.cli.sources import load_model
-from exitkit.cli.text_files import load_tokenizer
 from exitkit.common.errors import ArgumentError, FileError, unknown_name
 from exitkit.common.schema import read_json
 from exitkit.methods.policy import ExitPolicy

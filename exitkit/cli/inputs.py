@@ -13,7 +13,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from exitkit.cli.text_files import cells
+from exitkit.cli.data.text_files import cells
 from exitkit.common.errors import ArgumentError, FileError
 from exitkit.multi_exit.image_files import prepared_image
 from exitkit.multi_exit.preprocessing import ImagePreprocessing

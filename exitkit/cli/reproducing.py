@@ -18,7 +18,7 @@ from exitkit.common.console import make_console
 from exitkit.common.errors import ArgumentError, ExitkitError, unknown_name
 
 if TYPE_CHECKING:
-    from exitkit.cli.recipe import Recipe
+    from exitkit.cli.recipes.recipe import Recipe
     from exitkit.reproduction import Outcome, Setting, Table
 
 _PRINTED = 60
@@ -92,7 +92,7 @@ def _carrying_out(
 ) -> Iterator[Callable[[Recipe, Path], None]]:
     """What carries out a recipe in its folder: here, or on a Ray cluster that all have been given to."""
     if ray is not None:
-        from exitkit.cli.on_ray import carried_out_on_ray
+        from exitkit.cli.recipes.on_ray import carried_out_on_ray
 
         check_least(threads=threads)
         chains = [_recipes(one, out, seed) for one in settings if not one.missing for seed in range(seeds)]
@@ -100,7 +100,7 @@ def _carrying_out(
             yield carried_out
         return
     from exitkit.cli.machine import train_on
-    from exitkit.cli.repeating import carry_out
+    from exitkit.cli.recipes.repeating import carry_out
 
     train_on(device)
     yield lambda recipe, folder: carry_out(
@@ -139,7 +139,7 @@ def _numbers(
     say: Callable[[Any], None],
 ) -> list[float | None]:
     """A row's numbers of one seed."""
-    from exitkit.cli.repeating import finish
+    from exitkit.cli.recipes.repeating import finish
     from exitkit.evaluation import ExitOutputs
     from exitkit.report import read_run
     from exitkit.report.run import validation_file
@@ -171,7 +171,7 @@ def _numbers(
 
 def _recipes(setting: Setting, out: Path, seed: int) -> list[tuple[Recipe, Path]]:
     """What a row trains with a seed, in their folders: the backbone that it begins from, where it has one, and its exits."""
-    from exitkit.cli.recipe import Recipe
+    from exitkit.cli.recipes.recipe import Recipe
     from exitkit.report import seed_folder
     from exitkit.report.run import BACKBONE
     from exitkit.reproduction.tables import merged

@@ -89,7 +89,7 @@ def retrofit(
     check_least(batch_size=batch_size, training_batch_size=training_batch_size, limit=limit)
     check_folder(out)
     import exitkit
-    from exitkit.cli.data import load_data
+    from exitkit.cli.data.loading import load_data
     from exitkit.cli.machine import computing_with, threads_for, train_on
     from exitkit.cli.sources import load_model
     from exitkit.cli.writing import written

@@ -8,7 +8,7 @@ from exitkit.common.console import make_console
 from exitkit.common.errors import ExitkitError
 
 if TYPE_CHECKING:
-    from exitkit.cli.split import Split
+    from exitkit.cli.data.split import Split
 
 INTERRUPTED = 130
 """The exit status of a command that Ctrl-C ended."""

@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Subset
 
 from exitkit.cli.bench import Trained, machine
-from exitkit.cli.split import Split
+from exitkit.cli.data.split import Split
 from exitkit.common.batches import split_batch
 from exitkit.common.errors import ExitkitError, FileError
 from exitkit.common.files import replacing

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from exitkit.cli.machine import train_on
-from exitkit.cli.recipe import Recipe
-from exitkit.cli.repeating import carry_out, finish, finished
+from exitkit.cli.recipes.recipe import Recipe
+from exitkit.cli.recipes.repeating import carry_out, finish, finished
 from exitkit.common.console import counted
 from exitkit.common.errors import ArgumentError, ExitkitError
 

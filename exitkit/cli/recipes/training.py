@@ -12,13 +12,13 @@ from rich.table import Table
 from torch import nn
 from torch.utils.data import DataLoader
 
-from exitkit.cli.augmentation import augmented
 from exitkit.cli.bench import Trained, check_classes, comparison_table, head_share, timed_stages
-from exitkit.cli.data import load_data
-from exitkit.cli.recipe import Recipe, described, output_within
+from exitkit.cli.data.augmentation import augmented
+from exitkit.cli.data.loading import load_data
+from exitkit.cli.data.split import Split
+from exitkit.cli.data.subsets import balanced, held_out_of, regrouped, together
+from exitkit.cli.recipes.recipe import Recipe, described, output_within
 from exitkit.cli.sources import load_model
-from exitkit.cli.split import Split
-from exitkit.cli.subsets import balanced, held_out_of, regrouped, together
 from exitkit.cli.writing import write_results, written
 from exitkit.common.console import counted
 from exitkit.evaluation import ExitOutputs, RegressionOutputs, collect

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 
-from exitkit.cli.split import Split, check_indices, hold_out
-from exitkit.cli.unpacking import check_inflation
+from exitkit.cli.data.split import Split, check_indices, hold_out
+from exitkit.cli.data.unpacking import check_inflation
 from exitkit.common.errors import ArgumentError, FileError
 from exitkit.multi_exit.preprocessing import ImagePreprocessing, default_statistics
 

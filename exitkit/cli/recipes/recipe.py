@@ -13,11 +13,11 @@ from typing import Any, get_type_hints
 
 import torch
 
-from exitkit.cli.augmentation import AUGMENTATIONS, MIXING
-from exitkit.cli.recipe_phases import KEYS as PHASE_KEYS
-from exitkit.cli.recipe_phases import check_phases, phases
-from exitkit.cli.recipe_values import check_type, made, plain_distillation
-from exitkit.cli.schedule import by_name
+from exitkit.cli.data.augmentation import AUGMENTATIONS, MIXING
+from exitkit.cli.recipes.phase_tables import KEYS as PHASE_KEYS
+from exitkit.cli.recipes.phase_tables import check_phases, phases
+from exitkit.cli.recipes.schedule import by_name
+from exitkit.cli.recipes.values import check_type, made, plain_distillation
 from exitkit.common.errors import ArgumentError, ExitkitError, FileError, unknown_name
 from exitkit.exits.classifiers import HeadSpec
 from exitkit.methods.presets import PRESETS, Method
@@ -59,10 +59,10 @@ class Recipe:
         augment: names of augmentations, applied in this order to training images, ``crop`` first.
         exits: options of :func:`exitkit.attach`; ``method`` is a name or ``{name = "gpf", ...}``
             with its options.
-        trainer: options of :class:`exitkit.Trainer`; ``phase`` is a list of tables (:mod:`exitkit.cli.recipe_phases`), and
-            takes the place of ``regime``.
+        trainer: options of :class:`exitkit.Trainer`; ``phase`` is a list of tables
+            (:mod:`exitkit.cli.recipes.phase_tables`), and takes the place of ``regime``.
         optimizer: ``name`` (adam, adamw, sgd) and its own options.
-        schedule: options of :func:`exitkit.cli.schedule.by_name`, for a rate that changes after every step.
+        schedule: options of :func:`exitkit.cli.recipes.schedule.by_name`, for a rate that changes after every step.
         loss: options of :class:`exitkit.training.Loss`, ``distillation`` being a table again.
     """
 

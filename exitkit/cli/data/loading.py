@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from exitkit.cli.arrays import image_arrays
-from exitkit.cli.augmentation import WHOLE
-from exitkit.cli.split import Split, hold_out
-from exitkit.cli.text_files import texts
+from exitkit.cli.data.arrays import image_arrays
+from exitkit.cli.data.augmentation import WHOLE
+from exitkit.cli.data.split import Split, hold_out
+from exitkit.cli.data.text_files import texts
 from exitkit.common.errors import ArgumentError, unknown_name
 from exitkit.common.torchvision_guard import import_torchvision
 from exitkit.multi_exit.image_files import opened_image, prepared_image

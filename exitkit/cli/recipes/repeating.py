@@ -13,9 +13,9 @@ from rich.table import Table
 
 from exitkit.cli.machine import computing_with, threads_for
 from exitkit.cli.options import check_unused
-from exitkit.cli.recipe import Recipe, described, output_within
+from exitkit.cli.recipes.recipe import Recipe, described, output_within
+from exitkit.cli.recipes.training import prepared, train_recipe
 from exitkit.cli.starting import INTERRUPTED, data_example, say_if_random, say_what_is_lost
-from exitkit.cli.training import prepared, train_recipe
 from exitkit.common.allocator import keep_memory
 from exitkit.common.files import replacing
 from exitkit.common.schema import read_json

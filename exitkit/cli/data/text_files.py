@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from exitkit.cli.split import Split, check_indices, hold_out
+from exitkit.cli.data.split import Split, check_indices, hold_out
 from exitkit.common.console import counted
 from exitkit.common.errors import ArgumentError, FileError
 from exitkit.multi_exit.saving.hub import refuse_local_path

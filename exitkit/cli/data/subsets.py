@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.utils.data import ConcatDataset, Dataset, Subset, random_split
 
-from exitkit.cli.split import Split, generator_of
+from exitkit.cli.data.split import Split, generator_of
 from exitkit.common.errors import ArgumentError
 
 UNLABELLED = -1
