@@ -78,6 +78,23 @@ def bert(tmp_path: Path) -> Path:
     return folder
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("bench", "--model", TOY, "--data", "IMAGES", "--out", ""),
+        ("demo", "--out="),
+        ("export", "RUN", "--out", ""),
+        ("rl", "clone", "--policy", "a.zip", "--env", "CartPole-v1", "--out", ""),
+    ],
+)
+def test_an_empty_out_is_not_taken_for_the_current_folder(
+    refused: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert refused(*arguments).startswith("exitkit: --out is empty; name a file or a folder (. is the current folder)")
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("name", ["torchvision:resnet18", "timm:resnet18"])
 def test_inspect_prints_boundaries_and_cost(run: Run, name: str) -> None:
     pytest.importorskip(name.partition(":")[0])
