@@ -155,11 +155,11 @@ def test_a_run_is_calibrated_compared_and_reported(run: Run, refused: Run, image
     chosen = json.loads((out / "thresholds.json").read_text())
     assert list(chosen) == ["ztw"]
     assert chosen["ztw"]["check"]["samples"] == 36
-    assert "sdn – ztw" in run("compare", out, "--budget", 0.8, "--resamples", 5)
-    (pair,) = json.loads(run("compare", out, "--budget", 0.8, "--resamples", 5, "--json"))
+    assert "sdn – ztw" in run("compare", out, "--budget", 0.8, "--resamples", 40)
+    (pair,) = json.loads(run("compare", out, "--budget", 0.8, "--resamples", 40, "--json"))
     assert [pair[key] for key in ("first", "second", "budget")] == ["sdn", "ztw", 0.8]
-    assert "top-2 accuracy" in run("compare", out, "--budget", 0.8, "--resamples", 5, "--top", 2)
-    pairs = json.loads(run("compare", out, "--budget", 0.8, "--resamples", 5, "--top", 2, "--json"))
+    assert "top-2 accuracy" in run("compare", out, "--budget", 0.8, "--resamples", 40, "--top", 2)
+    pairs = json.loads(run("compare", out, "--budget", 0.8, "--resamples", 40, "--top", 2, "--json"))
     assert (pairs[0], [one["top"] for one in pairs]) == (pair, [1, 2])
     assert "--top 0 must be at least 1" in refused("compare", out, "--top", 0)
     assert "top=99 must be a whole number" in refused("compare", out, "--top", 99)
