@@ -131,8 +131,8 @@ def bootstrap(
     Such as ``bootstrap(outputs, lambda o: o.curve().at_budget(0.5).accuracy)``.
 
     Raises:
-        ArgumentError: not outputs, fewer than two samples, no function, fewer than 40 resamples, a confidence outside (0, 1), or a
-            seed below 0.
+        ArgumentError: not outputs, fewer than two samples, no function, fewer than 40 resamples, a confidence outside (0, 1),
+            or a seed below 0.
     """
     from scipy import stats
 
