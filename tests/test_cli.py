@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from exitkit.cli import main
+from tests.toy import TinyNet
 
 Run = Callable[..., str]
 TOY = "tests.toy:net"
@@ -262,12 +263,24 @@ def test_demo_shows_a_table_and_writes_the_plot(run: Run, tmp_path: Path) -> Non
         (("inspect", "torchvision:resnet18", "--weights", "/no/such/file"), "--weights '/no/such/file'"),
         (("inspect", TOY, "--weights", "pretrained"), f"--model '{TOY}' returns its own weights; leave it out"),
         (("inspect", TOY), "example_inputs"),
+        (
+            ("inspect", TOY, "--num-classes", "5"),
+            f"--model {TOY} takes no num_classes, and num_classes=5 is asked for; let the function take it",
+        ),
         (("inspect", TOY, "--image-size", "-8"), "--image-size -8 must be at least 1"),
         (("inspect", "torchvision:fasterrcnn_resnet50_fpn"), "fasterrcnn"),
     ],
 )
 def test_wrong_models_are_refused(refused: Run, arguments: tuple[str, ...], message: str) -> None:
     assert message in refused(*arguments).replace("\n", " ")
+
+
+@pytest.mark.parametrize("make", [lambda num_classes: TinyNet(num_classes), lambda **options: TinyNet(**options)])
+def test_a_function_is_given_the_number_of_classes(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from exitkit.cli.sources import load_model
+
+    monkeypatch.setattr("tests.toy.net", make)
+    assert load_model(TOY, num_classes=5)(torch.zeros(2, 1, 8, 8)).shape == (2, 5)
 
 
 def test_weights_that_are_no_state_dict_are_refused_in_one_line(refused: Run, tmp_path: Path) -> None:
