@@ -325,6 +325,15 @@ def test_arrays_and_nan_as_example_inputs() -> None:
         exitkit.attach(TinyNet(), X * torch.nan)
 
 
+@pytest.mark.parametrize("function", [exitkit.attach, exitkit.inspect])
+def test_example_inputs_without_all_their_values(function: Callable[..., Any]) -> None:
+    for example in (X.to_sparse(), X[:1].to_sparse()):
+        with pytest.raises(exitkit.ArgumentError, match=r"^example_inputs: input 0 has the layout torch\.sparse_coo"):
+            function(TinyNet(), example)
+    with pytest.raises(exitkit.ArgumentError, match=r"^example_inputs: input 0 is on the meta device.*no values"):
+        function(TinyNet(), X.to("meta"))
+
+
 def test_a_state_dict_as_the_model() -> None:
     """What torch.load gives; its values do not belong into the message."""
     with pytest.raises(ExitkitError, match=r"^model is OrderedDict, perhaps a state dict.*load_state_dict") as error:

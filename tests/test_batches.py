@@ -186,6 +186,35 @@ def test_the_engine_names_an_input_that_is_no_tensor(ee: exitkit.MultiExitModel,
         exitkit.compile(ee, 0.5)(x)
 
 
+META = r"on the meta device, where tensors have no values; give one that has$"
+SPARSE = r"^input 0 has the layout torch\.sparse_coo, and the model takes dense tensors; give x\.to_dense\(\)$"
+
+
+def answer(ee: exitkit.MultiExitModel, batch: Any) -> None:
+    exitkit.compile(ee, 0.5)(batch[0])
+
+
+@pytest.mark.parametrize("use", [fit, validate, collect, ask, answer])
+@pytest.mark.parametrize(
+    ("x", "message"),
+    [(X.to_sparse(), SPARSE), (X.to_sparse().double(), SPARSE), (X.to("meta"), META)],
+    ids=["sparse", "sparse double", "meta"],
+)
+def test_tensors_without_all_their_values_are_explained(
+    ee: exitkit.MultiExitModel, use: Callable[[exitkit.MultiExitModel, Any], None], x: Tensor, message: str
+) -> None:
+    with pytest.raises(exitkit.ArgumentError, match=message):
+        use(ee, (x, Y))
+
+
+def test_sparse_tensors_are_refused_though_a_linear_layer_takes_them() -> None:
+    backbone = torch.nn.Sequential(*(torch.nn.Linear(8, 8) for _ in range(3)))
+    model = exitkit.attach(backbone.eval(), torch.randn(2, 8), every=1, method="sdn")
+    for use in (fit, collect, answer):
+        with pytest.raises(exitkit.ArgumentError, match=SPARSE):
+            use(model, (torch.eye(6, 8).to_sparse(), Y))
+
+
 def test_short_memory_is_no_mistake_of_the_inputs(ee: exitkit.MultiExitModel) -> None:
     def out_of_memory(*_: Any) -> None:
         raise torch.OutOfMemoryError("1 EiB")

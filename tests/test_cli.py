@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from exitkit.cli import main
+from tests.toy import TinyNet
 
 Run = Callable[..., str]
 TOY = "tests.toy:net"
@@ -78,6 +79,23 @@ def bert(tmp_path: Path) -> Path:
     return folder
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("bench", "--model", TOY, "--data", "IMAGES", "--out", ""),
+        ("demo", "--out="),
+        ("export", "RUN", "--out", ""),
+        ("rl", "clone", "--policy", "a.zip", "--env", "CartPole-v1", "--out", ""),
+    ],
+)
+def test_an_empty_out_is_not_taken_for_the_current_folder(
+    refused: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert refused(*arguments).startswith("exitkit: --out is empty; name a file or a folder (. is the current folder)")
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("name", ["torchvision:resnet18", "timm:resnet18"])
 def test_inspect_prints_boundaries_and_cost(run: Run, name: str) -> None:
     pytest.importorskip(name.partition(":")[0])
@@ -138,11 +156,11 @@ def test_a_run_is_calibrated_compared_and_reported(run: Run, refused: Run, image
     chosen = json.loads((out / "thresholds.json").read_text())
     assert list(chosen) == ["ztw"]
     assert chosen["ztw"]["check"]["samples"] == 36
-    assert "sdn – ztw" in run("compare", out, "--budget", 0.8, "--resamples", 5)
-    (pair,) = json.loads(run("compare", out, "--budget", 0.8, "--resamples", 5, "--json"))
+    assert "sdn – ztw" in run("compare", out, "--budget", 0.8, "--resamples", 40)
+    (pair,) = json.loads(run("compare", out, "--budget", 0.8, "--resamples", 40, "--json"))
     assert [pair[key] for key in ("first", "second", "budget")] == ["sdn", "ztw", 0.8]
-    assert "top-2 accuracy" in run("compare", out, "--budget", 0.8, "--resamples", 5, "--top", 2)
-    pairs = json.loads(run("compare", out, "--budget", 0.8, "--resamples", 5, "--top", 2, "--json"))
+    assert "top-2 accuracy" in run("compare", out, "--budget", 0.8, "--resamples", 40, "--top", 2)
+    pairs = json.loads(run("compare", out, "--budget", 0.8, "--resamples", 40, "--top", 2, "--json"))
     assert (pairs[0], [one["top"] for one in pairs]) == (pair, [1, 2])
     assert "--top 0 must be at least 1" in refused("compare", out, "--top", 0)
     assert "top=99 must be a whole number" in refused("compare", out, "--top", 99)
@@ -245,12 +263,24 @@ def test_demo_shows_a_table_and_writes_the_plot(run: Run, tmp_path: Path) -> Non
         (("inspect", "torchvision:resnet18", "--weights", "/no/such/file"), "--weights '/no/such/file'"),
         (("inspect", TOY, "--weights", "pretrained"), f"--model '{TOY}' returns its own weights; leave it out"),
         (("inspect", TOY), "example_inputs"),
+        (
+            ("inspect", TOY, "--num-classes", "5"),
+            f"--model {TOY} takes no num_classes, and num_classes=5 is asked for; let the function take it",
+        ),
         (("inspect", TOY, "--image-size", "-8"), "--image-size -8 must be at least 1"),
         (("inspect", "torchvision:fasterrcnn_resnet50_fpn"), "fasterrcnn"),
     ],
 )
 def test_wrong_models_are_refused(refused: Run, arguments: tuple[str, ...], message: str) -> None:
     assert message in refused(*arguments).replace("\n", " ")
+
+
+@pytest.mark.parametrize("make", [lambda num_classes: TinyNet(num_classes), lambda **options: TinyNet(**options)])
+def test_a_function_is_given_the_number_of_classes(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from exitkit.cli.sources import load_model
+
+    monkeypatch.setattr("tests.toy.net", make)
+    assert load_model(TOY, num_classes=5)(torch.zeros(2, 1, 8, 8)).shape == (2, 5)
 
 
 def test_weights_that_are_no_state_dict_are_refused_in_one_line(refused: Run, tmp_path: Path) -> None:

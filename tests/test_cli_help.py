@@ -140,11 +140,11 @@ def test_inspect_for_programs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
     assert {"blocks.0", "blocks.1"} <= set(found["boundaries"])
 
 
-@pytest.mark.parametrize("budgets", ["", "25,x", "0,50", "-5", "nan", "inf"])
+@pytest.mark.parametrize("budgets", ["", "25,x", "0,50", "-5", "nan", "inf", "25,1001"])
 def test_budgets_that_are_none_are_refused(budgets: str) -> None:
     from exitkit.cli.options import shares_of
 
-    assert shares_of("25, 35,112.5") == [0.25, 0.35, 1.125]
+    assert shares_of("25, 35,112.5,1000") == [0.25, 0.35, 1.125, 10.0]
     with pytest.raises(exitkit.ArgumentError, match="--budgets"):
         shares_of(budgets)
 

@@ -102,6 +102,14 @@ def test_the_first_pt2_warns_once_unless_it_is_trusted(packages: dict[str, Path]
     assert done.stdout.split() == ["0", "1"]  # nothing where it was trusted; then one warning of two lines
 
 
+def test_the_warning_says_how_to_trust_a_file_in_python_and_on_the_command_line(
+    packages: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("exitkit.packages.loading._warned", set())
+    with pytest.warns(UserWarning, match=r"exitkit\.load\(path, trust=True\), or --trust on the command line"):
+        exitkit.load(packages[".pt2"])
+
+
 @pytest.mark.parametrize("ending", [".onnx", ".onnx.zip"])
 def test_onnx_needs_no_trust(packages: dict[str, Path], ending: str) -> None:
     with warnings.catch_warnings():

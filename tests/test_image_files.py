@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 import exitkit
+from exitkit.cli import main
 from exitkit.cli.data.loading import load_data
 from exitkit.cli.data.split import Split
 from exitkit.cli.recipes.recipe import Recipe
@@ -75,3 +76,30 @@ def test_a_gpu_has_several(split: Split, tmp_path: Path, monkeypatch: pytest.Mon
     for one in every:  # where processes are spawned, these are sent to them
         assert one is not None
         pickle.dumps((one.dataset, one.collate_fn))
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_damaged_training_image_is_named_with_what_to_do(
+    split: Split,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    workers: int,
+) -> None:
+    """In one line, in whatever process it was read."""
+    damaged = tmp_path / "train" / "cat" / "3.png"
+    damaged.write_bytes(damaged.read_bytes()[:60])
+    monkeypatch.setattr("sys.argv", ["exitkit"])
+    monkeypatch.setattr("exitkit.cli.app.app", lambda: batches_of(replace(split, workers=workers), []))
+    with pytest.raises(SystemExit, match="2"):
+        main()
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"exitkit: '{damaged}' cannot be read as an image: ")
+    assert line.endswith("; replace the file, or remove it from the data set")
+
+
+def test_a_damaged_test_image_is_named_before_training(split: Split, tmp_path: Path) -> None:
+    (tmp_path / "val" / "dog" / "1.png").write_bytes(b"")
+    with pytest.raises(exitkit.ExitkitError, match=r"1\.png' cannot be read.*; replace the file, or remove it"):
+        load_data(str(tmp_path), torch.nn.Identity())

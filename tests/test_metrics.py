@@ -159,7 +159,7 @@ def test_mcnemar_is_the_exact_binomial_test() -> None:
     """Everybody leaves at exit 0: 6 samples only the first has right, 1 only the second."""
     one = outputs_of([[1, 1]] * 13 + [[0, 1]] * 7)
     two = outputs_of([[0, 1]] * 6 + [[1, 1]] * 8 + [[0, 1]] * 6)
-    (pair,) = paired_tests({"one": one, "two": two}, 0.3, resamples=10).pairs
+    (pair,) = paired_tests({"one": one, "two": two}, 0.3, resamples=40).pairs
     assert (pair.only_first, pair.only_second) == (6, 1)
     assert pair.accuracies == (13 / 20, 8 / 20)
     assert pair.p_value == pytest.approx(2 * binom.cdf(1, 7, 0.5))
@@ -174,19 +174,19 @@ def test_methods_are_compared_by_their_likeliest_classes() -> None:
         return ExitOutputs(both, torch.zeros(len(logits), dtype=torch.long), torch.tensor([1.0, 4.0]), 4.0)
 
     outputs = {"one": answering([first, second, second, last]), "two": answering([first, first, last, last])}
-    (pair,) = paired_tests(outputs, 0.3, top=2, resamples=10).pairs
+    (pair,) = paired_tests(outputs, 0.3, top=2, resamples=40).pairs
     assert (pair.top, pair.accuracies, pair.only_first, pair.only_second) == (2, (3 / 4, 2 / 4), 1, 0)
     assert pair.auc.value == pytest.approx(1 / 4)
-    (pair,) = paired_tests(outputs, 0.3, resamples=10).pairs
+    (pair,) = paired_tests(outputs, 0.3, resamples=40).pairs
     assert (pair.top, pair.accuracies, pair.only_first, pair.only_second) == (1, (1 / 4, 2 / 4), 0, 1)
-    assert "top-2 accuracy" in str(paired_tests(outputs, 0.3, top=2, resamples=10))
+    assert "top-2 accuracy" in str(paired_tests(outputs, 0.3, top=2, resamples=40))
     with pytest.raises(ExitkitError, match=r"top=4 must be a whole number.*most 3; there are 3 classes"):
         paired_tests(outputs, 0.3, top=4)
 
 
 def test_equal_methods_do_not_differ() -> None:
     outputs = random_outputs()
-    (pair,) = paired_tests({"a": outputs, "b": outputs}, 0.6, resamples=20).pairs
+    (pair,) = paired_tests({"a": outputs, "b": outputs}, 0.6, resamples=40).pairs
     assert pair.p_value == 1
     assert pair.auc == (0, 0, 0)
 
@@ -203,7 +203,7 @@ def test_a_better_method_is_better_by_what_its_curve_says() -> None:
 
 def test_all_pairs_are_tested() -> None:
     outputs = {name: random_outputs(seed=seed) for seed, name in enumerate("abc")}
-    pairs = [(pair.first, pair.second) for pair in paired_tests(outputs, 0.6, resamples=5).pairs]
+    pairs = [(pair.first, pair.second) for pair in paired_tests(outputs, 0.6, resamples=40).pairs]
     assert pairs == [("a", "b"), ("a", "c"), ("b", "c")]
 
 
@@ -227,7 +227,7 @@ def test_outputs_that_cannot_be_compared_are_refused(other: ExitOutputs, message
 
 def test_columns_stand_below_their_headings_whatever_the_names() -> None:
     long = {f"runs/of/a/long/name/{name}": random_outputs(seed=seed) for seed, name in enumerate(("sdn", "ztw"))}
-    heading, row, area = str(paired_tests(long, 0.6, resamples=2)).splitlines()
+    heading, row, area = str(paired_tests(long, 0.6, resamples=40)).splitlines()
     assert len(heading) == len(row)
     assert heading.index("accuracy") + len("accuracy") == row.rindex("%") + 1
     assert area.startswith("  AUC difference ")
@@ -235,7 +235,7 @@ def test_columns_stand_below_their_headings_whatever_the_names() -> None:
 
 def test_a_comparison_of_short_names_fits_80_columns() -> None:
     outputs = {name: random_outputs(seed=seed) for seed, name in enumerate(("sdn", "ztw", "branchynet"))}
-    assert max(map(len, str(paired_tests(outputs, 0.6, resamples=2)).splitlines())) <= 80
+    assert max(map(len, str(paired_tests(outputs, 0.6, resamples=40)).splitlines())) <= 80
 
 
 def test_one_method_cannot_be_compared() -> None:
@@ -284,6 +284,9 @@ def test_other_bad_arguments_are_refused() -> None:
         paired_tests([random_outputs()] * 2)  # type: ignore[arg-type]
     with pytest.raises(ExitkitError, match="resamples='many' must be"):
         paired_tests({"a": random_outputs(), "b": random_outputs()}, resamples="many")  # type: ignore[arg-type]
+    for resamples in (1, 39):  # 2.5% of 39 is less than one
+        with pytest.raises(ExitkitError, match=f"resamples={resamples} must be a whole number at least 40"):
+            paired_tests({"a": random_outputs(), "b": random_outputs()}, resamples=resamples)
     with pytest.raises(ExitkitError, match="rates per class need labels"):
         exit_rates_by_class(random_outputs(labels=None), 0.5)
     with pytest.raises(ExitkitError, match="bins=0 must be"):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from typing import Any
 
 import numpy as np
@@ -120,6 +122,27 @@ def test_it_takes_an_engines_predictions(tiny_ee: exitkit.MultiExitModel, loader
     report = monitor.report()
     assert report.observed_rates == pytest.approx(report.expected_rates)
     assert report.observed_score == pytest.approx(report.expected_score, abs=1e-5)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda it: pickle.loads(pickle.dumps(it))], ids=["copy", "pickle"])
+def test_a_copy_goes_on_from_what_was_seen_and_alone(
+    copied: Any, tiny_ee: exitkit.MultiExitModel, loader: Any
+) -> None:
+    monitor, (exits, scores) = ShiftMonitor(calibration(), TAU), stream(3_000, 1, shift=0.05)
+    monitor.update(exits[:150], scores[:150])
+    other = copied(monitor)
+    before = str(monitor.report())
+    assert str(other.report()) == before
+    other.update(exits[150:], scores[150:])
+    assert str(monitor.report()) == before
+    monitor.update(exits[150:], scores[150:])
+    assert monitor.report() == other.report()
+    engine = exitkit.compile(tiny_ee, 0.4, monitor=ShiftMonitor(exitkit.collect(tiny_ee, loader(96)), 0.4))
+    images, _ = next(iter(loader(96)))
+    twin = copied(engine)
+    assert torch.equal(twin(images).logits, engine(images).logits)
+    twin(images)
+    assert (engine.monitor.report().samples, twin.monitor.report().samples) == (len(images), 2 * len(images))
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -69,3 +70,18 @@ def test_what_takes_long_shows_progress(
     assert "batches cached: 2 of 3" in trained
     assert "batches for the ensemble: 2 of 3" in trained
     assert said(lambda: exitkit.Trainer(tiny_ee, epochs=1, cache=True, show_progress=False).fit(batches)) == ""
+
+
+def test_a_run_says_that_it_goes_on_once_its_checkpoint_is_accepted(
+    tiny_ee: exitkit.MultiExitModel, loader: Loader, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def said(epochs: int, **options: Any) -> str:
+        exitkit.Trainer(tiny_ee, epochs=epochs, output_dir=tmp_path, **options).fit(loader())
+        return capsys.readouterr().err
+
+    assert "going on" not in said(1)
+    with pytest.raises(exitkit.ArgumentError, match="made with epochs=1"):
+        said(2)
+    assert "going on" not in capsys.readouterr().err
+    assert said(1).startswith(f"going on from {tmp_path / 'checkpoint.pt'}\n")
+    assert said(1, show_progress=False) == ""

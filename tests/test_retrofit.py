@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
@@ -651,6 +652,25 @@ def test_a_cascade_begins_as_the_exits_that_it_links(net: nn.Module) -> None:
             first, second = apart.eval()(batch[0]).heads, linked.eval()(batch[0]).heads
         assert all(torch.allclose(one, other, atol=1e-5) for one, other in zip(first, second, strict=True))
     assert linked.method.cascade
+
+
+def test_a_model_that_ends_in_a_softmax_is_warned_of_once(net: nn.Module) -> None:
+    class Probable(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x).softmax(1)
+
+    model = Probable().eval()
+    model.load_state_dict(net.state_dict())
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always")
+        quick(model, *loaders(), heads=["1L"], boundaries=["blocks.0", "blocks.2"])
+        inputs = torch.zeros(2, 16)
+        with pytest.warns(UserWarning, match="Probable returns probabilities"):
+            apart = exitkit.attach(model, inputs, at=["blocks.0", "blocks.2"], head="1L", method="sdn")
+        linked_from(apart, ["1L"], seed=0)
+    told = [one for one in heard if "returns probabilities" in str(one.message)]
+    assert [one.filename for one in told] == [__file__]
+    assert "Probable returns probabilities: its forward ends in a softmax" in str(told[0].message)
 
 
 def test_heads_may_be_functions(net: nn.Module, tmp_path: Path) -> None:

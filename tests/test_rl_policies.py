@@ -223,7 +223,7 @@ def test_pickled_options_are_read_with_a_warning_or_not_at_all(tmp_path: Path) -
     kwargs = {"activation_fn": nn.ReLU, "net_arch": [8]}
     model, path = saved(tmp_path, policy_kwargs=kwargs)
     env, x = Spaces(NUMBERS, spaces.Discrete(3)), observed(NUMBERS)
-    with pytest.warns(UserWarning, match="pickle, which can run any code"):
+    with pytest.warns(UserWarning, match=r"pickle, which can run any code.*trust=True \(exitkit rl: --trust\)"):
         loaded = exitkit.rl.load_policy(path, env)
     assert torch.equal(exitkit.rl.policy(loaded)(x), exitkit.rl.policy(model)(x))
     _poison(path, "policy_kwargs", tmp_path / "ran")

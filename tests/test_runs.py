@@ -679,7 +679,7 @@ def test_every_exit_of_many_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
     for m in range(26):
         assert f" {m}: {m}.2500" in line
         assert f" {m}: {m / 26:.1%}" in line
-    display = Display(False, epochs=9, phases=1, steps=10)
+    display = Display(False, False, epochs=9, phases=1, steps=10)
     display.records = records
     text = drawn(display)
     assert max(map(len, text.splitlines())) <= 80
@@ -691,7 +691,7 @@ def test_every_exit_of_many_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_an_exit_that_learns_alone_stands_in_its_own_row() -> None:
-    display = Display(False, epochs=4, phases=2, steps=10)
+    display = Display(False, False, epochs=4, phases=2, steps=10)
     display.records = [Epoch(0, (0.5,), None, 1, (2,))]
     text = drawn(display)
     assert "phase 2 of 2" in text
@@ -711,8 +711,8 @@ def drawn(display: Display) -> str:
 def test_time_left_counts_the_epochs_to_come(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
-    display = Display(False, epochs=4, phases=1, steps=10)
-    display.resume(1)
+    display = Display(False, False, epochs=4, phases=1, steps=10)
+    display.resume(1, Path("checkpoint.pt"))
     now[0] = 5.0
     for _ in range(5):
         display.step(torch.ones(2), 16)

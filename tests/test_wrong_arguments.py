@@ -45,6 +45,7 @@ def test_plain_numbers_are_no_policy(outputs: ExitOutputs) -> None:
         ({"statistic": 5}, "statistic"),
         ({"resamples": "a"}, "resamples"),
         ({"resamples": 0}, "resamples"),
+        ({"resamples": 39}, "resamples=39 must be a whole number at least 40"),
         ({"confidence": "a"}, "confidence"),
         ({"confidence": 1}, "confidence"),
         ({"seed": -1}, "seed"),
@@ -113,8 +114,8 @@ def test_models_and_pictures(tmp_path: Path) -> None:
 def test_whole_numbers_of_numpy_are_taken(ee: exitkit.MultiExitModel, outputs: ExitOutputs, tmp_path: Path) -> None:
     whole: Any = np.int64
     ShiftMonitor(outputs, 0.5, window=whole(50))
-    paired_tests({"a": outputs, "b": outputs}, 1.5, resamples=whole(2), seed=whole(0))
-    bootstrap(outputs, first, resamples=whole(2), seed=whole(0))
+    paired_tests({"a": outputs, "b": outputs}, 1.5, resamples=whole(40), seed=whole(0))
+    bootstrap(outputs, first, resamples=whole(40), seed=whole(0))
     assert len(ee.prune_exits([whole(1)]).exits) == 3
     assert cifar_resnet(whole(20)).layer3
     timed = outputs.timed([ExitTimes("cpu", "any", whole(4), (1.0, 2.0, 3.0, 4.0))])

@@ -128,6 +128,12 @@ class ShiftMonitor:
         self._p_values: dict[str, float] = {}
         self._lock = threading.Lock()
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_lock"}  # of this process alone
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, _lock=threading.Lock())
+
     @property
     def alarm(self) -> bool:
         """Whether a shift was seen; it stays on. Then build a monitor from a new calibration split."""

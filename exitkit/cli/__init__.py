@@ -24,8 +24,15 @@ def main() -> None:
     except ExitkitError as error:
         if _asks_for_tracebacks(sys.argv[1:]):
             traceback.print_exc()
-        print(f"exitkit: {error}", file=sys.stderr)
+        print(f"exitkit: {_without_workers_traceback(str(error))}", file=sys.stderr)
         sys.exit(2)
+
+
+def _without_workers_traceback(message: str) -> str:
+    """What an error says; a process of a DataLoader puts its traceback before it."""
+    return re.sub(
+        r"\ACaught \w+ in DataLoader worker process .*\n[\w.]+Error: ", "", message, flags=re.DOTALL
+    ).rstrip()
 
 
 def _asks_for_tracebacks(arguments: list[str]) -> bool:

@@ -8,9 +8,17 @@ from typing import Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
+from exitkit.common.errors import ArgumentError
+
 
 class SectionedCommand(TyperCommand):
     """Its options stand under the ``rich_help_panel`` they name."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        typed, _, _ = self.make_parser(ctx).parse_args(list(args))
+        if typed.get("out") == "":  # as a Path it would be the current folder
+            raise ArgumentError("--out is empty; name a file or a folder (. is the current folder)")
+        return super().parse_args(ctx, args)
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         sections: dict[str, list[tuple[str, str]]] = {"Arguments": [], "Options": []}

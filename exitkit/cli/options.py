@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated
@@ -98,14 +97,16 @@ def shares_of(given: str, option: str = "--budgets") -> list[float]:
     """What was given as an option, ``"25,35,50"``, as shares of 1.
 
     Raises:
-        ArgumentError: something else, or a number that is not positive.
+        ArgumentError: something else, or a number that is not positive or above 1000, ten times the backbone.
     """
     try:
         found = [float(part) / 100 for part in given.split(",")]
     except ValueError:
         found = []
-    if not found or not all(0 < share < math.inf for share in found):
-        raise ArgumentError(f"{option} {given[:80]!r} must be percentages of the backbone's MACs, such as 25,35,50")
+    if not found or not all(0 < share <= 10 for share in found):
+        raise ArgumentError(
+            f"{option} {given[:80]!r} must be percentages of the backbone's MACs, at most 1000, such as 25,35,50"
+        )
     if max(found) <= 0.01:
         raise ArgumentError(
             f"{option} {given[:80]!r} is in percent: {100 * found[0]:g} is {100 * found[0]:g}%; write {1e4 * found[0]:g} for "

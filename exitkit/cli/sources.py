@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import os
 import sys
 from collections.abc import Callable
@@ -151,6 +152,12 @@ def _function(module: str, function: str, options: dict[str, Any]) -> nn.Module:
     if make is None:
         near = near_match(function, [name for name, value in vars(found).items() if callable(value)])
         raise ArgumentError(f"--model {module}:{function}: module {module!r} has no {function!r}.{near}")
+    taken = inspect.signature(make).parameters.values()
+    if options and not any(one.name in options or one.kind == one.VAR_KEYWORD for one in taken):
+        raise ArgumentError(
+            f"--model {module}:{function} takes no num_classes, and num_classes={options['num_classes']} is asked for; let "
+            "the function take it, and build a last layer of so many outputs"
+        )
     model = make(**options)
     if not isinstance(model, nn.Module):
         raise ArgumentError(f"--model {module}:{function} returned {type(model).__name__}, not a torch.nn.Module")

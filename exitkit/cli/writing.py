@@ -19,7 +19,7 @@ from exitkit.cli.bench import Trained, machine
 from exitkit.cli.data.split import Split
 from exitkit.common.batches import split_batch
 from exitkit.common.errors import ExitkitError, FileError
-from exitkit.common.files import replacing
+from exitkit.common.files import UNCHANGED, replacing
 from exitkit.evaluation import ExitOutputs, RegressionOutputs, plot_curves, plot_hindsight
 from exitkit.multi_exit.preprocessing import preprocessing_to_json
 from exitkit.packages.exporting import ENDINGS
@@ -54,7 +54,7 @@ def written(out: Path, write: Callable[[Path], None]) -> None:
         write(out)
         return
     except OSError as error:
-        reason = str(error).removesuffix("; what was there is unchanged")
+        reason = str(error).removesuffix(UNCHANGED)
     try:
         instead = Path(mkdtemp(prefix=f"{out.resolve().name}-"))
         write(instead)

@@ -147,6 +147,10 @@ def _holds_none(inputs: Any) -> bool:
 def move(value: Any, device: torch.device) -> Any:
     """Every tensor in ``value`` (a tensor, or tuples, lists and dicts of them) on ``device``."""
     if isinstance(value, Tensor):
+        if value.is_meta and device.type != "meta":
+            raise ArgumentError(
+                "a tensor of a batch is on the meta device, where tensors have no values; give one that has"
+            )
         return value.to(
             device, non_blocking=device.type == "cuda"
         )  # on the way back the values would not be there yet

@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from exitkit.common.errors import FileError
 
 T = TypeVar("T")
+UNCHANGED = "; what was there is unchanged"
 _LONGEST_STEM = 40
 _ATTEMPTS = 20
 
@@ -51,8 +52,13 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     except (OSError, SafetensorError) as error:
         if isinstance(error, OSError) and not _of_writing(error, target):
             raise
-        reason = getattr(error, "strerror", None) or str(error)
-        raise WriteError(f"{str(path)!r} cannot be written: {reason}; what was there is unchanged") from error
+        raise unwritten(path, error) from error
+
+
+def unwritten(path: str | os.PathLike[str], error: Exception) -> WriteError:
+    """What is said of a file whose replacement could not be written."""
+    reason = getattr(error, "strerror", None) or str(error)
+    return WriteError(f"{str(path)!r} cannot be written: {reason}{UNCHANGED}")
 
 
 def _of_writing(error: OSError, target: Path) -> bool:

@@ -75,6 +75,7 @@ class Inputs:
             shape = tensor.shape
             fits = len(shape) == len(sizes) and shape[:1] == tensors[0].shape[:1]
             fits = fits and (shape[1:] == sizes[1:] or all(map(_fits, sizes[1:], shape[1:])))
+            fits = fits and tensor.layout == torch.strided
             if not fits or tensor.dtype != dtype or tensor.device != self.device:
                 raise ArgumentError(
                     mistake_of(key, tensor, sizes, dtype) or self._unfit(key, tensor, sizes, dtype, fits)

@@ -19,7 +19,7 @@ from exitkit.common.batches import check_labels, checked, move, split_batch
 from exitkit.common.checks import PATH, check
 from exitkit.common.console import tracked
 from exitkit.common.errors import ArgumentError
-from exitkit.common.files import WriteError, make_folder
+from exitkit.common.files import WriteError, make_folder, unwritten
 from exitkit.common.hashes import hash_samples
 from exitkit.evaluation.outputs import ExitOutputs
 from exitkit.evaluation.regression import RegressionOutputs
@@ -80,7 +80,7 @@ def _full_disk_named(path: str | Path) -> Iterator[None]:
     except OSError as error:
         if isinstance(error, WriteError) or error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        raise WriteError(f"{str(path)!r} cannot be written: {error.strerror}; what was there is unchanged") from error
+        raise unwritten(path, error) from error
 
 
 @dataclass

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from exitkit.common.checks import Count, Index, Share, check
+from exitkit.common.checks import Bounds, Count, Index, Share, check
 from exitkit.common.errors import ArgumentError
 from exitkit.evaluation.outputs import ExitOutputs, check_outputs
 from exitkit.methods.policy import Threshold
 
 Array = NDArray[np.float64]
+Resamples = Annotated[int, Bounds(least=40)]
+"""Of a bootstrap: of fewer, less than one lies beyond each end of a 95% interval."""
 
 
 class Reliability(NamedTuple):
@@ -129,14 +131,14 @@ def bootstrap(
     Such as ``bootstrap(outputs, lambda o: o.curve().at_budget(0.5).accuracy)``.
 
     Raises:
-        ArgumentError: not outputs, fewer than two samples, no function, no resamples, a confidence outside (0, 1), or a
-            seed below 0.
+        ArgumentError: not outputs, fewer than two samples, no function, fewer than 40 resamples, a confidence outside (0, 1),
+            or a seed below 0.
     """
     from scipy import stats
 
     check_outputs(outputs)
     check("statistic", statistic, Callable, "such as lambda o: o.curve().auc()")
-    check("resamples", resamples, Count)
+    check("resamples", resamples, Resamples)
     check("confidence", confidence, Share)
     check("seed", seed, Index)
     if len(outputs) < 2:

@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from exitkit.common.checks import Count, Index, check
+from exitkit.common.checks import Index, check
 from exitkit.common.errors import ArgumentError
 from exitkit.evaluation.curve import Curve, traced
-from exitkit.evaluation.metrics import Interval
+from exitkit.evaluation.metrics import Interval, Resamples
 from exitkit.evaluation.outputs import ExitOutputs, check_outputs
 from exitkit.evaluation.regression import RegressionOutputs
 from exitkit.surgery.fingerprint import same_weights
@@ -116,7 +116,7 @@ def paired_tests(
         outputs: by name, at least two, with labels and in the same order of samples.
         budget: share of the backbone's MACs.
         top: a sample counts as right where its label is among so many likeliest classes, as for ``outputs.curve``.
-        resamples: of the bootstrap.
+        resamples: of the bootstrap, at least 40.
         seed: of the bootstrap.
 
     Raises:
@@ -192,7 +192,7 @@ def paired_errors(
     Args:
         outputs: by name, at least two, with labels and in the same order of samples.
         budget: share of the backbone's MACs.
-        resamples: of the bootstrap.
+        resamples: of the bootstrap, at least 40.
         seed: of the bootstrap.
 
     Raises:
@@ -250,12 +250,12 @@ def _check_pairable(outputs: Mapping[str, ExitOutputs], resamples: int, seed: in
     """Refuse what no pairs can be made of, or not be resampled.
 
     Raises:
-        ArgumentError: no dict of at least two, no resamples, a seed below 0, or as :func:`check_comparable`.
+        ArgumentError: no dict of at least two, fewer than 40 resamples, a seed below 0, or as :func:`check_comparable`.
     """
     if not isinstance(outputs, Mapping) or len(outputs) < 2:
         given = list(outputs) if isinstance(outputs, Mapping) else type(outputs).__name__
         raise ArgumentError(f"outputs={given}: give a dict of at least two, by name")
-    check("resamples", resamples, Count)
+    check("resamples", resamples, Resamples)
     check("seed", seed, Index)
     check_comparable(outputs)
 

@@ -12,7 +12,7 @@ from exitkit.common.checks import Bounds, check
 from exitkit.common.errors import ArgumentError
 from exitkit.exits.classifiers import Head
 from exitkit.methods.presets import Method
-from exitkit.multi_exit.assembly import assemble
+from exitkit.multi_exit.assembly import Parts, assemble
 from exitkit.multi_exit.model import MultiExitModel
 
 
@@ -73,11 +73,21 @@ def attach(
     where = {"every": every, "at": at, "at_cost": at_cost, "placement": placement, "first": first}
     parts = assemble(model, example_inputs, where, method, head, _outputs(num_classes, num_outputs))
     if parts.probabilities:
-        warnings.warn(
-            f"{type(model).__name__} returns probabilities: its forward ends in a softmax. exitkit takes them for logits, in "
-            "losses, ensembles and scores; leave the softmax out, or wrap the model in a module that returns their log()",
-            stacklevel=2,
-        )
+        warn_of_probabilities(model)
+    return with_exits(parts)
+
+
+def warn_of_probabilities(model: nn.Module) -> None:
+    """Tell the caller of the function that calls this one that the forward of a model it gave ends in a softmax."""
+    warnings.warn(
+        f"{type(model).__name__} returns probabilities: its forward ends in a softmax. exitkit takes them for logits, in "
+        "losses, ensembles and scores; leave the softmax out, or wrap the model in a module that returns their log()",
+        stacklevel=3,
+    )
+
+
+def with_exits(parts: Parts) -> MultiExitModel:
+    """A model of new parts, whose exits are in evaluation mode."""
     ee = MultiExitModel(parts)
     ee.training = False  # of the model alone: the backbone keeps its mode
     for added in (ee.classifiers, ee.combiners):

@@ -19,8 +19,8 @@ def call_model(model: MultiExitModel, function: Callable[..., T], inputs: Any) -
     Of a dict, what data sets hold beside the inputs is left out, and one tensor is that input, whatever its key.
 
     Raises:
-        ArgumentError: more inputs than ``model`` was attached with, one with other dimensions, or the call fails and a
-            difference from the inputs that it was attached with says why.
+        ArgumentError: more inputs than ``model`` was attached with, one with other dimensions, a sparse one, or the call fails
+            and a difference from the inputs that it was attached with says why.
     """
     forward = model.backbone.forward
     args, kwargs = as_call(model.example.spec.understood(inputs, argument_names(forward)))

@@ -135,7 +135,8 @@ def _warn(ending: str) -> None:
         _warned.add(ending)
         warnings.warn(
             f"{_UNTRUSTED[ending]}: load only files that you made or trust.\n"
-            "If you do, say so: exitkit.load(path, trust=True). Files of others: .onnx and .onnx.zip hold no code.",
+            "If you do, say so: exitkit.load(path, trust=True), or --trust on the command line. Files of others: .onnx and "
+            ".onnx.zip hold no code.",
             stacklevel=3,
         )
 

@@ -12,7 +12,8 @@ from exitkit.common.console import counted
 from exitkit.common.errors import DivergedError
 from exitkit.common.files import replacing
 from exitkit.exits.classifiers import Head, InternalClassifier
-from exitkit.multi_exit.attaching import attach
+from exitkit.multi_exit.assembly import assemble
+from exitkit.multi_exit.attaching import with_exits
 from exitkit.multi_exit.model import MultiExitModel
 from exitkit.retrofitting.candidates import Effort, is_light
 from exitkit.retrofitting.choice import cheapest, cheapest_threshold
@@ -82,13 +83,9 @@ def linked_from(model: MultiExitModel, heads: Sequence[Head], seed: int) -> Mult
     """The same exits with links and an ensemble, which begin as what they were without; ``heads`` are theirs."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        linked = attach(
-            model.backbone,
-            model.example.spec.batch(model.example.tensors),
-            at=[boundary.name for boundary in model.boundaries],
-            head=heads,
-            method="ztw",
-        )
+        inputs = model.example.spec.batch(model.example.tensors)
+        at = [boundary.name for boundary in model.boundaries]
+        linked = with_exits(assemble(model.backbone, inputs, {"at": at}, "ztw", heads, None))
     for new, old in zip(linked.classifiers, model.classifiers, strict=True):
         target, source = cast("InternalClassifier", new), cast("InternalClassifier", old)
         target.body.load_state_dict(source.body.state_dict())

@@ -23,6 +23,7 @@ from exitkit.evaluation.metrics import Interval
 from exitkit.evaluation.outputs import ExitOutputs
 from exitkit.exits.classifiers import Head
 from exitkit.methods.policy import ExitPolicy
+from exitkit.multi_exit.attaching import warn_of_probabilities
 from exitkit.multi_exit.model import MultiExitModel
 from exitkit.retrofitting.alternatives import Alternative, beside, captured_alternatives, named, weighed
 from exitkit.retrofitting.beginning import Wanted, search_for
@@ -36,7 +37,7 @@ from exitkit.retrofitting.samples import Data
 from exitkit.retrofitting.verdict import Times, decide, engines, timed
 from exitkit.surgery.capturing import Capture, capture
 from exitkit.surgery.inputs import Example
-from exitkit.surgery.replace_classifier import outputs_of
+from exitkit.surgery.replace_classifier import ends_in_softmax, outputs_of
 
 
 def retrofit(
@@ -110,6 +111,8 @@ def retrofit(
     say = _speaker(show_progress)
     name = "samples of calibration_loader" if example_inputs is None else "example_inputs"
     captured = capture(model, _example(example_inputs, calibration_loader), name)
+    if ends_in_softmax(captured):
+        warn_of_probabilities(model)
     outputs = outputs_of(captured)
     if outputs == 1:
         raise ArgumentError(

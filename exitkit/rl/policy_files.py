@@ -114,7 +114,7 @@ def _options(path: str | PathLike[str], about: Mapping[str, Any], trust: bool) -
             warnings.warn(
                 f"{str(path)!r} holds its policy_kwargs as a pickle, which can run any code when it is read, as it is now; "
                 "for a file that you do not trust give custom_objects={'policy_kwargs': {…}} instead, for one that you do "
-                "trust=True",
+                "trust=True (exitkit rl: --trust)",
                 stacklevel=3,
             )
         try:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from exitkit.common.batches import split_batch
 from exitkit.common.errors import ArgumentError
-from exitkit.surgery.inputs import Example
+from exitkit.surgery.inputs import Example, without_values
 
 _BATCH = 2
 _TEXT_LENGTH = 16
@@ -36,6 +36,9 @@ def example_for(model: nn.Module, example_inputs: Any = None) -> Example:
         )
     example = Example.of(batch)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    for key, tensor in zip(example.spec.keys, example.tensors, strict=True):
+        if (mistake := without_values(key, tensor)) and not (tensor.is_meta and device.type == "meta"):
+            raise ArgumentError(f"example_inputs: {mistake}")
     example = Example(example.spec, tuple(tensor.to(device) for tensor in example.tensors))
     return example if len(example.tensors[0]) > 1 else example.with_batch(_BATCH)
 

@@ -44,6 +44,15 @@ def not_a_tensor(key: int | str, value: Any) -> str:
     )
 
 
+def without_values(key: int | str, value: Tensor) -> str | None:
+    """What is said of a tensor that does not hold every number: a sparse one, or one on the meta device; of others None."""
+    if value.layout != torch.strided:
+        return f"input {key!r} has the layout {value.layout}, and the model takes dense tensors; give x.to_dense()"
+    if value.is_meta:
+        return f"input {key!r} is on the meta device, where tensors have no values; give one that has"
+    return None
+
+
 def call_on(function: Callable[..., T], batch: Any) -> T:
     """``function`` called with a batch as its arguments."""
     args, kwargs = as_call(batch)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from exitkit.common.console import counted
 from exitkit.common.errors import ArgumentError, ExitkitError
-from exitkit.surgery.inputs import Example, argument_names, as_call, not_a_tensor
+from exitkit.surgery.inputs import Example, argument_names, as_call, not_a_tensor, without_values
 
 _RAISED = (RuntimeError, TypeError, ValueError, IndexError, AttributeError)
 """By torch, of inputs that do not fit."""
@@ -73,14 +73,14 @@ def mistaken_input(args: Sequence[Any], kwargs: Mapping[str, Any], example: Exam
 
 
 def other_rank(args: Sequence[Any], kwargs: Mapping[str, Any], example: Example) -> str | None:
-    """The first input with more or fewer dimensions than the example's, in words, or None.
+    """The first input with more or fewer dimensions than the example's, or a sparse one, in words, or None.
 
     Layers that work on the last dimension take such an input, and answer once for each of the others.
     """
     given: dict[int | str, Any] = dict([*enumerate(args), *kwargs.items()])
     for key, taken in zip(example.spec.keys, example.tensors, strict=True):
         value = given.get(key)
-        if isinstance(value, Tensor) and value.dim() != taken.dim():
+        if isinstance(value, Tensor) and (value.dim() != taken.dim() or value.layout != torch.strided):
             return mistake_of(key, value, tuple(taken.shape), taken.dtype)
     return None
 
@@ -121,6 +121,8 @@ def mistake_of(key: int | str, value: Tensor, shape: Sequence[int | None], dtype
 
     ``shape`` begins with the batch, and has None for any size.
     """
+    if mistake := without_values(key, value):
+        return mistake
     if dtype.is_floating_point and not value.is_floating_point():
         return (
             f"input {key!r} is {value.dtype}, and the model takes {dtype}; scale and normalise pixels as for the backbone's "

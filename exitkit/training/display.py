@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -23,8 +24,8 @@ _EPOCHS = 6
 class Display:
     """A live table of the exits over a progress bar, or a line per epoch; silent where neither is wanted."""
 
-    def __init__(self, lines: bool, epochs: int, phases: int, steps: int | None) -> None:
-        self.lines, self.epochs, self.phases, self.steps = lines, epochs, phases, steps
+    def __init__(self, wanted: bool, lines: bool, epochs: int, phases: int, steps: int | None) -> None:
+        self.wanted, self.lines, self.epochs, self.phases, self.steps = wanted, lines, epochs, phases, steps
         self.records: list[Epoch] = []
         self.bar = Progress(
             TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[status]}")
@@ -32,8 +33,10 @@ class Display:
         self.task = self.bar.add_task("epoch 1", total=steps, status="")
         self._restart(0)
 
-    def resume(self, epochs: int) -> None:
-        """So many epochs were over before this run took them up."""
+    def resume(self, epochs: int, checkpoint: Path) -> None:
+        """So many epochs were over in a checkpoint that this run took up."""
+        if self.wanted:
+            print(f"going on from {checkpoint}", file=sys.stderr, flush=True)
         self._restart(epochs)
 
     def step(self, losses: Tensor, samples: int) -> None:
@@ -97,7 +100,7 @@ def displayed(wanted: bool, epochs: int, phases: int, steps: int | None) -> Iter
     ``steps``: optimiser steps of an epoch, where they are known.
     """
     console, wanted = Console(stderr=True), shows_progress(wanted)
-    display = Display(wanted and not console.is_terminal, epochs, phases, steps)
+    display = Display(wanted, wanted and not console.is_terminal, epochs, phases, steps)
     if not (wanted and console.is_terminal):
         yield display
         return

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from exitkit.common.batches import checked
 from exitkit.common.errors import ArgumentError
 from exitkit.multi_exit.model import MultiExitModel
-from exitkit.training.checkpoint import disk_errors_as_warnings, save_checkpoint
+from exitkit.training.checkpoint import NAME, disk_errors_as_warnings, save_checkpoint
 from exitkit.training.distributed import length, random_state, seed_everything, set_random_state
 from exitkit.training.early_stopping import EarlyStopping
 from exitkit.training.feature_cache.heads_alone import HeadsAlone
@@ -293,6 +293,7 @@ class Run:
         self.accelerator.wait_for_everyone()
 
     def _restore(self, state: dict[str, Any], learner: Learner) -> None:
+        assert self.options.directory is not None
         state = read_shards(state, self.options.directory, self.model, learner.optimizer)
         own, stored = self.model.state_dict(), state["weights"]
         same = self._weights().keys() <= stored.keys() <= own.keys()
@@ -313,7 +314,7 @@ class Run:
         self.objective.confidences = state["confidences"]
         self.stopping.restore(state["stopping"])
         self.history[:] = [Epoch(**record) for record in state["history"]]
-        self.display.resume(len(self.history))
+        self.display.resume(len(self.history), self.options.directory / NAME)
         self.tally = Tally(**state["tally"])
         self.random = state["random"] if self.tally.steps else None
 

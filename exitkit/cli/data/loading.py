@@ -5,8 +5,9 @@ from __future__ import annotations
 import inspect
 import os
 import tomllib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from exitkit.cli.data.arrays import image_arrays
 from exitkit.cli.data.augmentation import WHOLE
 from exitkit.cli.data.split import Split, hold_out
 from exitkit.cli.data.text_files import texts
-from exitkit.common.errors import ArgumentError, unknown_name
+from exitkit.common.errors import ArgumentError, FileError, unknown_name
 from exitkit.common.torchvision_guard import import_torchvision
 from exitkit.multi_exit.image_files import opened_image, prepared_image
 from exitkit.multi_exit.preprocessing import ImagePreprocessing
@@ -121,7 +122,17 @@ def _decoded(train: Any, test: Any, preprocessing: ImagePreprocessing, classes: 
 
 
 def _read(path: str, preprocessing: ImagePreprocessing) -> Tensor:
-    return prepared_image(path, preprocessing, whole=WHOLE.get())
+    with _remedy_named():
+        return prepared_image(path, preprocessing, whole=WHOLE.get())
+
+
+@contextmanager
+def _remedy_named() -> Iterator[None]:
+    """An error of an image file also says what to do about a file of a data set."""
+    try:
+        yield
+    except FileError as error:
+        raise FileError(f"{error}; replace the file, or remove it from the data set") from error
 
 
 def _transformed(image: Any, preprocessing: ImagePreprocessing) -> Tensor:
@@ -136,7 +147,8 @@ def _check_readable(paths: Iterable[str]) -> None:
 
 
 def _opened(path: str) -> None:
-    opened_image(path)  # and let go: of many only those that wait for their turn are in memory
+    with _remedy_named():
+        opened_image(path)  # and let go: of many only those that wait for their turn are in memory
 
 
 def _torchvision_dataset(data: str, test: str | None, model: nn.Module, option: str) -> Split:

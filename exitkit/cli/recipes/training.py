@@ -27,7 +27,7 @@ from exitkit.multi_exit.attaching import attach
 from exitkit.multi_exit.model import MultiExitModel
 from exitkit.report import Stage
 from exitkit.training import Trainer
-from exitkit.training.checkpoint import NAME, remove_checkpoint
+from exitkit.training.checkpoint import remove_checkpoint
 
 
 def prepared(recipe: Recipe) -> tuple[nn.Module, Split]:
@@ -92,8 +92,6 @@ def train_recipe(
         schedule=recipe.make_schedule(),
     )
     train, val, test = loaders(recipe, split, model.num_classes, seed)
-    if trainer.resume == "auto" and (kept / NAME).exists():
-        report(f"going on from {kept / NAME}")
     trainer.fit(train, val)
     outputs = collect(model, test)
     report(_table(method.name, outputs, f"{recipe.model} on {recipe.data}", top))
