@@ -694,7 +694,7 @@ def test_a_driver_without_a_libcuda_to_link_with_gets_one(
 
 
 @pytest.fixture
-def compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
+def compiler(tmp_path: Path) -> Iterator[Callable[[str], None]]:
     """Has Inductor build by g++ with an option of its own."""
     from torch._inductor import config
 
@@ -702,10 +702,11 @@ def compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callab
         wrapper = tmp_path / "g++"
         wrapper.write_text(f'#!/bin/sh\nexec g++ "$@" {option}\n')
         wrapper.chmod(0o755)
-        monkeypatch.setattr(config.cpp, "cxx", (None, str(wrapper)))
+        config.cpp.cxx = (None, str(wrapper))
 
     check_compiler.cache_clear()
-    yield use
+    with config.patch({"cpp.cxx": config.cpp.cxx}):  # puts it back
+        yield use
     check_compiler.cache_clear()
 
 

@@ -162,6 +162,9 @@ class Choosy(TinyNet):
         return super().forward(x * scale)
 
 
+@pytest.mark.skipif(
+    torch.__version__.startswith("2.11"), reason="torch.export of 2.11 fails on a float that is checked"
+)
 def test_a_graph_that_reads_values_is_counted_too_and_leaves_no_trace() -> None:
     model = Choosy().eval()
     assert exitkit.inspect(model, images(), show=False).anatomy.macs == TOTAL
