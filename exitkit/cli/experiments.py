@@ -166,7 +166,7 @@ def _keep(
         say(comparison_table(outputs, title, budgets, top))
         for line in over_budget(outputs, budgets):
             say(line)
-        written(out, lambda folder: write_results(results, folder, about, split, top=top))
+        written(out, lambda folder: write_results(results, folder, about, split, top=top), unused=True)
         for line in next_steps(out):
             say(line)
     if isinstance(stopped, KeyboardInterrupt):
