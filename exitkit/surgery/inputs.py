@@ -141,7 +141,8 @@ class CallSpec:
         """Refuse other flags and numbers than the model was attached with, since the graph holds those."""
         args, kwargs = as_call(batch)
         fixed: dict[int | str, Any] = dict([*enumerate(self.args), *self.kwargs])
-        for key, value in [*enumerate(args), *kwargs.items()]:
+        given: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
+        for key, value in given:
             known = key not in self.keys and (key in fixed or isinstance(key, int))
             if known and isinstance(value, bool | int | float | str) and value != fixed.get(key):
                 attached = f"with {fixed[key]!r}" if key in fixed else "without it"
