@@ -19,7 +19,7 @@ from exitkit.methods.criteria import Criterion
 Measure = Literal["pearson", "r2", "mse"]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class RegressionOutputs(ExitOutputs):
     """Predictions of M exits and the backbone (exit M) on N samples; ``accuracy`` is Pearson's correlation with the labels.
 
