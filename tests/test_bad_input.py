@@ -252,6 +252,50 @@ def test_two_streams_side_by_side() -> None:
         exitkit.attach(Streams(), X)
 
 
+class Scaled(nn.Module):
+    """Takes a number beside its tensor, or what is in a dict."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 4), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor, scale: Any = 1.0) -> Tensor:
+        factor = scale["factor"] if isinstance(scale, dict) else scale
+        return self.last(torch.relu(self.first(x) * factor))
+
+
+def test_another_number_than_at_attach_is_refused() -> None:
+    """The graph holds the number, and the engine answered as if it had been given that one."""
+    model, x = Scaled().eval(), torch.randn(2, 4)
+    plain = exitkit.compile(exitkit.attach(model, x, at=["first"]), 2.0)
+    with torch.no_grad():
+        assert torch.equal(plain(x).logits, model(x))
+        halved = exitkit.compile(exitkit.attach(model, {"x": x, "scale": 0.5}, at=["first"]), 2.0)
+        assert torch.equal(halved(x=x, scale=0.5).logits, model(x, 0.5))
+    with pytest.raises(ExitkitError, match=r"argument 1 is 3\.0, and the model was attached without it.*attach again"):
+        plain(x, 3.0)
+    with pytest.raises(ExitkitError, match=r"argument 'scale' is 3\.0, and the model was attached with 0\.5"):
+        halved(x=x, scale=3.0)
+
+
+@pytest.mark.parametrize(
+    "example", [(torch.ones(2, 4), {"factor": torch.ones(1, 4)}), ({"x": torch.ones(2, 4)},)], ids=["beside", "alone"]
+)
+def test_tensors_in_a_dict_are_refused(example: Any) -> None:
+    """Those beside a tensor became constants of the graph, and others were ignored."""
+    with pytest.raises(ExitkitError, match=r"is a dict of tensors.*wrap the model in a module"):
+        exitkit.attach(Scaled(), example, at=["first"])
+
+
+def test_one_number_for_each_sample_needs_a_dimension() -> None:
+    class Flat(Scaled):
+        def forward(self, x: Tensor, scale: Any = 1.0) -> Tensor:
+            return super().forward(x)[:, 0]
+
+    with pytest.raises(ExitkitError, match=r"shape \(2,\).*regression, whose output is \(B, 1\).*output\[:, None\]"):
+        exitkit.attach(Flat(), torch.ones(2, 4))
+
+
 def test_volumes_have_no_head() -> None:
     block = [nn.Conv3d(1, 1, 3, padding=1), nn.ReLU(), nn.Conv3d(1, 1, 3, padding=1), nn.ReLU()]
     model = nn.Sequential(*block, nn.Flatten(), nn.Linear(64, 3))

@@ -97,6 +97,7 @@ def test_training_on_such_batches_is_training_on_pairs(ee: exitkit.MultiExitMode
         ((X.numpy(), Y), r"inputs of type ndarray cannot be passed"),
         ((X, torch.nn.functional.one_hot(Y, 3)), r"shape \(6, 3\); expected class indices.*labels\.argmax\(1\)"),
         ((X, Y[:, None]), r"shape \(6, 1\); expected class indices of shape \(6,\): labels\.squeeze\(1\)"),
+        ((X, Y.float()), r"dtype torch\.float32 .*expected class indices of shape \(6,\): labels\.long\(\)"),
         (
             (X.half(), Y),
             r"^input 0 is torch\.float16, and the model takes torch\.float32; call \.to\(torch\.float32\)$",

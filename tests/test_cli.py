@@ -283,6 +283,13 @@ def test_a_function_is_given_the_number_of_classes(make: Any, monkeypatch: pytes
     assert load_model(TOY, num_classes=5)(torch.zeros(2, 1, 8, 8)).shape == (2, 5)
 
 
+def test_a_configuration_that_transformers_refuses_is_not_called_missing(refused: Run, bert: Path) -> None:
+    (bert / "config.json").write_text('{"model_type": "nothing-known"}')
+    error = refused("inspect", f"hf:{bert}").replace("\n", " ")
+    assert "cannot be loaded" in error
+    assert "neither a folder" not in error
+
+
 def test_weights_that_are_no_state_dict_are_refused_in_one_line(refused: Run, tmp_path: Path) -> None:
     (tmp_path / "text.pth").write_text("no weights")
     error = refused("inspect", TOY, "--weights", tmp_path / "text.pth")

@@ -160,6 +160,30 @@ def test_a_folder_that_cannot_be_written_to_after_training_loses_no_result(
     run("report", instead)
 
 
+@pytest.mark.parametrize("command", ["bench", "train"])
+def test_a_run_that_another_process_finished_meanwhile_is_not_replaced(
+    command: str,
+    refused: Any,
+    recipe: Path,
+    images: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    out = tmp_path / "run"
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+
+    def happens() -> None:
+        out.mkdir(exist_ok=True)
+        (out / "results.json").write_text("another's")
+
+    after_training(monkeypatch, f"exitkit.cli.{'bench' if command == 'bench' else 'training'}", happens)
+    given = ("--model", TOY, "--data", images, "--methods", "sdn") if command == "bench" else (recipe, "--trust")
+    told = refused(command, *given, "--epochs", 1, "--out", out).splitlines()[-1]
+    assert "another process has written its run there meanwhile. The results are in" in told
+    assert (out / "results.json").read_text() == "another's"
+    assert (Path(told.split("The results are in '")[1].split("'")[0]) / "results.json").exists()
+
+
 def test_a_finished_run_is_not_replaced(
     run: Any,
     refused: Any,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -88,6 +89,33 @@ def test_a_model_and_data_become_exits_a_verdict_and_a_page(
     again = run(*arguments, *options)  # everything is there already
     assert json.loads((out / "retrofit.json").read_text())["policy"] == found["policy"]
     assert found["verdict"] in again
+
+
+def test_the_command_that_is_printed_runs_as_it_stands(
+    run: Run,  # noqa: F811
+    data: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It lacked ``--out``, and was broken into lines."""
+    ee = exitkit.attach(trained(), torch.zeros(2, 1, 8, 8), at=["blocks.0"], head="1L", method="sdn")
+
+    class Result:
+        verdict, instead, model = "exits", None, ee
+
+        def save(self, folder: Path) -> None:
+            ee.save_pretrained(folder / "exits", threshold=0.75)
+
+        def report(self, path: Path) -> None:
+            path.write_text("")
+
+    monkeypatch.setattr("exitkit.retrofit", lambda *_, **__: Result())
+    weights, out = data / "the weights.pth", data / ("a long name, " * 9)
+    torch.save(trained().state_dict(), weights)
+    given = ("--model", MODEL, "--data", data / "images.npz", "--weights", weights)
+    printed = run("retrofit", *given, "--out", out).splitlines()
+    command = next(line for line in printed if line.startswith("  exitkit export "))
+    run(*shlex.split(command)[1:])
+    assert (out / "model.pt2").is_file()
 
 
 OLDER = "saves 9%; but small keeps the same promise for 5.0% of the MACs: ship that instead"

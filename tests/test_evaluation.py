@@ -191,6 +191,18 @@ def test_the_outputs_own_criterion_is_the_default() -> None:
     assert outputs.exits_at(1).tolist() == outputs.exits_at(1, "patience").tolist()
 
 
+def test_outputs_are_shown_without_their_numbers() -> None:
+    """Every hash of every sample was printed."""
+    outputs = some_outputs(3, 2, 5, hashes=torch.arange(3))
+    assert (
+        repr(outputs) == "ExitOutputs(3 samples, 5 classes, cost of each exit: 66.7%, 133.3%, criterion='confidence')"
+    )
+    predictions = evaluation.RegressionOutputs(torch.zeros(3, 2), None, torch.tensor([1.0, 2.0]), 2.0)
+    assert repr(predictions) == (
+        "RegressionOutputs(3 samples, no labels, cost of each exit: 50.0%, 100.0%, criterion='tolerance')"
+    )
+
+
 def test_patience_thresholds_are_counts() -> None:
     right = [[1, 1, 1, 1], [1, 0, 0, 1], [0, 1, 0, 1]]
     outputs = outputs_of(right)

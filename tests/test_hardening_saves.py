@@ -217,18 +217,21 @@ def test_threads_that_write_at_once(tmp_path: Path) -> None:
     assert len(list(tmp_path.iterdir())) == 1
 
 
-def test_a_disk_that_fills_while_outputs_are_collected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("reason", [errno.ENOSPC, errno.EFBIG])
+def test_a_disk_that_fills_while_outputs_are_collected(
+    reason: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     ee = exitkit.attach(TinyNet().eval(), images(), every=2, method="sdn")
     path = tmp_path / "outputs.safetensors"
     exitkit.collect(ee, [images(8)], path)
     before = path.read_bytes()
 
     def full(**_: Any) -> Any:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        raise OSError(reason, os.strerror(reason))
 
     monkeypatch.setattr("exitkit.evaluation.collecting.tempfile.NamedTemporaryFile", full)
     with pytest.raises(
-        FileError, match=r"outputs\.safetensors' cannot be written: No space left on device; what was there"
+        FileError, match=rf"outputs\.safetensors' cannot be written: {os.strerror(reason)}; what was there"
     ):
         exitkit.collect(ee, [images(8)], path)
     assert path.read_bytes() == before

@@ -113,6 +113,39 @@ def test_onnxruntime_answers_as_the_engine_does(
     assert len(exitkit.load(path)(images(3)[:0]).exit) == 0
 
 
+class InPlace(nn.Module):
+    """After every block the first ``width`` of eight features are written over."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.width = width
+        self.blocks, self.last = nn.ModuleList(nn.Linear(8, 8) for _ in range(4)), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x[:, : self.width].sub_(0.5)
+        for block in self.blocks:
+            x = block(x)
+            x[:, : self.width].relu_()
+        return self.last(x)
+
+
+@pytest.mark.parametrize("ending", [".pt2", ".onnx", ".onnx.zip"])
+@pytest.mark.parametrize("width", [8, 4])
+def test_stages_that_write_into_their_input(width: int, ending: str, tmp_path: Path) -> None:
+    """The comparison ran on what the model had written over, so that no such model could be exported."""
+    torch.manual_seed(0)
+    model, x = InPlace(width).eval(), torch.randn(40, 8)
+    ee = exitkit.attach(model, x[:2].clone(), every=1, method="sdn")
+    threshold = _median(ee, x.clone())
+    exitkit.export(ee, tmp_path / f"model{ending}", threshold)
+    prediction = exitkit.load(tmp_path / f"model{ending}", trust=True)(x.clone())
+    assert len(prediction.exit.unique()) > 1
+    with torch.no_grad():
+        expected = torch.stack([*ee(x.clone()).logits])[prediction.exit, torch.arange(40)]
+    assert torch.allclose(prediction.logits, expected, atol=1e-5)
+    assert torch.equal(prediction.exit, exitkit.compile(ee, threshold)(x.clone()).exit)
+
+
 def test_what_is_behind_an_exit_is_inside_its_branch(
     models: dict[str, exitkit.MultiExitModel], tmp_path: Path
 ) -> None:

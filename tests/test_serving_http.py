@@ -12,7 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import Tensor, nn
 
+import exitkit
 from exitkit import ImagePreprocessing
 from exitkit.engine.program import Description
 from exitkit.serving.service import Service
@@ -107,6 +109,33 @@ def test_metadata_and_health() -> None:
     assert {one["name"]: one["shape"] for one in document["outputs"]}["logits"] == [-1, 3]
     for path in ("/v2", "/v2/health/live", "/v2/health/ready", "/v2/models/pets/ready"):
         assert once(service(), "GET", path)[0] == 200
+
+
+class TwoInputs(nn.Module):
+    """Takes a feature and what it is weighted by; which is which shows in the answer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(3, 3), nn.Linear(3, 3)
+
+    def forward(self, weight: Tensor, feature: Tensor) -> Tensor:
+        return self.last(torch.relu(self.first(feature)) * weight)
+
+
+def test_inputs_are_called_as_the_models_arguments_are() -> None:
+    """They had the names of the graph, ``tensors_0`` and so on, and three of one shape could not be told apart."""
+    torch.manual_seed(0)
+    model, given = TwoInputs().eval(), {"weight": torch.rand(2, 3), "feature": torch.rand(2, 3)}
+    to = Service(exitkit.compile(exitkit.attach(model, given, at=["first"]), 2.0), Settings("models/pets.pt2"))
+    _, document = once(to, "GET", "/v2/models/pets")
+    assert {one["name"] for one in document["inputs"]} == {"weight", "feature"}
+    entries = [{**tensor(data=x.flatten().tolist())["inputs"][0], "name": name} for name, x in given.items()]
+    for inputs in (entries, entries[::-1]):
+        to = Service(to.engine, to.settings)
+        _, document = once(to, "POST", INFER, {"inputs": inputs})
+        logits = next(one["data"] for one in document["outputs"] if one["name"] == "logits")
+        with torch.no_grad():
+            assert torch.allclose(torch.tensor(logits).reshape(2, 3), model(**given), atol=1e-6)
 
 
 @pytest.mark.parametrize(

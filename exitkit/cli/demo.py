@@ -66,7 +66,7 @@ def run_demo(out: Path, console: Console) -> None:
     about = {"model": "exitkit.models:cifar_resnet", "data": _DATA}
     written(out, lambda folder: write_results(results, folder, about, split, backbone))
     for line in next_steps(out):
-        console.print(line)
+        console.print(line, soft_wrap=True)
 
 
 def _is_demo(out: Path) -> bool:

@@ -166,9 +166,9 @@ def _keep(
         say(comparison_table(outputs, title, budgets, top))
         for line in over_budget(outputs, budgets):
             say(line)
-        written(out, lambda folder: write_results(results, folder, about, split, top=top))
+        written(out, lambda folder: write_results(results, folder, about, split, top=top), unused=True)
         for line in next_steps(out):
-            say(line)
+            say(line, soft_wrap=True)
     if isinstance(stopped, KeyboardInterrupt):
         typer.echo(
             f"stopped; kept in {out}: {', '.join(results) or 'nothing, since no method was finished'}", err=True
@@ -227,7 +227,7 @@ def train(
     if seeds is None:
         carry_out(chosen, out, threads, say, top)
         for line in next_steps(out):
-            say(line)
+            say(line, soft_wrap=True)
         return
     repeat(
         [read_recipe(recipe, overrides | {"trainer.seed": number}) for number in range(seeds)],
@@ -250,7 +250,7 @@ def init(
         temporary.write_bytes(files("exitkit.cli.recipes").joinpath("recipe.toml").read_bytes())
     say = make_console().print
     say(f"Written to {recipe}. Set model and data in it, then:")
-    say(f"  exitkit train {shlex.quote(str(recipe))} --out runs/mine")
+    say(f"  exitkit train {shlex.quote(str(recipe))} --out runs/mine", soft_wrap=True)
 
 
 def import_heads(head: str | Sequence[str], source: str, trust: bool) -> None:

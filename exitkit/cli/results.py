@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -91,7 +92,7 @@ def calibrate(
                 measured = with_interval(one.check.risk, one.check.samples)
             say(f"  On {one.check.samples} other samples: {risk} {measured}, cost {one.check.cost:.1%}.")
     say(f"Written to {written}")
-    say(f"To make a file of it that runs anywhere: exitkit export {run}")
+    say(f"To make a file of it that runs anywhere: exitkit export {shlex.quote(str(run))}", soft_wrap=True)
 
 
 def compare(

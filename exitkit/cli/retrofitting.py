@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -131,8 +132,10 @@ def retrofit(
     written(out, write)
     say(f"Written to {out}/: retrofit.json, report.html{', exits' if result.model is not None else ''}")
     if result.verdict == "exits" and result.instead is None:
-        told = "" if weights is None else f" --weights {weights}"
-        say(f"To make a file of it that runs anywhere: exitkit export --model {model}{told} --exits {out / 'exits'}")
+        given = {"--model": model, "--weights": weights, "--num-classes": num_classes, "--exits": out / "exits"}
+        options = [f"{name} {shlex.quote(str(value))}" for name, value in given.items() if value is not None]
+        say("To make a file of it that runs anywhere:")
+        say(f"  exitkit export {' '.join(options)} --out {shlex.quote(str(out / 'model.pt2'))}", soft_wrap=True)
 
 
 def _check_classes(backbone: nn.Module, example: Any, data: int | None, asked: int | None) -> None:

@@ -121,9 +121,9 @@ def _hugging_face(name: str, weights: str | None, options: dict[str, Any]) -> nn
     try:
         config = transformers.AutoConfig.from_pretrained(name, **extra)
     except (OSError, ValueError) as error:
-        raise ArgumentError(
-            f"--model hf:{name} is neither a folder with a config.json nor on the hub: {error}"
-        ) from error
+        there = (Path(name) / "config.json").is_file()
+        wrong = "cannot be loaded" if there else "is neither a folder with a config.json nor on the hub"
+        raise ArgumentError(f"--model hf:{name} {wrong}: {error}") from error
     kinds = {
         transformers.AutoModelForSequenceClassification: transformers.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
         transformers.AutoModelForImageClassification: transformers.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,

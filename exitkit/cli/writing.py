@@ -43,14 +43,21 @@ _DERIVED = (THRESHOLDS, "report.html", "report-*.png", "report-*.csv", *(f"model
 """Files that commands make of a run in its folder, unless they are told another name."""
 
 
-def written(out: Path, write: Callable[[Path], None]) -> None:
+def written(out: Path, write: Callable[[Path], None], unused: bool = False) -> None:
     """Call ``write`` with the folder ``out``; where it cannot be written to any more, with a temporary one, so that what
     was computed is not lost.
+
+    Args:
+        out: the folder.
+        write: writes into the folder that it is given.
+        unused: no run was in ``out`` when this one began; one that is there now is another process's, and stays.
 
     Raises:
         FileError: ``out`` could not be written to; it says where the results are instead.
     """
     try:
+        if unused and (out / RESULTS).exists():
+            raise FileExistsError("another process has written its run there meanwhile")
         write(out)
         return
     except OSError as error:

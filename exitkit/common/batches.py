@@ -48,6 +48,7 @@ def check_labels(labels: Any, num_classes: int, batch: int) -> Tensor:
         known = {
             (batch, num_classes): "; of one-hot labels these are labels.argmax(1)",
             (batch, 1): ": labels.squeeze(1)",
+            (batch,): ": labels.long()",
         }
         raise ArgumentError(
             f"labels have dtype {labels.dtype} and shape {tuple(labels.shape)}; expected class indices of shape "

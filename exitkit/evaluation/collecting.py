@@ -78,7 +78,7 @@ def _full_disk_named(path: str | Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if isinstance(error, WriteError) or error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if isinstance(error, WriteError) or error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
         raise unwritten(path, error) from error
 

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from exitkit.common.batches import check_labels
 from exitkit.common.checks import check, checked_each
+from exitkit.common.console import counted
 from exitkit.common.errors import ArgumentError, ExitkitError, FileError
 from exitkit.evaluation.budgets import BudgetPoint, ExitChoice, best_within
 from exitkit.evaluation.curve import Curve, traced
@@ -35,7 +36,7 @@ from exitkit.methods.policy import (
 from exitkit.methods.presets import check_task
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class ExitOutputs:
     """Predictions of M exits and the backbone (exit M) on N samples.
 
@@ -99,6 +100,14 @@ class ExitOutputs:
 
     def __len__(self) -> int:
         return len(self.log_probs)
+
+    def __repr__(self) -> str:
+        costs = ", ".join(f"{cost:.1%}" for cost in self.costs)
+        classes = self.log_probs.shape[2]
+        return (
+            f"{type(self).__name__}({counted(len(self), 'sample')}{f', {classes} classes' if classes > 1 else ''}"
+            f"{', no labels' if self.labels is None else ''}, cost of each exit: {costs}, criterion={self.criterion!r})"
+        )
 
     def __getitem__(self, rows: slice | Tensor | NDArray[Any]) -> ExitOutputs:
         """Some of the samples: ``outputs[:2000]``, a mask or indices; this is how one collection becomes several splits.

@@ -19,7 +19,7 @@ from exitkit.methods.criteria import Criterion
 Measure = Literal["pearson", "r2", "mse"]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class RegressionOutputs(ExitOutputs):
     """Predictions of M exits and the backbone (exit M) on N samples; ``accuracy`` is Pearson's correlation with the labels.
 
@@ -47,7 +47,8 @@ class RegressionOutputs(ExitOutputs):
     def correct(self) -> Tensor:
         """Regression has no right and wrong."""
         raise ArgumentError(
-            "regression has no right and wrong predictions; use mse(), accuracy() (Pearson) or curve()"
+            "regression has no right and wrong predictions, and so no guarantee; use mse(), accuracy() (Pearson), or curve(), "
+            "whose at_budget(0.5) has a threshold"
         )
 
     def correct_among(self, top: int) -> NoReturn:

@@ -65,16 +65,16 @@ def read_request(body: bytes, inputs: Inputs, outputs: Sequence[str]) -> InferRe
     _only(document, {"id", "inputs", "outputs", "parameters"}, "the request")
     check("id", document.get("id"), str | None)
     given = _named(document.get("inputs"), "inputs", {"name", "shape", "datatype", "data", "parameters"})
-    if given.keys() != set(inputs.names):
-        raise ArgumentError(f"inputs are {sorted(given)}; this model takes {list(inputs.names)}")
+    names = _input_names(inputs)
+    if given.keys() != set(names):
+        raise ArgumentError(f"inputs are {sorted(given)}; this model takes {names}")
     wanted = None
     if document.get("outputs") is not None:
         wanted = tuple(_named(document["outputs"], "outputs", {"name", "parameters"}))
         if unknown := sorted(set(wanted) - set(outputs)):
             raise ArgumentError(f"outputs {unknown} are unknown; this model has {list(outputs)}")
     tensors = tuple(
-        _tensor(given[name], name, dtype).to(inputs.device)
-        for name, dtype in zip(inputs.names, inputs.dtypes, strict=True)
+        _tensor(given[name], name, dtype).to(inputs.device) for name, dtype in zip(names, inputs.dtypes, strict=True)
     )
     return InferRequest(tensors, document.get("id"), threshold_in(document.get("parameters")), wanted)
 
@@ -131,7 +131,7 @@ def metadata(name: str, engine: Engine, labels: Sequence[str] | None) -> dict[st
         "platform": "exitkit",
         "inputs": [
             entry(one, _NAMES[dtype], (None, *sizes[1:]))
-            for one, dtype, sizes in zip(taken.names, taken.dtypes, taken.sizes, strict=True)
+            for one, dtype, sizes in zip(_input_names(taken), taken.dtypes, taken.sizes, strict=True)
         ],
         "outputs": [
             entry(one, kinds[one], (None, classes) if one == "logits" else (None,))
@@ -150,6 +150,11 @@ def output_names(classes: int, labels: Sequence[str] | None) -> tuple[str, ...]:
 def finite(values: Sequence[Any]) -> list[Any]:
     """The values, with None for numbers that JSON does not hold."""
     return [None if isinstance(value, float) and not math.isfinite(value) else value for value in values]
+
+
+def _input_names(inputs: Inputs) -> list[str]:
+    """The model's own argument names; an input without one has the name that the program gives it."""
+    return [key if isinstance(key, str) else name for key, name in zip(inputs.spec.keys, inputs.names, strict=True)]
 
 
 def _output(name: str, prediction: Prediction, labels: Sequence[str] | None) -> dict[str, Any]:

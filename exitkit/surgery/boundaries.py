@@ -137,7 +137,8 @@ def find_boundaries(captured: Capture) -> Anatomy:
     if not cuts:
         reason = (
             "nowhere does a module call end with nothing else alive than batch-first activations that it made (residuals "
-            "are added outside any module, several modules' outputs are kept, or the batch is not the first dimension)"
+            "are added outside any module, several modules' outputs are kept, or the batch is not the first dimension; what a "
+            "layer does, its residual included, can be moved into a module of its own)"
             if len(flow.weighted) > 1
             else f"it has {len(flow.weighted)} weighted layer, and an exit needs one before it and one after it"
         )

@@ -206,9 +206,11 @@ def _runs(wrapped: LogitsOf, example: Example) -> bool:
 
 def _check_logits(logits: Tensor, batch: int, model: nn.Module) -> None:
     if not logits.is_floating_point() or logits.dim() != 2 or logits.shape[0] != batch:
+        regression = ", or a regression, whose output is (B, 1): wrap it in a module that returns its output[:, None]"
         raise NotCapturableError(
             f"{type(model).__name__} returns a {logits.dtype} tensor of shape {tuple(logits.shape)} for a batch of "
             f"{batch}; exits need a classifier, whose output is floating point of shape (B, C)"
+            f"{regression if logits.shape == (batch,) else ''}"
         )
 
 

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from exitkit.common.errors import ArgumentError
 
@@ -87,6 +88,12 @@ class CallSpec:
         args, kwargs = as_call(batch, "example_inputs")
         named: list[tuple[int | str, Any]] = [*enumerate(args), *sorted(kwargs.items())]
         keys = tuple(key for key, value in named if isinstance(value, Tensor))
+        for key, value in named:
+            if key not in keys and any(isinstance(leaf, Tensor) for leaf in tree_leaves(value)):
+                raise ArgumentError(
+                    f"example_inputs: argument {key!r} is a {type(value).__name__} of tensors, and every tensor must be an "
+                    "argument of its own; wrap the model in a module whose forward takes them one by one"
+                )
         if not keys:
             raise ArgumentError("example_inputs holds no tensor; give the tensors the model is called with")
         blank = {key: None if isinstance(value, Tensor) else value for key, value in named}
@@ -120,6 +127,7 @@ class CallSpec:
         """
         if isinstance(batch, tuple) and self.keys == (*range(len(batch)),) and all(map(torch.is_tensor, batch)):
             return batch  # what follows would take as long as a small step
+        self._check_constants(batch)
         args, kwargs = as_call(self.understood(batch))
         given: dict[int | str, Any] = dict([*enumerate(args), *kwargs.items()])
         segments = None if _SEGMENTS in self.keys else given.pop(_SEGMENTS, None)
@@ -137,6 +145,20 @@ class CallSpec:
                 f"{sorted(found, key=str)}; call it the same way, or attach again with other example_inputs"
             )
         return tuple(given[key] for key in self.keys)
+
+    def _check_constants(self, batch: Any) -> None:
+        """Refuse other flags and numbers than the model was attached with, since the graph holds those."""
+        args, kwargs = as_call(batch)
+        fixed: dict[int | str, Any] = dict([*enumerate(self.args), *self.kwargs])
+        given: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
+        for key, value in given:
+            known = key not in self.keys and (key in fixed or isinstance(key, int))
+            if known and isinstance(value, bool | int | float | str) and value != fixed.get(key):
+                attached = f"with {fixed[key]!r}" if key in fixed else "without it"
+                raise ArgumentError(
+                    f"argument {key!r} is {value!r}, and the model was attached {attached}; call it the same way, or attach "
+                    "again with example_inputs that hold this value"
+                )
 
     def call(self, tensors: tuple[Tensor, ...]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The inverse of :meth:`tensors`: arguments and keywords for the backbone."""

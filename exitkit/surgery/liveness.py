@@ -122,7 +122,7 @@ def written_by(node: Node) -> list[Node]:
         return []
     chain: list[Node] = []
     base = node.args[0] if node.args else None
-    while isinstance(base, Node) and base.op == "call_function":
+    while isinstance(base, Node) and base.op in ("call_function", "placeholder"):
         chain.append(base)
         base = base.args[0] if op_name(base) in _VIEWS and base.args else None
     return chain

@@ -13,7 +13,7 @@ from torch.fx import GraphModule, Node
 
 from exitkit.surgery.boundaries import Boundary
 from exitkit.surgery.capturing import Capture
-from exitkit.surgery.liveness import constant, has_factor, value_of
+from exitkit.surgery.liveness import constant, has_factor, value_of, written_by
 
 
 @dataclass(frozen=True)
@@ -159,6 +159,11 @@ def build(root: GraphModule, piece: Piece, outputs: list[Node], live: tuple[str,
     for node in piece.reads:
         copies[node] = graph.placeholder(node.name)
         copies[node].meta = dict(node.meta)
+    written = {base for node in piece.own for base in written_by(node)}
+    for node in piece.reads:
+        if node in written and node.name not in live:  # a program that leaves its inputs alone can be exported
+            copies[node] = graph.call_function(torch.ops.aten.clone.default, (copies[node],))
+            copies[node].meta = dict(node.meta)
     for node in piece.own:
         copy(node)
     graph.output(tuple(copy(node) for node in outputs))

@@ -26,6 +26,7 @@ from exitkit.evaluation.fields import check_top
 from exitkit.multi_exit.attaching import attach
 from exitkit.multi_exit.model import MultiExitModel
 from exitkit.report import Stage
+from exitkit.report.run import RESULTS
 from exitkit.training import Trainer
 from exitkit.training.checkpoint import remove_checkpoint
 
@@ -72,7 +73,7 @@ def train_recipe(
         ArgumentError: values that do not fit the model or the data.
         FileError: ``out`` cannot be written to; the results are then elsewhere.
     """
-    seed = seed_of(recipe)
+    seed, unused = seed_of(recipe), not (out / RESULTS).exists()
     torch.manual_seed(seed)
     method = recipe.make_method()
     placement = {key: value for key, value in recipe.exits.items() if key != "method"}
@@ -105,7 +106,7 @@ def train_recipe(
     if learned is not None and model.new_head:
         about["num_classes"] = model.num_classes  # what is written has the new layer
     seen = None if val is None else collect(model, val)
-    written(out, lambda folder: write_results(results, folder, about, split, learned, top, seen))
+    written(out, lambda folder: write_results(results, folder, about, split, learned, top, seen), unused)
     if "output_dir" not in recipe.trainer:
         remove_checkpoint(kept)
 
