@@ -352,6 +352,11 @@ def test_a_regression_on_pairs(run: Any, bert: Path, tmp_path: Path) -> None:  #
     )
     printed = run("train", "--trust", path, "--out", tmp_path / "out")
     assert all(word in printed for word in ("MSE", "Pearson", "Spearman"))
+    run("export", tmp_path / "out", "--threshold", -10)  # everybody leaves at the first exit that may
+    loaded = exitkit.load(tmp_path / "out" / "model.pt2", trust=True)
+    pair = loaded.description.preprocessing([("good good", "bad film")])
+    assert pair["token_type_ids"].tolist() == [[0, 0, 0, 0, 1, 1, 1]]  # it used to be attached to single texts
+    assert loaded(**pair).logits.shape == (1, 1)
 
 
 def test_a_regression_on_text(run: Any, bert: Path, tmp_path: Path) -> None:  # noqa: F811

@@ -26,16 +26,22 @@ def say_what_is_lost(split: Split) -> None:
         make_console().print(f"note: {split.note}")
 
 
-def data_example(backbone: Any, loader: Any) -> Any:
-    """Two samples of the data for a model that does not declare its inputs; None for one that does."""
+def data_example(backbone: Any, loader: Any, pairs: bool = False) -> Any:
+    """Two samples of the data for a model that does not declare its inputs; None for one that does.
+
+    ``pairs``: the data are pairs of texts, which a model may tell apart by an input that it does not declare.
+    """
     import torch
 
     from exitkit.common.batches import split_batch
     from exitkit.surgery.default_inputs import example_for
 
     try:
-        example_for(backbone)
+        declared = example_for(backbone)
     except ExitkitError:
         inputs, _ = split_batch(next(iter(loader)))
         return inputs[:2] if isinstance(inputs, torch.Tensor) else {key: value[:2] for key, value in inputs.items()}
-    return None
+    if not pairs or "token_type_ids" not in split_batch(next(iter(loader)))[0]:
+        return None
+    named = dict(zip(declared.spec.keys, declared.tensors, strict=True))
+    return {**named, "token_type_ids": torch.zeros_like(named["input_ids"])}

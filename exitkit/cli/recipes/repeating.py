@@ -43,7 +43,7 @@ def carry_out(recipe: Recipe, out: Path, threads: int | None, say: Callable[[Any
     backbone, split = prepared(recipe)
     say_what_is_lost(split)
     say_if_random(recipe.model, recipe.weights)
-    example = data_example(backbone, split.loaders(1, None, 0)[1])
+    example = data_example(backbone, split.loaders(1, None, 0)[1], recipe.pairs)
     keep_memory()
     with computing_with(threads_for(backbone, example, threads, say)), _saying_what_is_kept(kept):
         train_recipe(recipe, backbone, split, example, out, say, top)
