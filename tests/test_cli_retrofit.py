@@ -20,7 +20,7 @@ from tests.test_cli import invoke, refused, run  # noqa: F401 - fixtures
 from tests.toy import TinyNet
 
 Run = Callable[..., str]
-MODEL = "tests.test_cli_retrofit:trained"
+MODEL, OF_FILES = "tests.test_cli_retrofit:trained", "tests.test_cli_retrofit:of_files"
 
 
 def patterns(count: int, seed: int) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
@@ -46,6 +46,13 @@ def trained() -> nn.Module:
         F.cross_entropy(model(inputs), labels[rows]).backward()
         optimizer.step()
     return model.eval()
+
+
+def of_files() -> nn.Module:
+    """The same, and it says how images of files become its inputs."""
+    model = trained()
+    model.pretrained_cfg = {"input_size": (1, 8, 8), "mean": (0.0,), "std": (1.0,), "crop_pct": 1.0}
+    return model
 
 
 def of_five_classes() -> nn.Module:
@@ -119,6 +126,27 @@ def test_the_command_that_is_printed_runs_as_it_stands(
 
 
 OLDER = "saves 9%; but small keeps the same promise for 5.0% of the MACs: ship that instead"
+
+
+def test_a_package_of_exits_from_an_image_folder_names_its_classes(
+    run: Run,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    """It answered with numbers."""
+    from PIL import Image
+
+    for name, (images, labels) in {"train": patterns(200, 2), "more": patterns(200, 3)}.items():
+        for row, (image, label) in enumerate(zip(images, labels, strict=True)):
+            path = tmp_path / name / ["bee", "cow", "dog"][label] / f"{row}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image[:, :, 0]).save(path)
+    out = tmp_path / "out"
+    heads = ("--heads", "1L", "--at", "blocks.0", "--effort", "quick", "--max-drop", "0.5", "--no-optimize")
+    given = ("--model", OF_FILES, "--data", tmp_path / "train", "--calibration", tmp_path / "more")
+    run("retrofit", *given, *heads, "--out", out)
+    run("export", "--model", OF_FILES, "--exits", out / "exits", "--out", tmp_path / "model.pt2")
+    photo = next((tmp_path / "more" / "cow").iterdir())
+    assert json.loads(run("run", tmp_path / "model.pt2", "--trust", photo))["label"] == "cow"
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from exitkit.multi_exit.saving.configuration import CONFIG, read_configuration
 from exitkit.packages import export
 from exitkit.packages.exporting import package_kind
 from exitkit.report.run import BACKBONE, Run, exits_folder, read_run
+from exitkit.report.samples import CLASSES
 from exitkit.retrofitting.result import EXITS, RESULT
 
 
@@ -63,10 +64,11 @@ def find_source(place: str, method: str | None) -> Source:
     """
     folder = Path(place)
     if (folder / CONFIG).is_file() or not folder.is_dir():
-        return Source(place)
+        return Source(place, classes=_names_beside(folder.resolve()))
     if not any(folder.glob("outputs-*.safetensors")):
         inside = sorted(path.parent for path in (*folder.glob(f"exits/*/{CONFIG}"), *folder.glob(f"*/{CONFIG}")))
-        return Source(str(_one(inside, folder)))
+        exits = _one(inside, folder)
+        return Source(str(exits), classes=_names_beside(exits.resolve()))
     run = read_run(folder, regression=True)
     name, why = _chosen(run, method)
     exits = exits_folder(folder, name)
@@ -161,6 +163,12 @@ def _verdict(exits: Path) -> list[str]:
         return [f"exits: {found.get('reason')}"]
     warnings.warn(f"exitkit retrofit advises against these exits: {found.get('reason')}", stacklevel=2)
     return []
+
+
+def _names_beside(exits: Path) -> list[str] | None:
+    """Names of the classes, where ``exitkit retrofit`` wrote them beside its exits."""
+    names = exits.parent / CLASSES
+    return read_labels(str(names)) if exits.name == EXITS and names.is_file() else None
 
 
 def _preprocessing(source: Source, ee: MultiExitModel) -> Preprocessing | None:

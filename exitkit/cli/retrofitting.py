@@ -93,7 +93,7 @@ def retrofit(
     from exitkit.cli.data.loading import load_data
     from exitkit.cli.machine import computing_with, threads_for, train_on
     from exitkit.cli.sources import load_model
-    from exitkit.cli.writing import written
+    from exitkit.cli.writing import write_class_names, written
     from exitkit.common.batches import split_batch
 
     train_on(device)
@@ -128,6 +128,8 @@ def retrofit(
     def write(folder: Path) -> None:
         result.save(folder)
         result.report(folder / "report.html")
+        if result.model is not None:
+            write_class_names(folder, split, result.model.num_classes)
 
     written(out, write)
     say(f"Written to {out}/: retrofit.json, report.html{', exits' if result.model is not None else ''}")

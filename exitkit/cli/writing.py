@@ -34,6 +34,7 @@ from exitkit.report.run import (
     outputs_file,
     validation_file,
 )
+from exitkit.report.samples import CLASSES, class_names
 from exitkit.surgery.inputs import Example
 
 _SAMPLES, _BYTES = 64, 32 * 2**20
@@ -109,6 +110,16 @@ def write_results(
         plot_hindsight(
             {name: one.hindsight_improvability() for name, one in outputs.items()}, directory / "hindsight.png"
         )
+
+
+def write_class_names(directory: Path, split: Split, count: int) -> None:
+    """Names of the ``count`` classes, one a line, where the training samples have so many; or none."""
+    names = class_names(split.train) or ()
+    if len(names) != count:
+        (directory / CLASSES).unlink(missing_ok=True)  # of a run before this one
+        return
+    with replacing(directory / CLASSES) as temporary:
+        temporary.write_text("".join(f"{name}\n" for name in names), encoding="utf-8")
 
 
 def next_steps(out: Path) -> list[str]:

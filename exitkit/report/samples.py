@@ -82,7 +82,7 @@ def write_samples(directory: str | Path, dataset: Any, outputs: Mapping[str, Exi
                 "were collected on"
             )
     rows = _rows_worth_looking_at(outputs)
-    names = _class_names(dataset)
+    names = class_names(dataset)
     shown = [_shown(dataset[row][0], row) for row in rows]
     samples = [sample for sample in shown if sample is not None]
     if not samples:
@@ -154,7 +154,7 @@ def _picture(pixels: Tensor) -> str:
     return _IMAGE + base64.b64encode(written.getvalue()).decode()
 
 
-def _class_names(dataset: Any) -> Sequence[str] | None:
+def class_names(dataset: Any) -> Sequence[str] | None:
     """``classes`` of torchvision's data sets, also below a subset; with a ``classes.txt`` in a data set's folder or in the
     one around it, the names that it gives them.
     """
