@@ -290,6 +290,19 @@ def test_a_configuration_that_transformers_refuses_is_not_called_missing(refused
     assert "neither a folder" not in error
 
 
+def test_pairs_are_the_first_two_columns(tmp_path: Path) -> None:
+    from exitkit import ArgumentError
+    from exitkit.cli.inputs import pairs
+
+    table = tmp_path / "table.csv"
+    table.write_text('\ufefffirst,second,label\n"one, and",two,1\n\nthree,four,0\n', encoding="utf-8")
+    assert list(pairs([str(table), str(table)])) == 2 * [("one, and", "two"), ("three", "four")]
+    table.write_text("text\ngood film\n")
+    for given, words in ((str(table), "a row of one column"), ("good film", r"no \.csv or \.tsv file")):
+        with pytest.raises(ArgumentError, match=words):
+            pairs([given])
+
+
 def test_weights_that_are_no_state_dict_are_refused_in_one_line(refused: Run, tmp_path: Path) -> None:
     (tmp_path / "text.pth").write_text("no weights")
     error = refused("inspect", TOY, "--weights", tmp_path / "text.pth")

@@ -358,6 +358,17 @@ def test_a_regression_on_pairs(run: Any, bert: Path, tmp_path: Path) -> None:  #
     assert pair["token_type_ids"].tolist() == [[0, 0, 0, 0, 1, 1, 1]]  # it used to be attached to single texts
     assert loaded(**pair).logits.shape == (1, 1)
 
+    from exitkit.cli.data.text_files import load_tokenizer
+
+    tokenizer, package = load_tokenizer(str(bert)), tmp_path / "out" / "model.pt2"
+    found = [
+        json.loads(line) for line in run("run", package, "--trust", "--pairs", tmp_path / "scores.tsv").splitlines()
+    ]
+    texts = [tuple(row.split("\t")[:2]) for row in rows]
+    assert [tuple(record["input"]) for record in found] == texts
+    expected = [float(loaded(**tokenizer(*pair, return_tensors="pt")).logits) for pair in texts]
+    assert [record["value"] for record in found] == pytest.approx(expected, abs=1e-4)
+
 
 def test_a_regression_on_text(run: Any, bert: Path, tmp_path: Path) -> None:  # noqa: F811
     rows = [f"{'good ' * (i % 4)}{'bad ' * (3 - i % 4)}film\t{i % 4}.5" for i in range(24)]

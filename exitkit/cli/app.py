@@ -163,6 +163,9 @@ def run(
     inputs: Annotated[list[str], typer.Argument(help="Images and folders; or texts, .txt, .csv, .tsv; - is stdin")],
     top: Annotated[int, typer.Option(help="Above 1: add so many labels, the likeliest first, with probabilities")] = 1,
     batch_size: Annotated[int, typer.Option(help="Samples answered at once")] = 16,
+    pairs: Annotated[
+        bool, typer.Option("--pairs", help="Texts are pairs: the first two columns of .csv and .tsv files")
+    ] = False,
     threshold: Tau = None,
     device: PackageDevice = None,
     trust: Trust = False,
@@ -183,13 +186,15 @@ def run(
     check_least(batch_size=batch_size, top=top, actors=actors)
     if (ray is None) != (out is None):
         raise ArgumentError("--ray and --out go together: answers from a cluster are written as Parquet")
+    if ray is not None and pairs:
+        raise ArgumentError("--pairs does not go with --ray; run pairs of texts on this machine, without it")
     if ray is not None and out is not None:
         typer.echo(run_on_ray(package, inputs, ray, out, batch_size, threshold, device, trust, actors))
         return
     exitkit.keep_memory()
     loaded = exitkit.load(package, threshold=threshold, device=device, trust=trust)
     losses = Losses()
-    for record in predict(loaded, inputs, batch_size, losses, top):
+    for record in predict(loaded, inputs, batch_size, losses, top, pairs):
         typer.echo(to_json(record))
     for reason in losses.skipped[:_NAMED]:
         typer.echo(f"skipped: {printable(reason)}", err=True)

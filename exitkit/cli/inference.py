@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from exitkit.cli.inputs import Losses, images, texts
+from exitkit.cli.inputs import Losses, images, pairs, texts
 from exitkit.common.batches import move
 from exitkit.common.errors import ArgumentError
 from exitkit.engine import Engine
@@ -21,7 +21,12 @@ T = TypeVar("T")
 
 
 def predict(
-    package: Engine | OnnxBranches, inputs: Sequence[str], batch: int, losses: Losses, top: int = 1
+    package: Engine | OnnxBranches,
+    inputs: Sequence[str],
+    batch: int,
+    losses: Losses,
+    top: int = 1,
+    paired: bool = False,
 ) -> Iterator[dict[str, Any]]:
     """One record for each image or text: the input, its label or value, the exit it left at, and the score there.
 
@@ -31,13 +36,14 @@ def predict(
         batch: how many are answered at once.
         losses: is told of images that cannot be read, which are left out, and of texts that were cut.
         top: above 1, so many labels are added, the most likely first, with their probabilities at that exit.
+        paired: whether texts are pairs, the first two columns of files.
 
     Raises:
         ArgumentError: a package that does not say how inputs become tensors, images for texts or the other way round, a
-            path that does not exist, or ``top`` of a regression or above the classes.
+            path that does not exist, pairs that are none, or ``top`` of a regression or above the classes.
     """
     labels = None if package.description is None else package.description.labels
-    for names, made in _batches(_preprocessing(package), inputs, batch, losses):
+    for names, made in _batches(_preprocessing(package), inputs, batch, losses, paired):
         answer = call_on(package, move(made, package.inputs.device))
         for name, logits, exit_, score in zip(names, answer.logits, answer.exit, answer.score, strict=True):
             if top > 1 and len(logits) == 1:
@@ -62,15 +68,18 @@ def _most_likely(logits: torch.Tensor, count: int, labels: Sequence[str] | None)
 
 
 def _batches(
-    preprocessing: Preprocessing, inputs: Sequence[str], size: int, losses: Losses
-) -> Iterator[tuple[Sequence[str], Any]]:
+    preprocessing: Preprocessing, inputs: Sequence[str], size: int, losses: Losses, paired: bool = False
+) -> Iterator[tuple[Sequence[Any], Any]]:
     """Names of inputs, and the tensors made of them."""
     if isinstance(preprocessing, ImagePreprocessing):
+        if paired:
+            raise ArgumentError("--pairs is for texts, and this package takes images; leave it out")
         for group in _grouped(images(inputs, preprocessing, losses), size):
             names, tensors = zip(*group, strict=True)
             yield names, torch.stack(tensors)
     else:
-        for sentences in _grouped(texts(inputs), size):
+        found: Iterator[Any] = pairs(inputs) if paired else texts(inputs)
+        for sentences in _grouped(found, size):
             made, cut = preprocessing.encode(sentences)
             losses.cut += cut
             yield sentences, made

@@ -7,9 +7,11 @@ import io
 import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
+from typing import TextIO
 
 from torch import Tensor
 
@@ -20,7 +22,8 @@ from exitkit.multi_exit.preprocessing import ImagePreprocessing
 
 STDIN = "-"
 _IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff")
-_TEXTS = (".csv", ".tsv", ".txt")
+_TABLES = (".csv", ".tsv")
+_TEXTS = (*_TABLES, ".txt")
 
 
 @dataclass
@@ -53,6 +56,16 @@ def texts(given: Sequence[str]) -> Iterator[str]:
         FileError: a file that is no UTF-8.
     """
     return chain.from_iterable([_texts(one) for one in given])
+
+
+def pairs(given: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Pairs of texts: the first two columns of ``.csv`` and ``.tsv`` files, below a header.
+
+    Raises:
+        ArgumentError: before the first pair: something else, or a row of one column.
+        FileError: a file that is no UTF-8.
+    """
+    return chain.from_iterable([_pairs_in(one) for one in given])
 
 
 def _readable(paths: Iterable[str], preprocessing: ImagePreprocessing, losses: Losses) -> Iterator[tuple[str, Tensor]]:
@@ -98,15 +111,35 @@ def _texts(given: str) -> Iterable[str]:
 
 
 def _texts_in(path: Path) -> list[str]:
+    with _opened(path) as file:
+        return list(_lines(file)) if path.suffix.lower() == ".txt" else [row[0] for row in _rows(file, path)]
+
+
+def _pairs_in(given: str) -> list[tuple[str, str]]:
+    path = Path(given)
+    if path.suffix.lower() not in _TABLES:
+        raise ArgumentError(
+            f"{given[:200]!r} is no {' or '.join(_TABLES)} file, whose first two columns --pairs takes for a pair of texts"
+        )
+    with _opened(path) as file:
+        rows = _rows(file, path)
+    if (short := next((row for row in rows if len(row) < 2), None)) is not None:
+        raise ArgumentError(f"{given!r} has a row of one column, and --pairs takes two texts: {str(short)[:200]}")
+    return [(row[0], row[1]) for row in rows]
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[TextIO]:
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
-            return (
-                list(_lines(file))
-                if path.suffix.lower() == ".txt"
-                else [row[0] for row in cells(file, path) if row][1:]
-            )
+            yield file
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise FileError(f"{str(path)!r} cannot be read as UTF-8 text: {error}") from error
+
+
+def _rows(file: TextIO, path: Path) -> list[list[str]]:
+    """Of a table, below its header."""
+    return [row for row in cells(file, path) if row][1:]
 
 
 def _lines(file: Iterable[str]) -> Iterator[str]:

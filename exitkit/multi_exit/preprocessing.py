@@ -233,8 +233,8 @@ class TextPreprocessing:
         encoder.enable_truncation(self.longest)
         return encoder
 
-    def encode(self, texts: Sequence[str]) -> tuple[dict[str, Tensor], int]:
-        """Texts → int64 tensors (N, T), and how many of them were cut."""
+    def encode(self, texts: Sequence[str] | Sequence[tuple[str, str]]) -> tuple[dict[str, Tensor], int]:
+        """Texts, or pairs of them → int64 tensors (N, T), and how many of them were cut."""
         encoded = self._encoder.encode_batch(list(texts))
         columns = {"input_ids": "ids", "attention_mask": "attention_mask", "token_type_ids": "type_ids"}
         tensors: dict[str, Tensor] = {
@@ -242,8 +242,8 @@ class TextPreprocessing:
         }
         return tensors, sum(bool(text.overflowing) for text in encoded)
 
-    def __call__(self, texts: Sequence[str]) -> dict[str, Tensor]:
-        """Texts → int64 tensors (N, T); a warning says how many were cut."""
+    def __call__(self, texts: Sequence[str] | Sequence[tuple[str, str]]) -> dict[str, Tensor]:
+        """Texts, or pairs of them → int64 tensors (N, T); a warning says how many were cut."""
         tensors, cut = self.encode(texts)
         if cut:
             warnings.warn(f"{cut} of {len(texts)} texts were cut at {self.longest} tokens", stacklevel=2)
