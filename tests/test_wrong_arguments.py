@@ -126,6 +126,16 @@ def test_whole_numbers_of_numpy_are_taken(ee: exitkit.MultiExitModel, outputs: E
     assert sum(len(one.exit) for one in engine.map([images(4)], batch_size=whole(4))) == 4
 
 
+@pytest.mark.parametrize("option", ["optimize", "skip_unprofitable"])
+def test_flags_are_true_or_false(ee: exitkit.MultiExitModel, tmp_path: Path, option: str) -> None:
+    """A text is true to Python, whatever it says."""
+    with pytest.raises(ArgumentError, match=f"{option}='no' must be"):
+        exitkit.compile(ee, 0.5, **{option: "no"})
+    if option == "optimize":
+        with pytest.raises(ArgumentError, match="optimize='no' must be"):
+            exitkit.export(ee, tmp_path / "model.pt2", 0.5, optimize="no")  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("of", [tuple, list, np.array, iter])
 def test_several_values_come_in_any_form(outputs: ExitOutputs, of: Any) -> None:
     assert exits_that_do_not_pay(outputs, of([1.0, 1.0, 1.0]), of([2.0])) == exits_that_do_not_pay(

@@ -11,6 +11,7 @@ import torch
 
 from exitkit.calibration.monitor import ShiftMonitor
 from exitkit.common.batches import split_batch
+from exitkit.common.checks import check
 from exitkit.common.errors import ArgumentError
 from exitkit.engine.aot import optimized
 from exitkit.engine.engine import Engine, planned
@@ -63,6 +64,8 @@ def compile(
     """
     if not isinstance(model, MultiExitModel):
         raise ArgumentError(f"model is {type(model).__name__}; compile takes what exitkit.attach(model) returns")
+    check("optimize", optimize, bool)
+    check("skip_unprofitable", skip_unprofitable, bool)
     policy = model.policy_for(threshold, criterion)
     removable = not model.method.linked and not policy.score.memory
     if skip_unprofitable and (not removable or samples is None):

@@ -78,6 +78,7 @@ def export(
     if not isinstance(model, MultiExitModel):
         raise ArgumentError(f"model is {type(model).__name__}; export takes what exitkit.attach(model) returns")
     check("path", path, PATH)
+    check("optimize", optimize, bool)
     target = Path(path)
     kind = package_kind(target, optimize)
     policy = model.policy_for(threshold, criterion)
