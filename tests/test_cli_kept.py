@@ -176,7 +176,7 @@ def test_a_run_that_another_process_finished_meanwhile_is_not_replaced(
         out.mkdir(exist_ok=True)
         (out / "results.json").write_text("another's")
 
-    after_training(monkeypatch, f"exitkit.cli.{'bench' if command == 'bench' else 'training'}", happens)
+    after_training(monkeypatch, f"exitkit.cli.{'bench' if command == 'bench' else 'recipes.training'}", happens)
     given = ("--model", TOY, "--data", images, "--methods", "sdn") if command == "bench" else (recipe, "--trust")
     told = refused(command, *given, "--epochs", 1, "--out", out).splitlines()[-1]
     assert "another process has written its run there meanwhile. The results are in" in told
