@@ -46,7 +46,7 @@ class Graphs:
         self.sizes = buckets_up_to(largest)
         self.device, self.kernels, self.record = device, kernels, record
         self.thresholds = torch.zeros(exits + 1, dtype=torch.float64, device=device)
-        self.recordings: dict[Any, Recordings | None] = {}
+        self.recordings: dict[Any, Recordings] = {}
         self._failures: Counter[Any] = Counter()
         self._memory: Memory | None = None
         self._lock = threading.Lock()
@@ -106,7 +106,7 @@ class Graphs:
 
     def recorded(self, index: int, step: Step, values: Mapping[str, Any], count: int) -> Run | None:
         """A recorded step for these values of so many samples; None where there is none."""
-        kept = [one for one in self.recordings.values() if one is not None and count <= self.sizes[-1]]
+        kept = self.recordings.values() if count <= self.sizes[-1] else ()
         found = (one.recorded(index, step, bucket_of(self.sizes, count), values, count) for one in kept)
         return next((run for run in found if run is not None), None)
 
@@ -153,6 +153,8 @@ class Graphs:
     def _recordings(self, tensors: Sequence[Tensor], program: Program) -> Recordings | None:
         key = _key(tensors)
         if key not in self.recordings:
+            if self._failures[key] >= _TRIES:
+                return None
             if len(self.recordings) >= _SHAPES:
                 self._say_full()
                 return None
@@ -179,7 +181,7 @@ class Graphs:
         self._failures[key] += 1
         if self._failures[key] < _TRIES:
             return
-        self.recordings[key] = None
+        self.recordings.pop(key, None)  # with the memory that it holds
         warnings.warn(
             f"steps are run one by one instead of replayed from CUDA graphs, which is slower: {error}", stacklevel=7
         )
