@@ -16,6 +16,7 @@ from exitkit.common.errors import ArgumentError
 
 T = TypeVar("T")
 _SEGMENTS = "token_type_ids"
+_CONSTANTS = (int, float, str)
 
 
 def as_call(batch: Any, name: str = "inputs") -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -127,9 +128,11 @@ class CallSpec:
         """
         if isinstance(batch, tuple) and self.keys == (*range(len(batch)),) and all(map(torch.is_tensor, batch)):
             return batch  # what follows would take as long as a small step
-        self._check_constants(batch)
         args, kwargs = as_call(self.understood(batch))
         given: dict[int | str, Any] = dict([*enumerate(args), *kwargs.items()])
+        for key, value in given.items():
+            if isinstance(value, _CONSTANTS) and key not in self.keys:
+                self._check_constant(key, value)
         segments = None if _SEGMENTS in self.keys else given.pop(_SEGMENTS, None)
         if segments is not None and bool(segments.any()):
             raise ArgumentError(
@@ -146,19 +149,15 @@ class CallSpec:
             )
         return tuple(given[key] for key in self.keys)
 
-    def _check_constants(self, batch: Any) -> None:
-        """Refuse other flags and numbers than the model was attached with, since the graph holds those."""
-        args, kwargs = as_call(batch)
+    def _check_constant(self, key: int | str, value: Any) -> None:
+        """Refuse another flag or number than the model was attached with, since the graph holds that one."""
         fixed: dict[int | str, Any] = dict([*enumerate(self.args), *self.kwargs])
-        given: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
-        for key, value in given:
-            known = key not in self.keys and (key in fixed or isinstance(key, int))
-            if known and isinstance(value, bool | int | float | str) and value != fixed.get(key):
-                attached = f"with {fixed[key]!r}" if key in fixed else "without it"
-                raise ArgumentError(
-                    f"argument {key!r} is {value!r}, and the model was attached {attached}; call it the same way, or attach "
-                    "again with example_inputs that hold this value"
-                )
+        if (key in fixed or isinstance(key, int)) and value != fixed.get(key):
+            attached = f"with {fixed[key]!r}" if key in fixed else "without it"
+            raise ArgumentError(
+                f"argument {key!r} is {value!r}, and the model was attached {attached}; call it the same way, or attach "
+                "again with example_inputs that hold this value"
+            )
 
     def call(self, tensors: tuple[Tensor, ...]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The inverse of :meth:`tensors`: arguments and keywords for the backbone."""
