@@ -134,10 +134,21 @@ def retrofit(
     written(out, write)
     say(f"Written to {out}/: retrofit.json, report.html{', exits' if result.model is not None else ''}")
     if result.verdict == "exits" and result.instead is None:
-        given = {"--model": model, "--weights": weights, "--num-classes": num_classes, "--exits": out / "exits"}
-        options = [f"{name} {shlex.quote(str(value))}" for name, value in given.items() if value is not None]
         say("To make a file of it that runs anywhere:")
-        say(f"  exitkit export {' '.join(options)} --out {shlex.quote(str(out / 'model.pt2'))}", soft_wrap=True)
+        say(f"  {_export_command(model, weights, num_classes, out)}", soft_wrap=True)
+
+
+def _export_command(model: str, weights: str | None, num_classes: int | None, out: Path) -> str:
+    """What exports the exits in ``out``, as it is typed."""
+    options = {
+        "--model": model,
+        "--weights": weights,
+        "--num-classes": num_classes,
+        "--exits": out / "exits",
+        "--out": out / "model.pt2",
+    }
+    typed = [f"{name} {shlex.quote(str(value))}" for name, value in options.items() if value is not None]
+    return " ".join(["exitkit export", *typed])
 
 
 def _check_classes(backbone: nn.Module, example: Any, data: int | None, asked: int | None) -> None:

@@ -113,13 +113,11 @@ def write_results(
 
 
 def write_class_names(directory: Path, split: Split, count: int) -> None:
-    """Names of the ``count`` classes, one a line, where the training samples have so many; or none."""
-    names = class_names(split.train) or ()
-    if len(names) != count:
-        (directory / CLASSES).unlink(missing_ok=True)  # of a run before this one
-        return
-    with replacing(directory / CLASSES) as temporary:
-        temporary.write_text("".join(f"{name}\n" for name in names), encoding="utf-8")
+    """Names of the ``count`` classes, one a line, where the training samples have so many; a user's own file stays."""
+    names, path = class_names(split.train) or (), directory / CLASSES
+    if len(names) == count and not path.exists():
+        with replacing(path) as temporary:
+            temporary.write_text("".join(f"{name}\n" for name in names), encoding="utf-8")
 
 
 def next_steps(out: Path) -> list[str]:

@@ -73,7 +73,8 @@ def train_recipe(
         ArgumentError: values that do not fit the model or the data.
         FileError: ``out`` cannot be written to; the results are then elsewhere.
     """
-    seed, unused = seed_of(recipe), not (out / RESULTS).exists()
+    seed = seed_of(recipe)
+    unused = not (out / RESULTS).exists()
     torch.manual_seed(seed)
     method = recipe.make_method()
     placement = {key: value for key, value in recipe.exits.items() if key != "method"}
