@@ -7,6 +7,7 @@ import shlex
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,8 @@ from torch import nn
 from torch.nn import functional as F
 
 import exitkit
+from exitkit.cli.data.split import Split
+from exitkit.cli.writing import write_class_names
 from tests.test_cli import invoke, refused, run  # noqa: F401 - fixtures
 from tests.toy import TinyNet
 
@@ -123,6 +126,18 @@ def test_the_command_that_is_printed_runs_as_it_stands(
     command = next(line for line in printed if line.startswith("  exitkit export "))
     run(*shlex.split(command)[1:])
     assert (out / "model.pt2").is_file()
+
+
+def test_class_names_that_the_user_wrote_stay(tmp_path: Path) -> None:
+    samples: Any = SimpleNamespace(classes=["bee", "cow"])
+    split, names = Split(samples, samples), tmp_path / "classes.txt"
+    write_class_names(tmp_path, split, 3)  # of another number: they are not the model's
+    assert not names.exists()
+    write_class_names(tmp_path, split, 2)
+    assert names.read_text() == "bee\ncow\n"
+    names.write_text("Biene\nKuh\n")
+    write_class_names(tmp_path, split, 2)
+    assert names.read_text() == "Biene\nKuh\n"
 
 
 OLDER = "saves 9%; but small keeps the same promise for 5.0% of the MACs: ship that instead"

@@ -224,6 +224,22 @@ def test_a_step_that_cannot_be_recorded_runs_by_itself_and_that_is_said_once() -
     assert recorder.failures == 99 - 3  # calls that tried
 
 
+def test_a_size_that_was_refused_stays_so_once_memory_ran_out() -> None:
+    engine = compiled("ztw")
+    fast, recorder = recorded(engine)
+    recorder.failures, recorder.error = 99, UnrecordableError("it waits for the device")
+
+    def serve() -> None:
+        for _ in range(4):
+            agree(fast(images(8)), engine(images(8)))
+
+    assert messages(serve, "CUDA graphs") == 1
+    with pytest.warns(UserWarning, match="out of GPU memory"):
+        fast.loop.graphs.shrink(32)  # type: ignore[attr-defined]
+    assert messages(serve, "CUDA graphs") == 0
+    assert recorder.failures == 99 - 3
+
+
 def test_a_recording_that_another_thread_broke_is_made_by_a_later_call() -> None:
     engine = compiled("ztw")
     fast, recorder = recorded(engine.at(2.0))
