@@ -168,7 +168,9 @@ def test_inputs_of_a_size_that_does_not_run_are_explained(use: Callable[[exitkit
         use(model, (X[..., :7], Y))
 
 
-@pytest.mark.parametrize("x", [X.byte(), X.permute(0, 2, 3, 1), X.numpy()], ids=["dtype", "order", "array"])
+@pytest.mark.parametrize(
+    "x", [X.byte(), X.permute(0, 2, 3, 1), X.numpy(), {"x": X}], ids=["dtype", "order", "array", "dict"]
+)
 def test_a_call_of_the_model_is_explained(ee: exitkit.MultiExitModel, x: Any) -> None:
     with pytest.raises(ExitkitError, match=r"^input 0 "):
         ee(x)
@@ -179,12 +181,20 @@ def test_a_call_of_the_model_is_explained(ee: exitkit.MultiExitModel, x: Any) ->
     [
         (X.numpy(), r"^input 0 is a numpy array.*give torch\.from_numpy\(x\)$"),
         ([1.0] * 64, r"^input 0 is a list of float; the model takes tensors"),
+        ({"x": X}, r"^input 0 is a dict, whose tensors go by name; unpack it: model\(\*\*batch\)$"),
     ],
-    ids=["array", "list"],
+    ids=["array", "list", "dict"],
 )
 def test_the_engine_names_an_input_that_is_no_tensor(ee: exitkit.MultiExitModel, x: Any, message: str) -> None:
     with pytest.raises(ExitkitError, match=message):
         exitkit.compile(ee, 0.5)(x)
+
+
+def test_the_engine_refuses_positions_beside_keywords(ee: exitkit.MultiExitModel) -> None:
+    with pytest.raises(
+        ExitkitError, match=r"tensor inputs \[0\], but was called with \[0, 'mask'\]; call it the same way"
+    ):
+        exitkit.compile(ee, 0.5)(X, mask=X)
 
 
 META = r"on the meta device, where tensors have no values; give one that has$"

@@ -70,6 +70,8 @@ class Inputs:
                 "the engine was made before this process was forked, and CUDA cannot be used in both; start processes with "
                 "multiprocessing's 'spawn', and compile or load the engine in each"
             )
+        if args and kwargs:
+            raise self.spec.other_call([*range(len(args)), *kwargs])
         tensors = self.spec.tensors(kwargs or args)
         for key, tensor, sizes, dtype in zip(self.spec.keys, tensors, self.sizes, self.dtypes, strict=True):
             shape = tensor.shape

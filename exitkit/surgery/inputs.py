@@ -35,15 +35,25 @@ def as_call(batch: Any, name: str = "inputs") -> tuple[tuple[Any, ...], dict[str
     )
 
 
-def not_a_tensor(key: int | str, value: Any) -> str:
+def _not_a_tensor(key: int | str, value: Any) -> str:
     """What is said of an input that is something else."""
     if isinstance(value, np.ndarray):
         return f"input {key!r} is a numpy array, and the model takes tensors; give torch.from_numpy(x)"
+    if isinstance(value, Mapping):
+        return f"input {key!r} is a {type(value).__name__}, whose tensors go by name; unpack it: model(**batch)"
     item = f" of {type(value[0]).__name__}" if isinstance(value, list | tuple) and value else ""
     return (
         f"input {key!r} is a {type(value).__name__}{item}; the model takes tensors, batch first: make them in the data set's "
         "transform or the loader's collate_fn"
     )
+
+
+def no_tensor(given: Mapping[int | str, Any], keys: Collection[int | str]) -> str | None:
+    """What is said of the first input among ``keys`` that is no tensor, or of a mapping given by position; or None."""
+    for key, value in given.items():
+        if (isinstance(value, Mapping) and isinstance(key, int)) or (key in keys and not isinstance(value, Tensor)):
+            return _not_a_tensor(key, value)
+    return None
 
 
 def without_values(key: int | str, value: Tensor) -> str | None:
@@ -141,13 +151,17 @@ class CallSpec:
             )
         found = {key for key, value in given.items() if isinstance(value, Tensor)}
         if found != set(self.keys):
-            if (other := next((key for key in self.keys if key in given and key not in found), None)) is not None:
-                raise ArgumentError(not_a_tensor(other, given[other]))
-            raise ArgumentError(
-                f"the model was attached with tensor inputs {list(self.keys)}, but was called with "
-                f"{sorted(found, key=str)}; call it the same way, or attach again with other example_inputs"
-            )
+            if (other := no_tensor(given, self.keys)) is not None:
+                raise ArgumentError(other)
+            raise self.other_call(found)
         return tuple(given[key] for key in self.keys)
+
+    def other_call(self, found: Collection[int | str]) -> ArgumentError:
+        """The error of a call whose tensors stand at other positions or keywords."""
+        return ArgumentError(
+            f"the model was attached with tensor inputs {list(self.keys)}, but was called with "
+            f"{sorted(found, key=str)}; call it the same way, or attach again with other example_inputs"
+        )
 
     def _check_constant(self, key: int | str, value: Any) -> None:
         """Refuse another flag or number than the model was attached with, since the graph holds that one."""

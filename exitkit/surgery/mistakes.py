@@ -12,7 +12,7 @@ from torch import Tensor
 
 from exitkit.common.console import counted
 from exitkit.common.errors import ArgumentError, ExitkitError
-from exitkit.surgery.inputs import Example, argument_names, as_call, not_a_tensor, without_values
+from exitkit.surgery.inputs import Example, argument_names, as_call, no_tensor, without_values
 
 _RAISED = (RuntimeError, TypeError, ValueError, IndexError, AttributeError)
 """By torch, of inputs that do not fit."""
@@ -135,9 +135,7 @@ def mistake_of(key: int | str, value: Tensor, shape: Sequence[int | None], dtype
 
 def _no_tensor(args: Sequence[Any], kwargs: Mapping[str, Any], example: Example) -> str | None:
     """What is said of the first input that is something else."""
-    given: dict[int | str, Any] = dict([*enumerate(args), *kwargs.items()])
-    key = next((key for key in example.spec.keys if key in given and not isinstance(given[key], Tensor)), None)
-    return None if key is None else not_a_tensor(key, given[key])
+    return no_tensor(dict([*enumerate(args), *kwargs.items()]), example.spec.keys)
 
 
 def _mistaken_shape(key: int | str, given: tuple[int, ...], taken: Sequence[int | None]) -> str | None:
