@@ -1,9 +1,9 @@
 """How far surgery reaches: every model of a library, attached, partition, and compared with eager.
 
-    python benchmarks/reach.py torchvision            # all classification models
+    python benchmarks/reach.py torchvision            # all classification models, of videos too
     python benchmarks/reach.py timm                   # one model of every model file, the smallest
     python benchmarks/reach.py timm --long            # every architecture under 60M parameters (hours)
-    python benchmarks/reach.py hf                     # every text, image and audio classifier, tiny
+    python benchmarks/reach.py hf                     # every text, image, audio and video classifier, tiny
     python benchmarks/reach.py all --workers 8 --resume
 
 Weights are random and the inputs are those exitkit infers. Every model gets an exit after every block but the last; its

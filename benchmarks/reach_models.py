@@ -20,7 +20,7 @@ from exitkit.cli.sources import load_model
 from exitkit.common.files import replacing
 from exitkit.common.torchvision_guard import import_torchvision
 
-FAMILIES = ("torchvision", "timm", "text encoder", "text decoder", "text encoder-decoder", "image", "audio")
+FAMILIES = ("torchvision", "timm", "text encoder", "text decoder", "text encoder-decoder", "image", "audio", "video")
 CLASSES = 5
 
 _LONG = 60_000_000
@@ -72,6 +72,7 @@ _OVERRIDES: dict[str, dict[str, Any]] = {
     "swin": _WINDOWS,
     "swinv2": _WINDOWS,
     "t5": {"decoder_start_token_id": 0},
+    "vjepa2": {"crop_size": 64, "frames_per_clip": 4, "pred_num_hidden_layers": 2},
     "xmod": {"default_language": "en_XX"},
     "zamba": {"layers_block_type": _MAMBA, "attention_head_dim": 32, "attention_hidden_size": 128},
     "zamba2": {"layers_block_type": _MAMBA},
@@ -83,7 +84,7 @@ def names_of(library: str, long: bool, counts_file: Path) -> list[str]:
     """``torchvision:NAME``, ``timm:NAME`` or ``hf:CLASS`` of every model to measure, in the table's order."""
     if library == "torchvision":
         models = import_torchvision("models")
-        return [f"torchvision:{name}" for name in models.list_models(module=models)]
+        return [f"torchvision:{name}" for name in (*models.list_models(module=models), *_torchvision_videos())]
     if library == "timm":
         return _timm_names(long, counts_file)
     families = _hf_families()
@@ -92,7 +93,15 @@ def names_of(library: str, long: bool, counts_file: Path) -> list[str]:
 
 def family_of(name: str) -> str:
     library, _, rest = name.partition(":")
+    if library == "torchvision" and rest in _torchvision_videos():
+        return "video"
     return _hf_families()[rest] if library == "hf" else library
+
+
+@cache
+def _torchvision_videos() -> list[str]:
+    models = import_torchvision("models")
+    return list(models.list_models(module=models.video))
 
 
 def build(name: str) -> nn.Module:
@@ -163,7 +172,7 @@ def _timm_parameters(timm: Any, file: Path) -> dict[str, int]:
 
 @cache
 def _hf_families() -> dict[str, str]:
-    """The class name of every text, image and audio classifier in transformers, and its family."""
+    """The class name of every text, image, audio and video classifier in transformers, and its family."""
     from transformers.models.auto import modeling_auto as auto
 
     pairs = auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
@@ -177,6 +186,7 @@ def _hf_families() -> dict[str, str]:
         (text, auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES),
         (lambda kind: "image", auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES),
         (lambda kind: "audio", auto.MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING_NAMES),
+        (lambda kind: "video", auto.MODEL_FOR_VIDEO_CLASSIFICATION_MAPPING_NAMES),
     ):
         for kind, classes in names.items():
             found.update(dict.fromkeys(classes if isinstance(classes, tuple) else (classes,), family(kind)))

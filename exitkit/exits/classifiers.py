@@ -12,7 +12,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from exitkit.common.errors import ArgumentError, near_match
-from exitkit.exits.convolution import CONVOLUTIONS, channels_first
+from exitkit.exits.convolution import CONVOLUTIONS, as_maps
 from exitkit.exits.feature import Feature
 from exitkit.exits.legal_actions import without_illegal
 from exitkit.exits.links import CascadeLink
@@ -188,7 +188,7 @@ def _pooled(feature: Feature, hidden: int | None) -> tuple[nn.Module, int]:
         sequence = feature.layout == "sequence"
         layer, width = _hidden(feature.shape[0 if sequence else -1], hidden)
         return TokenBody(TokenPool(feature.readout, feature.skip, channels_first=sequence), layer), width
-    layers, width = [*channels_first(feature), nn.Flatten()], math.prod(feature.shape)
+    layers, width = [*as_maps(feature), nn.Flatten()], math.prod(feature.shape)
     if feature.is_map:
         channels, *size = feature.maps
         layers[-1:] = [SDNPool(), nn.Flatten()]

@@ -70,7 +70,7 @@ def msdnet(feature: Feature, width: Width = 128) -> nn.Sequential:
         for before in (channels, out)
     ]
     return nn.Sequential(
-        *channels_first(feature),
+        *as_maps(feature),
         *(layer for group in layers for layer in group),
         nn.AdaptiveAvgPool2d(1),
         nn.Flatten(),
@@ -86,9 +86,11 @@ CONVOLUTIONS: dict[str, Callable[..., nn.Module]] = {
 """Heads for maps that have a name."""
 
 
-def channels_first(feature: Feature) -> list[nn.Module]:
-    """What brings maps into the order of dimensions that convolutions read: nothing where they are."""
-    return [_ChannelsFirst()] if feature.layout == "channels_last" else []
+def as_maps(feature: Feature) -> list[nn.Module]:
+    """What makes the maps (B, C, H, W) that heads read of a feature: the mean over time or depth, then channels first."""
+    last = feature.layout == "channels_last"
+    mean: list[nn.Module] = [_Mean(1 if last else 2)] if feature.is_volume else []
+    return [*mean, _ChannelsFirst()] if last else mean
 
 
 def conv_geometry(channels: int, height: int, width: int, image_side: int | None) -> tuple[int, int]:
@@ -124,7 +126,21 @@ def _maps(name: str, feature: Feature) -> tuple[int, int, int]:
 
 
 def _to_vector(feature: Feature, *layers: nn.Module) -> nn.Sequential:
-    return nn.Sequential(*channels_first(feature), *layers, SDNPool(), nn.Flatten())
+    return nn.Sequential(*as_maps(feature), *layers, SDNPool(), nn.Flatten())
+
+
+class _Mean(nn.Module):
+    """Over one dimension."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.dim = dim
+
+    def forward(self, volume: Tensor) -> Tensor:
+        return volume.mean(self.dim)
+
+    def extra_repr(self) -> str:
+        return f"dim={self.dim}"
 
 
 class _ChannelsFirst(nn.Module):

@@ -102,5 +102,5 @@ def _check_single(boundaries: Sequence[Boundary], head: str) -> None:
 
 
 def _image_side(example: Example) -> int | None:
-    image = next((tensor for tensor in example.tensors if tensor.dim() == 4), None)
+    image = next((tensor for tensor in example.tensors if tensor.dim() in (4, 5)), None)
     return None if image is None else min(image.shape[-2:])

@@ -12,7 +12,8 @@ class Feature:
     """What a head reads.
 
     Attributes:
-        shape: of one sample, without the batch: (C, H, W), (H, W, C), (T, D), (C, T) or (D,).
+        shape: of one sample, without the batch: (C, H, W), (H, W, C), (T, D), (C, T) or (D,); of videos and volumes
+            (C, T, H, W) or (T, H, W, C).
         layout: what these dimensions are: ``"channels_first"``, ``"channels_last"``, ``"tokens"``, ``"sequence"`` or
             ``"vector"``.
         readout: how the backbone reads tokens itself: the first, the last, or their mean.
@@ -28,11 +29,17 @@ class Feature:
 
     @property
     def is_map(self) -> bool:
-        """Whether it is two-dimensional: an image of channels."""
+        """Whether it is an image of channels, or several behind one another."""
         return self.layout in ("channels_first", "channels_last")
+
+    @property
+    def is_volume(self) -> bool:
+        """Whether it is maps that are behind one another in time or depth."""
+        return self.is_map and len(self.shape) == 4
 
     @property
     def maps(self) -> tuple[int, int, int]:
         """Channels, height and width of a map."""
-        channels, height, width = self.shape if self.layout == "channels_first" else (self.shape[2], *self.shape[:2])
+        first = self.layout == "channels_first"
+        channels, *_, height, width = self.shape if first else (self.shape[-1], *self.shape[:-1])
         return channels, height, width

@@ -146,7 +146,7 @@ def _readable(boundaries: Sequence[Boundary]) -> Sequence[Boundary]:
         if boundary.layout == "other":
             raise NotCapturableError(
                 f"boundary {boundary.name!r} has a feature of shape {boundary.shape} per sample; heads read vectors, tokens, "
-                "sequences and 2-D maps. Choose other boundaries with at="
+                "sequences, maps and volumes. Choose other boundaries with at="
             )
     return boundaries
 

@@ -182,8 +182,10 @@ def _spent(so_far: tuple[int, ...], start: int, end: int) -> int:
 
 def _feature(boundary: Boundary) -> str:
     """The activation that a head reads, and how many others are alive beside it: ``256 × 8 × 8 CHW +2``."""
-    beside = len(boundary.activations) - 1
-    return f"{' × '.join(map(str, boundary.shape))} {_AXES[boundary.layout]}" + (f" +{beside}" if beside else "")
+    beside, axes = len(boundary.activations) - 1, _AXES[boundary.layout]
+    if len(boundary.shape) == 4:
+        axes = axes.replace("H", "TH")  # time, or depth
+    return f"{' × '.join(map(str, boundary.shape))} {axes}" + (f" +{beside}" if beside else "")
 
 
 def _mebi(count: int) -> float:

@@ -16,6 +16,8 @@ from exitkit.surgery.inputs import Example, without_values
 _BATCH = 2
 _TEXT_LENGTH = 16
 _IMAGE_SIDE = 224
+_FRAMES, _FRAME_SIDE = 16, 112
+"""Of the clips that torchvision trained its video models on; the side is that of its ResNets."""
 _ONE_SECOND = 16_000
 """Samples of audio at 16 kHz, the rate that every Hugging Face waveform model is trained at."""
 
@@ -55,15 +57,20 @@ def _infer(model: nn.Module) -> Any:
 
 
 def _input_size(model: nn.Module) -> tuple[int, ...] | None:
-    """Shape of one image (channels, height, width), spectrogram or waveform, as the model's own library declares it."""
+    """Shape of an image (C, H, W), video (C, T, H, W), spectrogram or waveform, as the model's own library declares it."""
     if getattr(model, "main_input_name", None) is not None and (config := getattr(model, "config", None)) is not None:
-        sizes = {"pixel_values": _image_size, "input_values": _audio_size, "input_features": _feature_size}
-        size_of = sizes.get(str(model.main_input_name))
+        sizes = {"input_values": _audio_size, "input_features": _feature_size}
+        size_of = (sizes | dict.fromkeys(("pixel_values", "pixel_values_videos"), _image_size)).get(
+            str(model.main_input_name)
+        )
         return None if size_of is None else size_of(config)
     if isinstance(cfg := getattr(model, "pretrained_cfg", None), dict) and "input_size" in cfg:
         channels, height, width = cfg["input_size"]
         patches = getattr(getattr(model, "patch_embed", None), "img_size", None)
         return (_channels(model, channels), *(patches or (height, width)))
+    if type(model).__module__.startswith("torchvision.models.video"):
+        side = _FRAME_SIDE if type(model).__name__ == "VideoResNet" else _IMAGE_SIDE
+        return _channels(model, 3), _FRAMES, side, side
     if type(model).__module__.startswith(("torchvision.models", "exitkit.models")):
         # Inception v3's auxiliary head fixes 299; everything else in torchvision takes 224 or says image_size.
         side = getattr(model, "image_size", 299 if type(model).__name__ == "Inception3" else _IMAGE_SIDE)
@@ -73,18 +80,22 @@ def _input_size(model: nn.Module) -> tuple[int, ...] | None:
 
 def _channels(model: nn.Module, usual: int) -> int:
     """Of the first convolution, unless that reads rearranged pixels (4×4 patches in TResNet, frequencies in CSATv2)."""
-    first = next((m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d)), usual)
+    first = next((m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d | nn.Conv3d)), usual)
     return first if first < 16 * usual else usual
 
 
 def _image_size(config: Any) -> tuple[int, ...]:
-    """Of a Hugging Face image model; CLIP and its kin keep theirs in ``vision_config``, timm's in ``pretrained_cfg``."""
+    """Of a Hugging Face image model, or of a video model, whose frames come first.
+
+    CLIP and its kin keep theirs in ``vision_config``, timm's in ``pretrained_cfg``.
+    """
     if declared := (getattr(config, "pretrained_cfg", None) or {}).get("input_size"):
         return tuple(declared)
     config = getattr(config, "vision_config", config)
-    side = getattr(config, "image_size", None) or _IMAGE_SIDE
+    side = getattr(config, "image_size", None) or getattr(config, "crop_size", None) or _IMAGE_SIDE
     height, width = side if isinstance(side, tuple | list) else (side, side)
-    return getattr(config, "num_channels", 3), height, width
+    frames = getattr(config, "num_frames", None) or getattr(config, "frames_per_clip", None)
+    return (*((frames,) if frames else ()), getattr(config, "num_channels", 3), height, width)
 
 
 def _audio_size(config: Any) -> tuple[int, ...]:

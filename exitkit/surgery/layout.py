@@ -11,11 +11,12 @@ from torch.fx import Node
 from exitkit.surgery.liveness import op_name, value_of
 
 Layout = Literal["channels_first", "channels_last", "tokens", "sequence", "vector", "other"]
-"""(B, C, H, W), (B, H, W, C), (B, T, D), (B, C, T), (B, D), or what no head reads."""
+"""(B, C, H, W), (B, H, W, C), (B, T, D), (B, C, T), (B, D), or what no head reads; maps of videos and volumes have one more
+dimension, time or depth, before their height: (B, C, T, H, W), (B, T, H, W, C)."""
 
 _CHANNELS_AT_1 = frozenset(
-    "conv1d conv2d convolution batch_norm group_norm instance_norm max_pool2d avg_pool2d adaptive_avg_pool2d "
-    "adaptive_max_pool2d".split()
+    "conv1d conv2d conv3d convolution batch_norm group_norm instance_norm max_pool2d max_pool3d avg_pool2d avg_pool3d "
+    "adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool2d adaptive_max_pool3d".split()
 )
 _CHANNELS_LAST = frozenset("linear layer_norm rms_norm".split())
 _REDUCTIONS = frozenset("mean sum amax".split())
@@ -25,7 +26,7 @@ _LOOK_AHEAD = 40
 def layout_of(node: Node) -> Layout:
     """The layout of a boundary's activation, by its rank and by its first consumers."""
     value = value_of(node)
-    if value is None or value.dim() > 4:
+    if value is None or value.dim() > 5:
         return "other"
     if value.dim() <= 2:
         return "vector"
@@ -33,7 +34,7 @@ def layout_of(node: Node) -> Layout:
     if value.dim() == 3:
         return "sequence" if axis == 1 else "tokens"
     if axis is None:  # no consumer tells, but maps are square more often than not
-        axis = 3 if value.shape[1] == value.shape[2] != value.shape[3] else 1
+        axis = value.dim() - 1 if value.shape[-3] == value.shape[-2] != value.shape[-1] else 1
     return "channels_first" if axis == 1 else "channels_last"
 
 

@@ -91,7 +91,7 @@ def _replace(captured: Capture, outputs: int) -> None:
     model, node = captured.backbone, _logits(captured)
     while op_name(node) in _PASSED and isinstance(node.args[0], Node):
         node = node.args[0]
-    weight = node.args[1] if op_name(node) in ("linear", "conv2d") else None
+    weight = node.args[1] if op_name(node) in ("linear", "conv2d", "conv3d") else None
     if not isinstance(weight, Node) or weight.op != "get_attr" or len(weight.users) > 1:
         raise _none_found(model, outputs)
     path = str(weight.target).removeprefix(f"{BACKBONE}.").removesuffix(".weight")
@@ -105,14 +105,14 @@ def _replace(captured: Capture, outputs: int) -> None:
 
 def _fresh(layer: nn.Module | None, outputs: int) -> nn.Module | None:
     """A layer like this one with other outputs; None where it is no last layer that is known here."""
-    if not isinstance(layer, nn.Linear | nn.Conv2d):
+    if not isinstance(layer, nn.Linear | nn.Conv2d | nn.Conv3d):
         return None
     like: dict[str, Any] = {"device": layer.weight.device, "dtype": layer.weight.dtype, "bias": layer.bias is not None}
     if isinstance(layer, nn.Linear):
         return nn.Linear(layer.in_features, outputs, **like)
-    if (*layer.kernel_size, *layer.stride, *layer.padding, layer.groups) != (1, 1, 1, 1, 0, 0, 1):
+    if {*layer.kernel_size, *layer.stride, layer.groups} != {1} or {*layer.padding} != {0}:
         return None
-    return nn.Conv2d(layer.in_channels, outputs, 1, **like)
+    return type(layer)(layer.in_channels, outputs, 1, **like)
 
 
 def _tell_config(model: nn.Module, outputs: int) -> None:

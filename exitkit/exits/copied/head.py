@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from exitkit.common.errors import ArgumentError
 from exitkit.exits.classifiers import InternalClassifier
@@ -14,25 +14,26 @@ from exitkit.exits.feature import Feature
 
 
 class Adapter(nn.Module):
-    """Maps of one size and width made like those of another: average pooling, then a 1 × 1 convolution.
+    """Maps (B, C, H, W) or volumes of one size and width made like others: average pooling, then a 1 × 1 convolution.
 
     It starts as an identity over the channels that both have, each output channel from one input channel.
     """
 
-    def __init__(self, channels: int, out: int, size: tuple[int, int], channels_last: bool) -> None:
+    def __init__(self, channels: int, out: int, size: Sequence[int], channels_last: bool) -> None:
         super().__init__()
-        self.size = size
         self.channels_last = channels_last
-        self.convolution = nn.Conv2d(channels, out, 1)
+        volumes = len(size) == 3
+        self.pool = (nn.AdaptiveAvgPool3d if volumes else nn.AdaptiveAvgPool2d)(tuple(size))
+        self.convolution = (nn.Conv3d if volumes else nn.Conv2d)(channels, out, 1)
         with torch.no_grad():
             self.convolution.weight.zero_()[torch.arange(out), torch.arange(out) % channels] = 1
             self.convolution.bias.zero_()  # type: ignore[union-attr]
 
     def forward(self, maps: Tensor) -> Tensor:
         if self.channels_last:
-            maps = maps.permute(0, 3, 1, 2)
-        adapted: Tensor = self.convolution(F.adaptive_avg_pool2d(maps, self.size))
-        return adapted.permute(0, 2, 3, 1) if self.channels_last else adapted
+            maps = maps.movedim(-1, 1)
+        adapted: Tensor = self.convolution(self.pool(maps))
+        return adapted.movedim(1, -1) if self.channels_last else adapted
 
 
 class TailBody(nn.Module):
@@ -81,11 +82,11 @@ def tail_head(
 def _adapter(feature: Feature, target: Feature) -> nn.Module:
     if (feature.shape, feature.layout) == (target.shape, target.layout):
         return nn.Identity()
-    if feature.layout != target.layout or feature.layout not in ("channels_first", "channels_last"):
+    if feature.layout != target.layout or not feature.is_map or len(feature.shape) != len(target.shape):
         raise ArgumentError(
             f"head='tail' is for features like the backbone's last, {target.layout} {target.shape}, not {feature.layout} "
             f"{feature.shape}; use head='auto', or at= with boundaries of that shape"
         )
     last = feature.layout == "channels_last"
     channels, *size = target.shape if not last else (target.shape[-1], *target.shape[:-1])
-    return Adapter(feature.shape[-1 if last else 0], channels, (size[0], size[1]), last)
+    return Adapter(feature.shape[-1 if last else 0], channels, size, last)
