@@ -97,7 +97,7 @@ def is_code(name: str) -> bool:
 
 def _torchvision(name: str, weights: str | None, options: dict[str, Any]) -> nn.Module:
     models = import_torchvision("models", f"--model torchvision:{name}")
-    _known(name, models.list_models(module=models), "torchvision")
+    _known(name, [*models.list_models(module=models), *models.list_models(module=models.video)], "torchvision")
     known = [one.name for one in models.get_model_weights(name)]
     if weights not in (None, _DEFAULT, *known):
         raise unknown_name("--weights", weights, [PRETRAINED, *known], "Or give a state-dict file.")
