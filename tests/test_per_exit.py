@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 import exitkit
 from exitkit import ExitkitError, ExitOutputs, choose_threshold
 from exitkit.evaluation import (
+    ExitTimes,
     exits_that_do_not_pay,
     fit_temperatures,
     head_macs,
@@ -226,6 +227,20 @@ def test_an_exit_that_knows_nothing_does_not_pay() -> None:
     log_probs = outputs.log_probs.clone()
     log_probs[:, 1] = 5 * torch.randn(2_000, 5, generator=torch.Generator().manual_seed(5))
     assert exits_that_do_not_pay(replace(outputs, log_probs=log_probs), [0.1, 0.5, 0.1], (0.5, 0.75)) == (1,)
+
+
+def test_temperatures_and_times_do_not_change_what_pays() -> None:
+    """One temperature for all exits, at which the same threshold per exit decides otherwise, and times that are not asked."""
+    outputs = some_outputs(2_000)
+    log_probs = outputs.log_probs.clone()
+    log_probs[:, 1] = 5 * torch.randn(2_000, 5, generator=torch.Generator().manual_seed(5))
+    temperatures = (1.0, 2.0, 1.0, 1.0)
+    divided = log_probs / torch.tensor(temperatures)[:, None]
+    plain, scaled = replace(outputs, log_probs=divided), replace(outputs, log_probs=log_probs).calibrated(temperatures)
+    times = ExitTimes("cpu", "a CPU", 1, (1.0, 2.0, 3.0, 4.0))
+    heads, budgets = [0.1, 0.5, 0.1], (0.5, 0.75)
+    assert exits_that_do_not_pay(plain, heads, budgets) == (1,)
+    assert exits_that_do_not_pay(scaled.timed([times]), heads, budgets) == (1,)
 
 
 def test_good_exits_pay() -> None:

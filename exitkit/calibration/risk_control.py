@@ -234,8 +234,8 @@ def certifier(method: Procedure, limit: float, level: float, binary: bool) -> Ce
     """The test whether losses (N,) certify, at this level, that their mean is at most ``limit``."""
     if method == "crc":
         return lambda losses: conformal_mean(losses) <= limit
-    if method == "ucb":
-        return lambda losses: betting_p_value(losses, limit, level) <= level
+    if method == "ucb":  # in random order: data sets are often sorted by class, and so by how many are lost
+        return lambda losses: betting_p_value(np.random.default_rng(0).permutation(losses), limit, level) <= level
     p_value = binomial_p_value if binary else hoeffding_bentkus_p_value
     return lambda losses: p_value(losses, limit) <= level
 
