@@ -22,6 +22,7 @@ from exitkit.evaluation import (
     per_exit_thresholds,
     threshold_path,
 )
+from exitkit.methods.criteria import Criterion
 
 property_test = settings(max_examples=60, deadline=None, derandomize=True, database=None)
 
@@ -123,6 +124,28 @@ def test_without_labels_agreement_counts() -> None:
     outputs = some_outputs()
     found = per_exit_thresholds(replace(outputs, labels=None), 0.5)
     assert found == per_exit_thresholds(outputs.against_backbone(), 0.5)
+
+
+class ThreeQuarters(Criterion):
+    """Scores of at most 0.75, above which τ is written as 1."""
+
+    kind = "three-quarters"
+
+    def step(self, answer: torch.Tensor, memory: Any) -> tuple[torch.Tensor, Any]:
+        return 0.75 * answer.double().softmax(-1).amax(-1), ()
+
+    def highest(self, exits: int) -> float:
+        return 0.75
+
+
+def test_where_leaving_never_pays_nobody_leaves_by_a_criterion_of_ones_own() -> None:
+    outputs = some_outputs(200)
+    assert outputs.labels is not None
+    right = 10 * torch.eye(5)[outputs.labels][:, None]
+    wrong = torch.cat([outputs.log_probs[:, :3] - right, right], 1)
+    found = per_exit_thresholds(ExitOutputs(wrong, outputs.labels, [1, 2, 3, 4], 4.0, "three-quarters"), 1.5)
+    assert (found.accuracy, found.cost) == (1, 1)
+    assert found.thresholds == (0.75, 0.75, 0.75)
 
 
 def test_patience_per_exit() -> None:
