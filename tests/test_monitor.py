@@ -166,6 +166,7 @@ def test_what_is_no_prediction_is_refused_and_not_counted(exit_: Any, score: Any
     ("options", "message"),
     [
         ({"outputs": None}, "outputs is NoneType; give those"),
+        ({"outputs": calibration()[:2]}, "outputs hold 2 samples, too few"),
         ({"threshold": "high"}, "threshold='high' must be a number"),
         ({"window": 10}, "window=10 must be .* at least 20"),
         ({"window": 100.0}, "window=100.0 must be a whole number"),

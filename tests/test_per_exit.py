@@ -15,12 +15,14 @@ from hypothesis import strategies as st
 import exitkit
 from exitkit import ExitkitError, ExitOutputs, choose_threshold
 from exitkit.evaluation import (
+    ExitTimes,
     exits_that_do_not_pay,
     fit_temperatures,
     head_macs,
     per_exit_thresholds,
     threshold_path,
 )
+from exitkit.methods.criteria import Criterion
 
 property_test = settings(max_examples=60, deadline=None, derandomize=True, database=None)
 
@@ -122,6 +124,28 @@ def test_without_labels_agreement_counts() -> None:
     outputs = some_outputs()
     found = per_exit_thresholds(replace(outputs, labels=None), 0.5)
     assert found == per_exit_thresholds(outputs.against_backbone(), 0.5)
+
+
+class ThreeQuarters(Criterion):
+    """Scores of at most 0.75, above which τ is written as 1."""
+
+    kind = "three-quarters"
+
+    def step(self, answer: torch.Tensor, memory: Any) -> tuple[torch.Tensor, Any]:
+        return 0.75 * answer.double().softmax(-1).amax(-1), ()
+
+    def highest(self, exits: int) -> float:
+        return 0.75
+
+
+def test_where_leaving_never_pays_nobody_leaves_by_a_criterion_of_ones_own() -> None:
+    outputs = some_outputs(200)
+    assert outputs.labels is not None
+    right = 10 * torch.eye(5)[outputs.labels][:, None]
+    wrong = torch.cat([outputs.log_probs[:, :3] - right, right], 1)
+    found = per_exit_thresholds(ExitOutputs(wrong, outputs.labels, [1, 2, 3, 4], 4.0, "three-quarters"), 1.5)
+    assert (found.accuracy, found.cost) == (1, 1)
+    assert found.thresholds == (0.75, 0.75, 0.75)
 
 
 def test_patience_per_exit() -> None:
@@ -226,6 +250,20 @@ def test_an_exit_that_knows_nothing_does_not_pay() -> None:
     log_probs = outputs.log_probs.clone()
     log_probs[:, 1] = 5 * torch.randn(2_000, 5, generator=torch.Generator().manual_seed(5))
     assert exits_that_do_not_pay(replace(outputs, log_probs=log_probs), [0.1, 0.5, 0.1], (0.5, 0.75)) == (1,)
+
+
+def test_temperatures_and_times_do_not_change_what_pays() -> None:
+    """One temperature for all exits, at which the same threshold per exit decides otherwise, and times that are not asked."""
+    outputs = some_outputs(2_000)
+    log_probs = outputs.log_probs.clone()
+    log_probs[:, 1] = 5 * torch.randn(2_000, 5, generator=torch.Generator().manual_seed(5))
+    temperatures = (1.0, 2.0, 1.0, 1.0)
+    divided = log_probs / torch.tensor(temperatures)[:, None]
+    plain, scaled = replace(outputs, log_probs=divided), replace(outputs, log_probs=log_probs).calibrated(temperatures)
+    times = ExitTimes("cpu", "a CPU", 1, (1.0, 2.0, 3.0, 4.0))
+    heads, budgets = [0.1, 0.5, 0.1], (0.5, 0.75)
+    assert exits_that_do_not_pay(plain, heads, budgets) == (1,)
+    assert exits_that_do_not_pay(scaled.timed([times]), heads, budgets) == (1,)
 
 
 def test_good_exits_pay() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import os
 import signal
 import subprocess
@@ -20,13 +21,16 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from scipy.stats import binom
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 import exitkit
+from exitkit import ExitOutputs
+from exitkit.calibration.risks import as_risk
 from exitkit.common.errors import ArgumentError
-from exitkit.retrofitting.alternatives import Alternative
+from exitkit.retrofitting.alternatives import Alternative, weighed
 from exitkit.retrofitting.candidates import GRIDS, propose
 from exitkit.retrofitting.choice import Answers, cheapest, cost_at_price
 from exitkit.retrofitting.finishing import linked_from
@@ -200,8 +204,6 @@ def test_a_part_is_the_same_samples_in_every_pass() -> None:
 
 
 def test_the_limit_is_what_the_test_of_the_promise_passes_half_of_the_time() -> None:
-    from scipy.stats import binom
-
     train, calibration = loaders()
     data = Data.read(train, calibration, None, max_drop=0.03, confidence=0.95, seed=0)
     limit = data.limit(0.03)
@@ -334,6 +336,45 @@ def test_a_backbone_that_knows_at_its_end_alone_is_shipped_itself() -> None:
         assert result.engine is None
         with pytest.raises(ArgumentError, match=r"verdict is 'backbone'.*ship the model itself"):
             result.export("model.pt2")
+
+
+def losing(lost: int, samples: int, copies: int = 1) -> ExitOutputs:
+    """A small network before a backbone that is always right; it is as sure of all, and wrong about ``lost`` samples."""
+    first = torch.where(torch.arange(samples) < lost, -2.0, 2.0)
+    logits = torch.stack([torch.stack([first, -first], 1), torch.tensor([[9.0, 0.0]]).repeat(samples, 1)], 1)
+    hashes = torch.arange(samples).repeat(copies)
+    labels = torch.zeros(samples * copies).long()
+    return ExitOutputs(logits.repeat(copies, 1, 1), labels, [1.0, 11.0], 10.0, hashes=hashes)
+
+
+@pytest.mark.parametrize(("number", "lost"), [(1, 6), (10, 3)])
+def test_the_promise_holds_for_the_luckiest_of_several_alternatives(number: int, lost: int) -> None:
+    """Ten networks that each break it pass at 0.5% each, and so one of them or more at 5%."""
+    assert binom.cdf(lost, 400, 0.03) <= 0.05 / number < binom.cdf(lost + 1, 400, 0.03)
+    data = Data.read(*loaders(), None, max_drop=0.03, confidence=0.95, seed=0, alternatives=number)
+    for more in (0, 1):
+        alone, both = weighed("small", losing(lost + more, 400), data.risk, 0.03, data.confidence, (1.0, 10.0))
+        assert (alone.promised, both.promised) == (not more, not more)
+        assert alone.risk == pytest.approx((lost + more) / 400)
+        assert both.cost == pytest.approx(1.1 if more else 0.1)
+
+
+def test_more_alternatives_take_more_samples() -> None:
+    """None lost of n: 0.97ⁿ must be at most 5%, of ten networks 0.5% each."""
+    train, calibration = loaders(calibration=120)
+    assert 0.97**120 <= 0.05 < 0.97**98
+    Data.read(train, calibration, None, max_drop=0.03, confidence=0.95, seed=0)
+    needed = math.ceil(math.log(0.005) / math.log(0.97))
+    with pytest.raises(ArgumentError, match=f"120 samples are too few.*at least {needed} samples"):
+        Data.read(train, calibration, None, max_drop=0.03, confidence=0.95, seed=0, alternatives=10)
+
+
+def test_copies_give_no_alternative_a_promise() -> None:
+    with pytest.warns(UserWarning, match="repeat others"):
+        alone, both = weighed("small", losing(7, 400, copies=10), as_risk("accuracy_drop"), 0.03, 0.95, (1.0, 10.0))
+    assert binom.cdf(70, 4000, 0.03) < 0.05 < binom.cdf(7, 400, 0.03)
+    assert not alone.promised
+    assert not both.promised
 
 
 def test_an_alternative_that_keeps_the_promise_for_less_is_named(net: nn.Module, tmp_path: Path) -> None:

@@ -190,6 +190,20 @@ def test_betting_follows_the_published_recursion() -> None:
     assert betting_p_value(losses, limit, level) == pytest.approx(1 / best)
 
 
+def test_bets_do_not_depend_on_how_a_data_set_is_sorted() -> None:
+    """Half of the samples lose nothing; betting on them first would promise half of what the others lose."""
+    steps = ThresholdPath(np.zeros((1, 1)), "confidence")
+    found = []
+    for seed in range(100):
+        generator = np.random.default_rng(seed)
+        labels = torch.from_numpy(np.sort(generator.integers(0, 2, 1_000)))
+        wrong = (labels == 1) & torch.from_numpy(generator.random(1_000) < 0.12)  # 6% lost of all
+        answers = torch.stack([labels ^ wrong.long(), labels], 1)
+        outputs = ExitOutputs(3.0 * torch.nn.functional.one_hot(answers), labels, [1, 4], 4.0)
+        found.append(choose_threshold(outputs, BOUND, 1 - DELTA, method="ucb", path=steps).found)
+    assert np.mean(found) <= DELTA
+
+
 @pytest.mark.parametrize(
     "test", [hoeffding_bentkus_p_value, lambda losses, limit: betting_p_value(losses, limit, 0.1)]
 )

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from exitkit.calibration.shift_test import Martingales, Positions, equal_cuts
 from exitkit.common.checks import Bounds, Share, check
+from exitkit.common.console import counted
 from exitkit.common.errors import ArgumentError
 from exitkit.evaluation.outputs import ExitOutputs
 from exitkit.methods.criteria import Criterion
@@ -90,7 +91,8 @@ class ShiftMonitor:
         false_alarm: probability of an alarm without a shift, over the whole life of the monitor.
 
     Raises:
-        ArgumentError: a window below 20, ``false_alarm`` outside (0, 1), thresholds that do not fit the outputs.
+        ArgumentError: a window below 20, ``false_alarm`` outside (0, 1), thresholds that do not fit the outputs, fewer than
+            three samples.
     """
 
     def __init__(
@@ -105,6 +107,10 @@ class ShiftMonitor:
         if not isinstance(outputs, ExitOutputs):
             raise ArgumentError(
                 f"outputs is {type(outputs).__name__}; give those that the threshold was calibrated on"
+            )
+        if len(outputs) < 3:
+            raise ArgumentError(
+                f"outputs hold {counted(len(outputs), 'sample')}, too few to compare with; give the calibration split"
             )
         check("window", window, Annotated[int, Bounds(least=20)], "500 is usual")
         check("false_alarm", false_alarm, Share, "1e-4 is usual")

@@ -145,8 +145,8 @@ class _Search:
         return tuple(len(taus) - 1 for taus in self.taus)
 
     def at(self, threshold: float) -> _Levels:
-        """The levels of one τ that is among all exits' thresholds."""
-        return tuple(int(np.searchsorted(taus, threshold)) for taus in self.taus)
+        """The levels of one τ that is among all exits' thresholds, or above every score."""
+        return tuple(min(int(np.searchsorted(taus, threshold)), len(taus) - 1) for taus in self.taus)
 
     def thresholds(self, levels: _Levels) -> tuple[float, ...]:
         return tuple(float(taus[level]) for taus, level in zip(self.taus, levels, strict=True))

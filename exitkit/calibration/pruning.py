@@ -64,7 +64,10 @@ def _without(outputs: ExitOutputs, place: int, head: float) -> ExitOutputs:
     kept = [m for m in range(len(outputs.macs)) if m != place]
     macs = outputs.macs.clone()
     macs[place + 1 :] -= head
-    return replace(outputs, log_probs=outputs.log_probs[:, kept], macs=macs[kept])
+    temperatures = None if outputs.temperatures is None else tuple(outputs.temperatures[m] for m in kept)
+    return replace(
+        outputs, log_probs=outputs.log_probs[:, kept], macs=macs[kept], temperatures=temperatures, timings=()
+    )
 
 
 def _accuracies(curve: Curve, budgets: Sequence[float]) -> np.ndarray[tuple[int], np.dtype[np.float64]]:

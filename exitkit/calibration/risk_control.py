@@ -28,6 +28,7 @@ from exitkit.calibration.p_values import (
 )
 from exitkit.calibration.risks import Risk, RiskFunction, RiskName, as_risk
 from exitkit.common.errors import ArgumentError, unknown_name
+from exitkit.common.hashes import digest
 from exitkit.evaluation.outputs import ExitOutputs, check_outputs
 from exitkit.methods.criteria import Criterion
 from exitkit.methods.policy import ExitPolicy, Guarantee
@@ -110,10 +111,9 @@ def choose_threshold(
     passes = certifier(method, chosen.limit(max_drop), 1 - confidence, binary)
     distinct = _distinct(outputs)
     check_count(len(distinct), passes, chosen, max_drop)
-    if len(distinct) < len(outputs):
-        passes = _with_and_without_repeats(passes, distinct)
     scores = outputs.scores(no_exit.criterion)[:, :-1].numpy()
-    last, exits = _walk(scores, losses, rows, passes, monotone=method == "crc")
+    tested = _in_random_order(passes, distinct, len(outputs), digest([scores, losses]))
+    last, exits = _walk(scores, losses, rows, tested, monotone=method == "crc")
     cost = outputs.costs[exits]
     spread = _NORMAL_95 * float(cost.std()) / math.sqrt(len(cost))
     saves = last > 0 and float(cost.mean()) < 1
@@ -147,9 +147,16 @@ def _distinct(outputs: ExitOutputs) -> NDArray[np.int64]:
     return first
 
 
-def _with_and_without_repeats(passes: Certifies, distinct: NDArray[np.int64]) -> Certifies:
-    """Both tests: the one holds where the repeats are copies, the other where inputs really come that often."""
-    return lambda losses: passes(losses[distinct]) and passes(losses)
+def _in_random_order(passes: Certifies, distinct: NDArray[np.int64], samples: int, seed: str) -> Certifies:
+    """The test of the samples in random order, since bets depend on it and data sets are often sorted by class.
+
+    With repeats it is two tests: the one holds where these are copies, the other where inputs really come that often.
+    """
+    generator = np.random.default_rng(int(seed, 16))  # another order for other samples
+    orders = [generator.permutation(distinct)]
+    if len(distinct) < samples:
+        orders.append(generator.permutation(samples))
+    return lambda losses: all(passes(losses[order]) for order in orders)
 
 
 def refuse_shared(outputs: ExitOutputs, other: ExitOutputs | Tensor | None, name: str) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from exitkit.calibration.risk_control import Certifies, choose_threshold
+from exitkit.calibration.risk_control import choose_threshold
 from exitkit.calibration.risks import Risk, RiskName
 from exitkit.common.batches import checked, move, split_batch
 from exitkit.common.errors import ArgumentError
@@ -98,36 +98,36 @@ def beside(captured: Capture, calibration: Iterable[Any], backbone: ExitOutputs)
     last: Tensor = torch.cat([rows[:, -1] for rows in backbone.chunks()])
     macs = torch.tensor([macs_of(captured), backbone.backbone_macs], dtype=torch.float64).cumsum(0)
     log_probs = torch.stack([F.log_softmax(logits, -1), last], 1)
-    return ExitOutputs(log_probs, backbone.labels, macs, backbone.backbone_macs)
+    return ExitOutputs(log_probs, backbone.labels, macs, backbone.backbone_macs, hashes=backbone.hashes)
 
 
 def weighed(
     name: str,
     outputs: ExitOutputs,
     risk: Risk,
-    certifies: Certifies,
     max_drop: float,
     confidence: float,
     milliseconds: tuple[float, float],
 ) -> tuple[Alternative, Alternative]:
     """The network alone, and before the backbone at the threshold that keeps the promise.
 
+    Alone it is the end of the thresholds that are tested in order, where every sample leaves: one test serves both.
     ``outputs`` are those of :func:`beside`; ``milliseconds`` per sample, of this network and of the backbone.
     """
     labelled = outputs.labels is not None
     judged = outputs if labelled else outputs.against_backbone()
     losses, _ = risk.losses(judged)
+    policy = choose_threshold(judged, max_drop, confidence, _name(risk))
+    point, stays = judged.at(policy), float(outputs.exit_rates(policy)[-1])
+    assert policy.guarantee is not None
     alone = Alternative(
         name,
         float(outputs.costs[0]),
         risk.unscaled(float(losses[:, 0].mean())),
         float(judged.accuracy()[0]) if labelled else None,
-        certifies(losses[:, 0]),
+        stays == 0,
         milliseconds[0],
     )
-    policy = choose_threshold(judged, max_drop, confidence, _name(risk))
-    point, stays = judged.at(policy), float(outputs.exit_rates(policy)[-1])
-    assert policy.guarantee is not None
     both = Alternative(
         f"{name}, then the model",
         point.cost,

@@ -120,7 +120,7 @@ def retrofit(
             "exitkit.attach(model, method='pbee'), Trainer, and exitkit.collect(ee, loader).curve() for a threshold"
         )
     other_captures = captured_alternatives(others, captured.spec.batch(captured.example.tensors), outputs)
-    data = Data.read(train_loader, calibration_loader, search_loader, max_drop, confidence, seed)
+    data = Data.read(train_loader, calibration_loader, search_loader, max_drop, confidence, seed, len(others))
     with _kept(folder, say):
         search = search_for(wanted, captured, data, heads, boundaries, folder, show_progress, say)
         return _Run(wanted, captured, data, search, other_captures, time.monotonic()).result()
@@ -217,9 +217,7 @@ class _Run:
         for name, captured in self.others.items():
             other = beside(captured, self.data.calibration, answers)
             each = (times.others[name], times.backbone)
-            found += weighed(
-                name, other, self.data.risk, self.data.certifies, self.wanted.max_drop, self.wanted.confidence, each
-            )
+            found += weighed(name, other, self.data.risk, self.wanted.max_drop, self.data.confidence, each)
         return tuple(found)
 
     def _candidates(self, kept: Sequence[int]) -> tuple[Candidate, ...]:

@@ -153,6 +153,8 @@ class Data:
         hashes: of the calibration samples.
         learned: of the samples that are learned from or chosen on.
         certifies: the test of the promise.
+        confidence: of the test of each alternative: of several it is higher than what was asked for, so that the promise
+            holds as often for the one that is named, whichever that is.
     """
 
     split: Split
@@ -162,6 +164,7 @@ class Data:
     labelled: bool
     risk: Risk
     certifies: Certifies
+    confidence: float
 
     @classmethod
     def read(
@@ -172,13 +175,15 @@ class Data:
         max_drop: float,
         confidence: float,
         seed: int,
+        alternatives: int = 0,
     ) -> Data:
         """As the arguments of :func:`exitkit.retrofit`, which names what is refused."""
         split = held_out(train_loader, search_loader, seed)
         labelled, hashes = _labels(calibration_loader)
         risk = as_risk("accuracy_drop" if labelled else "disagreement")
         certifies = certifier("ltt", max_drop, 1 - confidence, binary=True)
-        check_count(len(hashes.unique()), certifies, risk, max_drop)
+        level = (1 - confidence) / max(alternatives, 1)
+        check_count(len(hashes.unique()), certifier("ltt", max_drop, level, binary=True), risk, max_drop)
         learned = torch.cat([content_hashes(split.train), content_hashes(split.search)])
         shared = int(torch.isin(hashes, learned).sum())
         if shared:
@@ -186,7 +191,7 @@ class Data:
                 f"calibration_loader shares {shared} of its {len(hashes)} samples with the training data, and a promise made "
                 "on them would be broken on new ones; leave them out of one of the two"
             )
-        return cls(split, calibration_loader, hashes, learned, labelled, risk, certifies)
+        return cls(split, calibration_loader, hashes, learned, labelled, risk, certifies, 1 - level)
 
     def limit(self, max_drop: float) -> float:
         """The average loss with which the test is passed half of the time: it allows fewer mistakes than ``max_drop``."""
