@@ -153,6 +153,7 @@ def test_a_run_is_calibrated_compared_and_reported(run: Run, refused: Run, image
     printed = run("calibrate", out, "--max-drop", 0.5, "--outputs", "ztw", "--share", 0.4).replace("\n", " ")
     assert "of the 24 calibration samples" in printed
     assert "On 36 other samples" in printed
+    assert "Each promise" not in printed
     chosen = json.loads((out / "thresholds.json").read_text())
     assert list(chosen) == ["ztw"]
     assert chosen["ztw"]["check"]["samples"] == 36
@@ -179,6 +180,8 @@ def test_a_run_is_calibrated_compared_and_reported(run: Run, refused: Run, image
     assert "holds no run itself, but 1 below it" in refused("compare", tmp_path, out)
     assert "holds no run itself, but 1 below it" in refused("report", tmp_path)
     assert json.loads((out / "thresholds.json").read_text()) == chosen
+    both = run("calibrate", out, "--max-drop", 0.5, "--confidence", 0.9).replace("\n", " ")
+    assert "The cheapest of 2 keeps its own with a confidence of at least 0.8; --confidence 0.95 makes it 0.9." in both
 
 
 def test_bench_on_text(run: Run, bert: Path, tmp_path: Path) -> None:

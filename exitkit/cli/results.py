@@ -91,6 +91,12 @@ def calibrate(
             if risk in _SHARES:
                 measured = with_interval(one.check.risk, one.check.samples)
             say(f"  On {one.check.samples} other samples: {risk} {measured}, cost {one.check.cost:.1%}.")
+    if len(chosen) > 1 and method != "crc":
+        wanted, doubt = f"{confidence:.10g}", (1 - confidence) * len(chosen)
+        say(
+            f"Each promise is that of one method. The cheapest of {len(chosen)} keeps its own with a confidence of at least "
+            f"{max(0.0, 1 - doubt):.6g}; --confidence {1 - (1 - confidence) / len(chosen):.6g} makes it {wanted}."
+        )
     say(f"Written to {written}")
     say(f"To make a file of it that runs anywhere: exitkit export {shlex.quote(str(run))}", soft_wrap=True)
 
