@@ -298,7 +298,10 @@ def test_pairs_are_the_first_two_columns(tmp_path: Path) -> None:
     table.write_text('\ufefffirst,second,label\n"one, and",two,1\n\nthree,four,0\n', encoding="utf-8")
     assert list(pairs([str(table), str(table)])) == 2 * [("one, and", "two"), ("three", "four")]
     table.write_text("text\ngood film\n")
-    for given, words in ((str(table), "a row of one column"), ("good film", r"no \.csv or \.tsv file")):
+    for given, words in (
+        (str(table), "1 column, and --pairs takes two texts"),
+        ("good film", r"no \.csv or \.tsv file"),
+    ):
         with pytest.raises(ArgumentError, match=words):
             pairs([given])
 
@@ -387,6 +390,21 @@ def test_rows_with_other_columns_than_the_header_are_refused(
     error = refused("bench", "--model", f"hf:{bert}", "--data", tmp_path / "a.csv", "--out", tmp_path / "run")
     assert f"row 21 below the header has {columns} column{'s' * (columns > 1)}, and the header 2: ['" in error
     assert "a text with commas stands in quotation marks" in error
+
+
+def test_run_refuses_the_rows_that_training_refuses(tmp_path: Path) -> None:
+    """A text was cut at its first comma, and the answer was that of its beginning."""
+    from exitkit import ArgumentError
+    from exitkit.cli.inputs import pairs, texts
+
+    table = tmp_path / "a.csv"
+    table.write_text('\ufeff"text, whole",label\r\n\r\n"good, long",1\r\nnot good, and long,0\r\n', encoding="utf-8")
+    for read in (texts, pairs):
+        with pytest.raises(ArgumentError, match=r"row 2 below the header has 3 columns, and the header 2: \['not good'"):
+            read([str(table)])
+    table.write_text("good film\n")  # without a header
+    with pytest.raises(ArgumentError, match="no rows below a header"):
+        texts([str(table)])
 
 
 def test_an_ending_in_capitals_separates_by_tabs_too() -> None:

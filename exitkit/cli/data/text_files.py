@@ -97,13 +97,30 @@ class _Rows(list[tuple[Any, float]]):
 
 def _read_text(path: Path, pairs: bool) -> list[tuple[Any, str]]:
     """A text, or a pair of texts, and the label as it is written, of each row."""
+    least, needed = (3, "pairs are two texts and a label") if pairs else (2, "training takes a text and a label")
+    rows = read_table(path, least, needed)
+    return [((row[0], row[1]) if pairs else row[0], row[-1]) for row in rows]
+
+
+def read_table(path: Path, least: int, needed: str) -> list[list[str]]:
+    """The rows of a ``.csv`` or ``.tsv`` below its header, empty lines left out.
+
+    Args:
+        path: the file.
+        least: how many columns there must be.
+        needed: which these are, for messages.
+
+    Raises:
+        ArgumentError: there are no rows, fewer columns, or a row of other columns than the header.
+        FileError: no file of UTF-8, or a damaged one.
+    """
     try:
-        with path.open(newline="", encoding="utf-8") as file:
+        with path.open(newline="", encoding="utf-8-sig") as file:  # spreadsheets begin with a byte order mark
             header, *rows = [row for row in cells(file, path) if row] or [[]]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise FileError(f"{str(path)!r} cannot be read as UTF-8 text and label: {error}") from error
-    if not rows or len(header) < 2:
-        raise ArgumentError(f"{str(path)!r} has no rows of text and label below a header")
+        raise FileError(f"{str(path)!r} cannot be read as UTF-8 text: {error}") from error
+    if not rows:
+        raise ArgumentError(f"{str(path)!r} has no rows below a header")
     odd = next((number for number, row in enumerate(rows) if len(row) != len(header)), None)
     if odd is not None:
         quoted = "" if path.suffix.lower() == ".tsv" else "; a text with commas stands in quotation marks"
@@ -111,11 +128,9 @@ def _read_text(path: Path, pairs: bool) -> list[tuple[Any, str]]:
             f"{str(path)!r}: row {odd + 1} below the header has {counted(len(rows[odd]), 'column')}, and the header "
             f"{len(header)}: {str(rows[odd])[:200]}{quoted}"
         )
-    if pairs and len(header) < 3:
-        raise ArgumentError(
-            f"{str(path)!r} has a row of {len(header)} columns, but pairs are two texts and a label: {str(rows[0])[:200]}"
-        )
-    return [((row[0], row[1]) if pairs else row[0], row[-1]) for row in rows]
+    if len(header) < least:
+        raise ArgumentError(f"{str(path)!r} has {counted(len(header), 'column')}, and {needed}: {str(rows[0])[:200]}")
+    return rows
 
 
 def cells(file: Iterable[str], path: Path) -> Iterator[list[str]]:
