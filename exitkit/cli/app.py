@@ -155,7 +155,7 @@ def export(
     source = flags_over(find_source(str(run or exits), method), model, weights, num_classes, max_length, labels, trust)
     target = out or Path(str(run)) / "model.pt2"
     for line in export_source(source, target, threshold, optimize):
-        make_console().print(line)
+        make_console().print(line, soft_wrap=line.startswith("  exitkit "))  # a command that is broken does not run
 
 
 def run(

@@ -92,7 +92,8 @@ def propose(
         seed: the heads' weights follow from it.
 
     Raises:
-        ArgumentError: an unknown head or boundary, or nowhere a head that leaves something to save.
+        ArgumentError: an unknown head or boundary, a head that was asked for and that no boundary can have, or nowhere one
+            that leaves something to save.
     """
     anatomy = find_boundaries(captured)
     given: Any = HEADS if heads is None else heads
