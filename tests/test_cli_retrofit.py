@@ -222,6 +222,8 @@ def test_wrong_arguments_are_said_in_a_line_or_two(refused: Run, data: Path) -> 
     assert "max_drop=0.0 must be" in said("--max-drop", 0)
     assert "too few for max_drop=0.001" in said("--max-drop", 0.001)
     assert "no better than chance" in said("--max-drop", 0.1, model="tests.toy:net")
+    assert "head='tests.nowhere:made' cannot be imported" in said("--heads", "1L,tests.nowhere:made")
+    assert "head='conv': stride=0 must be" in said("--heads", "1L,conv(stride=0, width=8)", "--max-drop", 0.1)
     assert "was given twice" in said("--alternative", MODEL, "--alternative", MODEL)
     other = said("--max-drop", 0.1, model="tests.test_cli_retrofit:of_five_classes")
     assert "the data have 3 classes, but the model tells 5 apart" in other

@@ -532,6 +532,8 @@ def test_other_classes_in_an_alternative_and_regression_are_refused(net: nn.Modu
         ({"effort": "hard"}, "effort='hard' is unknown"),
         ({"cost": "watts"}, "cost='watts' is unknown"),
         ({"heads": ["3L"]}, "head='3L' is unknown"),
+        ({"heads": ["1L", "conv"]}, "head='conv'"),  # for maps, and these are vectors
+        ({"heads": ["1L", "tests.toy:nothing"]}, "tests.toy:nothing"),
         ({"boundaries": ["nowhere"]}, "nowhere"),
         ({"batch_size": 0}, "batch_size=0 must be"),
         ({"alternatives": ["resnet"]}, "alternatives holds"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -95,12 +96,14 @@ def retrofit(
 
     check_unused(out, taken_up=RESULT)
     from exitkit.cli.data.loading import load_data
+    from exitkit.cli.experiments import import_heads
     from exitkit.cli.machine import computing_with, threads_for, train_on
     from exitkit.cli.sources import load_model
     from exitkit.cli.writing import write_class_names, write_preparation, written
     from exitkit.common.batches import split_batch
 
     train_on(device)
+    import_heads(_listed(heads) or [], "command", trust=True)  # typed here
     exitkit.keep_memory()
     say = make_console().print
     backbone = load_model(model, weights, num_classes)
@@ -191,7 +194,8 @@ def _stopped_by_hand() -> Iterator[None]:
 
 
 def _listed(given: str | None) -> list[str] | None:
-    return None if given is None else [part.strip() for part in given.split(",")]
+    """What stands between commas, but for those in the parentheses of ``conv(stride=4, width=32)``."""
+    return None if given is None else [part.strip() for part in re.split(r",(?![^(]*\))", given)]
 
 
 def _alternatives(given: list[str], num_classes: int | None) -> dict[str, nn.Module]:
