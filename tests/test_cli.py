@@ -262,7 +262,10 @@ def test_demo_shows_a_table_and_writes_the_plot(run: Run, tmp_path: Path) -> Non
         (("inspect", "hf:/no/such/folder"), "/no/such/folder"),
         (("inspect", "torchvision:resnet18", "--weights", "/no/such/file"), "--weights '/no/such/file'"),
         (("inspect", TOY, "--weights", "pretrained"), f"--model '{TOY}' returns its own weights; leave it out"),
-        (("inspect", TOY), "example_inputs"),
+        (
+            ("inspect", TOY),
+            "TinyNet does not say what it takes; give the side of its input images, such as --image-size 32",
+        ),
         (
             ("inspect", TOY, "--num-classes", "5"),
             f"--model {TOY} takes no num_classes, and num_classes=5 is asked for; let the function take it",
@@ -400,7 +403,9 @@ def test_run_refuses_the_rows_that_training_refuses(tmp_path: Path) -> None:
     table = tmp_path / "a.csv"
     table.write_text('\ufeff"text, whole",label\r\n\r\n"good, long",1\r\nnot good, and long,0\r\n', encoding="utf-8")
     for read in (texts, pairs):
-        with pytest.raises(ArgumentError, match=r"row 2 below the header has 3 columns, and the header 2: \['not good'"):
+        with pytest.raises(
+            ArgumentError, match=r"row 2 below the header has 3 columns, and the header 2: \['not good'"
+        ):
             read([str(table)])
     table.write_text("good film\n")  # without a header
     with pytest.raises(ArgumentError, match="no rows below a header"):
