@@ -395,6 +395,39 @@ def test_rows_with_other_columns_than_the_header_are_refused(
     assert "a text with commas stands in quotation marks" in error
 
 
+@pytest.mark.parametrize(
+    ("labels", "classes", "names"),
+    [
+        (["joy", "Anger", "fear"], [2, 0, 1], ["anger", "fear", "joy", "sadness"]),  # the model's own; one is missing
+        (["spam", "ham", "spam"], [1, 0, 1], ["ham", "spam"]),
+        (["10.0", "2.0", "0.0"], [10, 2, 0], None),  # as pandas writes a column of numbers with gaps
+        ([" 1", "0 ", "2"], [1, 0, 2], None),
+    ],
+)
+def test_labels_of_texts_are_numbered_as_the_model_numbers_them(
+    tmp_path: Path, bert: Path, labels: list[str], classes: list[int], names: list[str] | None
+) -> None:
+    """They were in alphabetical order, so that a model with another was wrong about most of them."""
+    from exitkit.cli.data.loading import load_data
+    from exitkit.cli.sources import load_model
+
+    config = json.loads((bert / "config.json").read_text())
+    config["id2label"] = {"0": "anger", "1": "fear", "2": "joy", "3": "sadness"}
+    (bert / "config.json").write_text(json.dumps(config))
+    (tmp_path / "a.csv").write_text("text,label\n" + "".join(f"good film,{label}\n" for label in labels))
+    split = load_data(str(tmp_path / "a.csv"), load_model(f"hf:{bert}"), str(tmp_path / "a.csv"), str(bert))
+    assert [label for _, label in split.test] == classes
+    assert split.classes == (len(names) if names else max(classes) + 1)
+    assert getattr(split.test, "classes", None) == names
+
+
+def test_a_row_without_a_label_is_named(refused: Run, tmp_path: Path, bert: Path) -> None:
+    """Rows without labels became a class of their own."""
+    (tmp_path / "a.csv").write_text("text,label\n" + 4 * "good film,1\nbad film,0\n" + "good film, \n")
+    error = refused("bench", "--model", f"hf:{bert}", "--data", tmp_path / "a.csv", "--out", tmp_path / "run")
+    assert "row 9 below the header has no label: ['good film', '']" in error
+
+
 def test_run_refuses_the_rows_that_training_refuses(tmp_path: Path) -> None:
     """A text was cut at its first comma, and the answer was that of its beginning."""
     from exitkit import ArgumentError

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import math
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,22 +34,27 @@ def texts(
     unlabelled: bool,
     option: str,
 ) -> Split:
-    """Text in the first column (a pair in the first two), label in the last, a header above; labels may be words."""
+    """Text in the first column (a pair in the first two), label in the last, a header above; labels may be words, which are
+    numbered as the model's configuration numbers them, or else in alphabetical order.
+    """
     if tokenizer is None:
         raise ArgumentError(f"--data {str(path)!r} is text; use --model hf:NAME_OR_DIR, whose tokenizer splits it")
     encode = load_tokenizer(tokenizer)
     longest = longest_text(encode, model, max_length)
     rows = _read_text(path, pairs)
     found = {label for _, label in rows}
-    names = _numbers(found) if numbers else _label_indices(found, f"--data {str(path)!r}", unlabelled)
+    own = _names_of(model)
+    names = _numbers(found) if numbers else _label_indices(found, f"--data {str(path)!r}", unlabelled, own)
     others = [] if test is None else _read_text(Path(test), pairs)
     if numbers:
         names |= _numbers({label for _, label in others})
     if unknown := {label for _, label in others} - set(names):
         raise ArgumentError(f"{option} {test!r} has labels that --data has not: {sorted(unknown)[:5]}")
     train, held_out = (_Rows((text, names[label]) for text, label in part) for part in (rows, others))
+    classes = None if numbers else int(max(names.values())) + 1
     if not numbers and not _are_indices(names):
-        train.classes = held_out.classes = list(names)
+        train.classes = held_out.classes = own if names == _indices_in(own, found) else list(names)
+        classes = len(train.classes)
 
     def collate(batch: list[tuple[Any, float]]) -> dict[str, Tensor]:
         texts, labels = zip(*batch, strict=True)
@@ -61,7 +66,6 @@ def texts(
     kinds = ("input_ids", "attention_mask", *(["token_type_ids"] if pairs else []))
     cut = _cut([text for text, _ in (*rows, *others)], encode, pairs, longest)
     note = f"{cut} of {len(rows) + len(others)} texts are cut at {longest} tokens" if cut else ""
-    classes = None if numbers else int(max(names.values())) + 1
     first, second = hold_out(train, str(path)) if test is None else (train, held_out)
     return Split(first, second, collate, classes=classes, note=note)  # type: ignore[arg-type]
 
@@ -98,7 +102,11 @@ class _Rows(list[tuple[Any, float]]):
 def _read_text(path: Path, pairs: bool) -> list[tuple[Any, str]]:
     """A text, or a pair of texts, and the label as it is written, of each row."""
     least, needed = (3, "pairs are two texts and a label") if pairs else (2, "training takes a text and a label")
-    rows = read_table(path, least, needed)
+    rows = [(*row[:-1], row[-1].strip()) for row in read_table(path, least, needed)]
+    if (bare := next((number for number, row in enumerate(rows) if not row[-1]), None)) is not None:
+        raise ArgumentError(
+            f"{str(path)!r}: row {bare + 1} below the header has no label: {str(list(rows[bare]))[:200]}"
+        )
     return [((row[0], row[1]) if pairs else row[0], row[-1]) for row in rows]
 
 
@@ -140,21 +148,35 @@ def cells(file: Iterable[str], path: Path) -> Iterator[list[str]]:
     return csv.reader(file)
 
 
+def _names_of(model: nn.Module) -> list[str]:
+    """The names of a Hugging Face model's classes in their order; none of other models."""
+    names = getattr(getattr(model, "config", None), "id2label", None) or {}
+    return [str(names[index]) for index in range(len(names))] if names.keys() == set(range(len(names))) else []
+
+
 def _are_indices(labels: Iterable[str]) -> bool:
-    return all(label.strip().removeprefix("-").isdecimal() for label in labels)
+    """Whole numbers, also as a table with gaps has them: 1.0."""
+    return all(label.removeprefix("-").removesuffix(".0").isdecimal() for label in labels)
 
 
-def _label_indices(labels: set[str], origin: str, unlabelled: bool) -> dict[str, int]:
-    """Numbers are class indices as they are; words are numbered in alphabetical order."""
+def _label_indices(labels: set[str], origin: str, unlabelled: bool, own: Sequence[str] = ()) -> dict[str, int]:
+    """Numbers are class indices as they are; words are numbered as in ``own``, or else in alphabetical order."""
     if _are_indices(labels):
-        if long := next((label for label in labels if len(label.strip()) > _LABEL_DIGITS), None):
+        if long := next((label for label in labels if len(label) > _LABEL_DIGITS), None):
             raise ArgumentError(
                 f"the label {long[:20]}… has {len(long)} digits; labels are class indices from 0, or words"
             )
-        found = {label: int(label) for label in labels}
+        found = {label: int(label.removesuffix(".0")) for label in labels}
         check_indices(min(found.values()), max(found.values()), origin, unlabelled)
         return found
-    return {label: index for index, label in enumerate(sorted(labels))}
+    return _indices_in(own, labels) or {label: index for index, label in enumerate(sorted(labels))}
+
+
+def _indices_in(own: Sequence[str], labels: set[str]) -> dict[str, int]:
+    """The places of labels among the model's own names, whatever their case; nothing where one is not among them."""
+    places = {name.casefold(): index for index, name in enumerate(own)}
+    known = all(label.casefold() in places for label in labels)
+    return {label: places[label.casefold()] for label in labels} if known else {}
 
 
 def _numbers(labels: set[str]) -> dict[str, float]:
