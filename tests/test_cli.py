@@ -421,6 +421,18 @@ def test_labels_of_texts_are_numbered_as_the_model_numbers_them(
     assert getattr(split.test, "classes", None) == names
 
 
+def test_columns_that_are_not_read_are_named(tmp_path: Path, bert: Path) -> None:
+    """Numbers of rows, in the first column, were learned as texts without a word."""
+    from exitkit.cli.data.loading import load_data
+    from exitkit.cli.sources import load_model
+
+    (tmp_path / "a.csv").write_text("id,text,label\n" + 5 * "1,good film,1\n2,bad film,0\n")
+    split = load_data(str(tmp_path / "a.csv"), load_model(f"hf:{bert}"), None, str(bert))
+    assert split.note == f"the text is the first column of '{tmp_path / 'a.csv'}', the label the last; not read: text"
+    split = load_data(str(tmp_path / "a.csv"), load_model(f"hf:{bert}"), None, str(bert), pairs=True)
+    assert split.note == ""
+
+
 def test_a_row_without_a_label_is_named(refused: Run, tmp_path: Path, bert: Path) -> None:
     """Rows without labels became a class of their own."""
     (tmp_path / "a.csv").write_text("text,label\n" + 4 * "good film,1\nbad film,0\n" + "good film, \n")

@@ -109,7 +109,7 @@ def _texts(given: str) -> Iterable[str]:
 
 def _texts_in(path: Path) -> list[str]:
     if path.suffix.lower() in _TABLES:
-        return [row[0] for row in read_table(path, 1, "texts are in the first")]
+        return [row[0] for row in read_table(path, 1, "texts are in the first")[1:]]
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
             return list(_lines(file))
@@ -123,7 +123,7 @@ def _pairs_in(given: str) -> list[tuple[str, str]]:
         raise ArgumentError(
             f"{given[:200]!r} is no {' or '.join(_TABLES)} file, whose first two columns --pairs takes for a pair of texts"
         )
-    return [(row[0], row[1]) for row in read_table(path, 2, "--pairs takes two texts")]
+    return [(row[0], row[1]) for row in read_table(path, 2, "--pairs takes two texts")[1:]]
 
 
 def _lines(file: Iterable[str]) -> Iterator[str]:

@@ -41,11 +41,11 @@ def texts(
         raise ArgumentError(f"--data {str(path)!r} is text; use --model hf:NAME_OR_DIR, whose tokenizer splits it")
     encode = load_tokenizer(tokenizer)
     longest = longest_text(encode, model, max_length)
-    rows = _read_text(path, pairs)
+    unread, rows = _read_text(path, pairs)
     found = {label for _, label in rows}
     own = _names_of(model)
     names = _numbers(found) if numbers else _label_indices(found, f"--data {str(path)!r}", unlabelled, own)
-    others = [] if test is None else _read_text(Path(test), pairs)
+    others = [] if test is None else _read_text(Path(test), pairs)[1]
     if numbers:
         names |= _numbers({label for _, label in others})
     if unknown := {label for _, label in others} - set(names):
@@ -65,9 +65,12 @@ def texts(
 
     kinds = ("input_ids", "attention_mask", *(["token_type_ids"] if pairs else []))
     cut = _cut([text for text, _ in (*rows, *others)], encode, pairs, longest)
-    note = f"{cut} of {len(rows) + len(others)} texts are cut at {longest} tokens" if cut else ""
+    notes = [f"{cut} of {len(rows) + len(others)} texts are cut at {longest} tokens"] if cut else []
+    if unread:
+        columns = "texts are the first two columns" if pairs else "the text is the first column"
+        notes.append(f"{columns} of {str(path)!r}, the label the last; not read: {', '.join(unread)}")
     first, second = hold_out(train, str(path)) if test is None else (train, held_out)
-    return Split(first, second, collate, classes=classes, note=note)  # type: ignore[arg-type]
+    return Split(first, second, collate, classes=classes, note="; ".join(notes))  # type: ignore[arg-type]
 
 
 def _cut(texts: list[Any], encode: Any, pairs: bool, longest: int) -> int:
@@ -99,19 +102,20 @@ class _Rows(list[tuple[Any, float]]):
     classes: list[str] | None = None
 
 
-def _read_text(path: Path, pairs: bool) -> list[tuple[Any, str]]:
-    """A text, or a pair of texts, and the label as it is written, of each row."""
+def _read_text(path: Path, pairs: bool) -> tuple[list[str], list[tuple[Any, str]]]:
+    """Names of columns that are not read; and of each row a text, or a pair of texts, and the label as it is written."""
     least, needed = (3, "pairs are two texts and a label") if pairs else (2, "training takes a text and a label")
-    rows = [(*row[:-1], row[-1].strip()) for row in read_table(path, least, needed)]
+    header, *table = read_table(path, least, needed)
+    rows = [(*row[:-1], row[-1].strip()) for row in table]
     if (bare := next((number for number, row in enumerate(rows) if not row[-1]), None)) is not None:
         raise ArgumentError(
             f"{str(path)!r}: row {bare + 1} below the header has no label: {str(list(rows[bare]))[:200]}"
         )
-    return [((row[0], row[1]) if pairs else row[0], row[-1]) for row in rows]
+    return header[least - 1 : -1], [((row[0], row[1]) if pairs else row[0], row[-1]) for row in rows]
 
 
 def read_table(path: Path, least: int, needed: str) -> list[list[str]]:
-    """The rows of a ``.csv`` or ``.tsv`` below its header, empty lines left out.
+    """The header of a ``.csv`` or ``.tsv`` and the rows below it, empty lines left out.
 
     Args:
         path: the file.
@@ -138,7 +142,7 @@ def read_table(path: Path, least: int, needed: str) -> list[list[str]]:
         )
     if len(header) < least:
         raise ArgumentError(f"{str(path)!r} has {counted(len(header), 'column')}, and {needed}: {str(rows[0])[:200]}")
-    return rows
+    return [header, *rows]
 
 
 def cells(file: Iterable[str], path: Path) -> Iterator[list[str]]:
