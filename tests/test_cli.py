@@ -477,6 +477,28 @@ def test_a_folder_of_one_class_is_refused(refused: Run, tmp_path: Path) -> None:
     assert "a subfolder for each class" in error
 
 
+def test_a_class_may_have_no_test_images(refused: Run, tmp_path: Path) -> None:
+    """An empty subfolder, which the message asks for, was refused too."""
+    pytest.importorskip("torchvision")
+    from PIL import Image
+
+    from exitkit.cli.data.loading import load_data
+
+    for folder in ("train/a", "train/b", "val/b"):
+        (tmp_path / folder).mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / folder / "0.png")
+    given = ("--model", "torchvision:resnet18", "--data", tmp_path, "--out", tmp_path / "run")
+    assert "both need the same subfolders, also empty ones" in refused("bench", *given)
+    (tmp_path / "val" / "a").mkdir()
+    model = TinyNet()
+    model.pretrained_cfg = {"input_size": (1, 8, 8)}
+    split = load_data(str(tmp_path), model)
+    assert [label for _, label in split.test] == [1]
+    assert split.classes == 2
+    (tmp_path / "val" / "b" / "0.png").unlink()
+    assert "holds no images in its subfolders" in refused("bench", *given)
+
+
 def test_percent_that_look_like_shares_are_refused(refused: Run, images: Path, tmp_path: Path) -> None:
     for option in ("--at-cost", "--budgets"):
         error = refused("bench", "--model", TOY, "--data", images, "--out", tmp_path / "run", option, "0.15,0.5")
