@@ -227,7 +227,7 @@ def _leave_out(shared: int, samples: int, check: Callable[[], None]) -> None:
         check()
     except ArgumentError as error:
         raise ArgumentError(f"{told}would be broken on new ones; leave them out of one of the two") from error
-    warnings.warn(f"{told}would be broken on new ones: they are left out", stacklevel=2)
+    warnings.warn(f"{told}would be broken on new ones: they are left out", stacklevel=4)
 
 
 def _labels(calibration_loader: Iterable[Any]) -> tuple[bool, Tensor]:
