@@ -265,7 +265,10 @@ def test_demo_shows_a_table_and_writes_the_plot(run: Run, tmp_path: Path) -> Non
         (("inspect", "hf:/no/such/folder"), "/no/such/folder"),
         (("inspect", "torchvision:resnet18", "--weights", "/no/such/file"), "--weights '/no/such/file'"),
         (("inspect", TOY, "--weights", "pretrained"), f"--model '{TOY}' returns its own weights; leave it out"),
-        (("inspect", TOY), "example_inputs"),
+        (
+            ("inspect", TOY),
+            "TinyNet does not say what it takes; give the side of its input images, such as --image-size 32",
+        ),
         (
             ("inspect", TOY, "--num-classes", "5"),
             f"--model {TOY} takes no num_classes, and num_classes=5 is asked for; let the function take it",
@@ -301,7 +304,10 @@ def test_pairs_are_the_first_two_columns(tmp_path: Path) -> None:
     table.write_text('\ufefffirst,second,label\n"one, and",two,1\n\nthree,four,0\n', encoding="utf-8")
     assert list(pairs([str(table), str(table)])) == 2 * [("one, and", "two"), ("three", "four")]
     table.write_text("text\ngood film\n")
-    for given, words in ((str(table), "a row of one column"), ("good film", r"no \.csv or \.tsv file")):
+    for given, words in (
+        (str(table), "1 column, and --pairs takes two texts"),
+        ("good film", r"no \.csv or \.tsv file"),
+    ):
         with pytest.raises(ArgumentError, match=words):
             pairs([given])
 
@@ -392,6 +398,68 @@ def test_rows_with_other_columns_than_the_header_are_refused(
     assert "a text with commas stands in quotation marks" in error
 
 
+@pytest.mark.parametrize(
+    ("labels", "classes", "names"),
+    [
+        (["joy", "Anger", "fear"], [2, 0, 1], ["anger", "fear", "joy", "sadness"]),  # the model's own; one is missing
+        (["spam", "ham", "spam"], [1, 0, 1], ["ham", "spam"]),
+        (["10.0", "2.0", "0.0"], [10, 2, 0], None),  # as pandas writes a column of numbers with gaps
+        ([" 1", "0 ", "2"], [1, 0, 2], None),
+    ],
+)
+def test_labels_of_texts_are_numbered_as_the_model_numbers_them(
+    tmp_path: Path, bert: Path, labels: list[str], classes: list[int], names: list[str] | None
+) -> None:
+    """They were in alphabetical order, so that a model with another was wrong about most of them."""
+    from exitkit.cli.data.loading import load_data
+    from exitkit.cli.sources import load_model
+
+    config = json.loads((bert / "config.json").read_text())
+    config["id2label"] = {"0": "anger", "1": "fear", "2": "joy", "3": "sadness"}
+    (bert / "config.json").write_text(json.dumps(config))
+    (tmp_path / "a.csv").write_text("text,label\n" + "".join(f"good film,{label}\n" for label in labels))
+    split = load_data(str(tmp_path / "a.csv"), load_model(f"hf:{bert}"), str(tmp_path / "a.csv"), str(bert))
+    assert [label for _, label in split.test] == classes
+    assert split.classes == (len(names) if names else max(classes) + 1)
+    assert getattr(split.test, "classes", None) == names
+
+
+def test_columns_that_are_not_read_are_named(tmp_path: Path, bert: Path) -> None:
+    """Numbers of rows, in the first column, were learned as texts without a word."""
+    from exitkit.cli.data.loading import load_data
+    from exitkit.cli.sources import load_model
+
+    (tmp_path / "a.csv").write_text("id,text,label\n" + 5 * "1,good film,1\n2,bad film,0\n")
+    split = load_data(str(tmp_path / "a.csv"), load_model(f"hf:{bert}"), None, str(bert))
+    assert split.note == f"the text is the first column of '{tmp_path / 'a.csv'}', the label the last; not read: text"
+    split = load_data(str(tmp_path / "a.csv"), load_model(f"hf:{bert}"), None, str(bert), pairs=True)
+    assert split.note == ""
+
+
+def test_a_row_without_a_label_is_named(refused: Run, tmp_path: Path, bert: Path) -> None:
+    """Rows without labels became a class of their own."""
+    (tmp_path / "a.csv").write_text("text,label\n" + 4 * "good film,1\nbad film,0\n" + "good film, \n")
+    error = refused("bench", "--model", f"hf:{bert}", "--data", tmp_path / "a.csv", "--out", tmp_path / "run")
+    assert "row 9 below the header has no label: ['good film', '']" in error
+
+
+def test_run_refuses_the_rows_that_training_refuses(tmp_path: Path) -> None:
+    """A text was cut at its first comma, and the answer was that of its beginning."""
+    from exitkit import ArgumentError
+    from exitkit.cli.inputs import pairs, texts
+
+    table = tmp_path / "a.csv"
+    table.write_text('\ufeff"text, whole",label\r\n\r\n"good, long",1\r\nnot good, and long,0\r\n', encoding="utf-8")
+    for read in (texts, pairs):
+        with pytest.raises(
+            ArgumentError, match=r"row 2 below the header has 3 columns, and the header 2: \['not good'"
+        ):
+            read([str(table)])
+    table.write_text("good film\n")  # without a header
+    with pytest.raises(ArgumentError, match="no rows below a header"):
+        texts([str(table)])
+
+
 def test_an_ending_in_capitals_separates_by_tabs_too() -> None:
     from exitkit.cli.data.text_files import cells
 
@@ -410,6 +478,28 @@ def test_a_folder_of_one_class_is_refused(refused: Run, tmp_path: Path) -> None:
     )
     assert "holds one class" in error
     assert "a subfolder for each class" in error
+
+
+def test_a_class_may_have_no_test_images(refused: Run, tmp_path: Path) -> None:
+    """An empty subfolder, which the message asks for, was refused too."""
+    pytest.importorskip("torchvision")
+    from PIL import Image
+
+    from exitkit.cli.data.loading import load_data
+
+    for folder in ("train/a", "train/b", "val/b"):
+        (tmp_path / folder).mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / folder / "0.png")
+    given = ("--model", "torchvision:resnet18", "--data", tmp_path, "--out", tmp_path / "run")
+    assert "both need the same subfolders, also empty ones" in refused("bench", *given)
+    (tmp_path / "val" / "a").mkdir()
+    model = TinyNet()
+    model.pretrained_cfg = {"input_size": (1, 8, 8)}
+    split = load_data(str(tmp_path), model)
+    assert [label for _, label in split.test] == [1]
+    assert split.classes == 2
+    (tmp_path / "val" / "b" / "0.png").unlink()
+    assert "holds no images in its subfolders" in refused("bench", *given)
 
 
 def test_percent_that_look_like_shares_are_refused(refused: Run, images: Path, tmp_path: Path) -> None:

@@ -58,6 +58,13 @@ def of_files() -> nn.Module:
     return model
 
 
+def of_larger_files() -> nn.Module:
+    """It asks for the middle of files' images."""
+    model = of_files()
+    model.pretrained_cfg |= {"mean": (0.5,), "std": (0.5,), "crop_pct": 0.5}
+    return model
+
+
 def of_five_classes() -> nn.Module:
     return TinyNet(5)
 
@@ -101,19 +108,25 @@ def test_a_model_and_data_become_exits_a_verdict_and_a_page(
     assert found["verdict"] in again
 
 
-def test_the_command_that_is_printed_runs_as_it_stands(
+@pytest.mark.parametrize("model", [MODEL, "tests.test_cli_retrofit:of_larger_files"])
+def test_the_commands_that_are_printed_run_as_they_stand(
     run: Run,  # noqa: F811
     data: Path,
+    model: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """It lacked ``--out``, and was broken into lines."""
+    """It lacked ``--out``, and was broken into lines. Nor did the commands that export prints: a package did not know how its
+    images were prepared, or prepared them otherwise than those that its promise was made on.
+    """
+    from PIL import Image
+
     ee = exitkit.attach(trained(), torch.zeros(2, 1, 8, 8), at=["blocks.0"], head="1L", method="sdn")
 
     class Result:
         verdict, instead, model = "exits", None, ee
 
         def save(self, folder: Path) -> None:
-            ee.save_pretrained(folder / "exits", threshold=0.75)
+            ee.save_pretrained(folder / "exits", threshold=-1.0)
 
         def report(self, path: Path) -> None:
             path.write_text("")
@@ -121,11 +134,22 @@ def test_the_command_that_is_printed_runs_as_it_stands(
     monkeypatch.setattr("exitkit.retrofit", lambda *_, **__: Result())
     weights, out = data / "the weights.pth", data / ("a long name, " * 9)
     torch.save(trained().state_dict(), weights)
-    given = ("--model", MODEL, "--data", data / "images.npz", "--weights", weights)
+    given = ("--model", model, "--data", data / "images.npz", "--weights", weights)
     printed = run("retrofit", *given, "--out", out).splitlines()
     command = next(line for line in printed if line.startswith("  exitkit export "))
-    run(*shlex.split(command)[1:])
+    printed = run(*shlex.split(command)[1:]).splitlines()
     assert (out / "model.pt2").is_file()
+    images = patterns(4, 5)[0]
+    with torch.no_grad():  # the whole image, as the .npz holds it, normalised by 0.5
+        logits, _ = ee(torch.from_numpy(images).permute(0, 3, 1, 2) / 127.5 - 1).logits
+    for number, image in enumerate(images):
+        Image.fromarray(image[:, :, 0]).save(data / f"{number}.png")
+    commands = (shlex.split(line, comments=True)[1:] for line in printed if line.startswith("  exitkit "))
+    (answering, *package, _), timing = commands
+    answers = run(answering, *package, "--trust", *(data / f"{number}.png" for number in range(4))).splitlines()
+    expected = logits.softmax(1).max(1).values
+    assert [json.loads(line)["score"] for line in answers] == pytest.approx(expected.tolist(), abs=1e-3)
+    assert json.loads(run(*timing, "--trust", "--batches", "1", "--json"))[0]["samples"] > 1
 
 
 def test_class_names_that_the_user_wrote_stay(tmp_path: Path) -> None:
@@ -198,12 +222,25 @@ def test_wrong_arguments_are_said_in_a_line_or_two(refused: Run, data: Path) -> 
     assert "max_drop=0.0 must be" in said("--max-drop", 0)
     assert "too few for max_drop=0.001" in said("--max-drop", 0.001)
     assert "no better than chance" in said("--max-drop", 0.1, model="tests.toy:net")
+    assert "head='tests.nowhere:made' cannot be imported" in said("--heads", "1L,tests.nowhere:made")
+    assert "head='conv': stride=0 must be" in said("--heads", "1L,conv(stride=0, width=8)", "--max-drop", 0.1)
     assert "was given twice" in said("--alternative", MODEL, "--alternative", MODEL)
     other = said("--max-drop", 0.1, model="tests.test_cli_retrofit:of_five_classes")
     assert "the data have 3 classes, but the model tells 5 apart" in other
     assert "--num-classes 5 if the labels are the model's own" in other
+    np.savez(data / "wide.npz", images=np.zeros((2_000, 8, 8, 3), np.uint8), labels=np.arange(2_000) % 3)
+    wide = refused("retrofit", "--model", MODEL, "--data", data / "wide.npz", "--out", data / "out")
+    assert "do not run through TinyNet" in wide
     (data / "file").write_text("")
     assert "is a file" in refused("retrofit", "--model", MODEL, "--data", data, "--out", data / "file")
+
+
+@pytest.mark.parametrize(("there", "command"), [("results.json", "retrofit"), ("retrofit.json", "bench")])
+def test_a_run_of_another_command_is_not_written_over(refused: Run, data: Path, there: str, command: str) -> None:  # noqa: F811
+    """Their exits and pages have the same names; bench removed the page and the package of retrofit."""
+    (data / there).write_text("{}")
+    error = refused(command, "--model", MODEL, "--data", data / "images.npz", "--out", data)
+    assert f"--out '{data}' holds a run already" in error
 
 
 def test_the_calibration_samples_are_named_as_they_were_given(refused: Run, data: Path, tmp_path: Path) -> None:  # noqa: F811

@@ -348,7 +348,7 @@ def _make_table(folder: Path) -> Path:
 
 
 def _read_table(path: Path) -> Any:
-    rows = _read_text(path, pairs=True)
+    _, rows = _read_text(path, pairs=True)
     labels = {label for _, label in rows}
     with suppress(ExitkitError):
         _label_indices(labels, "--data", unlabelled=False)

@@ -24,7 +24,8 @@ from numpy.typing import NDArray
 from scipy.stats import binom
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, TensorDataset
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import ConcatDataset, DataLoader, Subset, TensorDataset, default_collate
 
 import exitkit
 from exitkit import ExitOutputs
@@ -381,7 +382,8 @@ def test_an_alternative_that_keeps_the_promise_for_less_is_named(net: nn.Module,
     torch.manual_seed(1)
     small = learned(Net(blocks=1, width=16), easy(2_000, 1))
     train, calibration = loaders()
-    result = quick(net, train, calibration, alternatives={"small": small}, heads=["1L"])
+    shuffled = DataLoader(calibration.dataset, 200, shuffle=True)  # another order in every pass
+    result = quick(net, train, shuffled, alternatives={"small": small}, heads=["1L"])
     alone, both = result.alternatives
     assert (alone.name, both.name) == ("small", "small, then the model")
     macs = 16 * 16 + 2 * 16 * 16 + 16 * CLASSES
@@ -496,6 +498,35 @@ def test_calibration_samples_that_were_trained_on_are_refused(net: nn.Module) ->
         quick(net, train, DataLoader(TensorDataset(*easy(600, 2)), 64))
 
 
+def test_a_few_calibration_samples_that_were_trained_on_are_left_out(net: nn.Module) -> None:
+    """Data sets have copies: of SST-2's 67,349 sentences 742 stand there more than once."""
+    train, calibration = loaders()
+    copied = ConcatDataset([Subset(train.dataset, range(30)), calibration.dataset])
+    options: dict[str, Any] = {"heads": ["1L"], "boundaries": ["blocks.1"], "alternatives": {"same": net}}
+    with pytest.warns(UserWarning, match=r"calibration_loader shares 30 of its 830 samples .* they are left out"):
+        result = quick(net, train, DataLoader(copied, 200, shuffle=True), **options)
+    plain = quick(net, train, calibration, **options)
+    assert result.policy is not None
+    assert result.policy.guarantee is not None
+    assert "the 800 calibration samples" in result.policy.guarantee.words
+    assert plain.policy is not None
+    assert result.policy.thresholds == pytest.approx(plain.policy.thresholds)
+    assert (result.policy.cost, result.drop) == (pytest.approx(plain.policy.cost), plain.drop)
+    assert [one.accuracy for one in result.alternatives] == [one.accuracy for one in plain.alternatives]
+
+
+def test_alternatives_are_refused_with_calibration_samples_that_change(net: nn.Module) -> None:
+    train, calibration = loaders()
+
+    def augmented(rows: list[Any]) -> Any:
+        inputs, labels = default_collate(rows)
+        return inputs + 0.01 * torch.randn_like(inputs), labels
+
+    changing = DataLoader(calibration.dataset, 200, collate_fn=augmented)
+    with pytest.raises(ArgumentError, match="calibration_loader yields other samples in every pass"):
+        quick(net, train, changing, alternatives={"same": net})
+
+
 def test_too_few_calibration_samples_say_how_many_would_do(net: nn.Module) -> None:
     train, calibration = loaders(calibration=50)
     with pytest.raises(ArgumentError, match=r"too few for max_drop=0.01.*It takes at least 299 samples"):
@@ -542,6 +573,8 @@ def test_other_classes_in_an_alternative_and_regression_are_refused(net: nn.Modu
         ({"effort": "hard"}, "effort='hard' is unknown"),
         ({"cost": "watts"}, "cost='watts' is unknown"),
         ({"heads": ["3L"]}, "head='3L' is unknown"),
+        ({"heads": ["1L", "conv"]}, "head='conv'"),  # for maps, and these are vectors
+        ({"heads": ["1L", "tests.toy:nothing"]}, "tests.toy:nothing"),
         ({"boundaries": ["nowhere"]}, "nowhere"),
         ({"batch_size": 0}, "batch_size=0 must be"),
         ({"alternatives": ["resnet"]}, "alternatives holds"),
@@ -643,6 +676,19 @@ def test_texts_pass_as_dicts_with_heads_that_read_the_mask() -> None:
 
 
 # --- candidates that do not learn ------------------------------------------------------------------------------------------
+
+
+def test_texts_that_were_trained_on_are_noticed_however_they_are_padded() -> None:
+    def padded(rows: list[Any]) -> dict[str, Tensor]:
+        mask = pad_sequence([torch.ones_like(ids) for ids, _ in rows], batch_first=True)
+        ids = pad_sequence([ids for ids, _ in rows], batch_first=True)
+        return {"input_ids": ids, "attention_mask": mask, "labels": torch.tensor([label for _, label in rows])}
+
+    rows = [(torch.arange(1, 2 + number % 40) + number // 40, number % 2) for number in range(400)]
+    train = DataLoader(rows, 8, shuffle=True, collate_fn=padded)  # type: ignore[arg-type]
+    calibration = DataLoader(rows, 100, collate_fn=padded)  # type: ignore[arg-type]
+    with pytest.raises(ArgumentError, match="shares 400 of its 400 samples"):
+        Data.read(train, calibration, None, 0.03, 0.95, 0)
 
 
 def test_a_candidate_whose_loss_is_not_finite_is_dropped_and_the_others_learn_on(

@@ -444,6 +444,17 @@ def test_every_tensor_of_a_sample_is_hashed() -> None:
     assert hashes[0] != hashes[1]
 
 
+@pytest.mark.parametrize("left", [False, True])
+def test_the_padding_of_texts_does_not_count(left: bool) -> None:
+    """A batch is padded to its longest text, so that a copy in another batch has other zeros."""
+    short = {"input_ids": torch.tensor([[7, 8]]), "attention_mask": torch.tensor([[1, 1]])}
+    sides = (3, 0) if left else (0, 3)
+    padded = {name: torch.nn.functional.pad(tensor, sides) for name, tensor in short.items()}
+    assert torch.equal(content_hashes([short]), content_hashes([padded]))
+    padded["input_ids"] = padded["input_ids"] + 1
+    assert not torch.equal(content_hashes([short]), content_hashes([padded]))
+
+
 def test_inputs_in_any_nesting_are_hashed() -> None:
     """What tokenisers return is a mapping, but no dict."""
     ids = torch.arange(6).view(2, 3)

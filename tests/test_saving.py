@@ -90,6 +90,16 @@ def test_only_what_was_added_is_saved(ee: MultiExitModel, saved: Path) -> None:
     )
 
 
+@pytest.mark.parametrize("name", ["config.json", "README.md"])
+def test_files_of_others_are_not_written_over(ee: MultiExitModel, tmp_path: Path, name: str) -> None:
+    """A backbone's own save_pretrained writes a config.json too, without which it cannot be loaded."""
+    (tmp_path / name).write_text('{"model_type": "bert"}')
+    with pytest.raises(ExitkitError, match=f"holds a {re.escape(name)} that is not of exits, and would be lost"):
+        ee.save_pretrained(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    assert (tmp_path / name).read_text() == '{"model_type": "bert"}'
+
+
 def test_every_part_of_a_method_comes_back(tiny_net: TinyNet, tmp_path: Path) -> None:
     method = exitkit.ZTW(ensemble="additive", ensemble_final=True, criterion="margin")
     ee = exitkit.attach(tiny_net, images(), at=["blocks.1"], method=method, head="2L-5")

@@ -29,7 +29,7 @@ from exitkit.cli.results import calibrate, compare, report
 from exitkit.cli.retrofitting import retrofit
 from exitkit.cli.serving import RayActors, RayAddress, RayOut, run_on_ray, serve
 from exitkit.common.console import counted, make_console, printable, without_progress
-from exitkit.common.errors import ArgumentError
+from exitkit.common.errors import ArgumentError, ExitkitError
 
 _STATUSES = """Exit status: 0 where all went well; 2 for what you can put right, said in a line or two; 3 where run left images
 out; 130 after Ctrl-C."""
@@ -155,7 +155,7 @@ def export(
     source = flags_over(find_source(str(run or exits), method), model, weights, num_classes, max_length, labels, trust)
     target = out or Path(str(run)) / "model.pt2"
     for line in export_source(source, target, threshold, optimize):
-        make_console().print(line)
+        make_console().print(line, soft_wrap=line.startswith("  exitkit "))  # a command that is broken does not run
 
 
 def run(
@@ -264,7 +264,16 @@ def _image_example(backbone: Any, side: int | None) -> Any:
     import torch
     from torch import nn
 
+    from exitkit.surgery.default_inputs import example_for
+
     if side is None:
+        try:
+            example_for(backbone)
+        except ExitkitError as error:
+            raise ArgumentError(
+                f"{type(backbone).__name__} does not say what it takes; give the side of its input images, such as "
+                "--image-size 32, or call exitkit.inspect(model, example_inputs) in Python for other inputs"
+            ) from error
         return None
     if side < 1:
         raise ArgumentError(f"--image-size {side} must be at least 1: the side of the input image in pixels")

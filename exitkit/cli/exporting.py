@@ -19,9 +19,11 @@ from exitkit.multi_exit.preprocessing import Preprocessing, TextPreprocessing, p
 from exitkit.multi_exit.saving.configuration import CONFIG, read_configuration
 from exitkit.packages import export
 from exitkit.packages.exporting import package_kind
-from exitkit.report.run import BACKBONE, Run, exits_folder, read_run
+from exitkit.report.run import BACKBONE, INPUTS, Run, exits_folder, read_run
 from exitkit.report.samples import CLASSES
-from exitkit.retrofitting.result import EXITS, RESULT
+from exitkit.retrofitting.result import EXITS, PREPROCESSING, RESULT
+
+_AGAIN = "delete it, or run exitkit retrofit again"
 
 
 @dataclass(frozen=True)
@@ -64,11 +66,10 @@ def find_source(place: str, method: str | None) -> Source:
     """
     folder = Path(place)
     if (folder / CONFIG).is_file() or not folder.is_dir():
-        return Source(place, classes=_names_beside(folder.resolve()))
+        return _with_what_is_beside(place)
     if not any(folder.glob("outputs-*.safetensors")):
         inside = sorted(path.parent for path in (*folder.glob(f"exits/*/{CONFIG}"), *folder.glob(f"*/{CONFIG}")))
-        exits = _one(inside, folder)
-        return Source(str(exits), classes=_names_beside(exits.resolve()))
+        return _with_what_is_beside(str(_one(inside, folder)))
     run = read_run(folder, regression=True)
     name, why = _chosen(run, method)
     exits = exits_folder(folder, name)
@@ -158,17 +159,24 @@ def _verdict(exits: Path) -> list[str]:
     kept = exits.parent / RESULT
     if exits.name != EXITS or not kept.exists():
         return []
-    found = dict(read_json(kept, "delete it, or run exitkit retrofit again"))
+    found = dict(read_json(kept, _AGAIN))
     if found.get("verdict") == "exits" and found.get("instead") is None:  # older files have no instead
         return [f"exits: {found.get('reason')}"]
     warnings.warn(f"exitkit retrofit advises against these exits: {found.get('reason')}", stacklevel=2)
     return []
 
 
-def _names_beside(exits: Path) -> list[str] | None:
-    """Names of the classes, where ``exitkit retrofit`` wrote them beside its exits."""
-    names = exits.parent / CLASSES
-    return read_labels(str(names)) if exits.name == EXITS and names.is_file() else None
+def _with_what_is_beside(place: str) -> Source:
+    """Exits, with the names of the classes and the preprocessing that ``exitkit retrofit`` wrote beside its own."""
+    exits = Path(place).resolve()
+    names, prepared = exits.parent / CLASSES, exits.parent / PREPROCESSING
+    if exits.name != EXITS:
+        return Source(place)
+    return Source(
+        place,
+        classes=read_labels(str(names)) if names.is_file() else None,
+        preprocessing=preprocessing_from_json(dict(read_json(prepared, _AGAIN))) if prepared.is_file() else None,
+    )
 
 
 def _preprocessing(source: Source, ee: MultiExitModel) -> Preprocessing | None:
@@ -183,10 +191,11 @@ def _preprocessing(source: Source, ee: MultiExitModel) -> Preprocessing | None:
 def next_with(out: Path) -> list[str]:
     """What to do with a package that was written, in lines."""
     package = shlex.quote(str(out))
+    timed_on = "" if (out.parent / INPUTS).is_file() else " INPUTS"
     return [
         "To go on:",
         f"  exitkit run {package} INPUTS      # classify images or texts with it",
-        f"  exitkit bench-latency {package}   # time it on this machine",
+        f"  exitkit bench-latency {package}{timed_on}   # time it on this machine",
     ]
 
 

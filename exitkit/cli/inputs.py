@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import csv
 import io
 import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
-from typing import TextIO
 
 from torch import Tensor
 
-from exitkit.cli.data.text_files import cells
+from exitkit.cli.data.text_files import read_table
 from exitkit.common.errors import ArgumentError, FileError
 from exitkit.multi_exit.image_files import prepared_image
 from exitkit.multi_exit.preprocessing import ImagePreprocessing
@@ -52,7 +49,7 @@ def texts(given: Sequence[str]) -> Iterator[str]:
     """Texts themselves, those in ``.txt`` (one a line), ``.csv`` and ``.tsv`` (first column, below a header), and on stdin.
 
     Raises:
-        ArgumentError: before the first text: an image, a folder or another file.
+        ArgumentError: before the first text: an image, a folder or another file, or what :func:`read_table` raises.
         FileError: a file that is no UTF-8.
     """
     return chain.from_iterable([_texts(one) for one in given])
@@ -62,7 +59,7 @@ def pairs(given: Sequence[str]) -> Iterator[tuple[str, str]]:
     """Pairs of texts: the first two columns of ``.csv`` and ``.tsv`` files, below a header.
 
     Raises:
-        ArgumentError: before the first pair: something else, or a row of one column.
+        ArgumentError: before the first pair: something else, or what :func:`read_table` raises.
         FileError: a file that is no UTF-8.
     """
     return chain.from_iterable([_pairs_in(one) for one in given])
@@ -111,8 +108,13 @@ def _texts(given: str) -> Iterable[str]:
 
 
 def _texts_in(path: Path) -> list[str]:
-    with _opened(path) as file:
-        return list(_lines(file)) if path.suffix.lower() == ".txt" else [row[0] for row in _rows(file, path)]
+    if path.suffix.lower() in _TABLES:
+        return [row[0] for row in read_table(path, 1, "texts are in the first")[1:]]
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            return list(_lines(file))
+    except (OSError, UnicodeDecodeError) as error:
+        raise FileError(f"{str(path)!r} cannot be read as UTF-8 text: {error}") from error
 
 
 def _pairs_in(given: str) -> list[tuple[str, str]]:
@@ -121,25 +123,7 @@ def _pairs_in(given: str) -> list[tuple[str, str]]:
         raise ArgumentError(
             f"{given[:200]!r} is no {' or '.join(_TABLES)} file, whose first two columns --pairs takes for a pair of texts"
         )
-    with _opened(path) as file:
-        rows = _rows(file, path)
-    if (short := next((row for row in rows if len(row) < 2), None)) is not None:
-        raise ArgumentError(f"{given!r} has a row of one column, and --pairs takes two texts: {str(short)[:200]}")
-    return [(row[0], row[1]) for row in rows]
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[TextIO]:
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            yield file
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise FileError(f"{str(path)!r} cannot be read as UTF-8 text: {error}") from error
-
-
-def _rows(file: TextIO, path: Path) -> list[list[str]]:
-    """Of a table, below its header."""
-    return [row for row in cells(file, path) if row][1:]
+    return [(row[0], row[1]) for row in read_table(path, 2, "--pairs takes two texts")[1:]]
 
 
 def _lines(file: Iterable[str]) -> Iterator[str]:

@@ -76,11 +76,15 @@ def check_folder(out: Path) -> None:
         ) from error
 
 
-def check_unused(out: Path) -> None:
-    """Refuse a folder with a finished run: its packages and reports would lie beside the results of the next one."""
-    from exitkit.report.run import RESULTS
+def check_unused(out: Path, taken_up: str = "") -> None:
+    """Refuse a folder with a finished run: its packages and reports would lie beside the results of the next one.
 
-    if (out / RESULTS).exists():
+    ``taken_up``: the file with the result of runs that the command takes up again.
+    """
+    from exitkit.report.run import RESULTS
+    from exitkit.retrofitting.result import RESULT
+
+    if any((out / name).exists() for name in {RESULTS, RESULT} - {taken_up}):
         raise ArgumentError(
             f"--out {str(out)!r} holds a run already, which would be lost; name another folder, or remove it"
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,6 +23,7 @@ from exitkit.cli.options import (
     Weights,
     check_folder,
     check_least,
+    check_unused,
 )
 from exitkit.cli.starting import INTERRUPTED, say_what_is_lost
 from exitkit.common.console import make_console
@@ -90,13 +92,18 @@ def retrofit(
     check_least(batch_size=batch_size, training_batch_size=training_batch_size, limit=limit)
     check_folder(out)
     import exitkit
+    from exitkit.retrofitting.result import RESULT
+
+    check_unused(out, taken_up=RESULT)
     from exitkit.cli.data.loading import load_data
+    from exitkit.cli.experiments import import_heads
     from exitkit.cli.machine import computing_with, threads_for, train_on
     from exitkit.cli.sources import load_model
-    from exitkit.cli.writing import write_class_names, written
+    from exitkit.cli.writing import write_class_names, write_preparation, written
     from exitkit.common.batches import split_batch
 
     train_on(device)
+    import_heads(_listed(heads) or [], "command", trust=True)  # typed here
     exitkit.keep_memory()
     say = make_console().print
     backbone = load_model(model, weights, num_classes)
@@ -130,6 +137,7 @@ def retrofit(
         result.report(folder / "report.html")
         if result.model is not None:
             write_class_names(folder, split, result.model.num_classes)
+            write_preparation(folder, split)
 
     written(out, write)
     say(f"Written to {out}/: retrofit.json, report.html{', exits' if result.model is not None else ''}")
@@ -163,8 +171,11 @@ def _check_classes(backbone: nn.Module, example: Any, data: int | None, asked: i
     from exitkit.surgery.capturing import evaluation_mode, logits_of
     from exitkit.surgery.inputs import call_on
 
-    with evaluation_mode(backbone), torch.inference_mode():
-        own = logits_of(call_on(backbone, move(example, next(backbone.parameters()).device))).shape[-1]
+    try:
+        with evaluation_mode(backbone), torch.inference_mode():
+            own = logits_of(call_on(backbone, move(example, next(backbone.parameters()).device))).shape[-1]
+    except Exception:  # whatever the user's forward raises: exitkit.retrofit says that the samples do not fit
+        return
     if data in (None, own) or asked == own:
         return
     raise ArgumentError(
@@ -183,7 +194,8 @@ def _stopped_by_hand() -> Iterator[None]:
 
 
 def _listed(given: str | None) -> list[str] | None:
-    return None if given is None else [part.strip() for part in given.split(",")]
+    """What stands between commas, but for those in the parentheses of ``conv(stride=4, width=32)``."""
+    return None if given is None else [part.strip() for part in re.split(r",(?![^(]*\))", given)]
 
 
 def _alternatives(given: list[str], num_classes: int | None) -> dict[str, nn.Module]:

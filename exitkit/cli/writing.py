@@ -35,6 +35,7 @@ from exitkit.report.run import (
     validation_file,
 )
 from exitkit.report.samples import CLASSES, class_names
+from exitkit.retrofitting.result import PREPROCESSING
 from exitkit.surgery.inputs import Example
 
 _SAMPLES, _BYTES = 64, 32 * 2**20
@@ -118,6 +119,14 @@ def write_class_names(directory: Path, split: Split, count: int) -> None:
     if len(names) == count and not path.exists():
         with replacing(path) as temporary:
             temporary.write_text("".join(f"{name}\n" for name in names), encoding="utf-8")
+
+
+def write_preparation(directory: Path, split: Split) -> None:
+    """How samples were made of images, and a few of those held out as the model takes them, to time a package on."""
+    _write_inputs(directory / INPUTS, split)
+    if split.preprocessing is not None:
+        with replacing(directory / PREPROCESSING) as temporary:
+            temporary.write_text(json.dumps(preprocessing_to_json(split.preprocessing), indent=2), encoding="utf-8")
 
 
 def next_steps(out: Path) -> list[str]:

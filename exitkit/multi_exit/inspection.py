@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from exitkit.common.console import make_console
+from exitkit.common.console import counted, make_console
 from exitkit.surgery.boundaries import Anatomy, Boundary, find_boundaries
 from exitkit.surgery.capturing import Capture, capture, untouched
 from exitkit.surgery.macs import ptflops_macs
@@ -128,7 +128,7 @@ class Inspection:
         )
         return (
             f"backbone: {_giga(self.anatomy.macs)}{cross}, {parameters:,.2f} MiB of parameters, activations of one sample "
-            f"peak at {peak:,.2f} MiB. {others} more clean cuts can be named with at=.{warning}"
+            f"peak at {peak:,.2f} MiB. {counted(others, 'more clean cut')} can be named with at=.{warning}"
         )
 
     def __str__(self) -> str:

@@ -169,7 +169,7 @@ class MultiExitModel(nn.Module):
 
         Raises:
             ExitkitError: a threshold that is not finite or not for these exits, outputs without labels or of another model,
-                a folder that cannot be written.
+                a folder that cannot be written, or that holds somebody else's ``config.json`` or ``README.md``.
         """
         save_exits(self, directory, threshold, outputs)
 

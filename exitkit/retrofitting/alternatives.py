@@ -14,6 +14,7 @@ from exitkit.calibration.risk_control import choose_threshold
 from exitkit.calibration.risks import Risk, RiskName
 from exitkit.common.batches import checked, move, split_batch
 from exitkit.common.errors import ArgumentError
+from exitkit.common.hashes import hash_samples
 from exitkit.evaluation.outputs import ExitOutputs
 from exitkit.surgery.capturing import Capture, capture, evaluation_mode, logits_of
 from exitkit.surgery.inputs import call_on
@@ -88,17 +89,27 @@ def macs_of(captured: Capture) -> int:
 
 
 def beside(captured: Capture, calibration: Iterable[Any], backbone: ExitOutputs) -> ExitOutputs:
-    """A network's answers to the calibration samples as those of an exit before the backbone."""
-    model, first = captured.backbone, []
+    """A network's answers to the samples of ``backbone`` as those of an exit before it; ``calibration`` may shuffle them."""
+    first, hashes = _answers(captured.backbone, calibration)
+    known, order = hashes.sort()
+    assert backbone.hashes is not None
+    rows = order[torch.searchsorted(known, backbone.hashes)]
+    last: Tensor = torch.cat([part[:, -1] for part in backbone.chunks()])
+    macs = torch.tensor([macs_of(captured), backbone.backbone_macs], dtype=torch.float64).cumsum(0)
+    log_probs = torch.stack([F.log_softmax(first[rows], -1), last], 1)
+    return ExitOutputs(log_probs, backbone.labels, macs, backbone.backbone_macs, hashes=backbone.hashes)
+
+
+def _answers(model: nn.Module, calibration: Iterable[Any]) -> tuple[Tensor, Tensor]:
+    """Logits of the calibration samples (N, C), and their content hashes, in the order of one pass."""
+    logits, hashes = [], []
     device = next(model.parameters()).device
     with evaluation_mode(model), torch.inference_mode():
         for batch in checked(calibration, "calibration_loader"):
-            first.append(logits_of(call_on(model, move(split_batch(batch)[0], device))).float().cpu())
-    logits = torch.cat(first)
-    last: Tensor = torch.cat([rows[:, -1] for rows in backbone.chunks()])
-    macs = torch.tensor([macs_of(captured), backbone.backbone_macs], dtype=torch.float64).cumsum(0)
-    log_probs = torch.stack([F.log_softmax(logits, -1), last], 1)
-    return ExitOutputs(log_probs, backbone.labels, macs, backbone.backbone_macs, hashes=backbone.hashes)
+            inputs, _ = split_batch(batch)
+            logits.append(logits_of(call_on(model, move(inputs, device))).float().cpu())
+            hashes.append(hash_samples(inputs))
+    return torch.cat(logits), torch.cat(hashes)
 
 
 def weighed(

@@ -66,7 +66,7 @@ def search_for(
     """
     pool, places = propose(captured, heads, boundaries, GRIDS[wanted.effort], wanted.seed)
     settings = {**asdict(wanted), "backbone": weights_digest(captured.backbone), "samples": data.split.samples}
-    settings |= {"calibration": digest(data.hashes), "candidates": [place.name for place in places]}
+    settings |= {"calibration": digest(data.hashes.sort().values), "candidates": [place.name for place in places]}
     prices = kept_prices(
         None if folder is None else folder / _STATE, settings, lambda: _measured(wanted, pool, places)
     )

@@ -86,13 +86,15 @@ def propose(
 
     Args:
         captured: the backbone; nothing of it changes.
-        heads: their kinds, names or functions; by default :data:`HEADS`. One that a boundary cannot have is left out there.
+        heads: their kinds, names or functions; by default :data:`HEADS`. One that a boundary cannot have is left out there,
+            and one that none can have is refused if it was asked for.
         boundaries: names; by default the blocks nearest to the shares of ``grid``.
         grid: where light and heavy heads are tried.
         seed: the heads' weights follow from it.
 
     Raises:
         ArgumentError: an unknown head or boundary, or nowhere a head that leaves something to save.
+        ExitkitError: what is wrong with a head that was asked for.
     """
     anatomy = find_boundaries(captured)
     given: Any = HEADS if heads is None else heads
@@ -107,7 +109,11 @@ def propose(
     tried = {boundary: [head for head, places in where if boundary in places] for boundary in at}
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        made = list(_made(HeadMaker(captured, anatomy, outputs_of(captured)), tried))
+        wrong: dict[str, ExitkitError | None] = {}
+        made = list(_made(HeadMaker(captured, anatomy, outputs_of(captured)), tried, wrong))
+    impossible = next((error for error in wrong.values() if error is not None), None)
+    if heads is not None and impossible is not None:
+        raise impossible
     if not made:
         raise ArgumentError(
             f"no head of {[spec.name for spec in specs]} at {[boundary.name for boundary in at]} costs, with the backbone "
@@ -120,8 +126,10 @@ def propose(
 _Made = tuple[Place, InternalClassifier, tuple[int | str, ...]]
 
 
-def _made(maker: HeadMaker, tried: Mapping[Boundary, Sequence[Head]]) -> Iterator[_Made]:
-    """Heads in order of their boundaries."""
+def _made(
+    maker: HeadMaker, tried: Mapping[Boundary, Sequence[Head]], wrong: dict[str, ExitkitError | None]
+) -> Iterator[_Made]:
+    """Heads in order of their boundaries; ``wrong`` becomes why no boundary can have a head, None for others."""
     like = next(maker.captured.backbone.parameters())
     for boundary, heads in tried.items():
         seen: set[int] = set()
@@ -129,8 +137,10 @@ def _made(maker: HeadMaker, tried: Mapping[Boundary, Sequence[Head]]) -> Iterato
             spec = HeadSpec.parse(given)
             try:
                 head, inputs = maker.make(boundary, spec, cascade=False)
-            except ExitkitError:  # a convolution for tokens, a branch with nothing to leave out
+            except ExitkitError as error:  # a convolution for tokens, a branch with nothing to leave out
+                wrong.setdefault(spec.name, error)
                 continue
+            wrong[spec.name] = None
             head.to(like.device, like.dtype)
             macs = head_macs(head, boundary, inputs, maker.captured.example, first=True)
             whole = max(maker.anatomy.macs, 1)

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 RESULT = "retrofit.json"
 EXITS = "exits"
+PREPROCESSING = "preprocessing.json"
+"""How the samples of ``exitkit retrofit`` were made of images, which a package of its exits does too."""
 
 
 @dataclass(frozen=True)

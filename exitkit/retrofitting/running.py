@@ -72,7 +72,8 @@ def retrofit(
         model: a pretrained classifier whose output is logits (B, C).
         train_loader: what exits learn from, as :class:`exitkit.Trainer` takes it; a fifth of it is held out for the search.
             Without labels the exits imitate the backbone, and the promise is about disagreement with it.
-        calibration_loader: samples that nothing has seen, not augmented, for the guarantee.
+        calibration_loader: samples that nothing has seen, not augmented, for the guarantee; those that are among the
+            training data too are left out with a warning.
         max_drop: what may be lost against the model, in (0, 1): the promise.
         confidence: how often, over calibration splits, the promise is to hold.
         cost: what is to be saved: ``"macs"``, or ``"time"`` on this device at ``batch_size``, measured eagerly for the search.
@@ -121,6 +122,8 @@ def retrofit(
         )
     other_captures = captured_alternatives(others, captured.spec.batch(captured.example.tensors), outputs)
     data = Data.read(train_loader, calibration_loader, search_loader, max_drop, confidence, seed, len(others))
+    if others:
+        data.check_repeatable()
     with _kept(folder, say):
         search = search_for(wanted, captured, data, heads, boundaries, folder, show_progress, say)
         return _Run(wanted, captured, data, search, other_captures, time.monotonic()).result()
@@ -185,7 +188,7 @@ class _Run:
 
     def _calibrated(self, model: MultiExitModel | None) -> ExitOutputs:
         """The answers to the calibration samples; of the cheapest candidate too where no exit was chosen."""
-        outputs = collect(model or self.search.part([0]), self.data.calibration)
+        outputs = self.data.unseen(collect(model or self.search.part([0]), self.data.calibration))
         return outputs if self.data.labelled else outputs.against_backbone()
 
     def _policy(self, answers: ExitOutputs) -> ExitPolicy:

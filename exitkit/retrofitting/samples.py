@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeGuard
 
@@ -16,6 +17,7 @@ from exitkit.calibration.risks import Risk, as_risk
 from exitkit.common.batches import check_iterable, checked, split_batch
 from exitkit.common.errors import ArgumentError
 from exitkit.common.hashes import content_hashes
+from exitkit.evaluation.outputs import ExitOutputs
 from exitkit.surgery.inputs import Example
 from exitkit.surgery.mistakes import not_finite
 
@@ -150,7 +152,7 @@ class Data:
 
     Attributes:
         calibration: the user's loader.
-        hashes: of the calibration samples.
+        hashes: of the calibration samples, without those that are among the training data too.
         learned: of the samples that are learned from or chosen on.
         certifies: the test of the promise.
         confidence: of the test of each alternative: of several it is higher than what was asked for, so that the promise
@@ -183,15 +185,31 @@ class Data:
         risk = as_risk("accuracy_drop" if labelled else "disagreement")
         certifies = certifier("ltt", max_drop, 1 - confidence, binary=True)
         level = (1 - confidence) / max(alternatives, 1)
-        check_count(len(hashes.unique()), certifier("ltt", max_drop, level, binary=True), risk, max_drop)
+        strictest = certifier("ltt", max_drop, level, binary=True)
+        check_count(len(hashes.unique()), strictest, risk, max_drop)
         learned = torch.cat([content_hashes(split.train), content_hashes(split.search)])
-        shared = int(torch.isin(hashes, learned).sum())
-        if shared:
+        unseen = hashes[~torch.isin(hashes, learned)]
+        if shared := len(hashes) - len(unseen):
+            _leave_out(shared, len(hashes), lambda: check_count(len(unseen.unique()), strictest, risk, max_drop))
+        return cls(split, calibration_loader, unseen, learned, labelled, risk, certifies, 1 - level)
+
+    def unseen(self, answers: ExitOutputs) -> ExitOutputs:
+        """Of answers to the calibration samples those to samples that are not among the training data too."""
+        assert answers.hashes is not None
+        return answers[~torch.isin(answers.hashes, self.learned)]
+
+    def check_repeatable(self) -> None:
+        """Refuse a calibration loader that yields other samples in another pass: alternatives would answer those.
+
+        Raises:
+            ArgumentError: it does.
+        """
+        again = content_hashes(self.calibration)
+        if not torch.equal(again[~torch.isin(again, self.learned)].sort().values, self.hashes.sort().values):
             raise ArgumentError(
-                f"calibration_loader shares {shared} of its {len(hashes)} samples with the training data, and a promise made "
-                "on them would be broken on new ones; leave them out of one of the two"
+                "calibration_loader yields other samples in every pass, and alternatives are compared on the same ones; leave "
+                "its augmentation out"
             )
-        return cls(split, calibration_loader, hashes, learned, labelled, risk, certifies, 1 - level)
 
     def limit(self, max_drop: float) -> float:
         """The average loss with which the test is passed half of the time: it allows fewer mistakes than ``max_drop``."""
@@ -202,6 +220,20 @@ class Data:
         ):  # allowed + 1 losses
             allowed += 1
         return min(max_drop, (allowed + 2 / 3) / samples)  # about the median of so many losses
+
+
+def _leave_out(shared: int, samples: int, check: Callable[[], None]) -> None:
+    """Warn of calibration samples that are among the training data too, or refuse them where too few others are left.
+
+    Raises:
+        ArgumentError: ``check``, of the others, raised one.
+    """
+    told = f"calibration_loader shares {shared} of its {samples} samples with the training data, and a promise made on them "
+    try:
+        check()
+    except ArgumentError as error:
+        raise ArgumentError(f"{told}would be broken on new ones; leave them out of one of the two") from error
+    warnings.warn(f"{told}would be broken on new ones: they are left out", stacklevel=4)
 
 
 def _labels(calibration_loader: Iterable[Any]) -> tuple[bool, Tensor]:

@@ -87,9 +87,10 @@ def _image_folder(path: Path, model: nn.Module, test: str | None, option: str) -
     datasets = import_torchvision("datasets", "an image folder")
     preprocessing = _image_preprocessing(model)
 
-    def folder(at: Path, given_as: str = "--data") -> Any:
+    def folder(at: Path, given_as: str = "--data", allow_empty: bool = False) -> Any:
+        read = partial(_read, preprocessing=preprocessing)
         try:
-            return datasets.ImageFolder(str(at), loader=partial(_read, preprocessing=preprocessing))
+            return datasets.ImageFolder(str(at), loader=read, allow_empty=allow_empty)
         except (FileNotFoundError, OSError) as error:
             raise ArgumentError(
                 f"{given_as} {str(at)!r} is not an image folder (one subfolder per class): {error}"
@@ -104,12 +105,14 @@ def _image_folder(path: Path, model: nn.Module, test: str | None, option: str) -
         return _decoded(train_part, test_part, preprocessing, len(whole.classes))
     train_set = folder(parts.get("train", path))
     given_as = "--data" if test is None else option
-    test_set = folder(held_out, given_as)
+    test_set = folder(held_out, given_as, allow_empty=True)
     if train_set.class_to_idx != test_set.class_to_idx:
         raise ArgumentError(
             f"{given_as} {str(held_out)!r} has the classes {test_set.classes[:5]}, but the training folder has "
-            f"{train_set.classes[:5]} (first five of each); both need the same subfolders"
+            f"{train_set.classes[:5]} (first five of each); both need the same subfolders, also empty ones"
         )
+    if not test_set.imgs:
+        raise ArgumentError(f"{given_as} {str(held_out)!r} holds no images in its subfolders")
     _check_readable(path for path, _ in test_set.imgs)
     return _decoded(train_set, test_set, preprocessing, len(train_set.classes))
 

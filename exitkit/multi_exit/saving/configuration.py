@@ -161,6 +161,15 @@ def to_text(config: Configuration) -> str:
     return to_json({**plain, "sha256": _digest(plain)}, indent=1) + "\n"
 
 
+def is_foreign(path: Path) -> bool:
+    """Whether a ``config.json`` is another library's, as transformers writes one for a model."""
+    try:
+        config = read_json(path, _REMEDY)
+    except FileError:
+        return False  # none, or a damaged one, which nobody reads
+    return not (isinstance(config, dict) and str(config.get("format")).startswith(_FAMILY))
+
+
 def read_configuration(path: Path) -> Configuration:
     """A checked configuration, of this format or of the two before it.
 

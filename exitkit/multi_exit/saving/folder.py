@@ -40,6 +40,7 @@ from exitkit.multi_exit.saving.configuration import (
     check_sizes,
     configuration_of,
     example_inputs,
+    is_foreign,
     read_configuration,
     saved_by,
     to_text,
@@ -67,6 +68,11 @@ def save_exits(
     folder = Path(directory)
     if folder.exists() and not folder.is_dir():
         raise ArgumentError(f"directory={str(directory)!r} is a file; name a folder")
+    own = (folder / CONFIG).exists() and not is_foreign(folder / CONFIG)
+    if lost := next((name for name in (CONFIG, CARD) if not own and (folder / name).exists()), None):
+        raise ArgumentError(
+            f"directory={str(directory)!r} holds a {lost} that is not of exits, and would be lost; name a folder of their own"
+        )
     config, weights = _saved(model, threshold, outputs)
     with locked(folder):
         _write(model, config, weights, folder, "path/to/this/folder")
