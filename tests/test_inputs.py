@@ -193,6 +193,40 @@ def test_texts_are_as_long_as_tokenizer_and_model_take(
             model(input_ids=torch.full((1, expected + 1), 2), attention_mask=torch.ones(1, expected + 1).long())
 
 
+@pytest.mark.parametrize(("kind", "positions", "most"), [("Bert", 24, 24), ("Roberta", 26, 25), ("GPT2", 24, 24)])
+def test_an_engine_says_how_many_tokens_the_model_has_positions_for(
+    kind: str, positions: int, most: int, tmp_path: Path
+) -> None:
+    """They ended in torch's or onnxruntime's error, and on a GPU in one that ends the process's use of it."""
+    model = bert(kind, positions)
+
+    def tokens(length: int) -> dict[str, torch.Tensor]:
+        return {"input_ids": torch.full((2, length), 2), "attention_mask": torch.ones(2, length, dtype=torch.long)}
+
+    ee = exitkit.attach(model, tokens(9), every=1, method="sdn")
+    exitkit.export(ee, tmp_path / "model.onnx.zip", 2.0)
+    for engine in (exitkit.compile(ee, 2.0), exitkit.load(tmp_path / "model.onnx.zip")):
+        with torch.no_grad():
+            assert torch.allclose(engine(**tokens(most)).logits, model(**tokens(most)).logits, atol=1e-5)
+        with pytest.raises(exitkit.ArgumentError, match=rf"has {most + 1} tokens, and the model has {most} positions"):
+            engine(**tokens(most + 1))
+        with pytest.raises(exitkit.ArgumentError, match=r"has shape \(2, 0\)"):
+            engine(**tokens(0))
+
+
+def test_where_positions_are_computed_texts_may_be_longer() -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        vocab_size=5, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16,
+        max_position_embeddings=24, pad_token_id=0,
+    )  # fmt: skip
+    model = transformers.LlamaForSequenceClassification(config).eval()
+    tokens = {"input_ids": torch.full((2, 30), 2), "attention_mask": torch.ones(2, 30, dtype=torch.long)}
+    engine = exitkit.compile(exitkit.attach(model, every=1, method="sdn"), 2.0)
+    with torch.no_grad():
+        assert torch.allclose(engine(**tokens).logits, model(**tokens).logits, atol=1e-5)
+
+
 def test_a_length_of_ones_own(tmp_path: Path) -> None:
     ee = exitkit.attach(bert("Bert", 64), every=1, method="sdn")
     exitkit.export(ee, tmp_path / "model.pt2", 0.5, tokenizer=tokenizer(), max_length=10)

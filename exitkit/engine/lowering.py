@@ -15,6 +15,7 @@ from exitkit.exits.standardised import FoldedLinear, replaced
 from exitkit.methods.criteria import Criterion
 from exitkit.methods.policy import ExitPolicy
 from exitkit.multi_exit.model import MultiExitModel
+from exitkit.multi_exit.text_length import learned_positions
 from exitkit.surgery.partition import Partition, Stage
 
 CARRIED, ANSWERS = "exit.carried", "exit.answers"
@@ -163,6 +164,7 @@ def _inputs(model: MultiExitModel, partition: Partition) -> Inputs:
         partition.sizes,
         tuple(tensor.dtype for tensor in tensors),
         next(model.parameters()).device,
+        learned_positions(model.backbone) if model.example.text else None,
     )
 
 
