@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import torch
 import exitkit
 from exitkit import ImagePreprocessing, TextPreprocessing
 from exitkit.engine.program import Description
-from exitkit.serving import dataset
+from exitkit.serving import dataset, ray_files
 from exitkit.serving.dataset import Predictor
 from exitkit.serving.service import Service
 from exitkit.serving.settings import Settings
@@ -125,6 +126,43 @@ def test_columns_have_one_type_in_all_blocks(monkeypatch: pytest.MonkeyPatch, tm
     assert [row["error"] is None for row in rows] == [True, True, False, True, False, False]
     assert [row["id"] for row in rows] == [large, None] * 3
     assert [row["path"] for row in rows] == ["a", "b", None, None, None, None]
+
+
+class _Answered:
+    """What the data set that is answered is asked for: the rows, as Ray's processes write them."""
+
+    def __init__(self, rows: dict[str, Any] | Exception) -> None:
+        self.rows = rows
+
+    def write_parquet(self, folder: str) -> None:
+        from pyarrow import parquet, table
+
+        if isinstance(self.rows, Exception):
+            raise self.rows
+        parquet.write_table(table(self.rows), f"{folder}/part.parquet")
+
+
+def test_what_is_written_is_for_all_who_may_read_and_says_what_was_lost(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The folder was for its owner alone, and a damaged file ended in a traceback."""
+    pytest.importorskip("pyarrow")
+    (tmp_path / "texts.csv").write_text("text\ngood\n")
+    rows = {"label": [1, 2, 0, None], "exit": [0, 2, 0, -1], "cut": [False, True, False, False]}
+    answered: list[Any] = [_Answered(rows), _Answered(RuntimeError("in another process\n  at line 3\nthe disk is full\n"))]
+    monkeypatch.setattr(ray_files, "joined", lambda *_: nullcontext())
+    monkeypatch.setattr(ray_files, "_read", lambda _: (None, "text"))
+    monkeypatch.setattr(ray_files, "predict", lambda *_, **__: answered.pop(0))
+    out, source = tmp_path / "new" / "out.parquet", str(tmp_path / "texts.csv")
+    said = ray_files.write_predictions(Path("m.pt2"), source, None, out, actors=1)
+    assert said.startswith(
+        "3 answered: 2 at exit 0, 1 at exit 2; 1 could not be read (column error); 1 were longer than the package takes, and cut"
+    )
+    (tmp_path / "usual").mkdir()
+    assert out.stat().st_mode == (tmp_path / "usual").stat().st_mode
+    with pytest.raises(exitkit.ExitkitError, match=r"texts.csv' cannot be answered: RuntimeError: the disk is full; nothing"):
+        ray_files.write_predictions(Path("m.pt2"), source, None, tmp_path / "new" / "again.parquet", actors=1)
+    assert [path.name for path in out.parent.iterdir()] == ["out.parquet"]
 
 
 def test_images_as_arrays_of_other_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
