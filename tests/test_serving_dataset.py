@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import pickle
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -149,20 +150,47 @@ def test_what_is_written_is_for_all_who_may_read_and_says_what_was_lost(
     pytest.importorskip("pyarrow")
     (tmp_path / "texts.csv").write_text("text\ngood\n")
     rows = {"label": [1, 2, 0, None], "exit": [0, 2, 0, -1], "cut": [False, True, False, False]}
-    answered: list[Any] = [_Answered(rows), _Answered(RuntimeError("in another process\n  at line 3\nthe disk is full\n"))]
+    answered: list[Any] = [
+        _Answered(rows),
+        _Answered(RuntimeError("in another process\n  at line 3\nthe disk is full\n")),
+    ]
     monkeypatch.setattr(ray_files, "joined", lambda *_: nullcontext())
     monkeypatch.setattr(ray_files, "_read", lambda _: (None, "text"))
     monkeypatch.setattr(ray_files, "predict", lambda *_, **__: answered.pop(0))
     out, source = tmp_path / "new" / "out.parquet", str(tmp_path / "texts.csv")
     said = ray_files.write_predictions(Path("m.pt2"), source, None, out, actors=1)
     assert said.startswith(
-        "3 answered: 2 at exit 0, 1 at exit 2; 1 could not be read (column error); 1 were longer than the package takes, and cut"
+        "3 answered: 2 at exit 0, 1 at exit 2; 1 could not be read (column error); 1 were longer than"
     )
     (tmp_path / "usual").mkdir()
     assert out.stat().st_mode == (tmp_path / "usual").stat().st_mode
-    with pytest.raises(exitkit.ExitkitError, match=r"texts.csv' cannot be answered: RuntimeError: the disk is full; nothing"):
+    with pytest.raises(
+        exitkit.ExitkitError, match=r"texts.csv' cannot be answered: RuntimeError: the disk is full; nothing"
+    ):
         ray_files.write_predictions(Path("m.pt2"), source, None, tmp_path / "new" / "again.parquet", actors=1)
     assert [path.name for path in out.parent.iterdir()] == ["out.parquet"]
+
+
+def test_texts_of_digits_are_texts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A column of years was one of numbers, and every row an error."""
+    pytest.importorskip("pyarrow")
+    from pyarrow import csv
+
+    data = pytest.importorskip("ray.data")
+    read: list[Any] = []
+
+    class Table:
+        def __init__(self, path: str, **options: Any) -> None:
+            options = pickle.loads(pickle.dumps(options))  # as they come to another process
+            read.append(csv.open_csv(path, **options).read_all())
+
+        def columns(self) -> list[str]:
+            return list(read[0].column_names)
+
+    monkeypatch.setattr(data, "read_csv", Table)
+    (tmp_path / "a.csv").write_text('text,number\n2024,1\n"7\n8",2\n')
+    assert ray_files._read(str(tmp_path / "a.csv"))[1] == "text"
+    assert read[0].to_pydict() == {"text": ["2024", "7\n8"], "number": [1, 2]}
 
 
 def test_images_as_arrays_of_other_sizes(monkeypatch: pytest.MonkeyPatch) -> None:

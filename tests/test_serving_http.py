@@ -324,7 +324,12 @@ def test_texts_and_pairs_of_them_and_what_was_cut() -> None:
         status, document = once(Service(engine, Settings("m.pt2")), "POST", "/predict", body, kind)
         assert (status, document["cut"]) == (200, cut)
         assert document["score"] == pytest.approx(expected, abs=1e-5)
-    for wrong in ({"text": ["good", "bad"]}, {"text_pair": "bad"}, {"text": "a", "text_pair": 1}, {"text": "a", "b": "c"}):
+    for wrong in (
+        {"text": ["good", "bad"]},
+        {"text_pair": "bad"},
+        {"text": "a", "text_pair": 1},
+        {"text": "a", "b": "c"},
+    ):
         status, document = once(Service(engine, Settings("m.pt2")), "POST", "/predict", wrong)
         assert (status, document["error"].startswith("the body must be")) == (400, True)
 

@@ -84,8 +84,8 @@ class Inputs:
                 )
             if self.longest is not None and shape[1] > self.longest:
                 raise ArgumentError(
-                    f"input {key!r} has {shape[1]} tokens, and the model has {self.longest} positions; cut texts when they are "
-                    f"tokenised: tokenizer(…, truncation=True, max_length={self.longest})"
+                    f"input {key!r} has {shape[1]} tokens, and the model has {self.longest} positions; cut texts when they "
+                    f"are tokenised: tokenizer(…, truncation=True, max_length={self.longest})"
                 )
         return tensors
 

@@ -238,7 +238,8 @@ class TextPreprocessing:
         encoded = self._encoder.encode_batch(list(texts))
         columns = {"input_ids": "ids", "attention_mask": "attention_mask", "token_type_ids": "type_ids"}
         tensors: dict[str, Tensor] = {
-            key: torch.tensor([getattr(text, columns[key]) for text in encoded], dtype=torch.int64) for key in self.keys
+            key: torch.tensor([getattr(text, columns[key]) for text in encoded], dtype=torch.int64)
+            for key in self.keys
         }
         return tensors, [bool(text.overflowing) for text in encoded]
 

@@ -48,7 +48,9 @@ def write_predictions(
             counts, cut = _write(package, source, out, actors=actors, **options)
         except ExitkitError:
             raise
-        except Exception as error:  # Ray, its readers and Arrow raise dozens of types, some with another process's traceback
+        except (
+            Exception
+        ) as error:  # Ray, its readers and Arrow raise dozens of types, some with another process's traceback
             reason = [line for line in str(error).splitlines() if line.strip()][-1:] or ["no reason given"]
             raise FileError(
                 f"{source[:200]!r} cannot be answered: {type(error).__name__}: {reason[0].strip()[:300]}; nothing was written"
@@ -83,12 +85,23 @@ def _read(source: str) -> tuple[Dataset, str]:
         raise ArgumentError(f"{source[:200]!r} does not exist; give a folder of images, a .parquet or a .csv")
     if ending is None:
         return data.read_binary_files(source, include_paths=True, file_extensions=_IMAGES), "bytes"
-    dataset = data.read_parquet(source) if ending == ".parquet" else data.read_csv(source)
+    dataset = data.read_parquet(source) if ending == ".parquet" else data.read_csv(source, **_texts())
     names = dataset.columns() or []
     column = next((name for name in _COLUMNS[ending] if name in names), None)
     if column is None:
         raise ArgumentError(f"{source[:200]!r} has columns {names}; inputs are looked for in {list(_COLUMNS[ending])}")
     return dataset, column
+
+
+def _texts() -> dict[str, Any]:
+    """How Arrow shall read a CSV: texts are texts, also those of digits alone, and may have several lines."""
+    import pyarrow
+    from pyarrow import csv
+
+    return {
+        "parse_options": csv.ParseOptions(newlines_in_values=True),
+        "convert_options": csv.ConvertOptions(column_types=dict.fromkeys(_COLUMNS[".csv"], pyarrow.string())),
+    }
 
 
 def _counted(folder: Path) -> tuple[Counter[int], int]:

@@ -66,15 +66,17 @@ class Writer:
 
 def read_store(path: Path, key: str) -> dict[str, Tensor] | None:
     """The tensors of the store of ``key``, memory-mapped; None for a missing, damaged or foreign file."""
-    with suppress(OSError, SafetensorError, KeyError, ValueError, struct.error):
-        with safe_open(str(path), framework="pt") as stored:  # first: it refuses a header longer than the file
-            with path.open("rb") as file:
-                begin = 8 + struct.unpack("<Q", file.read(8))[0]
-                entries = json.loads(file.read(begin - 8))
-            about = entries.pop("__metadata__")
-            ours = (about.get("format"), about.get("key")) == (_FORMAT, key)
-            if ours and about["crc32"] == f"{_checksum(path, begin, entries):08x}":
-                return {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 - no iterator
+    with (
+        suppress(OSError, SafetensorError, KeyError, ValueError, struct.error),
+        safe_open(str(path), framework="pt") as stored,  # first: it refuses a header longer than the file
+        path.open("rb") as file,
+    ):
+        begin = 8 + struct.unpack("<Q", file.read(8))[0]
+        entries = json.loads(file.read(begin - 8))
+        about = entries.pop("__metadata__")
+        ours = (about.get("format"), about.get("key")) == (_FORMAT, key)
+        if ours and about["crc32"] == f"{_checksum(path, begin, entries):08x}":
+            return {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 - no iterator
     return None
 
 
