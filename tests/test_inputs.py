@@ -160,11 +160,11 @@ def tokenizer(limit: int | None = None) -> Any:
     return transformers.PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="[PAD]", **options)
 
 
-def bert(kind: str, positions: int) -> Any:
+def bert(kind: str, positions: int, **options: Any) -> Any:
     transformers = pytest.importorskip("transformers")
     config = getattr(transformers, f"{kind}Config")(
         vocab_size=5, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16,
-        max_position_embeddings=positions, pad_token_id=0,
+        max_position_embeddings=positions, pad_token_id=0, **options,
     )  # fmt: skip
     return getattr(transformers, f"{kind}ForSequenceClassification")(config).eval()
 
@@ -214,13 +214,9 @@ def test_an_engine_says_how_many_tokens_the_model_has_positions_for(
             engine(**tokens(0))
 
 
-def test_where_positions_are_computed_texts_may_be_longer() -> None:
-    transformers = pytest.importorskip("transformers")
-    config = transformers.LlamaConfig(
-        vocab_size=5, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16,
-        max_position_embeddings=24, pad_token_id=0,
-    )  # fmt: skip
-    model = transformers.LlamaForSequenceClassification(config).eval()
+@pytest.mark.parametrize("kind", ["Llama", "Esm"])
+def test_where_positions_are_computed_texts_may_be_longer(kind: str) -> None:
+    model = bert(kind, 24, **({"position_embedding_type": "rotary", "mask_token_id": 1} if kind == "Esm" else {}))
     tokens = {"input_ids": torch.full((2, 30), 2), "attention_mask": torch.ones(2, 30, dtype=torch.long)}
     engine = exitkit.compile(exitkit.attach(model, every=1, method="sdn"), 2.0)
     with torch.no_grad():

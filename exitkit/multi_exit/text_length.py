@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from exitkit.common.checks import Count, check
 from exitkit.common.errors import ArgumentError
@@ -52,9 +53,14 @@ def check_positions(model: nn.Module, length: int, named: str) -> None:
         )
 
 
-def learned_positions(model: nn.Module) -> int | None:
-    """Tokens beyond which the model has no position to look up; None where positions are computed from the tokens' places."""
-    tables = (name for name, module in model.named_modules() if isinstance(module, nn.Embedding))
+def learned_positions(model: nn.Module, read: Iterable[Tensor]) -> int | None:
+    """Tokens beyond which the model has no position to look up; None where positions are computed from the tokens' places.
+
+    ``read`` are the weights that its graph reads: some models (ESM) have a table beside rotary positions.
+    """
+    weights = {id(weight) for weight in read}
+    modules = ((name, module) for name, module in model.named_modules() if isinstance(module, nn.Embedding))
+    tables = (name for name, module in modules if id(module.weight) in weights)
     return _positions(model) if any(map(_LEARNED.search, tables)) else None
 
 
