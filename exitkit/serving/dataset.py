@@ -177,7 +177,8 @@ class Predictor:
         from ray.data.block import BlockAccessor
 
         read = [self.column, *([] if self.id_column is None else [self.id_column])]
-        answers = self.answers(BlockAccessor.for_block(table).to_numpy(read))
+        rows: Any = BlockAccessor.for_block(table).to_numpy(read)
+        answers = self.answers(rows)
         # texts also where all are null: with columns of other types in other blocks, what is written could not be read
         columns = {
             name: pyarrow.array(values, pyarrow.string() if values.dtype == object else None)
