@@ -411,6 +411,14 @@ def test_a_store_keeps_every_bit(tmp_path: Path) -> None:
     assert stored.keys() == rows.keys()
     assert all(torch.equal(stored[name], tensor) for name, tensor in rows.items())
     assert read_store(path, "l" * 64) is None
+    content = path.read_bytes()
+    for bit in range(
+        8 * content.index(b'"labels"'), 8 * content.index(b"}}")
+    ):  # of what the header says of the tensors
+        damaged = bytearray(content)
+        damaged[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(damaged)
+        assert read_store(path, "k" * 64) is None, bit
 
 
 # what is refused -----------------------------------------------------------------------------------------------------

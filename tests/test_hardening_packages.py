@@ -241,6 +241,7 @@ LIES: dict[str, Callable[[dict[str, Any]], Any]] = {
     "axes": lambda m: m.update(axes=dict.fromkeys(m["axes"], 99)),
     "exits": lambda m: m.update(exits=[["a", "b"], ["c", "d"]]),
     "format": lambda m: m.update(format="exitkit-package-2"),
+    "longest of images": lambda m: m.update(longest=9),
     "format as list": lambda m: m.update(format=["exitkit-package-3"]),
 }
 

@@ -160,11 +160,11 @@ def tokenizer(limit: int | None = None) -> Any:
     return transformers.PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="[PAD]", **options)
 
 
-def bert(kind: str, positions: int) -> Any:
+def bert(kind: str, positions: int, **options: Any) -> Any:
     transformers = pytest.importorskip("transformers")
     config = getattr(transformers, f"{kind}Config")(
         vocab_size=5, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16,
-        max_position_embeddings=positions, pad_token_id=0,
+        max_position_embeddings=positions, pad_token_id=0, **options,
     )  # fmt: skip
     return getattr(transformers, f"{kind}ForSequenceClassification")(config).eval()
 
@@ -191,6 +191,39 @@ def test_texts_are_as_long_as_tokenizer_and_model_take(
     if limit is None:  # it is the most: one more has no position
         with pytest.raises((IndexError, RuntimeError)):
             model(input_ids=torch.full((1, expected + 1), 2), attention_mask=torch.ones(1, expected + 1).long())
+
+
+@pytest.mark.parametrize(("kind", "positions", "most"), [("Bert", 24, 24), ("Roberta", 26, 25), ("GPT2", 24, 24)])
+def test_an_engine_says_how_many_tokens_the_model_has_positions_for(
+    kind: str, positions: int, most: int, tmp_path: Path
+) -> None:
+    """They ended in torch's error, and on a GPU in one that ends the process's use of it."""
+    model = bert(kind, positions)
+
+    def tokens(length: int) -> dict[str, torch.Tensor]:
+        return {"input_ids": torch.full((2, length), 2), "attention_mask": torch.ones(2, length, dtype=torch.long)}
+
+    ee = exitkit.attach(model, tokens(9), at=[0], method="sdn")
+    engines = [exitkit.compile(ee, 2.0)]
+    if kind == "Roberta":
+        exitkit.export(ee, tmp_path / "model.pt2", 2.0)
+        engines.append(exitkit.load(tmp_path / "model.pt2", trust=True))  # type: ignore[arg-type]
+    for engine in engines:
+        with torch.no_grad():
+            assert torch.allclose(engine(**tokens(most)).logits, model(**tokens(most)).logits, atol=1e-5)
+        with pytest.raises(exitkit.ArgumentError, match=rf"has {most + 1} tokens, and the model has {most} positions"):
+            engine(**tokens(most + 1))
+        with pytest.raises(exitkit.ArgumentError, match=r"has shape \(2, 0\)"):
+            engine(**tokens(0))
+
+
+@pytest.mark.parametrize("kind", ["Llama", "Esm"])
+def test_where_positions_are_computed_texts_may_be_longer(kind: str) -> None:
+    model = bert(kind, 24, **({"position_embedding_type": "rotary", "mask_token_id": 1} if kind == "Esm" else {}))
+    tokens = {"input_ids": torch.full((2, 30), 2), "attention_mask": torch.ones(2, 30, dtype=torch.long)}
+    engine = exitkit.compile(exitkit.attach(model, every=1, method="sdn"), 2.0)
+    with torch.no_grad():
+        assert torch.allclose(engine(**tokens).logits, model(**tokens).logits, atol=1e-5)
 
 
 def test_a_length_of_ones_own(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import io
 import json
 import random
 from collections.abc import AsyncIterator, Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import exitkit
-from exitkit import ImagePreprocessing
+from exitkit import ImagePreprocessing, TextPreprocessing
 from exitkit.engine.program import Description
 from exitkit.serving.service import Service
 from exitkit.serving.settings import Settings
@@ -299,6 +300,40 @@ def test_status_tells_of_the_last_minute() -> None:
     assert len(minute.recent()) == 2
 
 
+def test_texts_and_pairs_of_them_and_what_was_cut() -> None:
+    """Long texts were cut without a word, and pairs could not be sent."""
+    from tests.test_inputs import bert, tokenizer
+
+    words, model = tokenizer(), bert("Bert", 8)
+    pair = dict(words("good film", "bad", return_tensors="pt", return_token_type_ids=True))
+    ee = exitkit.attach(model, {key: value.expand(2, -1) for key, value in pair.items()}, every=1, method="sdn")
+    reader = TextPreprocessing.of(words, ee.example.spec.keys, model=model)
+    described = Description(None, reader, tuple((f"{m}", 1.0) for m in range(len(ee.exits))))
+    engine = replace(exitkit.compile(ee, 2.0), description=described)
+
+    def score(**tokens: Tensor) -> float:
+        with torch.no_grad():
+            return float(model(**tokens).logits.softmax(1).max())
+
+    for body, kind, expected, cut in [
+        ({"text": "good film", "text_pair": "bad"}, "application/json", score(**pair), False),
+        ({"text": "good film"}, "application/json", score(**words("good film", return_tensors="pt")), False),
+        (b"good film", "text/plain", score(**words("good film", return_tensors="pt")), False),
+        (b"good " * 9, "text/plain", score(**words("good " * 8, return_tensors="pt")), True),
+    ]:
+        status, document = once(Service(engine, Settings("m.pt2")), "POST", "/predict", body, kind)
+        assert (status, document["cut"]) == (200, cut)
+        assert document["score"] == pytest.approx(expected, abs=1e-5)
+    for wrong in (
+        {"text": ["good", "bad"]},
+        {"text_pair": "bad"},
+        {"text": "a", "text_pair": 1},
+        {"text": "a", "b": "c"},
+    ):
+        status, document = once(Service(engine, Settings("m.pt2")), "POST", "/predict", wrong)
+        assert (status, document["error"].startswith("the body must be")) == (400, True)
+
+
 def picture(width: int = 4, height: int = 4, form: str = "PNG", grey: int = 255) -> bytes:
     from PIL import Image
 
@@ -309,8 +344,6 @@ def picture(width: int = 4, height: int = 4, form: str = "PNG", grey: int = 255)
 
 def image_service(**settings: Any) -> Service:
     """Takes (B, 3): an image of one pixel and three channels, flattened."""
-    from dataclasses import replace
-
     engine, _ = staged_engine(Description(LABELS, ImagePreprocessing((3, 1, 1), (0.0,) * 3, (1.0,) * 3), COSTS))
     program = engine.loop.program
     first = program.steps[0]

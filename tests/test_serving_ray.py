@@ -148,6 +148,9 @@ def test_a_folder_of_images_becomes_parquet(cluster: None, package: Path, tmp_pa
         assert records[f"{number}.png"]["label"] == ["cat", "dog", "eel"][int(answer.logits.argmax())]
         assert records[f"{number}.png"]["exit"] == int(answer.exit)
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+    (tmp_path / "cut.parquet").write_bytes(b"PAR1 and no more")
+    with pytest.raises(exitkit.ExitkitError, match=r"cut.parquet' cannot be answered"):
+        write_predictions(package, str(tmp_path / "cut.parquet"), None, tmp_path / "none", actors=1, trust=True)
     with pytest.raises(exitkit.ArgumentError, match="is there already"):
         write_predictions(package, str(tmp_path / "images"), None, out, actors=1, trust=True)
 

@@ -81,6 +81,9 @@ def test_an_address_that_is_taken_and_one_where_nothing_listens() -> None:
         cluster.connect(None, f"ray://127.0.0.1:{port}", 1)
 
 
+PROMISE = Guarantee("at most 1 point", True, "drop", "ltt", 0.01, 0.95, 0.0, 100, 0.4, (0.3, 0.5))
+
+
 class _Monitor:
     alarm = False
 
@@ -93,8 +96,7 @@ class _Monitor:
 
 def test_a_guarantee_ends_with_another_threshold_or_a_shift() -> None:
     engine, _ = staged_engine()
-    promise = Guarantee("at most 1 point", True, "drop", "ltt", 0.01, 0.95, 0.0, 100, 0.4, (0.3, 0.5))
-    policy = replace(engine.policy, guarantee=promise)
+    policy = replace(engine.policy, guarantee=PROMISE)
     monitor = _Monitor()
     watched = replace(engine, loop=replace(engine.loop, policy=policy), monitor=monitor)  # type: ignore[arg-type]
     to = Service(watched, Settings("m.pt2"))
@@ -112,6 +114,27 @@ def test_a_guarantee_ends_with_another_threshold_or_a_shift() -> None:
 
     assert asyncio.run(run()) == [True, False, False, True, False]
     assert monitor.seen == [0, 2, 0, 1]  # answers at the package's own policy alone
+
+
+def test_a_request_keeps_the_guarantee_of_the_policy_that_it_came_under() -> None:
+    """It was told of the policy at its end: another τ than the package's had been called guaranteed."""
+    engine, stages = staged_engine()
+    policy = replace(engine.policy, guarantee=PROMISE)
+    to = Service(replace(engine, loop=replace(engine.loop, policy=policy)), Settings("pets.pt2", threshold=1.0))
+    stages[0].open.clear()
+
+    async def run() -> list[bool]:
+        first = asyncio.create_task(to.answer(sample(0)))
+        await asyncio.to_thread(stages[0].entered.wait, 20)
+        to.set_threshold(None)
+        second = asyncio.create_task(to.answer(sample(0)))
+        await asyncio.sleep(0)
+        stages[0].open.set()
+        replies = await asyncio.gather(first, second)
+        await to.scheduler.close()
+        return [reply.guaranteed for reply in replies]
+
+    assert asyncio.run(asyncio.wait_for(run(), 30)) == [False, True]
 
 
 @pytest.mark.parametrize(

@@ -862,6 +862,15 @@ def test_a_checkpoint_is_never_half_written(
     assert identical(state_of(tiny_ee), state_of(whole))
 
 
+def test_what_a_killed_run_left_half_written_is_removed(
+    tmp_path: Path, tiny_ee: MultiExitModel, loader: Loaders
+) -> None:
+    for name in (".checkpoint-0123456789abcdef.pt", ".metrics-0123456789abcdef.csv"):
+        (tmp_path / name).write_bytes(b"half")
+    trainer(tiny_ee, epochs=1, output_dir=tmp_path).fit(loader())
+    assert sorted(path.name for path in tmp_path.iterdir()) == [CHECKPOINT, "metrics.csv"]
+
+
 def second_write_fails(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
     save, calls = torch.save, []
 

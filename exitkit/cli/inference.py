@@ -81,7 +81,7 @@ def _batches(
         found: Iterator[Any] = pairs(inputs) if paired else texts(inputs)
         for sentences in _grouped(found, size):
             made, cut = preprocessing.encode(sentences)
-            losses.cut += cut
+            losses.cut += sum(cut)
             yield sentences, made
 
 

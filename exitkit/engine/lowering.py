@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from copy import deepcopy
+from itertools import chain
 from typing import Any, cast
 
 import torch
@@ -15,6 +16,7 @@ from exitkit.exits.standardised import FoldedLinear, replaced
 from exitkit.methods.criteria import Criterion
 from exitkit.methods.policy import ExitPolicy
 from exitkit.multi_exit.model import MultiExitModel
+from exitkit.multi_exit.text_length import learned_positions
 from exitkit.surgery.partition import Partition, Stage
 
 CARRIED, ANSWERS = "exit.carried", "exit.answers"
@@ -157,12 +159,14 @@ def _folded(classifier: nn.Module) -> nn.Module:
 
 def _inputs(model: MultiExitModel, partition: Partition) -> Inputs:
     tensors = model.example.tensors
+    weights = chain.from_iterable(stage.module.parameters() for stage in partition.stages)
     return Inputs(
         model.example.spec,
         partition.inputs,
         partition.sizes,
         tuple(tensor.dtype for tensor in tensors),
         next(model.parameters()).device,
+        learned_positions(model.backbone, weights) if model.example.text else None,
     )
 
 

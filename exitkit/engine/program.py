@@ -50,6 +50,7 @@ class Inputs:
         sizes: the shape of each, the batch first; None where any size is taken.
         dtypes: of each.
         device: where all of them are.
+        longest: tokens of a text, at most; None where nothing limits them.
     """
 
     spec: CallSpec
@@ -57,6 +58,7 @@ class Inputs:
     sizes: tuple[tuple[int | None, ...], ...]
     dtypes: tuple[torch.dtype, ...]
     device: torch.device
+    longest: int | None = None
 
     def checked(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, ...]:
         """The tensors of a call in the program's order.
@@ -82,6 +84,11 @@ class Inputs:
                 raise ArgumentError(
                     mistake_of(key, tensor, sizes, dtype) or self._unfit(key, tensor, sizes, dtype, fits)
                 )
+            if self.longest is not None and shape[1] > self.longest:
+                raise ArgumentError(
+                    f"input {key!r} has {shape[1]} tokens, and the model has {self.longest} positions; cut texts when they "
+                    f"are tokenised: tokenizer(…, truncation=True, max_length={self.longest})"
+                )
         return tensors
 
     def _unfit(
@@ -101,7 +108,7 @@ class Inputs:
 
 
 def _fits(size: int | None, own: int) -> bool:
-    return size is None or size == own
+    return own > 0 if size is None else size == own
 
 
 @dataclass(frozen=True)

@@ -233,20 +233,21 @@ class TextPreprocessing:
         encoder.enable_truncation(self.longest)
         return encoder
 
-    def encode(self, texts: Sequence[str] | Sequence[tuple[str, str]]) -> tuple[dict[str, Tensor], int]:
-        """Texts, or pairs of them → int64 tensors (N, T), and how many of them were cut."""
+    def encode(self, texts: Sequence[str | tuple[str, str]]) -> tuple[dict[str, Tensor], list[bool]]:
+        """Texts, or pairs of them → int64 tensors (N, T), and whether each of them was cut."""
         encoded = self._encoder.encode_batch(list(texts))
         columns = {"input_ids": "ids", "attention_mask": "attention_mask", "token_type_ids": "type_ids"}
         tensors: dict[str, Tensor] = {
-            key: torch.tensor([getattr(text, columns[key]) for text in encoded]) for key in self.keys
+            key: torch.tensor([getattr(text, columns[key]) for text in encoded], dtype=torch.int64)
+            for key in self.keys
         }
-        return tensors, sum(bool(text.overflowing) for text in encoded)
+        return tensors, [bool(text.overflowing) for text in encoded]
 
-    def __call__(self, texts: Sequence[str] | Sequence[tuple[str, str]]) -> dict[str, Tensor]:
+    def __call__(self, texts: Sequence[str | tuple[str, str]]) -> dict[str, Tensor]:
         """Texts, or pairs of them → int64 tensors (N, T); a warning says how many were cut."""
         tensors, cut = self.encode(texts)
-        if cut:
-            warnings.warn(f"{cut} of {len(texts)} texts were cut at {self.longest} tokens", stacklevel=2)
+        if any(cut):
+            warnings.warn(f"{sum(cut)} of {len(texts)} texts were cut at {self.longest} tokens", stacklevel=2)
         return tensors
 
 

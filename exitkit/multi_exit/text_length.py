@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from exitkit.common.checks import Count, check
 from exitkit.common.errors import ArgumentError
@@ -13,6 +15,8 @@ _NO_LIMIT = 2**20
 """Tokenizers without a limit say 10³⁰."""
 _USUAL = 512
 """Where neither says."""
+_LEARNED = re.compile(r"(position_embeddings|positions_embed|embed_positions|wpe)$")
+"""Modules of transformers that look positions up in a table."""
 
 
 def longest_text(tokenizer: Any, model: nn.Module | None, max_length: int | None = None) -> int:
@@ -47,6 +51,17 @@ def check_positions(model: nn.Module, length: int, named: str) -> None:
         raise ArgumentError(
             f"{named}{length}: {type(model).__name__} has {positions} positions; give at most so many tokens"
         )
+
+
+def learned_positions(model: nn.Module, read: Iterable[Tensor]) -> int | None:
+    """Tokens beyond which the model has no position to look up; None where positions are computed from the tokens' places.
+
+    ``read`` are the weights that its graph reads: some models (ESM) have a table beside rotary positions.
+    """
+    weights = {id(weight) for weight in read}
+    modules = ((name, module) for name, module in model.named_modules() if isinstance(module, nn.Embedding))
+    tables = (name for name, module in modules if id(module.weight) in weights)
+    return _positions(model) if any(map(_LEARNED.search, tables)) else None
 
 
 def _positions(model: nn.Module) -> int | None:

@@ -55,6 +55,7 @@ class Manifest:
     """What ``manifest.json``, the metadata of an ``.onnx`` and the manifest of a ``.pte`` hold, and nothing else.
 
     Attributes:
+        longest: tokens of a text, at most; None where nothing limits them.
         axes: the batch's dimension of every value that has one.
         exits: name and share of the backbone's MACs of each exit.
 
@@ -67,6 +68,7 @@ class Manifest:
     versions: dict[str, str]
     device: str
     inputs: tuple[Input, ...]
+    longest: Count | None
     steps: tuple[StepEntry, ...]
     axes: dict[str, Index]
     num_classes: Count
@@ -97,6 +99,7 @@ class Manifest:
                     taken.spec.keys, taken.names, taken.sizes, taken.dtypes, strict=True
                 )
             ),
+            taken.longest,
             tuple(StepEntry(one.exit, one.decides, one.inputs, one.outputs, one.live) for one in program.steps),
             {name: program.axes[name] for name in dict.fromkeys(names) if name in program.axes},
             program.num_classes,
@@ -129,6 +132,7 @@ class Manifest:
             tuple(entry.sizes for entry in self.inputs),
             tuple(getattr(torch, entry.dtype) for entry in self.inputs),
             device,
+            self.longest,
         )
 
 
@@ -162,7 +166,7 @@ def read_manifest(text: str | bytes, path: str) -> Manifest:
             f"{path!r} is a {found[:40]} of exitkit {str(writer)[:40]}; exitkit {installed_versions()['exitkit']} reads "
             f"{FORMAT}: update exitkit, or export again"
         )
-    manifest = build(Manifest, data, repr(path))
+    manifest = build(Manifest, {"longest": None} | data, repr(path))  # older packages do not say
     _ = manifest.description  # checked too
     return manifest
 
@@ -187,6 +191,8 @@ def _rules(manifest: Manifest) -> Iterator[tuple[str, bool]]:
     for entry in manifest.inputs:
         values = math.prod(size or 1 for size in entry.sizes[1:])
         yield f"input {entry.name!r} has the sizes {entry.sizes[:8]}", bool(entry.sizes) and values <= MOST_VALUES
+    text = all(len(entry.sizes) == 2 for entry in manifest.inputs)
+    yield f"longest={manifest.longest} is for texts, and the inputs are none", manifest.longest is None or text
     yield f"num_classes={manifest.num_classes} is too large", manifest.num_classes <= MOST_VALUES
     labels = manifest.num_classes if manifest.labels is None else len(manifest.labels)
     yield f"labels holds {labels} names for {manifest.num_classes} classes", labels == manifest.num_classes

@@ -132,7 +132,7 @@ def returns(
         seed: of the environments.
 
     Raises:
-        ArgumentError: an environment that does not fit the policy, no thresholds, fewer than two episodes.
+        ArgumentError: an environment that does not fit the policy, no thresholds, options out of range.
         EnvironmentFailedError: the environment raised; the message says at which threshold, in which episode.
         ExitkitError: gymnasium is not installed.
     """

@@ -27,6 +27,7 @@ from exitkit.serving.uploads import padded
 from exitkit.surgery.inputs import as_call
 
 if TYPE_CHECKING:
+    import pyarrow
     from ray.data import Dataset
 
 Rows = dict[str, NDArray[Any]]
@@ -76,7 +77,8 @@ def predict(
 
     Returns:
         The rows without ``column``, and with ``label`` (the class's name, or its number; of a regression ``value``), ``exit``,
-        ``score`` and ``non_finite``.
+        ``score`` and ``non_finite``; of texts also ``cut``, whether the text was longer than the package takes. Columns of
+        these names are replaced.
 
     Raises:
         ArgumentError: arguments out of range, a column that is missing, a package that cannot be loaded here.
@@ -110,7 +112,7 @@ def predict(
         Predictor,
         fn_constructor_kwargs=options,
         batch_size=block,
-        batch_format="numpy",
+        batch_format="pyarrow",
         compute=ray_data.ActorPoolStrategy(size=actors, max_tasks_in_flight_per_actor=2),
         num_cpus=num_cpus,
         num_gpus=num_gpus,
@@ -169,15 +171,28 @@ class Predictor:
                 f"package={package!r} takes {len(engine.inputs.names)} tensors, and a column holds one"
             )
 
-    def __call__(self, rows: Rows) -> Rows:
-        """The rows with their answers."""
+    def __call__(self, table: pyarrow.Table) -> pyarrow.Table:
+        """The rows without their inputs, and with their answers."""
+        import pyarrow
+        from ray.data.block import BlockAccessor
+
+        read = [self.column, *([] if self.id_column is None else [self.id_column])]
+        rows: Any = BlockAccessor.for_block(table).to_numpy(read)
+        answers = self.answers(rows)
+        # texts also where all are null: with columns of other types in other blocks, what is written could not be read
+        columns = {
+            name: pyarrow.array(values, pyarrow.string() if values.dtype == object else None)
+            for name, values in answers.items()
+        }
+        kept = {name: table[name] for name in table.column_names if name != self.column}
+        return pyarrow.table({**kept, **columns})
+
+    def answers(self, rows: Rows) -> Rows:
+        """The columns of answers to the column of inputs."""
         values = rows[self.column]
         made, reasons = self._prepared(values, rows.get(self.id_column) if self.id_column else None)
         answers = self._answered(made, len(values))
-        rest = {name: value for name, value in rows.items() if name != self.column}
-        if self.on_error == "raise":
-            return {**rest, **answers}
-        return {**rest, **answers, "error": np.array(reasons, object)}
+        return answers if self.on_error == "raise" else {**answers, "error": np.array(reasons, object)}
 
     def _prepared(self, values: NDArray[Any], ids: NDArray[Any] | None) -> tuple[dict[int, Any], list[str | None]]:
         """Each row as the package takes it, by its place, and what is wrong with the others."""
@@ -222,12 +237,17 @@ class Predictor:
             "score": np.full(count, np.nan),
             "non_finite": np.zeros(count, bool),
         }
-        groups = list(self._groups(made))
-        batches = (move(self._batch([made[place] for place in group]), self.engine.inputs.device) for group in groups)
-        for group, answer in zip(groups, self.engine.map(batches, self.batch_size), strict=True):
+        cut, groups = np.zeros(count, bool), list(self._groups(made))
+
+        def batches() -> Iterator[Any]:
+            for group in groups:
+                batch, cut[group] = self._batch([made[place] for place in group])
+                yield move(batch, self.engine.inputs.device)
+
+        for group, answer in zip(groups, self.engine.map(batches(), self.batch_size), strict=True):
             for name, value in zip(answers, (self._said(answer.logits), *answer[1:]), strict=True):
                 answers[name][group] = value.cpu().numpy() if isinstance(value, Tensor) else value
-        return answers
+        return {**answers, "cut": cut} if isinstance(self.preprocessing, TextPreprocessing) else answers
 
     def _unanswered(self, count: int) -> Rows:
         """The column of what is said, before anything is."""
@@ -238,7 +258,7 @@ class Predictor:
     def _said(self, logits: Tensor) -> Any:
         """A batch's values for that column: numbers of a regression; else classes, by name where there are names."""
         if self.regression:
-            return logits[:, 0]
+            return logits[:, 0].double()  # numpy has no bfloat16
         label = logits.argmax(1).tolist()
         return label if self.labels is None else [self.labels[one] for one in label]
 
@@ -251,10 +271,12 @@ class Predictor:
             alike = [place for place in places if text or made[place].shape == shape]
             yield from (alike[at : at + self.batch_size] for at in range(0, len(alike), self.batch_size))
 
-    def _batch(self, samples: Sequence[Any]) -> Any:
+    def _batch(self, samples: Sequence[Any]) -> tuple[Any, list[bool]]:
+        """Samples as the package takes them, and which texts were cut."""
         if isinstance(self.preprocessing, TextPreprocessing):
-            return padded(self.preprocessing.encode(samples)[0], self.preprocessing)
-        return self.engine.inputs.spec.batch((torch.stack(list(samples)),))
+            tensors, cut = self.preprocessing.encode(samples)
+            return padded(tensors, self.preprocessing), cut
+        return self.engine.inputs.spec.batch((torch.stack(list(samples)),)), [False] * len(samples)
 
 
 def _is_image(value: Any) -> bool:

@@ -20,7 +20,7 @@ from exitkit.packages.answers import said
 from exitkit.serving.protocol import finite, metadata, output_names, read_request, response
 from exitkit.serving.scheduling import StageError, UnavailableError
 from exitkit.serving.service import Reply, Service
-from exitkit.serving.uploads import TooLargeError, UnknownKindError, inputs_of
+from exitkit.serving.uploads import TooLargeError, UnknownKindError, upload_of
 
 Handler = Callable[[Service, Request], Awaitable[Response]]
 _MODEL = r"/v2/models/([\w.-]+)"
@@ -94,9 +94,9 @@ async def _predict(service: Service, request: Request) -> Response:
     threshold = _query_threshold(request)
     body = await _body(service, request)
     preprocessing = None if service.engine.description is None else service.engine.description.preprocessing
-    batch = await asyncio.to_thread(inputs_of, kind, body, preprocessing, service.settings.max_pixels)
-    reply = await service.answer(move(batch, service.engine.inputs.device), threshold)
-    return _json(_record(service, reply))
+    upload = await asyncio.to_thread(upload_of, kind, body, preprocessing, service.settings.max_pixels)
+    reply = await service.answer(move(upload.batch, service.engine.inputs.device), threshold)
+    return _json(_record(service, reply) | ({} if upload.cut is None else {"cut": upload.cut}))
 
 
 async def _infer(service: Service, request: Request) -> Response:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-import shutil
 import tempfile
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from exitkit.common.errors import ArgumentError
+from exitkit.common.errors import ArgumentError, ExitkitError, FileError
 from exitkit.serving.cluster import joined
 from exitkit.serving.dataset import predict
 
@@ -40,24 +39,41 @@ def write_predictions(
 
     Raises:
         ArgumentError: what is no such source, an ``out`` that is there already, an address where nothing listens.
+        FileError: a source that cannot be read, or an ``out`` that cannot be written.
     """
     if out.exists():
         raise ArgumentError(f"--out {str(out)!r} is there already; name another, or remove it")
     with joined(address, actors + 1):
-        dataset, column = _read(source)
-        answered = predict(dataset, package, column=column, on_error="column", actors=actors, **options)
-        out.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{out.name[:40]}-", dir=out.parent))
         try:
-            answered.write_parquet(str(temporary))
-            counts = _count(temporary)
-            os.replace(temporary, out)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+            counts, cut = _write(package, source, out, actors=actors, **options)
+        except ExitkitError:
+            raise
+        except (
+            Exception
+        ) as error:  # Ray, its readers and Arrow raise dozens of types, some with another process's traceback
+            reason = [line for line in str(error).splitlines() if line.strip()][-1:] or ["no reason given"]
+            raise FileError(
+                f"{source[:200]!r} cannot be answered: {type(error).__name__}: {reason[0].strip()[:300]}; nothing was written"
+            ) from error
     bad = counts.pop(-1, 0)
     left = ", ".join(f"{count:,} at exit {exit_}" for exit_, count in sorted(counts.items()))
     faulty = f"; {bad:,} could not be read (column error)" if bad else ""
-    return f"{sum(counts.values()):,} answered: {left}{faulty}; written to {out}"
+    shortened = f"; {cut:,} were longer than the package takes, and cut" if cut else ""
+    return f"{sum(counts.values()):,} answered: {left}{faulty}{shortened}; written to {out}"
+
+
+def _write(package: Path, source: str, out: Path, **options: Any) -> tuple[Counter[int], int]:
+    """How many rows left at each exit, and how many texts were cut."""
+    dataset, column = _read(source)
+    answered = predict(dataset, package, column=column, on_error="column", **options)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{out.name[:40]}-", dir=out.parent) as folder:
+        temporary = Path(folder) / out.name  # inside: a temporary folder is for its owner alone
+        temporary.mkdir()
+        answered.write_parquet(str(temporary))
+        counted = _counted(temporary)
+        os.replace(temporary, out)
+    return counted
 
 
 def _read(source: str) -> tuple[Dataset, str]:
@@ -69,7 +85,7 @@ def _read(source: str) -> tuple[Dataset, str]:
         raise ArgumentError(f"{source[:200]!r} does not exist; give a folder of images, a .parquet or a .csv")
     if ending is None:
         return data.read_binary_files(source, include_paths=True, file_extensions=_IMAGES), "bytes"
-    dataset = data.read_parquet(source) if ending == ".parquet" else data.read_csv(source)
+    dataset = data.read_parquet(source) if ending == ".parquet" else data.read_csv(source, **_texts())
     names = dataset.columns() or []
     column = next((name for name in _COLUMNS[ending] if name in names), None)
     if column is None:
@@ -77,8 +93,21 @@ def _read(source: str) -> tuple[Dataset, str]:
     return dataset, column
 
 
-def _count(folder: Path) -> Counter[int]:
+def _texts() -> dict[str, Any]:
+    """How Arrow shall read a CSV: texts are texts, also those of digits alone, and may have several lines."""
+    import pyarrow
+    from pyarrow import csv
+
+    return {
+        "parse_options": csv.ParseOptions(newlines_in_values=True),
+        "convert_options": csv.ConvertOptions(column_types=dict.fromkeys(_COLUMNS[".csv"], pyarrow.string())),
+    }
+
+
+def _counted(folder: Path) -> tuple[Counter[int], int]:
     from pyarrow import dataset
 
-    table = dataset.dataset(folder, format="parquet").to_table(columns=["exit"])
-    return Counter(table["exit"].to_pylist())
+    written = dataset.dataset(folder, format="parquet")
+    table = written.to_table(columns=[name for name in ("exit", "cut") if name in written.schema.names])
+    columns = {name: table[name].to_pylist() for name in table.column_names}
+    return Counter(columns.get("exit", [])), sum(columns.get("cut", []))

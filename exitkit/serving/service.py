@@ -71,14 +71,14 @@ class Service:
         Raises:
             TimeoutError: it took longer than ``settings.timeout_s``; its samples have left the queues.
         """
-        began = time.perf_counter()
+        began, own = time.perf_counter(), self.scheduler.engine.policy  # a request keeps the policy that it came under
         async with asyncio.timeout(self.settings.timeout_s):
             prediction = await self.scheduler.answer(batch, threshold)
         milliseconds = 1e3 * (time.perf_counter() - began)
         for exit_ in prediction.exit.tolist():
             for observer in self.observers:
                 observer.answered(Answered(exit_, milliseconds, self.cost(exit_)))
-        return Reply(prediction, milliseconds, threshold is None and self.guaranteed)
+        return Reply(prediction, milliseconds, threshold is None and self._holds(own))
 
     def cost(self, exit_: int) -> float | None:
         """What a sample that leaves there costs, as a share of the backbone's MACs."""
@@ -87,8 +87,12 @@ class Service:
     @property
     def guaranteed(self) -> bool:
         """Whether the package's guarantee holds now: its own policy is served, and no shift was seen."""
-        guarantee, monitor = self.scheduler.engine.policy.guarantee, self.engine.monitor
-        return guarantee is not None and (monitor is None or not monitor.alarm)
+        return self._holds(self.scheduler.engine.policy)
+
+    def _holds(self, policy: ExitPolicy) -> bool:
+        """Whether a policy's guarantee holds: it has one, and no shift was seen."""
+        monitor = self.engine.monitor
+        return policy.guarantee is not None and (monitor is None or not monitor.alarm)
 
     def status(self) -> dict[str, Any]:
         """What the page shows: the model, its policy, and the last minute and the monitor of this one of the replicas."""

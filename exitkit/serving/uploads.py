@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -27,12 +27,19 @@ class UnknownKindError(ArgumentError):
     """A kind of content that this package does not take."""
 
 
-def inputs_of(kind: str, body: bytes, preprocessing: Preprocessing | None, most_pixels: int) -> Any:
-    """One image or text as a batch of one.
+class Upload(NamedTuple):
+    """A batch of one, and of a text whether it was cut to the length that the package takes."""
+
+    batch: Any
+    cut: bool | None
+
+
+def upload_of(kind: str, body: bytes, preprocessing: Preprocessing | None, most_pixels: int) -> Upload:
+    """One image, text or pair of texts.
 
     Args:
         kind: the request's content type, without parameters.
-        body: the image's file; or a text in UTF-8, plain or as ``{"text": …}``.
+        body: the image's file; or a text in UTF-8, plain or as ``{"text": …}``, where ``"text_pair"`` is the second of two.
         preprocessing: the package's.
         most_pixels: of an image, before it is unpacked.
 
@@ -48,8 +55,9 @@ def inputs_of(kind: str, body: bytes, preprocessing: Preprocessing | None, most_
             raise UnknownKindError(
                 f"content type {kind[:80]!r}: send the image's file itself, as image/jpeg or image/png"
             )
-        return _image(body, preprocessing, most_pixels)[None]
-    return padded(preprocessing.encode([_text(kind, body)])[0], preprocessing)
+        return Upload(_image(body, preprocessing, most_pixels)[None], None)
+    tensors, cut = preprocessing.encode([_text(kind, body)])
+    return Upload(padded(tensors, preprocessing), *cut)
 
 
 def padded(tensors: Mapping[str, Tensor], preprocessing: TextPreprocessing) -> dict[str, Tensor]:
@@ -78,13 +86,13 @@ def _image(body: bytes, preprocessing: ImagePreprocessing, most_pixels: int) -> 
         raise ArgumentError(str(error)) from error
 
 
-def _text(kind: str, body: bytes) -> str:
+def _text(kind: str, body: bytes) -> str | tuple[str, str]:
     if kind == "application/json":
         document = json_object(body)
-        if document.keys() != {"text"} or not isinstance(document["text"], str):
-            raise ArgumentError('the body must be {"text": "…"}')
-        text: str = document["text"]
-        return text
+        text, pair = document.get("text"), document.get("text_pair")
+        if document.keys() - {"text", "text_pair"} or not isinstance(text, str) or not isinstance(pair, str | None):
+            raise ArgumentError('the body must be {"text": "…"}, or {"text": "…", "text_pair": "…"} for two texts')
+        return text if pair is None else (text, pair)
     if kind != "text/plain":
         raise UnknownKindError(
             f'content type {kind[:80]!r}: send text/plain, or application/json with {{"text": "…"}}'

@@ -13,6 +13,7 @@ import torch
 from exitkit.common.errors import ArgumentError, FileError
 from exitkit.common.files import replacing
 from exitkit.common.hashes import digest
+from exitkit.training.progress import LOG
 from exitkit.training.sharding import remove_shards, write_shards
 
 _PREFIX = "exitkit-checkpoint-"
@@ -111,6 +112,7 @@ def remove_checkpoint(directory: Path) -> None:
 
 
 def remove_leftovers(directory: Path) -> None:
-    """Half-written checkpoints of a run that was killed while it wrote one."""
-    for leftover in directory.glob(f".{Path(NAME).stem}-*{Path(NAME).suffix}"):
-        leftover.unlink(missing_ok=True)
+    """Half-written checkpoints and logs of a run that was killed while it wrote one."""
+    for name in (NAME, LOG):
+        for leftover in directory.glob(f".{Path(name).stem}-*{Path(name).suffix}"):
+            leftover.unlink(missing_ok=True)

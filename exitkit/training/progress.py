@@ -9,6 +9,8 @@ from pathlib import Path
 
 from exitkit.common.files import replacing
 
+LOG = "metrics.csv"
+
 
 @dataclass(frozen=True)
 class Epoch:
@@ -103,7 +105,7 @@ def write_log(directory: Path, kind: str, history: Sequence[Epoch]) -> None:
             for name, value in record.scalars().items():
                 writer.add_scalar(name, value, record.epoch)
         return
-    with replacing(directory / "metrics.csv") as temporary, temporary.open("w", newline="") as file:
+    with replacing(directory / LOG) as temporary, temporary.open("w", newline="") as file:
         names = dict.fromkeys(name for past in history for name in past.scalars())
         rows = csv.DictWriter(file, ["epoch", *names])
         rows.writeheader()

@@ -53,7 +53,7 @@ class Writer:
 
     def finish(self, key: str) -> None:
         """Make the store valid, as the one of ``key`` (64 characters)."""
-        header = self._header(key, _checksum(self.path, self.begin))
+        header = self._header(key, _checksum(self.path, self.begin, self.entries))
         with self.path.open("r+b") as file:
             file.write(header)
 
@@ -66,19 +66,23 @@ class Writer:
 
 def read_store(path: Path, key: str) -> dict[str, Tensor] | None:
     """The tensors of the store of ``key``, memory-mapped; None for a missing, damaged or foreign file."""
-    with suppress(OSError, SafetensorError, KeyError, struct.error):
-        with path.open("rb") as file:
-            begin = 8 + struct.unpack("<Q", file.read(8))[0]
-        with safe_open(str(path), framework="pt") as stored:
-            about = stored.metadata() or {}
-            ours = (about.get("format"), about.get("key")) == (_FORMAT, key)
-            if ours and about["crc32"] == f"{_checksum(path, begin):08x}":
-                return {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 - no iterator
+    with (
+        suppress(OSError, SafetensorError, KeyError, ValueError, struct.error),
+        safe_open(str(path), framework="pt") as stored,  # first: it refuses a header longer than the file
+        path.open("rb") as file,
+    ):
+        begin = 8 + struct.unpack("<Q", file.read(8))[0]
+        entries = json.loads(file.read(begin - 8))
+        about = entries.pop("__metadata__")
+        ours = (about.get("format"), about.get("key")) == (_FORMAT, key)
+        if ours and about["crc32"] == f"{_checksum(path, begin, entries):08x}":
+            return {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 - no iterator
     return None
 
 
-def _checksum(path: Path, begin: int) -> int:
-    value = 0
+def _checksum(path: Path, begin: int, entries: Mapping[str, Any]) -> int:
+    """Of what the header says of the tensors, and of their bytes, from ``begin`` on."""
+    value = zlib.crc32(json.dumps(entries).encode())
     with path.open("rb") as file:
         file.seek(begin)
         while chunk := file.read(_CHUNK):
