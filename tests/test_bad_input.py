@@ -442,6 +442,15 @@ def test_a_forward_that_fixes_the_batch_size() -> None:
     assert "TORCH_LOGS" not in str(error.value)  # a switch of torch's is no remedy
 
 
+def test_samples_that_depend_on_one_another() -> None:
+    """Statistics of the batch in eval mode: those who stay would have others once some have left."""
+    net = TinyNet()
+    for block in net.blocks:
+        block.norm = nn.BatchNorm2d(8, track_running_stats=False)
+    with pytest.raises(ExitkitError, match=r"TinyNet's logits of a sample depend on the others .*running statistics"):
+        exitkit.attach(net.eval(), X * torch.tensor([0.2, 2.0])[:, None, None, None])
+
+
 @pytest.mark.parametrize(
     "use", [lambda ee: ee(X.half()), lambda ee: exitkit.compile(ee, 0.5)], ids=["call", "compile"]
 )

@@ -43,6 +43,16 @@ def test_no_alarm_in_ten_thousand_undisturbed_samples() -> None:
     assert [fired_at(seed) for seed in range(25)] == [None] * 25
 
 
+@pytest.mark.parametrize("samples", [300, 2_000])
+def test_the_calibration_split_itself_is_no_shift(samples: int) -> None:
+    """As somebody does who tries the monitor: replayed once, and again and again."""
+    outputs = calibration(samples)
+    monitor, exits = ShiftMonitor(outputs, TAU), outputs.exits_at(TAU)
+    for _ in range(3):
+        monitor.update(exits, outputs.scores().numpy()[np.arange(samples), exits])
+    assert not monitor.alarm
+
+
 def test_alarms_without_a_shift_are_as_rare_as_asked_for() -> None:
     """At most 40% (and three standard errors) of monitors ever, here within 1,000 samples; some do."""
     alarms = [fired_at(seed, samples=1_000, false_alarm=0.4, window=100) is not None for seed in range(100)]

@@ -411,8 +411,7 @@ def made_up(cost: float, found: bool = True) -> exitkit.ExitPolicy:
     [
         (0.4, True, 0.5, None, "exits", None, "saves 60.0% of the MACs and 50.0% of the time"),
         (0.97, True, 1.02, None, "backbone", None, "saves 3.0% of the MACs and costs 2.0% more time"),
-        (1.05, True, 0.9, None, "backbone", None, "costs 105.0% of the MACs"),
-        (1.0, False, 1.0, None, "backbone", None, "no threshold passed"),
+        (1.05, False, 0.9, None, "backbone", None, "costs 105.0% of the MACs"),
         (0.4, True, 0.5, (0.3, 0.3, True), "exits", "small", "but small keeps the same promise for 30.0% of the MACs"),
         (0.4, True, 0.5, (0.3, 0.3, False), "exits", None, "ship the exits"),
         (0.4, True, 0.5, (0.3, 0.6, True), "exits", None, "ship the exits"),
@@ -435,6 +434,17 @@ def test_the_verdict_is_exits_only_where_compute_and_time_are_saved(
     decision = decide(made_up(cost, found), times, others)
     assert (decision.verdict, decision.instead) == (verdict, instead)
     assert said in decision.reason
+
+
+@pytest.mark.parametrize("answers", [[9.0, 0.0], [0.0, 9.0]], ids=["never wrong and dear", "always wrong"])
+def test_the_reason_is_what_the_cheapest_guaranteed_policy_costs(answers: list[float]) -> None:
+    """With the policies of ``choose_threshold``, for which a threshold that saves nothing is not found."""
+    log_probs = torch.tensor([answers, [9.0, 0.0]]).expand(1_000, 2, 2)
+    outputs = exitkit.ExitOutputs(log_probs, torch.zeros(1_000, dtype=torch.long), [1.02, 1.1], 1.0)
+    policy = exitkit.choose_threshold(outputs, 0.05)
+    decision = decide(policy, exitkit.retrofitting.Times("cpu", 1, True, 1.0, 1.0, {}), [])
+    costs = "102.0%" if answers[0] else "110.0%"
+    assert decision.reason == f"the cheapest policy with a guarantee costs {costs} of the MACs: ship the backbone"
 
 
 # --- killed and continued --------------------------------------------------------------------------------------------------

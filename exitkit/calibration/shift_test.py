@@ -22,7 +22,8 @@ from numpy.typing import NDArray
 
 _WIDTHS = (2, 4, 8, 16, 32, 64)
 _STRENGTHS = (2.0, 64.0, 2048.0)
-"""Per cell: how many samples' worth of weight a bet gives the urn's own probabilities; more finds smaller shifts."""
+"""Per cell: how many samples' worth of weight a bet gives the urn's own probabilities; more finds smaller shifts. At most
+what the urn itself gives: a larger one bets that nothing has shifted, and wins when the calibration split is replayed."""
 _MARTINGALES = 24
 """At most so many at a time; the money of an older one is lost, but for the first."""
 
@@ -118,7 +119,8 @@ class Martingales:
             return urn
 
         null = likelihood(before)
-        bets = (before / np.repeat(totals / (belief * self._cells), self._cells, axis=1) for belief in _STRENGTHS)
+        weights = (np.minimum(belief * self._cells / totals, 1) for belief in _STRENGTHS)
+        bets = (before * np.repeat(weight, self._cells, axis=1) for weight in weights)
         each = np.stack([likelihood(bet) - null for bet in bets], -1)  # (martingales, partitions, strengths)
         owned = logsumexp(each, axis=(1, 2)) - np.log(each[0].size) + np.log(shares)
         waiting = np.log(1 / (self._count + 1))  # 1 less the shares of those that began

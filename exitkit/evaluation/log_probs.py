@@ -26,7 +26,7 @@ def normalised(given: Tensor) -> Tensor:
     if given.dim() != 3 or not given.is_floating_point() or 0 in given.shape or given.shape[2] < 2:
         raise ArgumentError(
             f"log_probs has dtype {given.dtype} and shape {tuple(given.shape)}; expected floating point of shape "
-            "(samples, exits + 1, classes), with at least two classes"
+            "(samples, exits + 1, classes), with at least one sample and two classes"
         )
     if all(_are_probabilities(rows) for rows in given.split(CHUNK)):  # all but these end at the first rows
         raise ArgumentError(

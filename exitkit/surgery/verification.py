@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from exitkit.common.errors import NotCapturableError
 from exitkit.surgery.boundaries import Boundary
@@ -21,6 +21,8 @@ _OTHER_BATCH = 3
 _FEWER_TOKENS = 3
 # Kernels may be chosen by batch size or be non-deterministic anywhere but on CPU in float32.
 _TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-8, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+_MIXED = (1e-3, 0.25)
+"""Share of the largest logit by which a sample's may differ in another batch: where the comparison is exact, and elsewhere."""
 
 
 def verify(captured: Capture, boundaries: Sequence[Boundary], partition: Partition) -> tuple[HookPoint, ...]:
@@ -30,16 +32,33 @@ def verify(captured: Capture, boundaries: Sequence[Boundary], partition: Partiti
         ExitkitError: a feature or the logits differ; the message names the module.
     """
     other = captured.example.with_batch(_OTHER_BATCH)
-    if captured.example.text and _takes_other_lengths(captured) and other.tensors[0].shape[1] > _FEWER_TOKENS + 2:
+    shorter = (
+        captured.example.text and _takes_other_lengths(captured) and other.tensors[0].shape[1] > _FEWER_TOKENS + 2
+    )
+    if shorter:
         other = other.shorter(_FEWER_TOKENS)
     with untouched(captured.backbone), torch.no_grad(), exact_attention():
-        points = _compare(captured, boundaries, partition, captured.example)
-        if _compare(captured, boundaries, partition, other) != points:
-            raise NotCapturableError(
-                f"{type(captured.backbone).__name__} returns its features in another order at another batch size; "
-                "exits cannot be attached to it"
-            )
+        points, logits = _compare(captured, boundaries, partition, captured.example)
+        other_points, other_logits = _compare(captured, boundaries, partition, other)
+    if other_points != points:
+        raise NotCapturableError(
+            f"{type(captured.backbone).__name__} returns its features in another order at another batch size; "
+            "exits cannot be attached to it"
+        )
+    if not shorter:
+        _check_apart(captured.backbone, logits, other_logits)
     return points
+
+
+def _check_apart(model: nn.Module, logits: Tensor, in_other_batch: Tensor) -> None:
+    """Refuse a model whose logits of a sample depend on the others in its batch: the engine takes some of them out."""
+    rows = min(len(logits), len(in_other_batch))
+    gap = (logits[:rows] - in_other_batch[:rows]).abs().max().item()
+    if gap > _MIXED[0 if _exact(logits) else 1] * logits.abs().max().item():
+        raise NotCapturableError(
+            f"{type(model).__name__}'s logits of a sample depend on the others in its batch (by {gap:.2e} here), so that "
+            "those that leave would change the answers of those that stay; a BatchNorm needs running statistics"
+        )
 
 
 @contextmanager
@@ -62,7 +81,8 @@ def _takes_other_lengths(captured: Capture) -> bool:
 
 def _compare(
     captured: Capture, boundaries: Sequence[Boundary], partition: Partition, example: Example
-) -> tuple[HookPoint, ...]:
+) -> tuple[tuple[HookPoint, ...], Tensor]:
+    """Where each feature is read, and the logits."""
     try:
         # Copies, because a stage may write into its input, as the backbone itself may.
         staged = partition.run([tensor.clone() for tensor in example.tensors])
@@ -78,7 +98,7 @@ def _compare(
     )
     if not _same(staged[-1], logits):
         _refuse("the result (its logits)", logits, staged[-1])
-    return points
+    return points, logits
 
 
 def _outputs_at(
@@ -123,6 +143,9 @@ def _refuse(what: str, eager: Tensor | None, staged: Tensor) -> HookPoint:
 def _same(first: Tensor, second: Tensor) -> bool:
     if (first.shape, first.dtype) != (second.shape, second.dtype):
         return False
-    exact = first.device.type == "cpu" and first.dtype == torch.float32
-    tolerance = 0.0 if exact else _TOLERANCE.get(first.dtype, 1e-2)
+    tolerance = 0.0 if _exact(first) else _TOLERANCE.get(first.dtype, 1e-2)
     return torch.allclose(first, second, rtol=tolerance, atol=tolerance, equal_nan=True)
+
+
+def _exact(tensor: Tensor) -> bool:
+    return tensor.device.type == "cpu" and tensor.dtype == torch.float32
