@@ -186,3 +186,37 @@ def test_a_graph_captured_with_one_kernel_of_attention_runs_with_another() -> No
     for kernel in (SDPBackend.MATH, SDPBackend.FLASH_ATTENTION):
         with sdpa_kernel(kernel):
             assert torch.equal(graph(x), model(x))
+
+
+class Mixing(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor, seen: Tensor) -> Tensor:
+        return x + (self.linear(x) @ x.transpose(1, 2)).masked_fill(~seen, float("-inf")).softmax(-1) @ x
+
+
+class Windowed(nn.Module):
+    """Each token sees itself and the two before it, by a mask that is made with ``torch.vmap``, as transformers makes some."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Mixing() for _ in range(4))
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        places = torch.arange(x.shape[1])
+        seen = torch.vmap(lambda query: torch.vmap(lambda key: (key <= query) & (query - key < 3))(places))(places)
+        for block in self.blocks:
+            x = block(x, seen)
+        return self.head(x.mean(1))
+
+
+def test_a_mask_that_vmap_makes_is_captured() -> None:
+    model, x = Windowed().eval(), torch.randn(5, 6, 8)
+    ee = exitkit.attach(model, x[:2], every=1).eval()
+    assert len(ee.boundaries) == 3
+    with torch.no_grad():
+        assert torch.equal(ee(x).logits[-1], model(x))
+        assert torch.equal(exitkit.compile(ee, 2.0)(x).logits, model(x))

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.export import Dim
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
 from exitkit.common.errors import ArgumentError, ExitkitError, NotCapturableError
 from exitkit.common.logs import quiet
@@ -243,9 +243,14 @@ def _simplified(graph: GraphModule) -> GraphModule:
             graph.graph.erase_node(node)
         elif node.target is torch.ops.aten.view.default:
             node.target = torch.ops.aten.reshape.default
-    graph.graph.eliminate_dead_code()
+    graph.graph.eliminate_dead_code(_acts)
     graph.recompile()
     return graph
+
+
+def _acts(node: Node) -> bool:
+    """Whether a node does something beside its result: also one that begins or ends a vmap, by which some make masks."""
+    return node.is_impure() or getattr(node.target, "__module__", None) == "torch._functorch.predispatch"
 
 
 def _first_line(error: BaseException) -> str:

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from itertools import accumulate
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, UntypedStorage
+from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor
 from torch.fx import GraphModule, Node
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._pytree import tree_leaves
@@ -18,8 +19,14 @@ Storages = dict[StorageWeakRef, int]
 
 def storages_of(value: Any) -> Storages:
     """The storages of the tensors in ``value``; a view has that of its base, an in-place result that of its argument."""
-    storages = [leaf.untyped_storage() for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
+    storages = [_storage(leaf) for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
     return {StorageWeakRef(storage): storage.nbytes() for storage in storages}
+
+
+def _storage(tensor: Tensor) -> UntypedStorage:
+    while is_functorch_wrapped_tensor(tensor):  # within a vmap, by which some models make their masks
+        tensor = get_unwrapped(tensor)
+    return tensor.untyped_storage()
 
 
 def alive_bytes(graph: GraphModule, storages: Sequence[Storages]) -> tuple[int, ...]:
