@@ -577,6 +577,15 @@ def test_labels_of_other_names_do_not_count_as_classes(images: Path, tmp_path: P
     assert load_data(str(tmp_path / "more.npz"), torch.nn.Identity()).classes == 3
 
 
+def test_test_samples_that_are_learned_from_are_warned_of(images: Path) -> None:
+    from exitkit.cli.data.loading import load_data
+
+    with pytest.warns(
+        UserWarning, match=r"^--test '.*' is --data itself: .*leave --test out, and a fifth of --data is held"
+    ):
+        load_data(str(images), torch.nn.Identity(), str(images))
+
+
 def test_a_folder_is_no_state_dict(refused: Run, tmp_path: Path) -> None:
     assert f"--weights '{tmp_path}' is a folder" in refused("inspect", TOY, "--weights", tmp_path)
 

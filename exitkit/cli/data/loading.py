@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 import tomllib
+import warnings
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -62,6 +63,12 @@ def load_data(
         raise ArgumentError(f"--data {data!r} does not exist, and is not a name in torchvision.datasets")
     if os.path.isfile(path) and test is not None and not os.path.exists(test):
         raise ArgumentError(f"{option} {test!r} does not exist; leave it out to hold out a fifth of --data")
+    if test is not None and os.path.exists(path) and os.path.exists(test) and os.path.samefile(path, test):
+        warnings.warn(
+            f"{option} {test!r} is --data itself: accuracy on samples that are learned from, and a promise made on them, say "
+            f"nothing of new ones; leave {option} out, and a fifth of --data is held out",
+            stacklevel=2,
+        )
     if path.suffix not in _TEXT and (pairs or max_length is not None):
         given = "pairs" if pairs else f"max_length={max_length}"
         raise ArgumentError(f"{given} is for text, and --data {data!r} is no .csv or .tsv; leave it out")
