@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import exitkit
+from exitkit.multi_exit.preprocessing import ImagePreprocessing
 from tests.test_cli import TOY, images, invoke, refused, run  # noqa: F401
 from tests.toy import net
 
@@ -119,8 +120,13 @@ def test_exits_are_found_inside_a_run(run: Any, bench: Path, tmp_path: Path) -> 
         out = tmp_path / f"{place.name}.pt2"
         flags = ("--method", "ztw") if place == bench else ()
         run("export", "--model", TOY, "--exits", place, *flags, "--threshold", 0.4, "--out", out)
-        written.append(exitkit.load(out, trust=True)(torch.ones(1, 1, 8, 8)).logits)
-    assert torch.equal(*written)
+        written.append(exitkit.load(out, trust=True))
+    assert torch.equal(*(package(torch.ones(1, 1, 8, 8)).logits for package in written))
+    for package in written:  # prepared as the run's samples were
+        assert package.description is not None
+        prepared = package.description.preprocessing
+        assert isinstance(prepared, ImagePreprocessing)
+        assert (prepared.mean, prepared.std) == ((0.5,), (0.5,))
 
 
 @pytest.mark.parametrize(
@@ -138,7 +144,7 @@ def test_exits_are_found_inside_a_run(run: Any, bench: Path, tmp_path: Path) -> 
         (("export", "RUN", "--exits", "RUN"), "export takes one place with exits: RUN_DIR"),
         (("export", "nowhere"), "RUN_DIR 'nowhere' is not a directory"),
         (("export", "--exits", "RUN/exits/ztw", "--model", TOY), "--out is missing"),
-        (("export", "--exits", "RUN/exits/ztw", "--out", "RUN/model.pt2"), "--model is missing"),
+        (("export", "--exits", "RUN/exits/ztw", "--out", "RUN/model.pt2"), "--trust lets it run"),
         (
             ("export", "--exits", "RUN/exits", "--model", TOY, "--out", "RUN/model.pt2"),
             "holds those of pbee, sdn, ztw",

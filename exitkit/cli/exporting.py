@@ -19,7 +19,7 @@ from exitkit.multi_exit.preprocessing import Preprocessing, TextPreprocessing, p
 from exitkit.multi_exit.saving.configuration import CONFIG, read_configuration
 from exitkit.packages import export
 from exitkit.packages.exporting import package_kind
-from exitkit.report.run import BACKBONE, INPUTS, Run, exits_folder, read_run
+from exitkit.report.run import BACKBONE, INPUTS, Run, exits_folder, outputs_file, read_run
 from exitkit.report.samples import CLASSES
 from exitkit.retrofitting.result import EXITS, PREPROCESSING, RESULT
 
@@ -167,8 +167,12 @@ def _verdict(exits: Path) -> list[str]:
 
 
 def _with_what_is_beside(place: str) -> Source:
-    """Exits, with the names of the classes and the preprocessing that ``exitkit retrofit`` wrote beside its own."""
+    """Exits, with what the folder that they lie in tells: a run's, or that of ``exitkit retrofit``."""
     exits = Path(place).resolve()
+    folder = exits.parent.parent
+    if exits == exits_folder(folder, exits.name) and outputs_file(folder, exits.name).is_file():
+        known = _known(read_run(folder, regression=True), exits.name, place)
+        return known if known.policy is not None else replace(known, method=None)  # τ may be saved with the exits
     names, prepared = exits.parent / CLASSES, exits.parent / PREPROCESSING
     if exits.name != EXITS:
         return Source(place)
