@@ -296,11 +296,11 @@ def test_one_number_for_each_sample_needs_a_dimension() -> None:
         exitkit.attach(Flat(), torch.ones(2, 4))
 
 
-def test_volumes_have_no_head() -> None:
-    block = [nn.Conv3d(1, 1, 3, padding=1), nn.ReLU(), nn.Conv3d(1, 1, 3, padding=1), nn.ReLU()]
+def test_features_of_five_dimensions_have_no_head() -> None:
+    block = [nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4), nn.ReLU()]
     model = nn.Sequential(*block, nn.Flatten(), nn.Linear(64, 3))
-    with pytest.raises(ExitkitError, match=r"head|feature"):
-        exitkit.attach(model, torch.randn(2, 1, 4, 4, 4))
+    with pytest.raises(ExitkitError, match=r"\(2, 2, 2, 2, 4\) per sample; heads read vectors, .*maps and volumes"):
+        exitkit.attach(model, torch.randn(2, 2, 2, 2, 2, 4))
 
 
 def test_a_model_without_memory() -> None:
