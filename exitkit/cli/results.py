@@ -92,10 +92,10 @@ def calibrate(
                 measured = with_interval(one.check.risk, one.check.samples)
             say(f"  On {one.check.samples} other samples: {risk} {measured}, cost {one.check.cost:.1%}.")
     if len(chosen) > 1 and method != "crc":
-        wanted, doubt = f"{confidence:.10g}", (1 - confidence) * len(chosen)
+        doubt = 1 - confidence
         say(
             f"Each promise is that of one method. The cheapest of {len(chosen)} keeps its own with a confidence of at least "
-            f"{max(0.0, 1 - doubt):.6g}; --confidence {1 - (1 - confidence) / len(chosen):.6g} makes it {wanted}."
+            f"{max(0.0, 1 - doubt * len(chosen)):.6g}; --confidence {1 - doubt / len(chosen):.6g} makes it {confidence:.10g}."
         )
     say(f"Written to {written}")
     say(f"To make a file of it that runs anywhere: exitkit export {shlex.quote(str(run))}", soft_wrap=True)

@@ -48,9 +48,7 @@ def write_predictions(
             counts, cut = _write(package, source, out, actors=actors, **options)
         except ExitkitError:
             raise
-        except (
-            Exception
-        ) as error:  # Ray, its readers and Arrow raise dozens of types, some with another process's traceback
+        except Exception as error:  # Ray, its readers and Arrow raise dozens of types, some with a remote traceback
             reason = [line for line in str(error).splitlines() if line.strip()][-1:] or ["no reason given"]
             raise FileError(
                 f"{source[:200]!r} cannot be answered: {type(error).__name__}: {reason[0].strip()[:300]}; nothing was written"

@@ -59,10 +59,13 @@ def _infer(model: nn.Module) -> Any:
 def _input_size(model: nn.Module) -> tuple[int, ...] | None:
     """Shape of an image (C, H, W), video (C, T, H, W), spectrogram or waveform, as the model's own library declares it."""
     if getattr(model, "main_input_name", None) is not None and (config := getattr(model, "config", None)) is not None:
-        sizes = {"input_values": _audio_size, "input_features": _feature_size}
-        size_of = (sizes | dict.fromkeys(("pixel_values", "pixel_values_videos"), _image_size)).get(
-            str(model.main_input_name)
-        )
+        sizes = {
+            "pixel_values": _image_size,
+            "pixel_values_videos": _image_size,
+            "input_values": _audio_size,
+            "input_features": _feature_size,
+        }
+        size_of = sizes.get(str(model.main_input_name))
         return None if size_of is None else size_of(config)
     if isinstance(cfg := getattr(model, "pretrained_cfg", None), dict) and "input_size" in cfg:
         channels, height, width = cfg["input_size"]
