@@ -19,6 +19,7 @@ from exitkit.multi_exit.preprocessing import Preprocessing, TextPreprocessing, p
 from exitkit.multi_exit.saving.configuration import CONFIG, read_configuration
 from exitkit.packages import export
 from exitkit.packages.exporting import package_kind
+from exitkit.report.decision import cheapest_promised
 from exitkit.report.run import BACKBONE, INPUTS, Run, exits_folder, outputs_file, read_run
 from exitkit.report.samples import CLASSES
 from exitkit.retrofitting.result import EXITS, PREPROCESSING, RESULT
@@ -227,14 +228,9 @@ def _chosen(run: Run, method: str | None) -> tuple[str, str]:
         if method not in run.results:
             raise unknown_name("--method", method, run.results)
         return method, ""
-    promised = {
-        name: one.calibrated.chosen.cost or 1.0
-        for name, one in run.results.items()
-        if one.calibrated is not None and one.calibrated.chosen.found
-    }
-    if promised:
+    if (promised := cheapest_promised(run.results)) is not None:
         why = f" (of {', '.join(run.results)} the cheapest that keeps its promise)" if len(run.results) > 1 else ""
-        return min(promised, key=promised.__getitem__), why
+        return promised, why
     if len(run.results) == 1:
         return next(iter(run.results)), ""
     raise ArgumentError(

@@ -53,15 +53,20 @@ class Decision:
 
 def opened(results: Mapping[str, Result]) -> str:
     """The cheapest method of those with a promise; without any, the most accurate at half of the backbone's MACs."""
-    promised = {
+    if (promised := cheapest_promised(results)) is not None:
+        return promised
+    accuracies = {name: one.outputs.at(_without_promise(one)).accuracy or 0.0 for name, one in results.items()}
+    return max(accuracies, key=accuracies.__getitem__)
+
+
+def cheapest_promised(results: Mapping[str, Result]) -> str | None:
+    """The cheapest method of those with a promise; None without any."""
+    costs = {
         name: one.calibrated.chosen.cost or 1.0
         for name, one in results.items()
         if one.calibrated is not None and one.calibrated.chosen.found
     }
-    if promised:
-        return min(promised, key=promised.__getitem__)
-    accuracies = {name: one.outputs.at(_without_promise(one)).accuracy or 0.0 for name, one in results.items()}
-    return max(accuracies, key=accuracies.__getitem__)
+    return min(costs, key=costs.__getitem__) if costs else None
 
 
 def decide(name: str, result: Result, directory: Path, method: str) -> Decision:
