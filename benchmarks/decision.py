@@ -65,7 +65,9 @@ def _program(args: argparse.Namespace) -> Program:
     def nothing(*_: Any) -> list[Any]:
         return []
 
-    inputs = Inputs(CallSpec((None,), (), (0,)), ("x",), ((None,),), (torch.float32,), torch.device(args.device))
+    inputs = Inputs(
+        CallSpec((None,), (), (0,)), ("x",), ((None,),), (torch.float32,), (None,), torch.device(args.device)
+    )
     steps = Step(nothing, 0, True, ("x",), ("x",), ("x",)), Step(nothing, 1, True, ("x",), (), ())
     return Program(inputs, steps, {"x": 0}, {"x": (0,)}, args.classes, torch.float32)
 

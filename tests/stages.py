@@ -42,7 +42,7 @@ def staged_engine(description: Description | None = None) -> tuple[Engine, list[
     """Takes (B, 3): the scores of exits 0 and 1, and a number to tell samples apart. τ = 0.5."""
     stages = [Stage(exit_) for exit_ in range(3)]
     steps = tuple(Step(one, one.exit, True, ("x",), ("x",), ("x",) if one.exit < 2 else ()) for one in stages)
-    inputs = Inputs(CallSpec((None,), (), (0,)), ("x",), ((None, 3),), (torch.float32,), torch.device("cpu"))
+    inputs = Inputs(CallSpec((None,), (), (0,)), ("x",), ((None, 3),), (torch.float32,), (None,), torch.device("cpu"))
     program = Program(inputs, steps, {"x": 0}, {}, 3, torch.float32)
     return Engine(Loop(program, ExitPolicy((0.5, 0.5), "confidence")), description), stages
 

@@ -217,6 +217,30 @@ def test_an_engine_says_how_many_tokens_the_model_has_positions_for(
             engine(**tokens(0))
 
 
+@pytest.mark.parametrize("kind", ["Bert", "Roberta", "GPT2", "DistilBert"])
+def test_token_ids_that_the_model_has_no_row_for(kind: str, tmp_path: Path) -> None:
+    """A compiled step ended the process at one, and read beyond the mask where it was shorter than the ids."""
+    model = bert(kind, 24)
+    tokens = {"input_ids": torch.full((2, 9), 2), "attention_mask": torch.ones(2, 9, dtype=torch.long)}
+    ee = exitkit.attach(model, tokens, at=[0], method="sdn")
+    exitkit.export(ee, tmp_path / "model.pt2", 2.0)
+    for engine in (exitkit.compile(ee, 2.0), exitkit.load(tmp_path / "model.pt2", trust=True)):
+        for wrong in (5, -1, 2**40):
+            ids = tokens["input_ids"].clone()
+            ids[1, 3] = wrong
+            with pytest.raises(exitkit.ArgumentError, match=rf"'input_ids' holds {wrong}, and the model knows 0 to 4"):
+                engine(input_ids=ids, attention_mask=tokens["attention_mask"])
+            with pytest.raises(exitkit.ArgumentError, match=rf"batch 1 failed: input .* holds {wrong}"):
+                list(engine.map([tokens, tokens | {"input_ids": ids}]))
+        for ids_, mask in ((9, 8), (8, 9)):
+            with pytest.raises(
+                exitkit.ArgumentError, match=rf"\[{mask}, {ids_}\] tokens, and must have the same number"
+            ):
+                engine(input_ids=tokens["input_ids"][:, :ids_], attention_mask=tokens["attention_mask"][:, :mask])
+        with torch.no_grad():
+            assert torch.allclose(engine(**tokens).logits, model(**tokens).logits, atol=1e-5)
+
+
 @pytest.mark.parametrize("kind", ["Llama", "Esm"])
 def test_where_positions_are_computed_texts_may_be_longer(kind: str) -> None:
     model = bert(kind, 24, **({"position_embedding_type": "rotary", "mask_token_id": 1} if kind == "Esm" else {}))

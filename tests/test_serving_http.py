@@ -139,6 +139,34 @@ def test_inputs_are_called_as_the_models_arguments_are() -> None:
             assert torch.allclose(torch.tensor(logits).reshape(2, 3), model(**given), atol=1e-6)
 
 
+class Words(nn.Module):
+    """Four words, and how much each counts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.first, self.last = nn.Embedding(4, 3), nn.Linear(3, 3), nn.Linear(3, 3)
+
+    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
+        return self.last(torch.relu(self.first((self.words(ids) * mask[..., None]).sum(1))))
+
+
+@pytest.mark.parametrize(
+    ("ids", "mask", "said"),
+    [([0, 3, 4], [1, 1, 1], "'ids' holds 4, and the model knows 0 to 3"), ([0, 1, 2], [1, 1], "[3, 2] tokens")],
+)
+def test_texts_that_no_model_can_read_are_the_clients_error(ids: list[int], mask: list[int], said: str) -> None:
+    """They ended compiled models, and the server with them."""
+    example = {"ids": torch.zeros(2, 3, dtype=torch.long), "mask": torch.ones(2, 3, dtype=torch.long)}
+    engine = exitkit.compile(exitkit.attach(Words().eval(), example, at=["first"]), 2.0)
+    given = [
+        {"name": name, "datatype": "INT64", "shape": [1, len(data)], "data": data}
+        for name, data in {"ids": ids, "mask": mask}.items()
+    ]
+    status, document = once(Service(engine, Settings("models/pets.pt2")), "POST", INFER, {"inputs": given})
+    assert status == 400
+    assert said in document["error"]
+
+
 @pytest.mark.parametrize(
     ("body", "said"),
     [

@@ -9,7 +9,6 @@ from typing import Any, TypeVar
 import torch
 
 from exitkit.cli.inputs import Losses, images, pairs, texts
-from exitkit.common.batches import move
 from exitkit.common.errors import ArgumentError
 from exitkit.engine import Engine
 from exitkit.multi_exit.preprocessing import ImagePreprocessing, Preprocessing
@@ -44,7 +43,7 @@ def predict(
     """
     labels = None if package.description is None else package.description.labels
     for names, made in _batches(_preprocessing(package), inputs, batch, losses, paired):
-        answer = call_on(package, move(made, package.inputs.device))
+        answer = call_on(package, package.inputs.placed(made))
         for name, logits, exit_, score in zip(names, answer.logits, answer.exit, answer.score, strict=True):
             if top > 1 and len(logits) == 1:
                 raise ArgumentError(f"--top {top} counts classes, and a regression has none; leave it out")
@@ -100,7 +99,7 @@ def tensors_of(package: Engine | OnnxBranches, inputs: Sequence[str], most: int)
     batch = next(_batches(_preprocessing(package), inputs, most, losses), None)
     if batch is None:
         raise ArgumentError(f"of {list(inputs)[:3]} nothing can be read: {(losses.skipped or ['it is empty'])[0]}")
-    return move(batch[1], package.inputs.device)
+    return package.inputs.placed(batch[1])
 
 
 def _preprocessing(package: Engine | OnnxBranches) -> Preprocessing:

@@ -16,7 +16,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from exitkit.cli.inference import tensors_of
-from exitkit.common.batches import move
 from exitkit.common.console import counted, tracked
 from exitkit.common.errors import ArgumentError, FileError
 from exitkit.engine import Engine
@@ -159,14 +158,14 @@ def samples_for(package: Engine | OnnxBranches, path: Path, inputs: Sequence[str
     """
     places = [Path(one) for one in inputs] or [path.parent]
     if len(places) == 1 and (places[0] / INPUTS).is_file():
-        return move(_of_a_run(places[0] / INPUTS), package.inputs.device)
+        return package.inputs.placed(_of_a_run(places[0] / INPUTS))
     if not inputs:
         raise ArgumentError(
             f"there is nothing to time {str(path)!r} on: noise would not leave where real samples do. Give images, folders or "
             "texts, an .npy of tensors, or a folder that exitkit bench or train wrote"
         )
     if len(places) == 1 and places[0].suffix == ".npy":
-        return move(_of_an_array(inputs[0]), package.inputs.device)
+        return package.inputs.placed(_of_an_array(inputs[0]))
     return tensors_of(package, inputs, _MOST)
 
 

@@ -165,6 +165,7 @@ def _inputs(model: MultiExitModel, partition: Partition) -> Inputs:
         partition.inputs,
         partition.sizes,
         tuple(tensor.dtype for tensor in tensors),
+        partition.tables,
         next(model.parameters()).device,
         learned_positions(model.backbone, weights) if model.example.text else None,
     )

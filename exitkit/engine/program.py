@@ -49,6 +49,7 @@ class Inputs:
         names: what the steps call the input tensors.
         sizes: the shape of each, the batch first; None where any size is taken.
         dtypes: of each.
+        tables: the rows of the table in which an input's numbers are looked up, as a vocabulary; None where they are not.
         device: where all of them are.
         longest: tokens of a text, at most; None where nothing limits them.
     """
@@ -57,15 +58,20 @@ class Inputs:
     names: tuple[str, ...]
     sizes: tuple[tuple[int | None, ...], ...]
     dtypes: tuple[torch.dtype, ...]
+    tables: tuple[int | None, ...]
     device: torch.device
     longest: int | None = None
 
     def checked(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, ...]:
         """The tensors of a call in the program's order.
 
+        Numbers that are looked up in a table, such as token ids, are compared with it on a CPU alone: on a GPU the host would
+        have to wait for them. A compiled step ends the process where one is beyond the table; see :meth:`placed`.
+
         Raises:
-            ArgumentError: other tensors than the model was attached with: names, sizes, dtype or device; or a process that
-                was forked from the one in which the engine on a GPU was made.
+            ArgumentError: other tensors than the model was attached with: names, sizes, dtype or device; inputs of a text
+                that differ in length, numbers beyond the table; or a process that was forked from the one in which the engine
+                on a GPU was made.
         """
         if self.device.type == "cuda" and torch.cuda._is_in_bad_fork():
             raise ArgumentError(
@@ -75,12 +81,26 @@ class Inputs:
         if args and kwargs:
             raise self.spec.other_call([*range(len(args)), *kwargs])
         tensors = self.spec.tensors(kwargs or args)
+        self._check(tensors, self.device)
+        return tensors
+
+    def placed(self, batch: Any) -> Any:
+        """A batch on the CPU, checked as :meth:`checked` does on a CPU, and then put on the program's device.
+
+        Raises:
+            ArgumentError: other tensors than the model was attached with.
+        """
+        tensors = self.spec.tensors(batch)
+        self._check(tensors, torch.device("cpu"))
+        return self.spec.batch(tuple(tensor.to(self.device) for tensor in tensors))
+
+    def _check(self, tensors: Sequence[Tensor], device: torch.device) -> None:
         for key, tensor, sizes, dtype in zip(self.spec.keys, tensors, self.sizes, self.dtypes, strict=True):
             shape = tensor.shape
             fits = len(shape) == len(sizes) and shape[:1] == tensors[0].shape[:1]
             fits = fits and (shape[1:] == sizes[1:] or all(map(_fits, sizes[1:], shape[1:])))
             fits = fits and tensor.layout == torch.strided
-            if not fits or tensor.dtype != dtype or tensor.device != self.device:
+            if not fits or tensor.dtype != dtype or tensor.device != device:
                 raise ArgumentError(
                     mistake_of(key, tensor, sizes, dtype) or self._unfit(key, tensor, sizes, dtype, fits)
                 )
@@ -89,7 +109,25 @@ class Inputs:
                     f"input {key!r} has {shape[1]} tokens, and the model has {self.longest} positions; cut texts when they "
                     f"are tokenised: tokenizer(…, truncation=True, max_length={self.longest})"
                 )
-        return tensors
+        lengths = [tensor.shape[1] for tensor, sizes in zip(tensors, self.sizes, strict=True) if None in sizes[1:]]
+        if len({*lengths}) > 1:
+            raise ArgumentError(
+                f"inputs {list(self.spec.keys)} have {lengths} tokens, and must have the same number; pad them together, as "
+                "the tokenizer does"
+            )
+        if device.type == "cpu":
+            self._check_lookups(tensors)
+
+    def _check_lookups(self, tensors: Sequence[Tensor]) -> None:
+        for key, tensor, rows in zip(self.spec.keys, tensors, self.tables, strict=True):
+            if rows is None or not tensor.numel():
+                continue
+            least, most = map(int, torch.aminmax(tensor))
+            if least < 0 or most >= rows:
+                raise ArgumentError(
+                    f"input {key!r} holds {least if least < 0 else most}, and the model knows 0 to {rows - 1}; take the "
+                    "tokenizer that belongs to the model"
+                )
 
     def _unfit(
         self, key: int | str, tensor: Tensor, sizes: Sequence[int | None], dtype: torch.dtype, fits: bool

@@ -29,12 +29,16 @@ DType = Literal[Float, "int64", "int32", "int16", "int8", "uint8", "bool"]
 
 @dataclass(frozen=True)
 class Input:
-    """A tensor that the package takes: its argument, the steps' name for it, its shape (batch first) and dtype."""
+    """A tensor that the package takes: its argument, the steps' name for it, its shape (batch first) and dtype.
+
+    ``rows`` are those of the table in which its numbers are looked up, where they are.
+    """
 
     key: Index | str
     name: str
     sizes: tuple[Count | None, ...]
     dtype: DType
+    rows: Count | None = None
 
 
 @dataclass(frozen=True)
@@ -94,9 +98,9 @@ class Manifest:
             _versions(kind, taken.device),
             taken.device.type,
             tuple(
-                Input(key, name, sizes, _dtype_name(dtype))  # type: ignore[arg-type]
-                for key, name, sizes, dtype in zip(
-                    taken.spec.keys, taken.names, taken.sizes, taken.dtypes, strict=True
+                Input(key, name, sizes, _dtype_name(dtype), rows)  # type: ignore[arg-type]
+                for key, name, sizes, dtype, rows in zip(
+                    taken.spec.keys, taken.names, taken.sizes, taken.dtypes, taken.tables, strict=True
                 )
             ),
             taken.longest,
@@ -131,6 +135,7 @@ class Manifest:
             tuple(entry.name for entry in self.inputs),
             tuple(entry.sizes for entry in self.inputs),
             tuple(getattr(torch, entry.dtype) for entry in self.inputs),
+            tuple(entry.rows for entry in self.inputs),
             device,
             self.longest,
         )

@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from exitkit.calibration.monitor import ShiftMonitor, ShiftReport
-from exitkit.common.batches import move
 from exitkit.common.checks import PATH, Count, NonNegative, check
 from exitkit.common.errors import ArgumentError, ExitkitError
 from exitkit.engine import Engine
@@ -24,7 +23,6 @@ from exitkit.multi_exit.preprocessing import ImagePreprocessing, TextPreprocessi
 from exitkit.packages import load
 from exitkit.serving.deployment import import_ray
 from exitkit.serving.uploads import padded
-from exitkit.surgery.inputs import as_call
 
 if TYPE_CHECKING:
     import pyarrow
@@ -226,7 +224,7 @@ class Predictor:
         except TypeError as error:
             raise ArgumentError(f"the value is {type(value).__name__}, of which no tensor can be made") from error
         inputs = self.engine.inputs
-        inputs.checked(*as_call(inputs.spec.batch((tensor[None].to(inputs.device),))))
+        inputs.placed(inputs.spec.batch((tensor[None],)))
         return tensor
 
     def _answered(self, made: Mapping[int, Any], count: int) -> Rows:
@@ -242,7 +240,7 @@ class Predictor:
         def batches() -> Iterator[Any]:
             for group in groups:
                 batch, cut[group] = self._batch([made[place] for place in group])
-                yield move(batch, self.engine.inputs.device)
+                yield self.engine.inputs.placed(batch)
 
         for group, answer in zip(groups, self.engine.map(batches(), self.batch_size), strict=True):
             for name, value in zip(answers, (self._said(answer.logits), *answer[1:]), strict=True):

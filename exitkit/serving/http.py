@@ -12,7 +12,6 @@ from typing import Any
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, Response
 
-from exitkit.common.batches import move
 from exitkit.common.errors import ArgumentError, ExitkitError
 from exitkit.common.schema import to_json
 from exitkit.common.versions import installed_versions
@@ -95,7 +94,7 @@ async def _predict(service: Service, request: Request) -> Response:
     body = await _body(service, request)
     preprocessing = None if service.engine.description is None else service.engine.description.preprocessing
     upload = await asyncio.to_thread(upload_of, kind, body, preprocessing, service.settings.max_pixels)
-    reply = await service.answer(move(upload.batch, service.engine.inputs.device), threshold)
+    reply = await service.answer(service.engine.inputs.placed(upload.batch), threshold)
     return _json(_record(service, reply) | ({} if upload.cut is None else {"cut": upload.cut}))
 
 
@@ -103,7 +102,7 @@ async def _infer(service: Service, request: Request) -> Response:
     body = await _body(service, request)
     outputs = output_names(service.engine.loop.program.num_classes, service.labels)
     asked = await asyncio.to_thread(read_request, body, service.engine.inputs, outputs)
-    reply = await service.answer(service.engine.inputs.spec.batch(asked.tensors), asked.threshold)
+    reply = await service.answer(asked.batch, asked.threshold)
     document = response(service.settings.name, asked, reply.prediction, service.labels)
     return _json({**document, "parameters": {"milliseconds": reply.milliseconds, "guaranteed": reply.guaranteed}})
 

@@ -38,13 +38,13 @@ class InferRequest:
     """What a client asks.
 
     Attributes:
-        tensors: in the program's order, on its device.
+        batch: as the engine takes it, on its device.
         id: the client's own, or None.
         threshold: τ, or one for each exit, for this request; None for the server's.
         outputs: names of those wanted; None for all.
     """
 
-    tensors: tuple[Tensor, ...]
+    batch: Any
     id: str | None
     threshold: float | tuple[float, ...] | None
     outputs: tuple[str, ...] | None
@@ -73,10 +73,9 @@ def read_request(body: bytes, inputs: Inputs, outputs: Sequence[str]) -> InferRe
         wanted = tuple(_named(document["outputs"], "outputs", {"name", "parameters"}))
         if unknown := sorted(set(wanted) - set(outputs)):
             raise ArgumentError(f"outputs {unknown} are unknown; this model has {list(outputs)}")
-    tensors = tuple(
-        _tensor(given[name], name, dtype).to(inputs.device) for name, dtype in zip(names, inputs.dtypes, strict=True)
-    )
-    return InferRequest(tensors, document.get("id"), threshold_in(document.get("parameters")), wanted)
+    tensors = tuple(_tensor(given[name], name, dtype) for name, dtype in zip(names, inputs.dtypes, strict=True))
+    batch = inputs.placed(inputs.spec.batch(tensors))
+    return InferRequest(batch, document.get("id"), threshold_in(document.get("parameters")), wanted)
 
 
 def json_object(body: bytes) -> dict[str, Any]:

@@ -13,7 +13,12 @@ from torch.fx import GraphModule, Node
 
 from exitkit.surgery.boundaries import Boundary
 from exitkit.surgery.capturing import Capture
-from exitkit.surgery.liveness import constant, has_factor, value_of, written_by
+from exitkit.surgery.liveness import constant, has_factor, op_name, value_of, written_by
+
+_SAME_NUMBERS = frozenset(
+    "to view reshape flatten unsqueeze squeeze expand transpose permute t contiguous clone".split()
+)
+"""Operations that keep every integer of their argument."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +45,7 @@ class Partition:
     Attributes:
         inputs: names of the input tensors.
         sizes: the shape of each input tensor; None where any size is taken (the batch, the length of a text).
+        tables: the rows of the table in which an input's numbers are looked up, as a vocabulary; None where they are not.
         stages: in order.
         axes: the dimension in which a value has its samples, by name, one entry or several consecutive ones for each; a
             value that is not named is the same for every sample.
@@ -48,6 +54,7 @@ class Partition:
 
     inputs: tuple[str, ...]
     sizes: tuple[tuple[int | None, ...], ...]
+    tables: tuple[int | None, ...]
     stages: tuple[Stage, ...]
     axes: dict[str, int]
     dynamic: dict[str, tuple[int, ...]]
@@ -90,7 +97,20 @@ def partition_at(captured: Capture, boundaries: Sequence[Boundary]) -> Partition
         for name, value in values.items()
     }
     names = tuple(node.name for node in inputs)
-    return Partition(names, sizes, tuple(reversed(stages)), _batch_axes(values, names), dynamic)
+    tables = tuple(_table_rows(node) for node in inputs)
+    return Partition(names, sizes, tables, tuple(reversed(stages)), _batch_axes(values, names), dynamic)
+
+
+def _table_rows(value: Node) -> int | None:
+    """The rows of the smallest embedding that looks up every number of this value."""
+    found = []
+    for user in value.users:
+        if op_name(user) == "embedding" and user.args[1] is value:
+            table = value_of(user.all_input_nodes[0])
+            found.append(None if table is None else constant(table.shape[0]))
+        elif op_name(user) in _SAME_NUMBERS and user.args[0] is value:
+            found.append(_table_rows(user))
+    return min((rows for rows in found if rows is not None), default=None)
 
 
 def _batch_axes(values: Mapping[str, Tensor], inputs: Sequence[str]) -> dict[str, int]:
