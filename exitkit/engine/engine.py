@@ -146,8 +146,8 @@ class Engine:
     def __call__(self, *args: Any, **kwargs: Any) -> Prediction:
         """Answer a batch. Takes what the model takes, of the sizes it was attached with, and any number of samples.
 
-        A batch for which memory does not suffice is answered in parts, with a warning. Token ids on a GPU are not compared with
-        the vocabulary, for which the host would wait; one beyond it ends the process's use of the GPU.
+        A batch for which memory does not suffice is answered in parts, with a warning. Token ids on a GPU are not compared
+        with the vocabulary, for which the host would wait; one beyond it ends the process's use of the GPU.
 
         Raises:
             ArgumentError: other tensors than the model was attached with: names, sizes, dtype or device; token ids beyond the
