@@ -563,7 +563,7 @@ def test_losses_that_make_no_sense_are_refused(make: Callable[[], Any], message:
             Loss(distillation=Distillation(confidence_limit=0.3)),
             r"confidence_limit=0\.3 would let the temperature grow in every step: of 3 classes .* at least 0\.333",
         ),
-        ("disjoint", "sum", "loss='sum' must be a Loss"),
+        ("disjoint", "sum", r"loss='sum' must be a Loss; give Loss\("),
     ],
 )
 def test_losses_that_do_not_fit_the_run_are_refused(ee: MultiExitModel, regime: Any, loss: Any, message: str) -> None:

@@ -73,6 +73,7 @@ class Options:
     def __post_init__(self) -> None:
         if not isinstance(self.model, MultiExitModel):
             raise ArgumentError(f"model is {type(self.model).__name__}; train what exitkit.attach(model) returns")
+        check("loss", self.loss, Loss, "give Loss(distillation=Distillation()), for one")
         check_fields(self)
         for epoch in self._milestones():
             check("milestones", epoch, Count, "give epochs, such as [15]")
