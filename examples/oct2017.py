@@ -38,7 +38,7 @@ def main(arguments: list[str] | None = None) -> None:
     train, test = split.loaders(args.batch_size, args.images, args.seed)
     if args.test_images is not None:
         test = first(test, args.test_images)
-    classes = args.classes or split.classes
+    classes = split.classes if args.classes is None else args.classes
     if classes is None:
         raise exitkit.ExitkitError("--classes is missing, and nothing in these data tells their number")
 

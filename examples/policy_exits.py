@@ -4,11 +4,15 @@
 
 It needs gymnasium and Stable-Baselines3: pip install 'exitkit[rl]'.
 
-The policy is an actor-critic that Stable-Baselines3 saved. Its action network gets an exit after each hidden layer, by Zero
-Time Waste and by SDN; both learn the policy's action distribution, and then play the same number of episodes from the same
-seeds. What a small network of two layers shows is that everything works: its exits cost about as much as they save, and one
-action takes longer through the engine than through a network of 4,500 multiplications. Deep policies are where exits pay: see
+The policy is an actor-critic that Stable-Baselines3 saved. Its action network gets an exit after each hidden layer but the
+last, by Zero Time Waste and by SDN; both learn the policy's action distribution, and then play the same number of episodes
+from the same seeds. What a small network of two layers shows is that everything works: MACs are saved, but one action takes
+longer through the engine than through a network of 4,500 multiplications. Deep policies are where exits pay: see
 ``benchmarks/rl.py``.
+
+CartPole, ``--quick``, one run on a CPU: the policy's return is 500. Zero Time Waste has 500 at every τ: at 0.5 for 9% of the
+MACs with 25% other actions than the policy's, at 0.9 for 40% with 1%; above 1, where nothing leaves early, for 103%. An action
+takes 0.2 ms instead of 0.04. It takes 17 s of CPU time on one core.
 """
 
 from __future__ import annotations
@@ -24,12 +28,17 @@ from exitkit import rl
 
 def main(arguments: list[str] | None = None) -> None:
     args = parse(arguments)
+    if args.envs < 1:
+        raise exitkit.ExitkitError(f"--envs {args.envs} must be at least 1")
     try:
         import gymnasium
     except ImportError as error:
         raise exitkit.ExitkitError("this needs gymnasium: pip install 'exitkit[rl]'") from error
 
-    env = gymnasium.make_vec(args.env, num_envs=args.envs, vectorization_mode="sync")
+    try:
+        env = gymnasium.make_vec(args.env, num_envs=args.envs, vectorization_mode="sync")
+    except gymnasium.error.Error as error:  # unknown, of an old version, or without the package that it needs
+        raise exitkit.ExitkitError(f"--env {args.env!r} cannot be made: {error}") from error
     observations, _ = env.reset(seed=args.seed)
     agent = rl.policy(rl.load_policy(args.policy, env))
 

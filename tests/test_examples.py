@@ -70,6 +70,12 @@ def test_test_images_are_spread_over_the_classes() -> None:
     assert kept.tolist() == [0, 24, 49, 74, 99]
 
 
+def test_oct2017_refuses_no_classes(images: Path) -> None:
+    options = ["--model", "exitkit.models:cifar_resnet", "--weights", "random", "--classes", "0"]
+    with pytest.raises(exitkit.ExitkitError, match="num_classes=0 must be a whole number at least 2"):
+        example("oct2017").main(["--data", str(images), *options])
+
+
 def test_oct2017_says_what_is_missing(tmp_path: Path) -> None:
     with pytest.raises(exitkit.ExitkitError, match="does not exist"):
         example("oct2017").main(
@@ -113,6 +119,20 @@ def test_an_example_names_the_extra_that_it_needs(
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(exitkit.ExitkitError, match=rf"pip install 'exitkit\[{extra}\]'"):
         program.main(given)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--env", "NoSuchGame-v0"], "--env 'NoSuchGame-v0' cannot be made: .*NoSuchGame.* doesn't exist"),
+        (["--env", "CartPole-v99"], "--env 'CartPole-v99' cannot be made: .*v99"),
+        (["--envs", "0"], "--envs 0 must be at least 1"),
+    ],
+)
+def test_policy_exits_says_what_no_environment_can_be_made_of(options: list[str], said: str) -> None:
+    pytest.importorskip("gymnasium")
+    with pytest.raises(exitkit.ExitkitError, match=said):
+        example("policy_exits").main(["--policy", "a.zip", *options])
 
 
 def test_bert_text_reads_as_many_texts_as_asked_for(texts: Path) -> None:

@@ -396,7 +396,7 @@ def divided(directory: str, batch: int, processes: int) -> None:
             torch.save(saved, f"{directory}/{name}.pt")
 
 
-def launched(processes: int, code: str) -> subprocess.CompletedProcess[str]:
+def launched(processes: int, code: str, **variables: str) -> subprocess.CompletedProcess[str]:
     """As torchrun would: a process per rank, on the CPU with gloo."""
     with contextlib.closing(socket.socket()) as free:
         free.bind(("localhost", 0))
@@ -407,7 +407,7 @@ def launched(processes: int, code: str) -> subprocess.CompletedProcess[str]:
     children = [
         subprocess.Popen(
             [sys.executable, "-W", "ignore", "-c", code],
-            env=os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            env=os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank)} | variables,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -442,6 +442,24 @@ def test_two_processes_end_with_the_weights_of_one(tmp_path: Path) -> None:
         for (loss, accuracy), (other_loss, other_accuracy) in zip(one["history"], two["history"], strict=True):
             assert other_loss == pytest.approx(loss, abs=1e-4)
             assert other_accuracy == pytest.approx(accuracy, abs=0.021)  # a sample of 50 may lie on the border
+
+
+@pytest.mark.parametrize(
+    ("before", "told"), [("", "2 processes, this one has 8 of 16 samples"), ("P()", "would train alone")]
+)
+def test_torchrun_without_a_gpu_is_told_of_its_processes_too(before: str, told: str) -> None:
+    """accelerate itself lets each train alone on all samples there, unless it is told to use the CPU."""
+    code = f"""if True:
+        from accelerate import PartialState as P
+        from torch.utils.data import DataLoader
+        from exitkit.training.distributed import make_accelerator, own_part
+        {before}
+        accelerator = make_accelerator("no")
+        own = sum(len(batch) for batch in own_part(accelerator, DataLoader(range(16), 4), "train_loader"))
+        print(f"{{accelerator.num_processes}} processes, this one has {{own}} of 16 samples")
+    """
+    result = launched(2, code, ACCELERATE_USE_CPU="false", CUDA_VISIBLE_DEVICES="")
+    assert result.stdout.count(told) == 2, result.stdout[-3000:]
 
 
 def test_several_processes_need_something_to_divide() -> None:

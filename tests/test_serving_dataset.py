@@ -49,6 +49,21 @@ def test_rows_are_answered_as_the_engine_does(monkeypatch: pytest.MonkeyPatch) -
     assert stages[2].sizes == [4] * (hard // 4) + [hard % 4] * (hard % 4 > 0)  # filled up across batches
 
 
+@pytest.mark.parametrize(("cpus", "actors", "num_cpus"), [(2, 4, 1), (4, 4, 1), (2, 2, 0.6)])
+def test_actors_that_leave_no_cpu_to_read_with_are_named(cpus: float, actors: int, num_cpus: float) -> None:
+    """Ray starts those that fit, and they wait for rows that no CPU is left to read."""
+    with pytest.warns(UserWarning, match=f"actors={actors} with num_cpus={num_cpus} leave none of the .* {cpus} CPUs"):
+        dataset._warn_if_actors_take_all(cpus, actors, num_cpus)
+
+
+@pytest.mark.parametrize(("cpus", "actors", "num_cpus"), [(2, 1, 1), (5, 4, 1), (2, 2, 0.5), (1, 9, 0)])
+def test_actors_that_leave_a_cpu_are_not(
+    recwarn: pytest.WarningsRecorder, cpus: float, actors: int, num_cpus: float
+) -> None:
+    dataset._warn_if_actors_take_all(cpus, actors, num_cpus)
+    assert not recwarn
+
+
 def test_a_regression_answers_with_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
     """In the rows of a data set, and over HTTP."""
     from PIL import Image

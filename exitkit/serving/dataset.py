@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
@@ -66,7 +67,7 @@ def predict(
             the label −1 (null where there are names; of a regression the value NaN), the exit −1 and a score of NaN.
         batch_size: samples that a stage runs on at once.
         block: rows that an actor is given at once.
-        actors: how many processes answer.
+        actors: how many processes answer. Reading and writing need a CPU beside theirs, so a warning says if they take all.
         num_cpus: of each; torch uses so many threads.
         num_gpus: of each.
         device: by default a GPU where ``num_gpus`` is above 0.
@@ -82,7 +83,7 @@ def predict(
         ArgumentError: arguments out of range, a column that is missing, a package that cannot be loaded here.
         ExitkitError: Ray is not installed.
     """
-    import_ray()
+    ray = import_ray()
     from ray import data as ray_data
 
     if not isinstance(dataset, ray_data.Dataset):
@@ -106,6 +107,7 @@ def predict(
     }  # fmt: skip
     if num_gpus == 0:
         Predictor(**options)  # refused here, in the caller's words, rather than in an actor
+    _warn_if_actors_take_all(ray.cluster_resources().get("CPU", 0), actors, num_cpus)
     answered = dataset.map_batches(
         Predictor,
         fn_constructor_kwargs=options,
@@ -119,6 +121,16 @@ def predict(
     if keep_order:
         answered.context.execution_options.preserve_order = True
     return answered
+
+
+def _warn_if_actors_take_all(cpus: float, actors: int, num_cpus: float) -> None:
+    """Actors hold their CPUs to the end, and reading and writing wait for one: for ever, where no machine joins."""
+    if num_cpus and actors * num_cpus + 1 > cpus:
+        warnings.warn(
+            f"actors={actors} with num_cpus={num_cpus:g} leave none of the cluster's {cpus:g} CPUs to read and write rows "
+            f"with, and Ray waits until more join; give fewer actors, or a smaller num_cpus",
+            stacklevel=3,
+        )
 
 
 def shift(answered: Dataset, monitor: ShiftMonitor) -> ShiftReport:

@@ -39,8 +39,8 @@ def make_accelerator(mixed_precision: str) -> Accelerator:
     """An accelerator of this precision, whatever an earlier fit of this process had: accelerate keeps one per process.
 
     Raises:
-        ArgumentError: ``accelerate launch`` was asked to divide the model among processes by other means than FSDP2, or the
-            device does not have this precision.
+        ArgumentError: ``accelerate launch`` was asked to divide the model among processes by other means than FSDP2, the
+            device does not have this precision, or accelerate does not know of the processes that were started.
     """
     from accelerate import Accelerator, DataLoaderConfiguration
     from accelerate.state import AcceleratorState
@@ -48,14 +48,27 @@ def make_accelerator(mixed_precision: str) -> Accelerator:
     _check_launched()
     if AcceleratorState._shared_state and AcceleratorState().mixed_precision != mixed_precision:
         AcceleratorState._reset_state()
+    processes = _launched_processes()
     accelerator = Accelerator(
-        mixed_precision=mixed_precision, dataloader_config=DataLoaderConfiguration(even_batches=True)
+        cpu=processes > 1 and not torch.accelerator.is_available(),  # not by itself: each process would train alone
+        mixed_precision=mixed_precision,
+        dataloader_config=DataLoaderConfiguration(even_batches=True),
     )
+    if accelerator.num_processes == 1 < processes:
+        raise ArgumentError(
+            f"{processes} processes were started, and accelerate was set up for one before fit, or does not know this device "
+            f"({accelerator.device.type}): each would train alone on all samples. Set ACCELERATE_USE_CPU=true to train on CPUs"
+        )
     if mixed_precision != "no" and not accelerator.native_amp:  # accelerate itself goes on without a word
         raise ArgumentError(
             f"mixed_precision={mixed_precision!r} has no effect on this device ({accelerator.device.type}); use 'bf16' or 'no'"
         )
     return accelerator
+
+
+def _launched_processes() -> int:
+    """How many ``torchrun`` or ``accelerate launch`` started; 1 without them."""
+    return int(os.environ.get("WORLD_SIZE") or 1) if "LOCAL_RANK" in os.environ else 1
 
 
 def asked_for_fsdp() -> bool:
