@@ -69,7 +69,8 @@ def test_pools_whose_stride_is_left_out(tmp_path: Path) -> None:
         def forward(self, x: Tensor) -> Tensor:
             x = nn.functional.max_pool2d(self.first(x).relu(), 2)
             x = nn.functional.avg_pool2d(self.second(x).relu(), 2, padding=1, count_include_pad=False)
-            return self.linear(x.mean((2, 3)))
+            logits: Tensor = self.linear(x.mean((2, 3)))
+            return logits
 
     torch.manual_seed(0)
     ee = noisy(exitkit.attach(Pooled().eval(), images(), at=["first"], head="1L", method="sdn"))
