@@ -236,3 +236,12 @@ def test_texts_have_a_landscape_and_a_path() -> None:
 def test_a_path_needs_labels(tiny_ee: exitkit.MultiExitModel) -> None:
     with pytest.raises(exitkit.ArgumentError, match="no labels"):
         connectivity(tiny_ee, other(tiny_ee), [torch.randn(4, 1, 8, 8)], align=False)
+
+
+@pytest.mark.parametrize("measure", [numerical_rank, mutual_information])
+def test_inputs_of_several_sizes_that_a_model_does_not_take_are_named(measure: Any) -> None:
+    """The linear layer takes 4 × 4 pixels alone; torch's own error was about matrices."""
+    model = nn.Sequential(nn.Conv2d(1, 2, 1), nn.ReLU(), nn.Flatten(), nn.Linear(32, 3)).eval()
+    loader = [torch.randn(16, 1, 4, 4), torch.randn(16, 1, 8, 8)]
+    with pytest.raises(exitkit.ArgumentError, match=r"shape \(16, 1, 4, 4\), a later one of \(16, 1, 8, 8\)"):
+        measure(model, loader)

@@ -59,6 +59,7 @@ def test_runs_are_measured_side_by_side_and_reported(
         for file in models.values():
             for suffix in (".safetensors", ".png", ".csv"):
                 assert (folder / file).with_suffix(suffix).exists()
+    assert "To look at them: exitkit report" in " ".join(printed.split())
     rank = Rank.load(folder / index["rank"]["mixed"])
     assert set(rank.samples.tolist()) == {40}
     assert f"{rank.rank[0]:.4g}" in printed
@@ -83,6 +84,7 @@ def test_of_one_run_connectivity_is_said_to_be_left_out(
         "analyse", runs[0], "--what", "rank,connectivity", "--samples", 40, "--trust", "--out", tmp_path / "one"
     )
     assert "connectivity is left out: it is between two runs" in printed
+    assert "exitkit report" not in printed  # which shows what lies in the run's folder
     found = Overview.read(tmp_path / "one")
     assert found is not None
     assert list(found.rows) == ["rank"]

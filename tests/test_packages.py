@@ -267,6 +267,9 @@ def test_a_package_of_another_kind(package: Path, tmp_path: Path) -> None:
     for device in ("gpu", [0]):
         with pytest.raises(ExitkitError, match=r"device=.* is not a device of torch; give 'cpu', 'cuda'"):
             exitkit.load(package, device=device)
+    if not torch.backends.mps.is_available():
+        with pytest.raises(exitkit.ArgumentError, match=r"device='mps' cannot be used .*MPS.*use device='cpu'"):
+            exitkit.load(package, device="mps")
     if not torch.cuda.is_available():
         with pytest.raises(ExitkitError, match=r"no CUDA device"):
             exitkit.load(package, device="cuda")

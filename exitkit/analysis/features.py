@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -15,6 +15,7 @@ from exitkit.common.errors import ArgumentError
 from exitkit.multi_exit.model import MultiExitModel
 from exitkit.surgery.boundaries import Boundary, find_boundaries
 from exitkit.surgery.capturing import capture
+from exitkit.surgery.mistakes import explained
 from exitkit.surgery.partition import Partition, partition_at
 from exitkit.training.left_alone import left_as_found
 
@@ -121,7 +122,8 @@ def each_batch(
         with left_as_found(backbone_of(measured)), torch.no_grad():
             for inputs, _ in tracked(data, "features", show_progress):
                 tensors = blocks.tensors(move(inputs, device))
-                features = blocks.partition.run(tensors)[:-1]
+                with explained(_other_size, tensors, blocks.tensors(data[0][0])):
+                    features = blocks.partition.run(tensors)[:-1]
                 made = [
                     coordinates.rows(feature, boundary, len(tensors[0]))
                     for feature, boundary in zip(features, blocks.boundaries, strict=True)
@@ -136,3 +138,14 @@ def each_batch(
                 yield len(tensors[0]), made
 
     return blocks, rows()
+
+
+def _other_size(tensors: Sequence[Tensor], first: Sequence[Tensor]) -> str | None:
+    """What is said of a batch that does not run and is of another size than the loader's first; None of the same size."""
+    for tensor, one in zip(tensors, first, strict=True):
+        if tensor.shape[1:] != one.shape[1:]:
+            return (
+                f"the loader's first batch holds inputs of shape {tuple(one.shape)}, a later one of {tuple(tensor.shape)}, "
+                "on which the model does not run; give inputs of one size"
+            )
+    return None

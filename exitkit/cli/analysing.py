@@ -70,7 +70,8 @@ def analyse(
     finally:  # also what was measured before an interruption
         if rows:
             Overview({kind: row for kind, row in rows.items() if row}).write(folder)
-            say(f"Written to {folder}/: PNG, CSV and arrays. To look at them: exitkit report {runs[0]}")
+            shown = f" To look at them: exitkit report {runs[0]}" if out is None else ""  # the page shows a run's own
+            say(f"Written to {folder}/: PNG, CSV and arrays.{shown}")
     if refused:
         reasons = "; ".join(f"{kind}: {error}" for kind, error in refused.items())
         raise ArgumentError(f"{len(refused)} of {len(kinds)} measurements were refused: {reasons}")

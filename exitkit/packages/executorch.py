@@ -24,6 +24,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.export import ExportedProgram
 
 from exitkit.common.errors import ArgumentError, ExitkitError, FileError, NotCapturableError
 from exitkit.engine.exported import export_steps
@@ -49,6 +50,15 @@ _DECOMPOSED: dict[Any, Callable[..., Any]] = {
     torch.ops.aten.adaptive_max_pool2d.default: max_of_windows,
     torch.ops.aten.log_softmax.int: _log_softmax,
 }
+_POOLS = (torch.ops.aten.max_pool2d.default, torch.ops.aten.avg_pool2d.default)
+
+
+def _with_strides(exported: ExportedProgram) -> ExportedProgram:
+    """Every pool with its stride, by default its window: ExecuTorch's XNNPACK reads it where a call has left it out."""
+    for node in exported.graph.nodes:
+        if node.target in _POOLS and not any(node.args[2:3]):
+            node.args = (*node.args[:2], node.args[1], *node.args[3:])
+    return exported
 
 
 class _Chained(nn.Module):
@@ -92,7 +102,9 @@ def to_executorch(program: Program, manifest: Manifest, example: Sequence[Tensor
     one = [tensor[:1].contiguous() for tensor in example]
     with _quietly(), plain_attention():
         exported = enumerate(export_steps(program, one))
-        steps = {f"step_{index}": one_step.run_decompositions(_DECOMPOSED) for index, one_step in exported}
+        steps = {
+            f"step_{index}": _with_strides(one_step.run_decompositions(_DECOMPOSED)) for index, one_step in exported
+        }
         constants = {
             "manifest": to_text(manifest),
             "thresholds": torch.tensor(manifest.policy.thresholds, dtype=torch.float64),

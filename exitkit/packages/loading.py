@@ -172,7 +172,7 @@ def _device(manifest: Manifest, device: str | torch.device | None, path: str) ->
             "again, or without optimize=True, which other versions read"
         )
     if chosen.type != "cuda":
-        return chosen
+        return _usable(chosen)
     chosen = _gpu(chosen)
     made_for, own = manifest.versions.get(CAPABILITY), capability(chosen)
     if kind == "compiled" and made_for != own:
@@ -181,6 +181,16 @@ def _device(manifest: Manifest, device: str | torch.device | None, path: str) ->
             f"{own}: export it again on this GPU, or without optimize=True"
         )
     return chosen
+
+
+def _usable(device: torch.device) -> torch.device:
+    """A device that this torch has, where it is no GPU."""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, ImportError, AssertionError) as error:  # each kind of device has one of its own
+        reason = str(error).partition("\n")[0][:200]
+        raise ArgumentError(f"device={str(device)!r} cannot be used ({reason}); use device='cpu'") from error
+    return device
 
 
 def _gpu(device: torch.device) -> torch.device:
