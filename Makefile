@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test slow check docs lint types clean
+.PHONY: demo test slow targets check docs lint types clean
 
 demo: $(READY)
 	$(BIN)/exitkit demo
@@ -19,6 +19,11 @@ test: $(READY)
 # What takes more than three seconds by itself (tests/durations.txt): CI runs it after the rest, and prints what took longest.
 slow: $(READY)
 	$(PYTEST) -m slow --durations=25
+
+# Export for ExecuTorch and OpenVINO, whose packages come only now: they are large, and few need them.
+targets: $(READY)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[executorch,openvino]'
+	$(PYTEST) tests/test_executorch.py tests/test_openvino.py
 
 # The daily loop, in a minute and a half: lint, types, and the tests of small models in eager mode.
 check: lint types

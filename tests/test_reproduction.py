@@ -183,6 +183,17 @@ def test_the_regimes_of_appendix_a(table: str, exits: int, epochs: int, first: s
         assert (same.recipe, same.backbone, same.published) == (one.recipe, one.backbone, one.published)
 
 
+@pytest.mark.parametrize("table", ["8", "10"])
+def test_regimes_are_compared_from_one_backbone(table: str, tmp_path: Path) -> None:
+    """That of mixed-gradual trained for as many epochs as all its phases together."""
+    begun = [
+        one for one in settings_of(find_table("training-regimes", table), "cpu", tmp_path, tmp_path) if one.backbone
+    ]
+    assert [one.row.name for one in begun] == ["Disjoint", "Mixed", "Mixed-gradual"]
+    assert len({one.backbone_key for one in begun}) == 1
+    assert begun[2].recipe["trainer"]["epochs"] > begun[1].recipe["trainer"]["epochs"]
+
+
 @pytest.mark.parametrize("data", ["CIFAR-10", "CIFAR-100", "Tiny ImageNet"])
 def test_ablations_of_zero_time_waste_read_the_runs_of_its_first_table(data: str) -> None:
     """Geometric ensembles and stopped gradients are ZTW itself; what lets gradients through logs their cosine (C.3)."""

@@ -75,11 +75,13 @@ def settings_of(table: Table, scale: str, data: Path, scratch: Path) -> list[Set
 
 
 def _at(row: Row, change: Mapping[str, Any], data: Path) -> Setting:
-    recipe = merged([row.recipe, change])
+    own = {key: value for key, value in change.items() if key != "backbone"}
+    recipe = merged([row.recipe, own])
     recipe.pop("smoke", None)
     backbone = None
     if row.backbone is not None and "weights" not in recipe:
-        backbone = merged([row.backbone, {key: value for key, value in change.items() if key != "exits"}])
+        shared = {key: value for key, value in own.items() if key != "exits"}
+        backbone = merged([row.backbone, shared, change.get("backbone", {})])
         backbone.pop("smoke", None)
     given = {"data": recipe["data"], "test": recipe.get("test"), "weights": recipe.get("weights")}
     found = {key: _found(value, data) for key, value in given.items() if value is not None}

@@ -29,7 +29,8 @@ class Row:
         published: the paper's numbers, one for each column; empty where it has a figure alone.
         deviation: of each; empty where the paper has none.
         criterion: the score by which samples leave, where it is not the method's.
-        cpu: changes to its recipe for the scale ``cpu``, after those of the table.
+        cpu: changes to its recipe for the scale ``cpu``, after those of the table; to its backbone's too, where these are not
+            of exits, and after them those under ``backbone``.
         measure: what its numbers are, where not what the table's are.
     """
 
