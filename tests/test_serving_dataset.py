@@ -234,7 +234,12 @@ def test_texts_go_by_their_length(monkeypatch: pytest.MonkeyPatch) -> None:
     program = engine.loop.program
     names = ("input_ids", "attention_mask")
     inputs = replace(
-        program.inputs, names=names, sizes=((None, None),) * 2, dtypes=(torch.int64,) * 2, spec=CallSpec((), (), names)
+        program.inputs,
+        names=names,
+        sizes=((None, None),) * 2,
+        dtypes=(torch.int64,) * 2,
+        tables=(None, None),
+        spec=CallSpec((), (), names),
     )
     steps = (replace(program.steps[0], run=first, inputs=names), *program.steps[1:])
     axes = {**program.axes, **dict.fromkeys(names, 0)}
