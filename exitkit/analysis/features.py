@@ -119,10 +119,11 @@ def each_batch(
 
     def rows() -> Iterator[tuple[int, list[Tensor]]]:
         widths: list[int] | None = None
+        first = blocks.tensors(data[0][0])
         with left_as_found(backbone_of(measured)), torch.no_grad():
             for inputs, _ in tracked(data, "features", show_progress):
                 tensors = blocks.tensors(move(inputs, device))
-                with explained(_other_size, tensors, blocks.tensors(data[0][0])):
+                with explained(_other_size, tensors, first):
                     features = blocks.partition.run(tensors)[:-1]
                 made = [
                     coordinates.rows(feature, boundary, len(tensors[0]))
