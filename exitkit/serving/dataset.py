@@ -128,7 +128,7 @@ def _warn_if_actors_take_all(cpus: float, actors: int, num_cpus: float) -> None:
     if num_cpus and actors * num_cpus + 1 > cpus:
         warnings.warn(
             f"actors={actors} with num_cpus={num_cpus:g} leave none of the cluster's {cpus:g} CPUs to read and write rows "
-            f"with, and Ray waits until more join; give fewer actors, or a smaller num_cpus",
+            "with, and Ray waits until more join; give fewer actors, or a smaller num_cpus",
             stacklevel=3,
         )
 
